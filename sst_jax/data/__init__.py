@@ -1,0 +1,1 @@
+"""Data: problems, prompts, tokenizers, packed rows, resumable iterators."""

@@ -1,0 +1,5 @@
+"""The one exception for mistakes that a user can mend. Commands print its message on one line and exit with 2."""
+
+
+class InputError(ValueError):
+    """Bad input: a file, key, field or flag. The message names the culprit and says how to mend it."""

@@ -1,0 +1,1 @@
+"""Inference: caches, the decode step, sampling, and the public `Model`."""

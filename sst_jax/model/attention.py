@@ -1,0 +1,150 @@
+"""Attention over whole rows, and over caches for one position: rotation, masks, sliding windows.
+
+Local and global layers are the two branches of one `lax.cond`, so that each has its static window while all layers stay
+one scan. The arithmetic is `jax.nn.dot_product_attention`, behind the two functions that `model/forward.py` calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sst_jax.model.config import BackboneConfig
+from sst_jax.model.layers import rope_table, rotate
+
+Table = tuple[jax.Array, jax.Array]
+
+
+class Ropes(NamedTuple):
+    """Rotation tables of the two kinds of layer."""
+
+    local: Table
+    glob: Table
+
+
+class KV(NamedTuple):
+    """Key/value caches, stacked over the layers of each kind, keys already rotated.
+
+    Local layers keep a ring of W = min(window, S) slots, position p in slot p mod W; global layers keep all S.
+    """
+
+    local_k: jax.Array  # [layers, B, W, K, H]
+    local_v: jax.Array
+    global_k: jax.Array  # [layers, B, S, K, H]
+    global_v: jax.Array
+
+
+def ropes(backbone: BackboneConfig, positions: jax.Array) -> Ropes:
+    """Tables for `positions` [B, T]."""
+    return Ropes(
+        rope_table(positions, backbone.head_dim, backbone.rope_theta_local, 1.0),
+        rope_table(positions, backbone.head_dim, backbone.rope_theta_global, backbone.rope_scale_global),
+    )
+
+
+def by_kind(backbone: BackboneConfig, is_global: jax.Array, branch: Callable[[str], tuple]) -> tuple:
+    """`branch(kind)` for this layer's kind; no `lax.cond` where all layers are of one kind."""
+    kinds = sorted(set(backbone.layer_types))
+    if len(kinds) == 1:
+        return branch(kinds[0])
+    return jax.lax.cond(is_global, lambda: branch("global"), lambda: branch("local"))
+
+
+def attend_rows(
+    backbone: BackboneConfig, is_global: jax.Array, tables: Ropes, segment_ids: jax.Array, depth: int, keep: str,
+    q: jax.Array, k: jax.Array, v: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Causal attention within documents; q [B, T*I, N, H], k and v [B, T*I, K, H] not yet rotated.
+
+    Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
+    own from iteration i (keep="overwrite"), or everybody's from iteration 1 (keep="first").
+    Returns the output [B, T*I, N*H] and the keys and values, [B, T, K, H], that a cache would now hold.
+    """
+    batch, length = segment_ids.shape
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    scale = backbone.query_pre_attn_scalar**-0.5
+
+    def branch(kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        table = tables.glob if kind == "global" else tables.local
+        window = backbone.window if kind == "local" and backbone.window < length else None
+        if depth == 1:
+            rq, rk = rotate(q, table), rotate(k, table)
+            out = jax.nn.dot_product_attention(
+                rq, rk, v, mask=same, scale=scale, is_causal=True,
+                local_window_size=None if window is None else (window - 1, 0),
+            )  # fmt: skip
+            return out, rk, v
+        # Iterations side by side: [B, T*I, heads, H] -> [B * I, T, heads, H].
+        qs, ks, vs = (
+            jnp.moveaxis(part.reshape(batch, length, depth, *part.shape[2:]), 2, 1) for part in (q, k, v)
+        )  # [B, I, T, heads, H]
+        table_rows = tuple(jnp.repeat(part, depth, axis=0) for part in table)
+        qs = rotate(qs.reshape(batch * depth, length, *q.shape[2:]), table_rows)
+        ks = rotate(ks.reshape(batch * depth, length, *k.shape[2:]), table_rows).reshape(ks.shape)
+        kept = 0 if keep == "first" else depth - 1
+        kept_k, kept_v = ks[:, kept], vs[:, kept]
+        index = jnp.arange(length)
+        distance = index[:, None] - index[None, :]
+        within = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        mask = jnp.repeat(same & within, depth, axis=0)
+        keys, values = jnp.repeat(kept_k, depth, axis=0), jnp.repeat(kept_v, depth, axis=0)
+        if keep == "overwrite":  # a second block of keys, of which each query sees its own only
+            own = distance == 0
+            mask = jnp.concatenate([mask & ~own, jnp.broadcast_to(own, mask.shape)], axis=-1)
+            keys = jnp.concatenate([keys, ks.reshape(keys.shape)], axis=1)
+            values = jnp.concatenate([values, vs.reshape(values.shape)], axis=1)
+        out = jax.nn.dot_product_attention(qs, keys, values, mask=mask, scale=scale)
+        out = jnp.moveaxis(out.reshape(batch, depth, length, *out.shape[2:]), 1, 2)
+        return out.reshape(q.shape), kept_k, kept_v
+
+    out, k, v = by_kind(backbone, is_global, branch)
+    return out.reshape(*q.shape[:2], -1), k, v
+
+
+def attend_cached(
+    backbone: BackboneConfig, is_global: jax.Array, slot: jax.Array, tables: Ropes, position: jax.Array,
+    write: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, kv: KV,
+) -> tuple[jax.Array, KV]:  # fmt: skip
+    """One position a row: q [B, 1, N, H] against the caches, which take in k and v first where `write` [B] says so.
+
+    `slot` is the layer's place in its kind's stack, `position` [B] each row's position. Returns [B, 1, N*H] and caches.
+    """
+    rows = jnp.arange(q.shape[0])
+    ring, capacity = kv.local_k.shape[2], kv.global_k.shape[2]
+    scale = backbone.query_pre_attn_scalar**-0.5
+
+    def put(cache: jax.Array, new: jax.Array, mine: jax.Array, index: jax.Array) -> jax.Array:
+        # An index past the end drops the write: for rows that keep what they have, and for the other kind's stack.
+        row = jnp.where(write & mine, rows, cache.shape[1])
+        return cache.at[slot, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
+
+    def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
+        table = tables.glob if kind == "global" else tables.local
+        return rotate(q, table), rotate(k, table)
+
+    q, k = by_kind(backbone, is_global, rotated)
+    local, glob = ~is_global, is_global
+    kv = KV(
+        put(kv.local_k, k, local, position % ring),
+        put(kv.local_v, v, local, position % ring),
+        put(kv.global_k, k, glob, position),
+        put(kv.global_v, v, glob, position),
+    )
+
+    def branch(kind: str) -> tuple[jax.Array]:
+        keys, values = (kv.global_k, kv.global_v) if kind == "global" else (kv.local_k, kv.local_v)
+        index = jnp.arange(capacity if kind == "global" else ring)
+        if kind == "global":
+            seen = index[None, :] <= position[:, None]
+        else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
+            seen = position[:, None] - (position[:, None] - index[None, :]) % ring >= 0
+        out = jax.nn.dot_product_attention(
+            q, keys[slot].astype(q.dtype), values[slot].astype(q.dtype), mask=seen[:, None, None, :], scale=scale
+        )
+        return (out,)
+
+    (out,) = by_kind(backbone, is_global, branch)
+    return out.reshape(*q.shape[:2], -1), kv

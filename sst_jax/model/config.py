@@ -1,0 +1,267 @@
+"""What a model is, as three frozen dataclasses that check themselves: backbone, stream, adapter.
+
+Everything that the V2 paper leaves open about the stream is a field of `StreamConfig` with a default, never a silent
+choice in the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sst_jax.errors import InputError
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _one_of(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    _require(value in allowed, f"{owner}.{field}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def from_mapping(cls: type, mapping: Mapping[str, Any]) -> Any:
+    """Builds one of the dataclasses below from a mapping; an unknown key raises `InputError` naming it."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(mapping) - known)
+    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Shapes and family facts of a Gemma-3 text decoder (arXiv 2503.19786).
+
+    `layer_types` names each layer's attention, "local" (a sliding window, rope_theta_local) or "global" (the whole
+    prefix, rope_theta_global with positions divided by rope_scale_global). None means five local layers, then one global.
+    """
+
+    num_layers: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    window: int
+    query_pre_attn_scalar: float
+    rope_theta_local: float = 10_000.0
+    rope_theta_global: float = 1_000_000.0
+    rope_scale_global: float = 1.0
+    norm_eps: float = 1e-6
+    max_positions: int = 32_768
+    layer_types: tuple[str, ...] | None = None
+    family: str = "gemma3"
+
+    def __post_init__(self) -> None:
+        _one_of("backbone", "family", self.family, ("gemma3",))
+        for field in ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "window"):
+            value = getattr(self, field)
+            _require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"backbone.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if self.layer_types is None:
+            kinds = tuple("global" if (layer + 1) % 6 == 0 else "local" for layer in range(self.num_layers))
+            object.__setattr__(self, "layer_types", kinds)
+        _require(
+            len(self.layer_types) == self.num_layers,
+            f"backbone.layer_types has {len(self.layer_types)} entries for num_layers={self.num_layers}",
+        )
+        for kind in self.layer_types:
+            _one_of("backbone", "layer_types", kind, ("local", "global"))
+
+    @property
+    def embed_scale(self) -> float:
+        return math.sqrt(self.d_model)
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the seven linears of a layer."""
+        d, f, q, kv = self.d_model, self.d_ff, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the backbone; the tied head counts once."""
+        linears = sum(i * o for i, o in self.linear_shapes.values())
+        return self.vocab_size * self.d_model + self.d_model + self.num_layers * (
+            linears + 4 * self.d_model + 2 * self.head_dim
+        )
+
+
+def _preset(**fields: Any) -> BackboneConfig:
+    return BackboneConfig(**{"vocab_size": 262_208, "rope_scale_global": 8.0, "max_positions": 131_072, **fields})
+
+
+# Shapes as published with the checkpoints. The two smallest are text-only: 64 fewer vocabulary rows, no RoPE scaling.
+PRESETS: dict[str, BackboneConfig] = {
+    "270m": _preset(
+        num_layers=18, d_model=640, d_ff=2048, num_heads=4, num_kv_heads=1, head_dim=256, vocab_size=262_144,
+        window=512, query_pre_attn_scalar=256.0, rope_scale_global=1.0, max_positions=32_768,
+    ),
+    "1b": _preset(
+        num_layers=26, d_model=1152, d_ff=6912, num_heads=4, num_kv_heads=1, head_dim=256, vocab_size=262_144,
+        window=512, query_pre_attn_scalar=256.0, rope_scale_global=1.0, max_positions=32_768,
+    ),
+    "4b": _preset(
+        num_layers=34, d_model=2560, d_ff=10_240, num_heads=8, num_kv_heads=4, head_dim=256,
+        window=1024, query_pre_attn_scalar=256.0,
+    ),
+    "12b": _preset(
+        num_layers=48, d_model=3840, d_ff=15_360, num_heads=16, num_kv_heads=8, head_dim=256,
+        window=1024, query_pre_attn_scalar=256.0,
+    ),
+    "27b": _preset(
+        num_layers=62, d_model=5376, d_ff=21_504, num_heads=32, num_kv_heads=16, head_dim=128,
+        window=1024, query_pre_attn_scalar=168.0,
+    ),
+    # Random weights, the byte tokenizer: for tests and `configs/tiny.py`. Seven layers, so that a global one is inside.
+    "tiny": _preset(
+        num_layers=7, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=262,
+        window=16, query_pre_attn_scalar=16.0, rope_scale_global=1.0, max_positions=4096,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """The state stream: what a layer remembers and how it is blended in.
+
+    state        "ffn": the feed-forward block's output f. "block": the layer's output o (V1's cached state).
+    norm         N in h' = h + alpha * (gain * N(s) - h): "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
+    alpha        None: learned within alpha_range from alpha_init. A number: fixed there, outside the range too.
+    alpha_range  alpha = lo + (hi - lo) * sigmoid(theta); (0, 1) is "free".
+    alpha_warmup optimizer steps over which alpha rises from the range's lower end; 0 is none.
+    granularity  how many alphas: "dimension" (one a layer and dimension), "layer" (one a layer), "scalar" (one).
+    gain         factor on N(s); learn_gain trains it, one a layer, from this value.
+    decay        0: a state is the previous position's. lambda in (0, 1): s_t = lambda s_{t-1} + (1 - lambda) u_t.
+    initial      at a document's first position: "none" (no blend), "zero", "own" (RMSNorm of the layer's input, V1),
+                 "skip_bos" (as "none", and nothing leaves a BOS either).
+    propagate    "scan": for state="block" the linear carry of s through o is exact; "shift": the plainer reading.
+    dtype        how states are kept in caches; the blend itself is always float32 or wider.
+    pass1_grad   whether gradients flow through the states of earlier passes.
+    prompt       which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose output is
+                 the first generated token), "none" (depth begins with the position of the first generated token), "all".
+    kv           at iteration i > 1 a position's keys and values are written anew ("overwrite") or kept from
+                 iteration 1 ("first", V1's frozen cache).
+    layers       which layers carry a state; None is all.
+    """
+
+    state: str = "ffn"
+    norm: str = "none"
+    alpha: float | None = None
+    alpha_range: tuple[float, float] = (0.015, 0.10)
+    alpha_init: float = 0.027
+    alpha_warmup: int = 0
+    granularity: str = "dimension"
+    gain: float = 1.0
+    learn_gain: bool = False
+    decay: float = 0.0
+    initial: str = "none"
+    propagate: str = "scan"
+    dtype: str = "float32"
+    pass1_grad: bool = True
+    prompt: str = "last"
+    kv: str = "overwrite"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("stream", "state", self.state, ("ffn", "block"))
+        _one_of("stream", "norm", self.norm, ("none", "rms", "match"))
+        _one_of("stream", "granularity", self.granularity, ("dimension", "layer", "scalar"))
+        _one_of("stream", "initial", self.initial, ("none", "zero", "own", "skip_bos"))
+        _one_of("stream", "propagate", self.propagate, ("scan", "shift"))
+        _one_of("stream", "dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("stream", "prompt", self.prompt, ("last", "none", "all"))
+        _one_of("stream", "kv", self.kv, ("overwrite", "first"))
+        for field in ("alpha_range", "layers"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, tuple(value))
+        _require(len(self.alpha_range) == 2, f"stream.alpha_range={self.alpha_range} must be two numbers")
+        lo, hi = self.alpha_range
+        _require(0.0 <= lo < hi <= 1.0, f"stream.alpha_range={self.alpha_range} must satisfy 0 <= lo < hi <= 1")
+        if self.alpha is None:
+            _require(
+                lo < self.alpha_init < hi,
+                f"stream.alpha_init={self.alpha_init} must lie strictly inside alpha_range={self.alpha_range}; "
+                "a fixed alpha is set with stream.alpha",
+            )
+        else:
+            _require(
+                math.isfinite(self.alpha) and 0.0 <= self.alpha <= 1.0, f"stream.alpha={self.alpha} must be in [0, 1]"
+            )
+        _require(math.isfinite(self.gain), f"stream.gain={self.gain} must be finite")
+        _require(0.0 <= self.decay < 1.0, f"stream.decay={self.decay} must be in [0, 1)")
+        _require(self.alpha_warmup >= 0, f"stream.alpha_warmup={self.alpha_warmup} must not be negative")
+
+    @property
+    def linear_carry(self) -> bool:
+        """Whether s enters the layer's output linearly with a known factor, so that a scan can carry it exactly."""
+        return self.state == "block" and self.propagate == "scan" and self.norm == "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA (arXiv 2106.09685) on the named linears: y = x W + (alpha / rank) * dropout(x) A B, A and B in float32."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = LINEARS
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        _require(isinstance(self.rank, int) and self.rank >= 0, f"adapter.rank={self.rank!r} must be an integer >= 0")
+        for target in self.targets:
+            _one_of("adapter", "targets", target, LINEARS)
+        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout} must be in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A backbone with, optionally, a stream and an adapter. `stream=None` is the plain backbone."""
+
+    backbone: BackboneConfig
+    stream: StreamConfig | None = None
+    adapter: AdapterConfig = AdapterConfig(rank=0)
+
+    def __post_init__(self) -> None:
+        if self.stream is not None and self.stream.layers is not None:
+            for layer in self.stream.layers:
+                _require(
+                    0 <= layer < self.backbone.num_layers,
+                    f"stream.layers names layer {layer}; the backbone has layers 0 to {self.backbone.num_layers - 1}",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` reads back to an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> ModelConfig:
+        """Reads `to_dict`'s form.
+
+        Raises: InputError, naming the missing or unknown field.
+        """
+        _require("backbone" in mapping, "model config lacks the field backbone")
+        unknown = sorted(set(mapping) - {"backbone", "stream", "adapter"})
+        _require(not unknown, f"model config has no field {', '.join(unknown)}")
+        stream, adapter = mapping.get("stream"), mapping.get("adapter")
+        return cls(
+            backbone=from_mapping(BackboneConfig, mapping["backbone"]),
+            stream=None if stream is None else from_mapping(StreamConfig, stream),
+            adapter=AdapterConfig(rank=0) if adapter is None else from_mapping(AdapterConfig, adapter),
+        )

@@ -1,0 +1,184 @@
+"""The stack: parameters as three trees, and one scan that runs any layer rule over them.
+
+    params = {"base": {embed, final_norm, layers}, "adapter": {...}, "blend": {...}}      all layers stacked, [L, ...]
+
+A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
+one layer's parameters at a time, under `jax.checkpoint` when training. The rules themselves are in `model/forward.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sst_jax.model.attention import Ropes, ropes
+from sst_jax.model.config import ModelConfig
+from sst_jax.model.layers import Adapter, Base, Blend, Block, unit_rms, wide
+from sst_jax.model.layers import embed as embed_tokens
+from sst_jax.model.state import Masks, alpha_and_gain, masks_for
+
+Params = dict[str, Any]
+Streams = tuple[jax.Array, ...]
+
+
+class Layer(NamedTuple):
+    """One layer, unpacked: what a rule works with."""
+
+    block: Block
+    is_global: jax.Array  # bool []
+    slot: jax.Array  # int32 [], the layer's place among the layers of its kind
+    masks: Masks | None  # where states enter this layer; None where no stream is
+    alpha: jax.Array | None
+    gain: jax.Array | None
+    drop: dict[str, jax.Array]  # LoRA dropout factors by linear, [B, 1, inputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers share. Arrays here are closed over by the scan, not carried."""
+
+    config: ModelConfig
+    ropes: Ropes
+    segment_ids: jax.Array | None = None  # [B, T]; None when decoding
+    masks: Masks | None = None
+    depth: int = 1
+    warmth: jax.Array | None = None
+    dropout_key: jax.Array | None = None
+    options: Any = None  # a forward's own settings
+
+
+def row_context(
+    config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
+    *, depth: int = 1, bos_id: int | None = None, **rest: Any,
+) -> Context:  # fmt: skip
+    """The context of whole rows. Without segment_ids a row is one document; positions restart with every document."""
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    if positions is None:
+        positions = document_positions(segment_ids)
+    masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, bos_id)
+    return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth, **rest)
+
+
+def document_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions [B, T] counted from 0 at the start of every run of equal segment ids."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def layer_slots(layer_types: tuple[str, ...]) -> np.ndarray:
+    """Each layer's index among the layers of its own kind."""
+    return np.array([layer_types[:layer].count(kind) for layer, kind in enumerate(layer_types)], np.int32)
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random parameters: base in `dtype`, adapter and blend in float32. Also the shapes, under `jax.eval_shape`."""
+    backbone = config.backbone
+    embed_key, layers_key = jax.random.split(key)
+
+    def one_layer(layer_key: jax.Array) -> tuple[nnx.State, ...]:
+        block = Block(config, dtype, nnx.Rngs(layer_key))
+        return nnx.split(block, Base, Adapter, Blend)[1:]
+
+    states = jax.vmap(one_layer)(jax.random.split(layers_key, backbone.num_layers))
+    base, adapter, blend = (nnx.to_pure_dict(state) for state in states)
+    if config.stream is not None and config.stream.granularity == "scalar":
+        blend = {name: value[:1] if name == "theta" else value for name, value in blend.items()}
+    embedding = jax.random.normal(embed_key, (backbone.vocab_size, backbone.d_model), dtype)
+    return {
+        "base": {
+            "embed": {"embedding": embedding * jnp.asarray(backbone.d_model**-0.5, dtype)},
+            "final_norm": {"scale": jnp.zeros(backbone.d_model, dtype)},
+            "layers": base,
+        },
+        "adapter": adapter,
+        "blend": blend,
+    }
+
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+    """`init_params` as shapes and types only."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+
+
+def run_layers(
+    params: Params, rule: Callable[..., tuple[Any, Any]], streams: Any, context: Context, extras: Any = None,
+    *, remat: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Runs `rule` through the stack in one scan over layers.
+
+    `streams` is carried from layer to layer, `extras` [L, ...] is handed out a layer at a time, and what the rule
+    returns beside the streams comes back stacked, [L, ...].
+    """
+    config, backbone = context.config, context.config.backbone
+    block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
+    graphdef = nnx.split(block, Base, Adapter, Blend)[0]
+    layers = backbone.num_layers
+    carries = np.ones(layers, bool)
+    if config.stream is not None and config.stream.layers is not None:
+        carries = np.isin(np.arange(layers), config.stream.layers)
+    blend = dict(params["blend"])
+    if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
+        blend["theta"] = jnp.broadcast_to(blend["theta"], (layers, 1))
+    facts = {
+        "index": np.arange(layers, dtype=np.int32),
+        "is_global": np.array([kind == "global" for kind in backbone.layer_types]),
+        "slot": layer_slots(backbone.layer_types),
+        "carries": carries,
+    }
+
+    def body(streams: Any, slices: tuple) -> tuple[Any, Any]:
+        base, adapter, blend, facts, extra = slices
+        layer = unpack(nnx.merge(graphdef, base, adapter, blend), facts, context)
+        return rule(layer, streams, extra, context)
+
+    if remat:
+        # The scan already keeps XLA from undoing the recomputation, so the costly barrier is not needed.
+        body = jax.checkpoint(body, prevent_cse=False)
+    xs = (params["base"]["layers"], params["adapter"], blend, facts, extras)
+    return jax.lax.scan(body, streams, xs)
+
+
+def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer:
+    """Everything that a rule needs of one layer, from its slice of the stacked parameters."""
+    config, masks, alpha, gain, drop = context.config, None, None, None, {}
+    if config.stream is not None:
+        alpha, gain = alpha_and_gain(config.stream, block, context.warmth)
+        if context.masks is not None:
+            masks = Masks(*(mask & facts["carries"] for mask in context.masks))
+    if config.adapter.dropout and context.dropout_key is not None:
+        rows, rate = context.segment_ids.shape[0], config.adapter.dropout
+        for number, name in enumerate(config.adapter.targets):
+            # One mask a row, the same at all positions and in all passes (Gal and Ghahramani 2016): then every forward
+            # computes the same function, in whichever order it walks the positions.
+            key = jax.random.fold_in(jax.random.fold_in(context.dropout_key, facts["index"]), number)
+            shape = (rows, 1, config.backbone.linear_shapes[name][0])
+            drop[name] = jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
+    return Layer(block, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
+
+
+def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Scaled token embeddings, [B, T, D]."""
+    return embed_tokens(config.backbone, params["base"]["embed"]["embedding"], tokens, dtype)
+
+
+def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The last RMSNorm, in x's type."""
+    scale = params["base"]["final_norm"]["scale"]
+    return (unit_rms(x, config.backbone.norm_eps) * (1.0 + wide(scale))).astype(x.dtype)
+
+
+def head(params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] of normed hidden states [..., D] by the tied embedding, accumulated in float32 or wider."""
+    embedding = params["base"]["embed"]["embedding"]
+    out = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=out)

@@ -1,0 +1,116 @@
+"""One decoder layer as an NNX module: norms, linears with their LoRA, and nothing of the stream but its parameters.
+
+`Block` is declared once, for one layer. Its variables carry one of three types, so that `nnx.split` turns a block into
+the three trees that the project keeps apart: `base` (frozen), `adapter` (LoRA) and `blend` (the stream's). Stacked over
+layers, [L, ...], they are what `model/decoder.py` scans over. How a layer computes is in `model/forward.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
+
+
+class Base(nnx.Param):
+    """A frozen backbone parameter."""
+
+
+class Adapter(nnx.Param):
+    """A LoRA parameter, float32."""
+
+
+class Blend(nnx.Param):
+    """A parameter of the stream, float32."""
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """x in float32, or in its own type where that is wider: norms, softmax and the blend never run in bfloat16."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x divided by its root mean square over the last axis, computed and returned wide."""
+    x = wide(x)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """Gemma's RMSNorm: x / rms(x) * (1 + scale), wide inside and out; the caller narrows."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+        self.scale = Base(jnp.zeros(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return unit_rms(x, self.eps) * (1.0 + wide(self.scale[...]))
+
+
+class Linear(nnx.Module):
+    """y = x W + scale * (x * drop) A B, in x's type. W is frozen; A and B are float32 and absent at rank 0."""
+
+    def __init__(self, shape: tuple[int, int], rank: int, scale: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        inputs, outputs = shape
+        self.kernel = Base(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(inputs))
+        self.rank, self.scale = rank, scale
+        if rank:
+            bound = 1.0 / math.sqrt(inputs)  # PEFT's default initialisation; B = 0 makes a fresh adapter the identity
+            self.lora_a = Adapter(jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound))
+            self.lora_b = Adapter(jnp.zeros((rank, outputs)))
+
+    def __call__(self, x: jax.Array, drop: jax.Array | None = None) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.rank:
+            z = x if drop is None else x * drop.astype(x.dtype)
+            y = y + (z @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.scale
+        return y
+
+
+class Block(nnx.Module):
+    """The parameters of one Gemma-3 decoder layer, with the stream's where there is one."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        backbone, adapter, stream = config.backbone, config.adapter, config.stream
+        for name in ("pre_attn_norm", "post_attn_norm", "pre_ffn_norm", "post_ffn_norm"):
+            setattr(self, name, RMSNorm(backbone.d_model, backbone.norm_eps, dtype))
+        for name in ("q_norm", "k_norm"):
+            setattr(self, name, RMSNorm(backbone.head_dim, backbone.norm_eps, dtype))
+        for name, shape in backbone.linear_shapes.items():
+            rank = adapter.rank if name in adapter.targets else 0
+            setattr(self, name, Linear(shape, rank, adapter.scale, dtype, rngs))
+        if stream is not None and stream.alpha is None:
+            size = backbone.d_model if stream.granularity == "dimension" else 1
+            self.theta = Blend(jnp.full(size, initial_theta(stream)))
+        if stream is not None and stream.learn_gain:
+            self.gain = Blend(jnp.full(1, stream.gain))
+
+
+def initial_theta(stream: StreamConfig) -> float:
+    """The logit at which the clamped sigmoid gives `alpha_init`."""
+    lo, hi = stream.alpha_range
+    share = (stream.alpha_init - lo) / (hi - lo)
+    return math.log(share / (1.0 - share))
+
+
+def rope_table(positions: jax.Array, head_dim: int, theta: float, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, H/2] of rotary embedding (arXiv 2104.09864), positions divided by `scale`."""
+    frequency = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    angle = positions[..., None].astype(jnp.float32) * (frequency / scale)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Applies `rope_table` to [B, T, heads, H]; halves are paired as in Hugging Face's `rotate_half`."""
+    cos, sin = (part[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for part in table)
+    first, second = jnp.split(wide(x), 2, axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+
+
+def embed(backbone: BackboneConfig, embedding: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Token embeddings times sqrt(D), [..., D]. The factor is rounded to the table's type first, as the reference does."""
+    scale = jnp.asarray(backbone.embed_scale, embedding.dtype)
+    return (jnp.take(embedding, tokens, axis=0) * scale).astype(dtype)

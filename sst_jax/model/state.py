@@ -1,0 +1,129 @@
+"""The idea: what a layer remembers, how the memory moves on, and how it is blended in.
+
+At every step (one iteration of one position; at depth 1 simply a position) a layer holds a memory m: what it was just
+thinking. Entering the next step that memory is the state s, blended into the post-attention residual stream h:
+
+    h' = h + alpha * (gain * N(s) - h)        `blend`
+    f  = FFN(h'),   o = h' + f
+    u  = f  or  o                             `thought`
+    m  = decay * s + (1 - decay) * u          `remember`: sequential, one step
+    s_t = m_{t-1}                             `propagate`: all steps at once, from an earlier pass's h and f
+
+Two masks say where. `live`: a state comes in from the step before. `begins`: nothing comes in, but the config gives an
+initial state. Neither holds on padding, and `live` is off where a document begins, so no state crosses a border.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sst_jax.model.config import StreamConfig
+from sst_jax.model.layers import Block, unit_rms, wide
+
+EPS = 1e-6
+
+
+class Masks(NamedTuple):
+    """Where states enter, bool [B, T*I, 1] each; see the module's docstring."""
+
+    live: jax.Array
+    begins: jax.Array
+
+    @property
+    def blends(self) -> jax.Array:
+        return self.live | self.begins
+
+
+def alpha_and_gain(stream: StreamConfig, block: Block, warmth: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """alpha, [D] or [1], and gain, [1], of one layer. `warmth` in [0, 1] scales alpha up from the range's lower end."""
+    lo, hi = stream.alpha_range
+    if stream.alpha is not None:
+        alpha = jnp.full(1, stream.alpha)
+    else:
+        alpha = lo + (hi - lo) * jax.nn.sigmoid(block.theta[...])
+        alpha = alpha if warmth is None else lo + (alpha - lo) * warmth
+    return alpha, block.gain[...] if stream.learn_gain else jnp.full(1, stream.gain)
+
+
+def normalise(stream: StreamConfig, s: jax.Array, h: jax.Array) -> jax.Array:
+    """N(s), wide."""
+    if stream.norm == "none":
+        return wide(s)
+    unit = unit_rms(s, EPS)
+    return unit if stream.norm == "rms" else unit * jnp.sqrt(jnp.mean(jnp.square(wide(h)), axis=-1, keepdims=True))
+
+
+def blend(stream: StreamConfig, alpha: jax.Array, gain: jax.Array, h: jax.Array, s: jax.Array, where: jax.Array):
+    """h', wide: h moved by alpha towards the state where there is one, h itself elsewhere."""
+    h = wide(h)
+    return jnp.where(where, h + alpha * (gain * normalise(stream, s, h) - h), h)
+
+
+def thought(stream: StreamConfig, o: jax.Array, f: jax.Array) -> jax.Array:
+    """u, what the layer was just thinking, in the type that states are kept in."""
+    u = f if stream.state == "ffn" else o
+    return u.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else wide(u)
+
+
+def initial(stream: StreamConfig, x: jax.Array) -> jax.Array:
+    """The state entering a document's first step, from the layer's input x. Read only where `begins`."""
+    s = unit_rms(x, EPS) if stream.initial == "own" else jnp.zeros(x.shape, wide(x).dtype)
+    return s.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else s
+
+
+def remember(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array) -> jax.Array:
+    """m after one step that s entered: a decaying average, or u alone where nothing entered."""
+    if stream.decay == 0.0:
+        return u
+    return jnp.where(where, stream.decay * wide(s) + (1.0 - stream.decay) * wide(u), wide(u)).astype(u.dtype)
+
+
+def propagate(
+    stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
+    masks: Masks,
+) -> jax.Array:  # fmt: skip
+    """The state entering every step, from an earlier pass over all steps: x into the layer, h, f and o inside it.
+
+    Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in, and moves the memory
+    one step on. Without decay and linear carry a is zero everywhere and only the move is left. All arrays [B, T*I, D].
+    """
+    s0 = initial(stream, x)
+    u = thought(stream, o, f)
+    if stream.decay == 0.0 and not stream.linear_carry:
+        memory = u
+    else:
+        through, rest = jnp.zeros_like(alpha), wide(u)
+        if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in
+            through, rest = alpha * gain, jnp.where(masks.blends, (1.0 - alpha) * wide(h), wide(h)) + wide(f)
+        a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
+        b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest) + jnp.where(masks.begins, a * wide(s0), 0.0)
+        a = jnp.where(masks.live, a, 0.0)
+
+        def compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
+            return first[0] * second[0], second[0] * first[1] + second[1]
+
+        memory = jax.lax.associative_scan(compose, (a, b), axis=1)[1].astype(u.dtype)
+    moved = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return jnp.where(masks.live, moved, s0)
+
+
+def masks_for(
+    stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None
+) -> Masks:
+    """Masks for whole rows, [B, T*I, 1], from segment_ids [B, T] (0 is padding) and tokens [B, T]."""
+    real = segment_ids > 0
+    source = real
+    if stream.initial == "skip_bos" and bos_id is not None:
+        source = real & (tokens != bos_id)
+    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    entering = real & (segment_ids == previous) & jnp.pad(source[:, :-1], ((0, 0), (1, 0)))
+    # The first iteration is entered from the position before, every later one from the iteration before.
+    live = jnp.stack([entering] + [source] * (depth - 1), axis=-1)
+    begins = jnp.zeros_like(live)
+    if stream.initial in ("zero", "own"):
+        begins = begins.at[..., 0].set(real & ~entering)
+    rows = segment_ids.shape[0]
+    return Masks(live.reshape(rows, -1, 1), begins.reshape(rows, -1, 1))

@@ -1,0 +1,23 @@
+"""Axis legend and array aliases, used by every room.
+
+    B  batch rows            N  query heads             L  decoder layers
+    T  positions             K  key/value heads         V  vocabulary
+    D  d_model               H  head_dim                I  iterations of the stack at one position
+    F  d_ff                  R  LoRA rank               S  slots of a key/value cache
+
+At iteration depth I every position is unfolded into I consecutive *steps*, so an activation is [B, T*I, D] and step
+t*I + i is iteration i of position t. At depth 1 steps are positions and the shape is the usual [B, T, D].
+
+The aliases are checked at run time in the tests (jaxtyping with beartype) and cost nothing elsewhere.
+"""
+
+from jaxtyping import Array, Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+SegmentIds = Int[Array, "B T"]  # 0 is padding, documents count from 1
+Positions = Int[Array, "B T"]  # restart at 0 with every document
+Logits = Float[Array, "B T V"]
+Hidden = Float[Array, "B TI D"]  # the residual stream, or a state
+Queries = Float[Array, "B TI N H"]
+KeysValues = Float[Array, "B TI K H"]
+StepMask = Bool[Array, "B TI 1"]

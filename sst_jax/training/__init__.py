@@ -1,0 +1,1 @@
+"""Training: the loss, the step, the optimizer, checkpoints, metrics and the run folder."""

@@ -1,0 +1,1 @@
+"""Weights in and out: name tables, Hugging Face safetensors, GGUF, base folders, LoRA merging."""
