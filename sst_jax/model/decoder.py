@@ -105,6 +105,11 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.floa
     }
 
 
+def init_blend(config: ModelConfig, key: jax.Array) -> Params:
+    """The stream's parameters alone, as `init_params` makes them, without making a base."""
+    return jax.jit(lambda key: init_params(config, key)["blend"])(key)
+
+
 def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
     """`init_params` as shapes and types only."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))

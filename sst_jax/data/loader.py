@@ -1,0 +1,182 @@
+"""Packed rows from examples, as a grain iterator that resumes exactly; and fixed batches for held-out evaluation.
+
+A batch is a dict of arrays [B, T]: tokens int32; segment_ids int32 (0 is padding, documents count from 1); positions
+int32 (restart at 0 with every document); answer_mask bool (aligned with tokens, see `prompts.Example`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grain
+import grain.experimental
+import numpy as np
+
+from sst_jax.data.problems import Problem
+from sst_jax.data.prompts import Example, render
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+
+PACKING_BINS = 64  # rows filled side by side: more bins waste less padding, and delay documents by as many rows
+Batch = dict[str, np.ndarray]
+
+
+def prepare(
+    problems: Iterable[Problem], tokenizer: Tokenizer, length: int, format: str = "plain", overlong: str = "error"
+) -> list[Example]:
+    """Tokenises every problem once and checks it against the row length, before anything trains.
+
+    overlong: "error" raises; "drop" leaves examples of more than `length` tokens out and logs how many.
+    Raises: InputError naming an over-long example and the length needed, or when no example is left.
+    """
+    if overlong not in ("error", "drop"):
+        raise InputError(f"data.overlong={overlong!r} is not one of 'error', 'drop'")
+    examples = [render(problem, tokenizer, format) for problem in problems]
+    if not examples:
+        raise InputError("the dataset is empty")
+    kept = [example for example in examples if len(example.tokens) <= length]
+    if len(kept) == len(examples):
+        return examples
+    longest = max(examples, key=lambda example: len(example.tokens))
+    count = len(examples) - len(kept)
+    what = (
+        f"{count} of {len(examples)} examples exceed data.length={length}; "
+        f"the longest, {longest.id}, needs {len(longest.tokens)}"
+    )
+    if overlong == "error":
+        raise InputError(f"{what}: raise data.length, or set data.overlong=drop")
+    if not kept:
+        raise InputError(f"{what}: dropping them leaves none")
+    logging.getLogger(__name__).warning("dropped: %s", what)
+    return kept
+
+
+def rows(
+    examples: Sequence[Example],
+    *,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    pack: bool = True,
+    epochs: int | None = None,
+    pad_id: int = 0,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """An iterator over batches of rows of packed documents (pack) or one document a row.
+
+    Every epoch is reshuffled; the order depends on `seed` alone. `epochs=None` never ends; otherwise the last batch is
+    filled with rows of padding. A shard takes every shard_count-th document of each epoch's order, so shards are
+    disjoint within an epoch and together hold all of it. `get_state`/`set_state` (and `grain.checkpoint`) resume
+    exactly, given the same arguments.
+    Raises: InputError for no examples, an example longer than `length`, or a bad count.
+    """
+    _check_positive(length=length, batch_size=batch_size, epochs=epochs, shard_count=shard_count)
+    if not 0 <= shard_index < shard_count:
+        raise InputError(f"data.shard_index={shard_index} must be in [0, shard_count={shard_count})")
+    if len(examples) < shard_count:
+        raise InputError(f"a dataset of {len(examples)} examples cannot feed {shard_count} shard(s)")
+    _check_lengths(examples, length)
+
+    documents = grain.MapDataset.source(examples).seed(seed).shuffle()[shard_index::shard_count].repeat(epochs)
+    # Everything is in memory: reading ahead in threads would only cost.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    if pack:
+        dataset = grain.experimental.FirstFitPackIterDataset(
+            documents.map(_document).to_iter_dataset(options),
+            length_struct={"tokens": length, "answer_mask": length},
+            num_packing_bins=max(PACKING_BINS, batch_size),
+            seed=seed,
+        ).map(_packed_row)
+    else:
+        dataset = documents.map(functools.partial(_row, length=length)).to_iter_dataset(options)
+    fill = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return iter(dataset.batch(batch_size, batch_fn=fill).map(functools.partial(_set_padding, pad_id=pad_id)))
+
+
+def fixed_batches(
+    examples: Sequence[Example], *, length: int, batch_size: int, pack: bool = False, pad_id: int = 0
+) -> list[dict[str, Any]]:
+    """All examples once, in their order, as a list of batches; the last is filled with rows of padding.
+
+    Each batch has one more entry, "ids": for each row the example ids of its segments 1, 2, ... in order. With `pack`,
+    a document goes into the first row with room for it.
+    Raises: InputError for no examples or one longer than `length`.
+    """
+    _check_positive(length=length, batch_size=batch_size)
+    if not examples:
+        raise InputError("the dataset is empty")
+    _check_lengths(examples, length)
+    groups: list[list[Example]] = []
+    room: list[int] = []
+    for example in examples:
+        size = len(example.tokens)
+        place = next((row for row, free in enumerate(room) if free >= size), None) if pack else None
+        if place is None:
+            place = len(room)
+            groups.append([])
+            room.append(length)
+        groups[place].append(example)
+        room[place] -= size
+    groups += [[]] * (-len(groups) % batch_size)
+    batches = []
+    for start in range(0, len(groups), batch_size):
+        members = groups[start : start + batch_size]
+        batch = {
+            key: np.stack(values) for key, values in _transpose([_lay_out(group, length) for group in members]).items()
+        }
+        batches.append(_set_padding(batch, pad_id) | {"ids": [[example.id for example in group] for group in members]})
+    return batches
+
+
+def _check_positive(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"data.{name}={value} must be positive")
+
+
+def _check_lengths(examples: Sequence[Example], length: int) -> None:
+    for example in examples:
+        if len(example.tokens) > length:
+            raise InputError(f"example {example.id} needs data.length={len(example.tokens)}, more than {length}")
+
+
+def _document(example: Example) -> Batch:
+    return {"tokens": example.tokens, "answer_mask": example.answer_mask}
+
+
+def _packed_row(row: Batch) -> Batch:
+    return {
+        "tokens": row["tokens"],
+        "segment_ids": row["tokens_segment_ids"],
+        "positions": row["tokens_positions"],
+        "answer_mask": row["answer_mask"],
+    }
+
+
+def _lay_out(documents: Sequence[Example], length: int) -> Batch:
+    """One row [T] holding the documents one after another."""
+    row = {key: np.zeros(length, np.int32) for key in ("tokens", "segment_ids", "positions")}
+    row["answer_mask"] = np.zeros(length, bool)
+    start = 0
+    for segment, example in enumerate(documents, start=1):
+        span = slice(start, start + len(example.tokens))
+        row["tokens"][span], row["answer_mask"][span] = example.tokens, example.answer_mask
+        row["segment_ids"][span], row["positions"][span] = segment, np.arange(len(example.tokens))
+        start = span.stop
+    return row
+
+
+def _row(example: Example, length: int) -> Batch:
+    return _lay_out([example], length)
+
+
+def _transpose(rows: Sequence[Batch]) -> dict[str, list[np.ndarray]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def _set_padding(batch: Batch, pad_id: int) -> Batch:
+    return batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], np.int32(pad_id))}

@@ -1,0 +1,280 @@
+"""A SentencePiece BPE vocabulary in its three coats: GGUF metadata, a ModelProto, the tokenizers library's JSON.
+
+The protobuf wire format is written and read by hand, because the generated module that `sentencepiece` ships refuses
+to load under any older protobuf runtime, and a ModelProto needs only a dozen of its fields.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sst_jax.errors import InputError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same numbers in GGUF and in a ModelProto
+SPACE = "\u2581"  # how a piece writes a space
+
+
+class Vocabulary(NamedTuple):
+    """Pieces by id, with the score that orders merges and the type; special ids are None where there is none."""
+
+    pieces: list[str]
+    scores: list[float]
+    types: list[int]
+    unk_id: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    add_dummy_prefix: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------- GGUF
+
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_NUMBERS = {
+    0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+
+
+def gguf_metadata(path: str | Path) -> dict[str, Any]:
+    """The key-value section of a GGUF file (versions 2 and 3, little-endian), without touching the tensors.
+
+    `gguf.GGUFReader` makes two arrays a string, which takes ten seconds for Gemma's 262,144; this takes under one.
+    Raises: InputError naming the file when it is missing, not GGUF, or truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such GGUF file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def take(count: int) -> bytes:
+            if count > size - file.tell():
+                raise InputError(f"{path}: truncated inside its metadata")
+            return file.read(count)
+
+        def value(kind: int) -> Any:
+            if kind == _GGUF_STRING:
+                return take(*struct.unpack("<Q", take(8))).decode("utf-8")
+            if kind == _GGUF_ARRAY:
+                item, count = struct.unpack("<IQ", take(12))
+                if item in _GGUF_NUMBERS:
+                    dtype = np.dtype(_GGUF_NUMBERS[item])
+                    return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
+                return [value(item) for _ in range(count)]
+            if kind not in _GGUF_NUMBERS:
+                raise InputError(f"{path}: metadata of unknown type {kind}")
+            dtype = np.dtype(_GGUF_NUMBERS[kind])
+            return np.frombuffer(take(dtype.itemsize), dtype).item()
+
+        if take(4) != b"GGUF":
+            raise InputError(f"{path}: not a GGUF file")
+        version, _, count = struct.unpack("<IQQ", take(20))
+        if version not in (2, 3):
+            raise InputError(f"{path}: GGUF version {version} is not read here, only little-endian 2 and 3")
+        try:
+            return {value(_GGUF_STRING): value(*struct.unpack("<I", take(4))) for _ in range(count)}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: metadata holds a string that is not UTF-8") from error
+
+
+def vocabulary_from_gguf(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], facts: Mapping[str, Any]
+) -> Vocabulary:
+    """`tokenizer.ggml.{tokens,scores,token_type}` and the other `tokenizer.ggml.*` facts, by their full names.
+
+    Raises: InputError when the vocabulary is not SentencePiece BPE ("llama"), or its parts disagree.
+    """
+    kind = facts.get("tokenizer.ggml.model", "llama")
+    if kind != "llama":
+        raise InputError(
+            f"tokenizer.ggml.model is {kind!r}; only SentencePiece vocabularies ('llama') are rebuilt here"
+        )
+    if not len(tokens) == len(scores) == len(types) > 0:
+        raise InputError(f"GGUF vocabulary has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types")
+    ids = {
+        name: facts.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("unk_id", "unknown"), ("bos_id", "bos"), ("eos_id", "eos"), ("pad_id", "padding"))
+    }
+    for name, index in ids.items():
+        if index is not None and not 0 <= index < len(tokens):
+            raise InputError(f"GGUF vocabulary of {len(tokens)} has {name} {index}")
+    if ids["unk_id"] is None:
+        raise InputError("GGUF vocabulary names no tokenizer.ggml.unknown_token_id")
+    types = list(types)
+    types[ids["unk_id"]] = UNKNOWN  # converters store it as one control token among others
+    # A converter writes the spaces of user-defined pieces out; SentencePiece sees only escaped text.
+    pieces = [
+        piece.replace(" ", SPACE) if kind == USER_DEFINED else piece for piece, kind in zip(tokens, types, strict=True)
+    ]
+    return Vocabulary(
+        pieces, list(scores), types, **ids, add_dummy_prefix=facts.get("tokenizer.ggml.add_space_prefix", False)
+    )
+
+
+# ------------------------------------------------------------------------------------- SentencePiece's ModelProto
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes(out) + bytes([number])
+
+
+def _field(number: int, value: int | float | str | bytes) -> bytes:
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value & (1 << 64) - 1)  # negative numbers in two's complement
+    data = value.encode("utf-8") if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
+    """(field number, value) of one protobuf message; submessages and strings come as bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return number
+
+    while at < len(data):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            number_value = varint()
+            yield number, number_value - (1 << 64) if number_value >> 63 else number_value
+            continue
+        length = {1: 8, 5: 4}.get(wire) or varint()
+        chunk = data[at : at + length]
+        at += length
+        yield number, chunk if wire == 2 else struct.unpack("<f" if wire == 5 else "<d", chunk)[0]
+
+
+def to_model_proto(vocabulary: Vocabulary) -> bytes:
+    """A serialized ModelProto: BPE, byte fallback, identity normaliser. The field numbers are the format's."""
+    special = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    trainer = (
+        _field(3, 2) + _field(4, len(vocabulary.pieces)) + _field(35, 1)
+    )  # model_type BPE, vocab_size, byte_fallback
+    for offset, index in enumerate(special.values()):
+        trainer += _field(40 + offset, -1 if index is None else index)
+        if index is not None:
+            trainer += _field(45 + offset, vocabulary.pieces[index])
+    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = _field(1, "identity") + _field(3, int(vocabulary.add_dummy_prefix)) + _field(4, 0) + _field(5, 1)
+    pieces = (
+        _field(1, _field(1, piece) + _field(2, float(score)) + _field(3, kind))
+        for piece, score, kind in zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
+    )
+    return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+
+
+def from_model_proto(data: bytes) -> Vocabulary:
+    """Reads a ModelProto back; fields that a BPE vocabulary does not need are skipped.
+
+    Raises: InputError when the bytes are not such a model, or it is not BPE with an identity normaliser.
+    """
+    pieces, scores, types, trainer, normalizer = [], [], [], {}, {}
+    try:
+        for number, value in _fields(data):
+            if number == 1:
+                piece = {2: 0.0, 3: NORMAL, **dict(_fields(value))}
+                pieces.append(piece[1].decode("utf-8"))
+                scores.append(piece[2])
+                types.append(piece[3])
+            elif number in (2, 3):
+                (trainer if number == 2 else normalizer).update(_fields(value))
+    except (IndexError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
+        raise InputError("not a SentencePiece model") from error
+    if not pieces:
+        raise InputError("not a SentencePiece model: it holds no pieces")
+    if trainer.get(3, 1) != 2 or normalizer.get(2):
+        raise InputError("SentencePiece model is not BPE with an identity normaliser")
+    # The format's own defaults: unk 0, bos 1, eos 2, no padding, and a dummy prefix.
+    unk, bos, eos, pad = (trainer.get(40 + offset, default) for offset, default in enumerate((0, 1, 2, -1)))
+    bos, eos, pad = (None if index < 0 else index for index in (bos, eos, pad))
+    return Vocabulary(pieces, scores, types, unk, bos, eos, pad, bool(normalizer.get(3, 1)))
+
+
+# ------------------------------------------------------------------------------- the tokenizers library's JSON
+
+
+def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
+    """The same vocabulary as a `tokenizer.json`, which gives the same ids in the tokenizers library.
+
+    SentencePiece joins the neighbours whose join scores highest; the library wants a ranked list of pairs, so every
+    split of every piece into two other pieces is listed, best score first.
+    """
+    if vocabulary.add_dummy_prefix:
+        raise InputError("a SentencePiece model that prefixes a space cannot be written as tokenizer.json")
+    ids = {piece: index for index, piece in enumerate(vocabulary.pieces)}
+    normal = {piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == NORMAL}
+    scores = dict(zip(vocabulary.pieces, vocabulary.scores, strict=True))
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(normal, key=lambda piece: (-scores[piece], piece))
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    added = [
+        {
+            "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
+            # Pieces with spaces match only after the normaliser has escaped those of the text.
+            "normalized": kind == USER_DEFINED, "special": kind != USER_DEFINED,
+        }
+        for index, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]  # fmt: skip
+    escapes = SPACE in ids  # a vocabulary of bytes alone spells a space as its byte
+    bos = None if vocabulary.bos_id is None or not add_bos else vocabulary.pieces[vocabulary.bos_id]
+    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    start = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE} if escapes else None,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*start, first],
+            "pair": [*start, first, second],
+            "special_tokens": {} if bos is None else {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                *([{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}] if escapes else []),
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": vocabulary.pieces[vocabulary.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
+        },
+    }
+    return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")

@@ -1,0 +1,239 @@
+"""The public `Model`: what `sst_jax.load` returns and notebooks work with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+from sst_jax.inference import decode
+from sst_jax.inference.sampling import Sampling
+from sst_jax.model import decoder
+from sst_jax.model import forward as forwards
+from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
+from sst_jax.weights import store
+from sst_jax.weights.models import open_model
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer. `finished` says that the model ended it (or a stop string did), not the token limit."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    depth: int
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What `Model.stream` yields: new text of one prompt, and its Generation once it has ended."""
+
+    index: int
+    text: str
+    generation: Generation | None = None
+
+
+class Model:
+    """A decoder with its parameters and tokenizer, and possibly a stream and an adapter."""
+
+    def __init__(
+        self, config: ModelConfig, params: decoder.Params, tokenizer: Tokenizer, facts: Mapping[str, Any] | None = None
+    ):
+        self.config, self.params, self.tokenizer, self.facts = config, params, tokenizer, dict(facts or {})
+
+    @property
+    def dtype(self) -> str:
+        """Type of the base's weights and of the activations."""
+        return str(self.params["base"]["embed"]["embedding"].dtype)
+
+    def __repr__(self) -> str:
+        backbone, stream = self.config.backbone, self.config.stream
+        what = "plain" if stream is None else f"stream {stream.state}, {count(self.params['blend']):,} parameters"
+        return (
+            f"Model({self.facts.get('path', backbone.family)}: {backbone.num_layers} layers, "
+            f"{backbone.num_params / 1e6:,.0f}M parameters, {what}, {self.dtype})"
+        )
+
+    def logits(
+        self, tokens: Any, forward: str | None = None, *, passes: int = 2, depth: int = 1, segment_ids: Any = None,
+        positions: Any = None,
+    ) -> jax.Array:  # fmt: skip
+        """Logits [B, T, V], float32, of tokens [B, T].
+
+        Args:
+          forward: "plain", "two_pass", "k_pass", "local" or "exact" (`model/forward.py`); None: "exact", which is what
+            decoding computes, or "plain" without a stream.
+          passes: k of k_pass and local.
+          depth: iterations of the stack at every position.
+          segment_ids: [B, T], 0 on padding, one number a document; None: each row is one document.
+          positions: [B, T]; None: counted within each document.
+
+        Raises: InputError on tokens outside the vocabulary, or a forward, passes or depth that do not fit together.
+        """
+        tokens = self._ids(tokens)
+        given = {"segment_ids": segment_ids, "positions": positions}
+        for name, value in given.items():
+            if value is not None:
+                given[name] = jnp.asarray(value, jnp.int32)
+                if given[name].shape != tokens.shape:
+                    raise InputError(f"{name} has shape {given[name].shape}, tokens have {tokens.shape}")
+        name = forward or ("plain" if self.config.stream is None else "exact")
+        return forwards.logits(
+            self.config, self.params, tokens, forward=name, passes=passes, depth=depth, bos_id=self.tokenizer.bos_id,
+            dtype=self.dtype, **given,
+        )  # fmt: skip
+
+    def _ids(self, tokens: Any) -> jax.Array:
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
+        vocabulary = self.config.backbone.vocab_size
+        if tokens.size and not (0 <= tokens.min() and tokens.max() < vocabulary):
+            raise InputError(f"tokens must be in [0, {vocabulary}); found {tokens.min()} to {tokens.max()}")
+        return jnp.asarray(tokens, jnp.int32)
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], *, depth: int | Sequence[int] = 1, max_new_tokens: int = 64,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (), chat: bool = False,
+    ) -> Iterator[Piece]:  # fmt: skip
+        """Generates and yields text as it comes; arguments as for `generate`."""
+        prompts = _as_list(prompts)
+        tokens = [self._prompt(prompt, chat) for prompt in prompts]
+        depths = _one_each(depth, len(prompts), "depth")
+        # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
+        seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        _one_each(seeds, len(prompts), "seed")
+        running = decode.generate_tokens(
+            self.config, self.params, tokens, depth=depths, max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p), seeds=seeds, stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
+            pad_id=self.tokenizer.pad_id, bos_id=self.tokenizer.bos_id, dtype=self.dtype,
+        )  # fmt: skip
+        out: list[list[int]] = [[] for _ in prompts]
+        shown, ended = [""] * len(prompts), np.zeros(len(prompts), bool)
+        stops = self.tokenizer.stop_ids
+        new, done = next(running)
+        while True:
+            cut = np.zeros(len(prompts), bool)
+            for row in range(len(prompts)):
+                if ended[row]:
+                    continue
+                out[row] += [int(token) for token in new[row] if token >= 0]
+                text = self.tokenizer.decode([token for token in out[row] if token not in stops])
+                hit = min((place for place in (text.find(mark) for mark in stop if mark) if place >= 0), default=-1)
+                cut[row] = hit >= 0
+                text = text[:hit] if hit >= 0 else text
+                ended[row] = cut[row] or bool(done[row])
+                # Text may still change behind half a character or the beginning of a stop string.
+                settled = text if ended[row] else _settled(text, stop)
+                if len(settled) > len(shown[row]):
+                    yield Piece(row, settled[len(shown[row]) :])
+                    shown[row] = settled
+                if ended[row]:
+                    yield Piece(row, "", Generation(text, out[row], len(tokens[row]), depths[row], True))
+            try:
+                new, done = running.send(cut)
+            except StopIteration:
+                break
+        for row in np.flatnonzero(~ended):
+            text = self.tokenizer.decode(out[row])
+            yield Piece(row, text[len(shown[row]) :], Generation(text, out[row], len(tokens[row]), depths[row], False))
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
+        """Answers to one prompt or many, text or token ids, in one batch.
+
+        Args:
+          depth: iterations of the stack at each position from the first generated one; one number, or one a prompt.
+          max_new_tokens: at most so many tokens each.
+          temperature, top_k, top_p: sampling; temperature 0 is greedy.
+          seed: of sampling; prompt number i uses seed + i, or the i-th of a list.
+          stop: strings that end an answer and are not part of it.
+          chat: wrap each prompt (text) in the chat template's user turn.
+
+        Raises: InputError naming the prompt or the argument.
+        """
+        pieces = self.stream(prompts, **settings)
+        ended = {piece.index: piece.generation for piece in pieces if piece.generation is not None}
+        return [ended[row] for row in sorted(ended)]
+
+    def _prompt(self, prompt: Prompt, chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if chat:
+                return self.tokenizer.chat([{"role": "user", "content": prompt}])
+            return self.tokenizer.encode(prompt)
+        if chat:
+            raise InputError("chat=True takes prompts as text, not as token ids")
+        return self._ids([list(prompt)])[0].tolist()
+
+    def with_stream(self, seed: int = 0, **fields: Any) -> Model:
+        """The same backbone with a fresh stream; `fields` are StreamConfig's. A number for alpha fixes it there.
+
+        Raises: InputError on an unknown field or a bad value.
+        """
+        stream = from_mapping(StreamConfig, fields)
+        config = dataclasses.replace(self.config, stream=stream)
+        fresh = decoder.init_blend(config, jax.random.key(seed))
+        return Model(config, {**self.params, "blend": fresh}, self.tokenizer, self.facts)
+
+    def without_stream(self) -> Model:
+        """The same backbone and adapter with the stream taken off."""
+        config = dataclasses.replace(self.config, stream=None)
+        return Model(config, {**self.params, "blend": {}}, self.tokenizer, self.facts)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes a base folder that `load` and every command take.
+
+        Raises: InputError when the folder is not empty.
+        """
+        facts = {name: self.facts.get(name) for name in ("kind", "path", "digest", "layout", "run", "step")}
+        return store.save_base(directory, self.config.to_dict(), self.params, facts, self.tokenizer.files())
+
+
+def load(model: str | Path, dtype: str | None = None) -> Model:
+    """Opens a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run.
+
+    `dtype`: "float32" or "bfloat16" for the base; None is float32 on a CPU and bfloat16 elsewhere.
+    Raises: InputError naming what is missing, damaged or not supported.
+    """
+    return Model(*open_model(model, dtype))
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(item, (int, np.integer)) for item in prompts):
+        return [prompts]
+    if not prompts:
+        raise InputError("there are no prompts")
+    return prompts
+
+
+def _one_each(value: int | Sequence[int], rows: int, name: str) -> list[int]:
+    values = [value] * rows if isinstance(value, (int, np.integer)) else list(value)
+    if len(values) != rows:
+        raise InputError(f"{name} has {len(values)} entries for {rows} prompts")
+    return values
+
+
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """The part of a growing text that later tokens can no longer change."""
+    text = text.rstrip("�")
+    longest = max((size for mark in stop for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
+    return text[: len(text) - longest]

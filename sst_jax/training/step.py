@@ -1,0 +1,76 @@
+"""One train step and one evaluation step, as functions to be jitted once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sst_jax.model import forward
+from sst_jax.model.config import ModelConfig
+from sst_jax.model.decoder import Params
+from sst_jax.training.loss import answer_losses
+
+Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Which forward trains: its name, and `passes` for k_pass and local."""
+
+    forward: str = "two_pass"
+    passes: int = 2
+    remat: bool = True
+    dtype: str = "float32"
+
+
+class TrainState(NamedTuple):
+    """What training changes, and what a checkpoint holds."""
+
+    step: jax.Array  # int32 []
+    trainable: Params  # {"adapter": ..., "blend": ...}, float32
+    optimizer: Any
+
+
+def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def batch_losses(
+    config: ModelConfig, settings: ForwardConfig, base: Params, trainable: Params, batch: Batch, *,
+    bos_id: int | None, warmth: jax.Array | None = None, dropout_key: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
+    hidden = forward.hidden(
+        config, {"base": base, **trainable}, batch["tokens"], forward=settings.forward, passes=settings.passes,
+        segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, warmth=warmth,
+        dropout_key=dropout_key, dtype=settings.dtype, remat=settings.remat,
+    )  # fmt: skip
+    return answer_losses(hidden, base["embed"]["embedding"], batch["tokens"], batch["answer_mask"])
+
+
+def train_step(
+    config: ModelConfig, settings: ForwardConfig, optimizer: optax.GradientTransformation, bos_id: int | None,
+    state: TrainState, base: Params, batch: Batch, key: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
+    """One optimizer step on the mean loss over the batch's answer tokens. Only `state` changes; `base` is frozen."""
+    stream, warmth = config.stream, None
+    if stream is not None and stream.alpha_warmup:
+        warmth = jnp.minimum(state.step / stream.alpha_warmup, 1.0)
+    dropout_key = jax.random.fold_in(key, state.step) if config.adapter.dropout else None
+    count = jnp.maximum(batch["answer_mask"].sum(), 1)
+
+    def mean_loss(trainable: Params) -> jax.Array:
+        losses = batch_losses(
+            config, settings, base, trainable, batch, bos_id=bos_id, warmth=warmth, dropout_key=dropout_key
+        )
+        return losses.sum() / count
+
+    loss, gradient = jax.value_and_grad(mean_loss)(state.trainable)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), "answer_tokens": count}
+    return TrainState(state.step + 1, trainable, optimizer_state), metrics

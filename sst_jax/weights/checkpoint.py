@@ -1,0 +1,133 @@
+"""Checkpoints of a training run: what training changes, the optimizer, the data iterator's place. Never the base.
+
+    RUN/config.json       the resolved recipe and the model's config
+    RUN/base.json         which base the run stands on: path, type, digest
+    RUN/checkpoints/STEP/ Orbax: trainable, optimizer, data, meta
+    RUN/manifests/STEP.json  SHA-256 of every file of that step, written last: without it a step does not count
+
+Orbax restores a flipped byte in silence; the manifest is how a damaged step is noticed and the one before it used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sst_jax.console.command import write_json
+from sst_jax.errors import InputError
+from sst_jax.weights.files import read_json, sha256
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Saving is synchronous: adapters and their optimizer are megabytes, and a step that returned is on disk.
+    """
+
+    def __init__(self, run: Path, keep: int = 2):
+        self.folder = (run / "checkpoints").absolute()
+        self.manifests = (run / "manifests").absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, trainable: Any, optimizer: Any, iterator: Any, meta: dict[str, Any]) -> None:
+        """Writes the step, then its manifest; older steps beyond `keep` go."""
+        import grain
+
+        if step in self.manager.all_steps():  # a step that had been found damaged
+            self.manager.delete(step)
+        items = {
+            "trainable": ocp.args.StandardSave(trainable),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "meta": ocp.args.JsonSave(meta),
+            "data": grain.checkpoint.CheckpointSave(iterator),
+        }
+        self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self.manager.wait_until_finished()
+        files = {name: sha256(file) for name, file in _files(self.folder / str(step))}
+        write_json(self.manifests / f"{step}.json", {"sha256": files})
+        kept = set(self.manager.all_steps())
+        for manifest in self.manifests.glob("*.json"):
+            if manifest.stem.isdigit() and int(manifest.stem) not in kept:
+                manifest.unlink()
+
+    def latest_good(self) -> int | None:
+        """The newest step whose files are all as they were written; says loudly which ones it passed over."""
+        return newest_good(self.folder.parent, say=log.warning)
+
+    def restore(self, step: int, trainable: Any, optimizer: Any, iterator: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """(trainable, optimizer, meta) in the shapes of the given trees; sets the iterator to its place."""
+        import grain
+
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(_abstract(trainable)),
+                optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+                meta=ocp.args.JsonRestore(),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        return restored["trainable"], restored["optimizer"], restored["meta"]
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def newest_good(run: Path, say: Callable[[str], None] = log.warning) -> int | None:
+    """The newest step of a run folder that its manifest vouches for, or None."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return None
+    steps = sorted((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), reverse=True)
+    for step in steps:
+        problem = damage(run, step)
+        if problem is None:
+            return step
+        say(f"checkpoint {folder / str(step)} is not used: {problem}")
+    return None
+
+
+def damage(run: Path, step: int) -> str | None:
+    """What is wrong with a step's files, or None."""
+    manifest, folder = run / "manifests" / f"{step}.json", run / "checkpoints" / str(step)
+    if not manifest.is_file():
+        return "its manifest is missing, so it was never finished"
+    try:
+        listed = read_json(manifest)["sha256"]
+        present = dict(_files(folder))
+        if sorted(listed) != sorted(present):
+            return f"its files are not those of its manifest: {sorted(set(listed) ^ set(present))[0]}"
+        for name, expected in listed.items():
+            if sha256(present[name]) != expected:
+                return f"{name} has changed since it was written"
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest is unreadable ({error})"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def restore_trainable(run: Path, step: int, trainable: Any) -> Any:
+    """Adapter and blend of a step, in the shapes of `trainable`, without optimizer or data."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((run / "checkpoints" / str(step) / "trainable").absolute(), _abstract(trainable))
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    return [(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def _abstract(tree: Any) -> Any:
+    """Shapes, types and this machine's placement: what opens a checkpoint on another topology than it was saved on."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
+    )

@@ -1,0 +1,95 @@
+"""Files as the weight formats need them: JSON that names itself when broken, streamed hashes, whole folders or none."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sst_jax.errors import InputError
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
+
+_CHUNK = 1 << 24
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file.
+
+    Raises: InputError, naming the file, when it is missing, malformed or not an object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8
+        raise InputError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name found in a file may be joined to a folder: one component that cannot leave it."""
+    return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of one file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(files: Iterable[Path], progress: Progress | None = None) -> str:
+    """Hex SHA-256 over the names and contents of files, sorted by name: what a base is recognised by.
+
+    Folders do not count, so a copy of a checkpoint elsewhere has the same digest.
+    """
+    ordered = sorted((Path(file) for file in files), key=lambda file: file.name)
+    sizes = [file.stat().st_size for file in ordered]
+    total, done, state = sum(sizes), 0, hashlib.sha256()
+    for file, size in zip(ordered, sizes, strict=True):
+        # Name and length delimit each file, so that bytes cannot move from one to the next unseen.
+        state.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                state.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+    return state.hexdigest()
+
+
+def _refuse_non_empty(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} exists and is not a folder; choose another output folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty; choose another output folder, nothing is overwritten")
+
+
+@contextlib.contextmanager
+def staged_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` that becomes `path` when the block ends well and disappears otherwise.
+
+    Raises: InputError when `path` exists and is not an empty folder, or cannot be made.
+    """
+    path = Path(path).absolute()
+    _refuse_non_empty(path)
+    stage = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    try:
+        yield stage
+        _refuse_non_empty(path)  # somebody may have filled it meanwhile
+        if path.exists():
+            path.rmdir()
+        stage.rename(path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,209 @@
+"""The name table: where each tensor of a checkpoint belongs in the base tree, read in both directions.
+
+The base tree is nested dicts with layers stacked on axis 0; linear kernels are [in, out], the transpose of PyTorch's.
+Converting only renames, transposes and stacks, so a round trip is bit for bit. GGUF is read-only: it stores norm
+weights as 1 + w, which the table takes back.
+
+Hugging Face checkpoints of one model come with three spellings of the same keys. `LAYOUTS` names them:
+
+    text           model.layers.0...                  Gemma3ForCausalLM
+    multimodal     language_model.model.layers.0...   Gemma3ForConditionalGeneration, as on the hub
+    multimodal_v5  model.language_model.layers.0...   the same, as transformers 5 names it in memory
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sst_jax.errors import InputError
+from sst_jax.model.config import BackboneConfig
+
+
+class Row(NamedTuple):
+    slot: str  # path in the base tree; slots under "layers/" are stacked over L
+    axes: str  # of one layer's array in the tree; P = N * H, Q = K * H, the others as in `sst_jax.shapes`
+    huggingface: str  # key, with {layer}
+    gguf: str
+    transform: str
+
+
+def _layer(slot: str, axes: str, huggingface: str, gguf: str, transform: str) -> Row:
+    return Row(
+        f"layers/{slot}",
+        axes,
+        f"model.layers.{{layer}}.{huggingface}.weight",
+        f"blk.{{layer}}.{gguf}.weight",
+        transform,
+    )
+
+
+GEMMA3 = (
+    Row("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    Row("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "norm"),
+    _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "norm"),
+    _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "transpose"),
+    _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "transpose"),
+    _layer("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
+    _layer("q_norm/scale", "H", "self_attn.q_norm", "attn_q_norm", "norm"),
+    _layer("k_norm/scale", "H", "self_attn.k_norm", "attn_k_norm", "norm"),
+    _layer("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
+    _layer("post_attn_norm/scale", "D", "post_attention_layernorm", "post_attention_norm", "norm"),
+    _layer("pre_ffn_norm/scale", "D", "pre_feedforward_layernorm", "ffn_norm", "norm"),
+    _layer("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
+    _layer("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
+    _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
+    _layer("post_ffn_norm/scale", "D", "post_feedforward_layernorm", "post_ffw_norm", "norm"),
+)
+TABLES = {"gemma3": GEMMA3}
+
+# From disk into the tree. Both Hugging Face transforms are their own inverse, so writing uses the same ones.
+TRANSFORMS: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "huggingface": {"copy": lambda x: x, "transpose": np.transpose, "norm": lambda x: x},
+    "gguf": {"copy": lambda x: x, "transpose": np.transpose, "norm": lambda x: x - np.float32(1)},
+}
+
+LAYOUTS = {"text": "model.", "multimodal": "language_model.model.", "multimodal_v5": "model.language_model."}
+VISION = {
+    "huggingface": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    "gguf": ("v.", "mm."),
+}
+HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
+
+# A header may claim any number of layers; beyond this the claim is nonsense, and tables of that length are refused.
+MAX_LAYERS = 4096
+
+
+class Entry(NamedTuple):
+    """One tensor on disk: its key (layout "text" for Hugging Face), its shape there, and its place in the tree."""
+
+    key: str
+    shape: tuple[int, ...]
+    row: Row
+    layer: int | None
+
+
+class Bound(NamedTuple):
+    """The tensors of a source, each with its place; `head` is a tied output head, to be compared and dropped."""
+
+    tensors: list[tuple[Any, Entry]]
+    head: Any | None
+
+
+def slot_shape(row: Row, config: BackboneConfig) -> tuple[int, ...]:
+    """Shape of a slot in the base tree, [L, ...] under "layers/"."""
+    sizes = {
+        "V": config.vocab_size, "D": config.d_model, "F": config.d_ff, "H": config.head_dim,
+        "P": config.num_heads * config.head_dim, "Q": config.num_kv_heads * config.head_dim,
+    }  # fmt: skip
+    stack = (config.num_layers,) if row.slot.startswith("layers/") else ()
+    return (*stack, *(sizes[axis] for axis in row.axes))
+
+
+def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Entry]:
+    """Every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
+    stacked = [row for row in TABLES[config.family] if row.slot.startswith("layers/")]
+    order: list[tuple[Row, int | None]] = [(row, None) for row in TABLES[config.family] if row not in stacked]
+    order += [(row, layer) for layer in range(config.num_layers) for row in stacked]
+    entries = {}
+    for row, layer in order:
+        shape = slot_shape(row, config)[0 if layer is None else 1 :]
+        key = getattr(row, kind).format(layer=layer)
+        entries[key] = Entry(key, shape[::-1] if row.transform == "transpose" else shape, row, layer)
+    return entries
+
+
+def normalise(key: str, kind: str = "huggingface") -> tuple[str | None, str | None]:
+    """(key in the layout "text", layout of the key); the key is None for parts of a vision tower, which are skipped.
+
+    The layout is None where the key does not tell: vision, a tied head, anything unknown, and all of GGUF.
+    """
+    if key.startswith(VISION[kind]):
+        return None, None
+    if kind == "huggingface":
+        for layout in ("multimodal", "multimodal_v5", "text"):  # the longer prefixes first
+            if key.startswith(LAYOUTS[layout]):
+                return LAYOUTS["text"] + key.removeprefix(LAYOUTS[layout]), layout
+    return key, None
+
+
+def relayout(key: str, layout: str) -> str:
+    """The key of layout "text", spelled in another layout: `normalise` backwards.
+
+    Raises: InputError for an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"key layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout] + key.removeprefix(LAYOUTS["text"])
+
+
+def detect_layout(keys: Iterable[str]) -> str:
+    """The layout that most keys are in; "text" where none tells."""
+    counts = Counter(layout for key in keys if (layout := normalise(key)[1]) is not None)
+    return counts.most_common(1)[0][0] if counts else "text"
+
+
+def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str | Path) -> Bound:
+    """Gives every tensor (anything with `name`, `shape`, `file`) its place, looking at headers only.
+
+    Raises: InputError naming key and file for an unknown, duplicate, missing or wrongly shaped key and for a
+    checkpoint that mixes key layouts.
+    """
+    tensors = list(tensors)
+    layout = detect_layout(tensor.name for tensor in tensors) if kind == "huggingface" else None
+    places = expected(config, kind)
+    embedding = next(entry for entry in places.values() if entry.row.slot == "embed/embedding")
+    found: dict[str, Any] = {}
+    for tensor in tensors:
+        key, spelled = normalise(tensor.name, kind)
+        if key is None:
+            continue
+        if key in HEADS[kind]:
+            key, entry = HEADS[kind][0], embedding
+        elif key in places:
+            entry = places[key]
+        else:
+            raise InputError(f"{tensor.file}: unknown key {tensor.name}")
+        if key in found:
+            raise InputError(
+                f"{tensor.file}: key {tensor.name} is a duplicate of {found[key].name} in {found[key].file}"
+            )
+        if spelled not in (None, layout):
+            raise InputError(f"{tensor.file}: key {tensor.name} has the layout {spelled}, other keys have {layout}")
+        if tuple(tensor.shape) != entry.shape:
+            raise InputError(
+                f"{tensor.file}: key {tensor.name} has shape {list(tensor.shape)}, expected {list(entry.shape)} for "
+                f"{entry.row.slot} of this config"
+            )
+        found[key] = tensor
+    head = found.pop(HEADS[kind][0], None)
+    missing = [key for key in places if key not in found]
+    if missing:
+        key = relayout(missing[0], layout) if layout else missing[0]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{where}: key {key}{more} is missing")
+    return Bound([(tensor, places[key]) for key, tensor in found.items()], head)
+
+
+def get_slot(tree: Mapping[str, Any], slot: str) -> Any:
+    """The array at a slash-separated path of nested dicts.
+
+    Raises: InputError naming the slot when it is absent.
+    """
+    for part in slot.split("/"):
+        if not isinstance(tree, Mapping) or part not in tree:
+            raise InputError(f"the base tree has no slot {slot}")
+        tree = tree[part]
+    return tree
+
+
+def set_slot(tree: dict[str, Any], slot: str, value: Any) -> None:
+    """Puts an array at a slash-separated path, making the dicts on the way."""
+    *parents, last = slot.split("/")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
