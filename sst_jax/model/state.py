@@ -127,3 +127,12 @@ def masks_for(
         begins = begins.at[..., 0].set(real & ~entering)
     rows = segment_ids.shape[0]
     return Masks(live.reshape(rows, -1, 1), begins.reshape(rows, -1, 1))
+
+
+def alpha_summary(stream: StreamConfig | None, blend: dict[str, jax.Array]) -> dict[str, float]:
+    """Mean, smallest and largest learned alpha, for logs; empty where none is learned."""
+    if stream is None or "theta" not in blend:
+        return {}
+    lo, hi = stream.alpha_range
+    alpha = lo + (hi - lo) * jax.nn.sigmoid(blend["theta"])
+    return {"alpha_mean": float(alpha.mean()), "alpha_min": float(alpha.min()), "alpha_max": float(alpha.max())}

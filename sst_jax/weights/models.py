@@ -123,7 +123,10 @@ def _from_store(path: Path, dtype: str) -> Opened:
 
 def _from_run(path: Path, dtype: str) -> Opened:
     recorded, content = read_json(path / "base.json"), read_json(path / "config.json")
-    for file, mapping, keys in (("base.json", recorded, ("path", "digest")), ("config.json", content, ("model_config",))):
+    for file, mapping, keys in (
+        ("base.json", recorded, ("path", "digest")),
+        ("config.json", content, ("model_config",)),
+    ):
         for key in keys:
             if key not in mapping:
                 raise InputError(f"{path / file} lacks the key {key}")
@@ -133,7 +136,9 @@ def _from_run(path: Path, dtype: str) -> Opened:
     try:
         opened = open_model(recorded["path"], dtype)
     except InputError as error:
-        raise InputError(f"the base of run {path}, {recorded['path']} (from base.json), cannot be opened: {error}") from None
+        raise InputError(
+            f"the base of run {path}, {recorded['path']} (from base.json), cannot be opened: {error}"
+        ) from None
     check_base(path, recorded, opened.facts)
     config = ModelConfig.from_dict(content["model_config"])
     shapes = decoder.abstract_params(config)

@@ -1,0 +1,131 @@
+"""The run folder: who may write in it, what it records, and where a resumed run goes on.
+
+    RUN/config.json       recipe and model config       RUN/metrics.jsonl    a line a logged step
+    RUN/base.json         the base it stands on         RUN/samples.jsonl    answers at several depths
+    RUN/environment.json  versions                      RUN/figures/         learning curve
+    RUN/checkpoints/      see weights/checkpoint.py     RUN/tensorboard/     the metrics again
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from sst_jax.console.command import write_json
+from sst_jax.errors import InputError
+from sst_jax.weights.files import read_json
+
+PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+class RunFolder:
+    """An opened run folder, locked against a second process until `close`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], base: dict[str, Any]):
+        """Opens a new folder, or one that holds a run of the same config on the same base.
+
+        Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
+        """
+        self.path = path
+        check(path, config, base)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(f"another process is training in {path}: wait for it, or choose another --workdir") from None
+        self.resumed = (path / "config.json").is_file()
+        if not self.resumed:
+            write_json(path / "base.json", base)
+            write_json(path / "config.json", config)
+        write_json(path / "environment.json", environment())
+        self._metrics: Any = None
+        self._board: Any = None
+
+    def start_log(self, step: int) -> None:
+        """Opens metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote beyond `step`."""
+        from tensorboardX import SummaryWriter
+
+        file = self.path / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        temporary = file.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(file)
+        self._metrics = file.open("a")
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line of metrics."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the logs and gives the folder free."""
+        for file in (self._metrics, self._board, self._lock):
+            if file is not None:
+                file.close()
+
+
+def check(path: Path, config: dict[str, Any], base: dict[str, Any]) -> None:
+    """Raises InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--workdir {path} is not a folder")
+    if not (path / "config.json").is_file():
+        strangers = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock") if path.is_dir() else []
+        # A run that was killed before its first record leaves base.json alone.
+        if strangers and strangers != ["base.json"]:
+            raise InputError(f"--workdir {path} holds {strangers[0]} but no run: choose an empty folder")
+        return
+    differences = diff(read_json(path / "config.json"), json.loads(json.dumps(config)))
+    if differences:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])
+        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
+    recorded = read_json(path / "base.json")
+    if recorded.get("digest") != base["digest"]:
+        raise InputError(
+            f"{path} was trained on a base with digest {str(recorded.get('digest'))[:12]} ({recorded.get('path')}); "
+            f"{base['path']} has {base['digest'][:12]}"
+        )
+
+
+def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old, new) wherever two JSON values differ, keys written with dots."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [found for key in keys for found in diff(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [(path, old, new)]
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    file = run / "metrics.jsonl"
+    lines = []
+    for number, text in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            if number < len(file.read_text().splitlines()):
+                raise InputError(f"{file}:{number} is not JSON") from None
+    return lines
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device of this process."""
+    import jax
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [device.device_kind for device in jax.devices()]
+    return {"python": platform.python_version(), "machine": platform.machine(), "devices": devices, "versions": versions}
