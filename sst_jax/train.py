@@ -8,7 +8,6 @@ The same command on the same folder goes on where it stopped, to the same number
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import signal
@@ -23,7 +22,7 @@ from sst_jax.errors import InputError
 
 
 def parser() -> Parser:
-    parser = Parser(prog="sst_jax.train", description=__doc__)
+    parser = Parser(prog="python -m sst_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as configs/quickstart.py")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a knob of the recipe: --config.train.steps=200")
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME-OF-RECIPE)")
@@ -87,7 +86,8 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
         if not jax.tree.leaves(fresh):
             raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
         optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-        state = init_state(fresh, optimizer)
+        # Placed as a restored state is, or a resumed run would compile its step anew.
+        state = jax.device_put(init_state(fresh, optimizer), jax.devices()[0])
         iterator = rows(
             examples, length=data.length, batch_size=data.batch_size, seed=recipe.seed, pack=data.pack,
             pad_id=tokenizer.pad_id,
@@ -96,18 +96,14 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
         step, meta = checkpoints.latest_good() or 0, {}
         if step:
             trainable, optimizer_state, meta = checkpoints.restore(step, state.trainable, state.optimizer, iterator)
-            state = TrainState(jnp.int32(step), trainable, optimizer_state)
+            state = jax.device_put(TrainState(jnp.int32(step), trainable, optimizer_state), jax.devices()[0])
         folder.start_log(step)
 
         # 2. The two compiled functions.
         train_fn = jax.jit(
             functools.partial(train_step, config, recipe.forward, optimizer, tokenizer.bos_id), donate_argnums=(0,)
         )
-        eval_settings = dataclasses.replace(
-            recipe.forward, forward=recipe.eval_forward if config.stream else "plain", remat=False,
-            passes=recipe.forward.passes if recipe.eval_forward in ("k_pass", "local") else 2,
-        )  # fmt: skip
-        eval_fn = jax.jit(functools.partial(batch_losses, config, eval_settings, bos_id=tokenizer.bos_id))
+        eval_fn = jax.jit(functools.partial(batch_losses, config, recipe.heldout_forward, bos_id=tokenizer.bos_id))
         eval_batches = fixed_batches(
             heldout, length=data.length, batch_size=data.batch_size, pack=data.pack, pad_id=tokenizer.pad_id
         )
@@ -206,7 +202,7 @@ def summary(recipe: Any, meta: dict[str, Any], step: int) -> dict[str, Any]:
     return {
         "steps": step,
         "forward": recipe.forward.forward,
-        "heldout_forward": recipe.eval_forward if recipe.stream else "plain",
+        "heldout_forward": recipe.heldout_forward.forward,
         "heldout_loss": {str(at): losses[at] for at in sorted(losses)},
         "heldout_before": losses[0],
         "heldout_after": losses[step],
@@ -238,10 +234,9 @@ def report(result: dict[str, Any], workdir: Path, streaming: bool) -> None:
     print(f"\nQ: {sample['question']}\n(expected {sample['expected']})")
     for sample in result["samples"]:
         print(f"depth {sample['depth']}: {sample['answer'].strip()}")
-    prompt = "Question: Ann has 3 boxes of 4 pens. How many pens has she?\nAnswer:"
     depth = " --depth 4" if streaming else ""
     print("\nnext:")
-    print(f"  python -m sst_jax.generate --model {workdir}{depth} --prompt {json.dumps(prompt)}")
+    print(f'  python -m sst_jax.generate --model {workdir}{depth} --question "Ann has 3 boxes of 4 pens. How many pens?"')
     print(f"  python -m sst_jax.export --from {workdir} --to {workdir}-merged --format merged")
 
 

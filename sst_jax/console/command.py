@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message} (see python -m {self.prog} --help)")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:

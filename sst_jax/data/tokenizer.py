@@ -1,6 +1,6 @@
 """Text to ids and back: one interface over SentencePiece, a Hugging Face folder, and plain bytes.
 
-Text never yields control tokens: "<end_of_turn>" in a prompt is twelve characters, whichever the tokenizer. Turns are
+Text never yields control tokens: "<end_of_turn>" in a prompt is its characters, whichever the tokenizer. Turns are
 built from ids by `chat`.
 """
 

@@ -140,7 +140,7 @@ def exact(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
 RULES = {"plain": plain, "two_pass": k_pass, "k_pass": k_pass, "local": local, "exact": exact}
 
 
-def check(config: ModelConfig, forward: str, passes: int, depth: int) -> None:
+def check(forward: str, passes: int, depth: int) -> None:
     """Raises InputError on a forward that does not exist or settings that it cannot have."""
     if forward not in FORWARDS:
         raise InputError(f"forward={forward!r} is not one of {', '.join(FORWARDS)}")
@@ -177,7 +177,7 @@ def hidden(
 
     Raises: InputError on a forward, passes or depth that do not fit together.
     """
-    check(config, forward, passes, depth)
+    check(forward, passes, depth)
     if config.stream is None or (config.stream.alpha == 0.0 and forward == "exact"):
         # Without a blend there is nothing to scan over, and row-by-row products would round differently.
         forward, depth = "plain", 1

@@ -98,8 +98,8 @@ def initial_theta(stream: StreamConfig) -> float:
 
 def rope_table(positions: jax.Array, head_dim: int, theta: float, scale: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H/2] of rotary embedding (arXiv 2104.09864), positions divided by `scale`."""
-    frequency = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
-    angle = positions[..., None].astype(jnp.float32) * (frequency / scale)
+    frequency = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=float) / head_dim))  # float32, or as wide as JAX goes
+    angle = positions[..., None].astype(float) * (frequency / scale)
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -57,13 +57,13 @@ class Recipe:
     stream: StreamConfig | None
     adapter: AdapterConfig
     forward: ForwardConfig
+    heldout_forward: ForwardConfig
     optimizer: OptimizerConfig
     data: DataConfig
     steps: int
     seed: int
     log_every: int
     eval_every: int
-    eval_forward: str
     save_every: int
     keep: int
     sample_tokens: int
@@ -106,14 +106,16 @@ def read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     if not file.is_file():
         raise InputError(f"--config {file} does not exist; recipes that come with the project are in configs/")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    command_line = ["train", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=command_line)
     try:
-        rest = values(["train", f"--config={path}", *overrides])
+        rest = values(command_line)
     except InputError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(f"recipe {path}: {reason[0] if reason else type(error).__name__}") from None
+        # ConfigDict wraps its message in quotes of its own; one line is promised.
+        text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        raise InputError(f"recipe {path}: {' '.join(text.split()) or type(error).__name__}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; knobs are set with --config.KEY=VALUE")
     return values.config
@@ -134,14 +136,20 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
     for key in ("steps", "log_every", "eval_every", "save_every", "keep"):
         if train[key] < 1:
             raise InputError(f"train.{key}={train[key]} must be at least 1")
+    trains = ForwardConfig(name, passes, train.pop("remat"), dtype)
+    # Measured with the same number of passes where the same kind of forward measures, else with the forward's own.
+    judges = ForwardConfig(train.pop("eval_forward"), 2, remat=False, dtype=dtype)
+    if judges.forward == trains.forward:
+        judges = dataclasses.replace(judges, passes=passes)
     if not on:
-        name = "plain"
+        trains, judges = (dataclasses.replace(part, forward="plain", passes=2) for part in (trains, judges))
     return Recipe(
         model=config.model.source,
         dtype=dtype,
         stream=from_mapping(StreamConfig, stream) if on else None,
         adapter=from_mapping(AdapterConfig, config.adapter.to_dict()),
-        forward=ForwardConfig(forward=name, passes=passes, remat=train.pop("remat"), dtype=dtype),
+        forward=trains,
+        heldout_forward=judges,
         optimizer=from_mapping(OptimizerConfig, config.optimizer.to_dict()),
         data=from_mapping(DataConfig, config.data.to_dict()),
         **train,

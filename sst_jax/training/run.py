@@ -52,7 +52,7 @@ class RunFolder:
         from tensorboardX import SummaryWriter
 
         file = self.path / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         temporary = file.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(file)
@@ -107,12 +107,13 @@ def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
     file = run / "metrics.jsonl"
+    texts = file.read_text().splitlines() if file.is_file() else []
     lines = []
-    for number, text in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+    for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            if number < len(file.read_text().splitlines()):
+            if number < len(texts):
                 raise InputError(f"{file}:{number} is not JSON") from None
     return lines
 

@@ -26,6 +26,9 @@ class ForwardConfig:
     remat: bool = True
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        forward.check(self.forward, self.passes, depth=1)
+
 
 class TrainState(NamedTuple):
     """What training changes, and what a checkpoint holds."""
@@ -72,5 +75,5 @@ def train_step(
     loss, gradient = jax.value_and_grad(mean_loss)(state.trainable)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient), "answer_tokens": count}
+    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "answer_tokens": count}
     return TrainState(state.step + 1, trainable, optimizer_state), metrics

