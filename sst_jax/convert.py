@@ -1,15 +1,16 @@
 """Converts a model into a base folder: an Orbax checkpoint that every command and sst_jax.load open.
 
-  python -m sst_jax.convert --from google/gemma-3-1b-pt --to models/gemma-3-1b
-  python -m sst_jax.convert --from model.gguf --to models/base --dtype float32
+python -m sst_jax.convert --from google/gemma-3-1b-pt --to models/gemma-3-1b
+python -m sst_jax.convert --from model.gguf --to models/base --dtype float32
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
@@ -22,8 +23,12 @@ def parser() -> Parser:
         help="a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run",
     )  # fmt: skip
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder; one that holds anything is refused")
-    parser.add_argument("--quantize", choices=("none",), default="none", help="storage of the linears (default: none)")
+    parser.add_argument(
+        "--quantize", choices=("none", "nf4", "nf4_double"), default="none",
+        help="storage of the linears: as they are (default), 4.25 bits a weight, or 4.13 with quantised scales",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the base (default: the source's own)")
+    parser.add_argument("--text-only", action="store_true", help="leave a multimodal source's vision tower behind")
     parser.add_argument("--json", metavar="FILE", help="write the summary to FILE")
     return parser
 
@@ -34,19 +39,63 @@ def main(argv: Sequence[str]) -> None:
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"--to {target} is not empty: nothing is overwritten, choose another folder")
 
-    from sst_jax.inference.model import Model
-    from sst_jax.weights.models import open_model, source_dtype
+    from sst_jax.weights.models import source_dtype, source_of
 
     started = time.monotonic()
-    model = Model(*open_model(args.source, args.dtype or source_dtype(args.source)))
-    model.save(target)
+    dtype = args.dtype or source_dtype(args.source)
+    found = source_of(args.source)
+    if found is None:
+        from sst_jax.inference.model import Model
+        from sst_jax.weights.models import open_model
+
+        model = Model(*open_model(args.source, dtype, args.quantize))
+        model.save(target)
+        facts, backbone = model.facts, model.config.backbone
+    else:
+        facts, backbone = streamed(*found, target, dtype, args.quantize, args.text_only)
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"{model}\nwritten to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
+    print(f"{backbone.family}: {backbone.num_layers} layers, {backbone.num_params / 1e6:,.0f}M parameters, {dtype}", end="")
+    print(f", linears in {facts['quantize']}" if facts.get("quantize", "none") != "none" else "")
+    print(f"written to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
     print(f"next: python -m sst_jax.generate --model {target} --prompt 'The capital of France is'")
     if args.json:
-        result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": model.dtype, "source": model.facts}
+        result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": dtype, "source": facts}
         write_json(args.json, result)
+
+
+def streamed(
+    source: Any, name: str, target: Path, dtype: str, quantize: str, text_only: bool
+) -> tuple[dict[str, Any], Any]:
+    """Converts a foreign checkpoint a tensor at a time; returns its facts and backbone."""
+    from safetensors.numpy import save
+
+    from sst_jax.console.progress import bar
+    from sst_jax.data.tokenizer import load_tokenizer
+    from sst_jax.model.config import ModelConfig
+    from sst_jax.weights import store
+    from sst_jax.weights.files import digest
+    from sst_jax.weights.models import vision_tensors
+
+    with bar(None, "hashing", unit="B", unit_scale=True) as meter:
+        identity = digest(source.files, meter_of(meter))
+    facts = {"kind": source.kind, "path": name, "digest": identity, "layout": source.layout, "quantize": quantize}
+    files, config = load_tokenizer(source.path).files(), ModelConfig(source.backbone).to_dict()
+    tower, tower_config = ({}, {}) if text_only else vision_tensors(source)
+    if tower:
+        files[store.VISION], facts["vision_config"] = save(tower, metadata={"format": "pt"}), tower_config
+        del tower
+    with bar(None, "converting", unit="tensor") as meter:
+        store.stream_base(target, source, config, facts, files, dtype, quantize, meter_of(meter))
+    return facts, source.backbone
+
+
+def meter_of(meter: Any) -> Callable[[int, int], None]:
+    def update(done: int, total: int) -> None:
+        meter.total = total
+        meter.update(done - meter.n)
+
+    return update
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def parser() -> Parser:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest share P")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--json", metavar="FILE", help="write prompts, answers and speed to FILE")
     return parser

@@ -55,30 +55,33 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
     from sst_jax.console.progress import bar, say
     from sst_jax.data.loader import fixed_batches, prepare, rows
     from sst_jax.inference.model import Model, count
-    from sst_jax.model import decoder
+    from sst_jax.model import decoder, kernels
     from sst_jax.model.config import ModelConfig
     from sst_jax.model.state import alpha_summary
     from sst_jax.training.figures import learning_curve
     from sst_jax.training.optimizer import make_optimizer
     from sst_jax.training.problems import split_problems
+    from sst_jax.training.recipe import placed
     from sst_jax.training.run import RunFolder
-    from sst_jax.training.step import TrainState, batch_losses, init_state, train_step
+    from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step
     from sst_jax.weights.checkpoint import Checkpoints
     from sst_jax.weights.models import open_model
 
     # Everything that can be wrong with the input shows before the first long computation.
     problems, heldout_problems = split_problems(recipe.data, recipe.seed)
-    opened = open_model(recipe.model, recipe.dtype)
+    opened = open_model(recipe.model, recipe.dtype, recipe.quantize)
     if opened.config.stream is not None or opened.config.adapter.rank:
         raise InputError(f"model.source={recipe.model} already has a stream or adapter: train from its plain base")
     config = ModelConfig(opened.config.backbone, recipe.stream, recipe.adapter)
+    recipe = placed(recipe, functools.partial(kernels.here, head_dim=config.backbone.head_dim))
     tokenizer, base = opened.tokenizer, opened.params["base"]
     data = recipe.data
     examples = prepare(problems, tokenizer, data.length, data.format, data.overlong)
     heldout = prepare(heldout_problems, tokenizer, data.length, data.format, data.overlong)
 
     run_config = {"recipe": recipe_json, "model_config": config.to_dict()}
-    folder = RunFolder(workdir, run_config, {k: opened.facts[k] for k in ("path", "digest", "dtype", "kind")})
+    base_facts = {name: opened.facts[name] for name in ("path", "digest", "dtype", "kind", "quantize")}
+    folder = RunFolder(workdir, run_config, base_facts)
     try:
         # 1. State: fresh, then overwritten by the newest good checkpoint where there is one.
         key = jax.random.key(recipe.seed)
@@ -99,10 +102,13 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
             state = jax.device_put(TrainState(jnp.int32(step), trainable, optimizer_state), jax.devices()[0])
         folder.start_log(step)
 
-        # 2. The two compiled functions.
-        train_fn = jax.jit(
-            functools.partial(train_step, config, recipe.forward, optimizer, tokenizer.bos_id), donate_argnums=(0,)
-        )
+        # 2. The compiled functions: the step (one for each number of passes that is drawn), and the held-out losses.
+        @functools.cache
+        def train_fn(settings: ForwardConfig) -> Any:
+            step = functools.partial(train_step, config, settings, optimizer, tokenizer.bos_id)
+            options = kernels.compiler_options(jax.default_backend())
+            return jax.jit(step, donate_argnums=(0,), compiler_options=options or None)
+
         eval_fn = jax.jit(functools.partial(batch_losses, config, recipe.heldout_forward, bos_id=tokenizer.bos_id))
         eval_batches = fixed_batches(
             heldout, length=data.length, batch_size=data.batch_size, pack=data.pack, pad_id=tokenizer.pad_id
@@ -140,7 +146,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
             while step < recipe.steps:
                 before = time.monotonic()
                 batch = next(iterator)
-                state, metrics = train_fn(state, base, batch, key)
+                state, metrics = train_fn(recipe.forward.at(step, recipe.seed))(state, base, batch, key)
                 metrics = {name: float(value) for name, value in metrics.items()}
                 step += 1
                 real = int(np.count_nonzero(batch["segment_ids"]))
@@ -236,7 +242,9 @@ def report(result: dict[str, Any], workdir: Path, streaming: bool) -> None:
         print(f"depth {sample['depth']}: {sample['answer'].strip()}")
     depth = " --depth 4" if streaming else ""
     print("\nnext:")
-    print(f'  python -m sst_jax.generate --model {workdir}{depth} --question "Ann has 3 boxes of 4 pens. How many pens?"')
+    print(
+        f'  python -m sst_jax.generate --model {workdir}{depth} --question "Ann has 3 boxes of 4 pens. How many pens?"'
+    )
     print(f"  python -m sst_jax.export --from {workdir} --to {workdir}-merged --format merged")
 
 

@@ -1,7 +1,7 @@
 """The mechanism once more, as plainly as it can be said: one token, one iteration, one layer at a time.
 
 Written from the formulas and sharing no code with the package. With `xp=numpy` it is the oracle of values in float64;
-with `xp=jax.numpy` it can be differentiated, and is then backpropagation through time with nothing clever about it.
+with `xp=torch` it can be differentiated, and is then backpropagation through time by another library.
 """
 
 import numpy as np
@@ -11,12 +11,12 @@ def rms(xp, x, eps=1e-6):
     return xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def rotation(position, backbone, kind):
+def rotation(xp, position, backbone, kind):
     """Cosines and sines for one position."""
     theta = backbone.rope_theta_global if kind == "global" else backbone.rope_theta_local
     factor = backbone.rope_scale_global if kind == "global" else 1.0
     angle = position / factor * theta ** -(np.arange(0, backbone.head_dim, 2) / backbone.head_dim)
-    return np.cos(angle), np.sin(angle)
+    return xp.asarray(np.cos(angle)), xp.asarray(np.sin(angle))
 
 
 def rotate(xp, x, table):
@@ -26,8 +26,11 @@ def rotate(xp, x, table):
     return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def hidden(config, params, tokens, depths=1, bos_id=None, xp=np):
-    """Normed final hidden states [T, D] of one document; `depths` is the number of iterations, one for all or a list."""
+def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
+    """Normed final hidden states [T, D] of one document; `depths` is the number of iterations, one for all or a list.
+
+    A dict given as `memories` takes up what each layer holds after each iteration, under (layer, position, iteration).
+    """
     backbone, stream = config.backbone, config.stream
     depths = [depths] * len(tokens) if isinstance(depths, int) else depths
     layers, adapter, blend = params["base"]["layers"], params["adapter"], params["blend"]
@@ -53,7 +56,7 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np):
 
     def attention(layer, t, x, write):
         kind = backbone.layer_types[layer]
-        table = rotation(t, backbone, kind)
+        table = rotation(xp, t, backbone, kind)
         y = norm("pre_attn_norm", layer, x)
         q = linear("q", layer, y).reshape(backbone.num_heads, -1)
         k = linear("k", layer, y).reshape(backbone.num_kv_heads, -1)
@@ -97,6 +100,8 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np):
             o = mixed + f
             u = f if stream.state == "ffn" else o
             memory[layer] = u if s is None else stream.decay * s + (1.0 - stream.decay) * u
+            if memories is not None:
+                memories[layer, t, i] = memory[layer]
             if stream.initial == "skip_bos" and tokens[t] == bos_id:
                 memory[layer] = None
             x = o

@@ -3,10 +3,14 @@
 Weights come from numpy, so the same seed gives the same numbers in any dtype and inside or outside JAX's 64-bit mode.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.model import forward
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import abstract_params
 
@@ -15,6 +19,7 @@ BACKBONE = BackboneConfig(
     num_layers=7, d_model=32, d_ff=44, num_heads=6, num_kv_heads=2, head_dim=10, vocab_size=61, window=6,
     query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=600,
 )  # fmt: skip
+SHALLOW = dataclasses.replace(BACKBONE, num_layers=4, layer_types=("local", "global", "local", "local"))
 BOS = 2
 
 
@@ -56,17 +61,15 @@ def trainable(params):
     return {name: params[name] for name in ("adapter", "blend")}
 
 
-def attention_in_float64(query, key, value, *, mask, scale, is_causal=False, local_window_size=None):
-    """`jax.nn.dot_product_attention` with its softmax in float64; the original rounds it to float32."""
-    group = query.shape[2] // key.shape[2]
-    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
-    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])[None, :]
-    if is_causal:
-        mask = mask & (distance >= 0)
-    if local_window_size is not None:
-        mask = mask & (distance <= local_window_size[0])
-    scores = jnp.einsum("btnh,bsnh->bnts", query, key) * scale
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1), value)
+def quick_jit(function, *static):
+    """jax.jit for tests that compare in float64: XLA compiles in half the time, and the code may be slow."""
+    return jax.jit(function, static_argnames=static, compiler_options={"xla_backend_optimization_level": 0})
+
+
+hidden_in_float64 = quick_jit(
+    functools.partial(forward.hidden, dtype="float64"),
+    "config", "forward", "passes", "depth", "bos_id", "remat",
+)  # fmt: skip
 
 
 CHOICES = {

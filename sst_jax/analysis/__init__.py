@@ -1,0 +1,1 @@
+"""Analysis: what the approximations cost, and figures of it."""

@@ -7,7 +7,7 @@ a layer: the stream's share is L*D numbers a sequence, whatever the length.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import KV, attend_cached, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params
-from sst_jax.model.forward import exact, feed, plain, project, rejoin
+from sst_jax.model.forward import Left, exact, feed, plain, project, rejoin, sweep
 from sst_jax.model.state import Masks, initial, remember, thought
 
 
@@ -58,7 +58,7 @@ def prefill(
     config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
     bos_id: int | None = None, dtype: str = "float32",
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Runs the exact recurrence over right-padded prompts tokens [B, T] of `lengths` [B].
+    """Solves the recurrence over right-padded prompts tokens [B, T] of `lengths` [B], as `stream.prefill` says.
 
     Returns the normed hidden state of each prompt's last position, [B, D], and the cache behind it.
     """
@@ -66,15 +66,20 @@ def prefill(
     inside = jnp.arange(length)[None, :] < lengths[:, None]
     depth = depth if config.stream is not None else 1
     last = (lengths - 1) * depth + depth - 1
-    context = decoder.row_context(
-        config, tokens, inside.astype(jnp.int32), depth=depth, bos_id=bos_id, options={"last": last}
-    )
+    context = decoder.row_context(config, tokens, inside.astype(jnp.int32), depth=depth, bos_id=bos_id, options={})
+    solve = plain
+    if config.stream is not None:
+        solve = sweep if config.stream.prefill == "sweeps" else exact
+
+    def rule(*arguments: Any) -> tuple[tuple, Left]:
+        streams, left = solve(*arguments)
+        if left.memory is not None:
+            left = left._replace(memory=jnp.take_along_axis(left.memory, last[:, None, None], axis=1)[:, 0])
+        return streams, left
+
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    if config.stream is None:
-        (x,), (k, v) = decoder.run_layers(params, plain, (x,), context)
-        state = None
-    else:
-        (x,), (k, v, state) = decoder.run_layers(params, exact, (x,), context)
+    (x,), left = decoder.run_layers(params, rule, (x,), context)
+    k, v, state = left.k, left.v, left.memory
     hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
     empty = init_cache(config, batch, capacity, jnp.dtype(dtype))
@@ -92,7 +97,7 @@ def prefill(
 
 
 def _into_ring(ring: jax.Array, part: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Places keys or values [layers, B, T, K, H] into rings [layers, B, W, K, H]: slot j gets the newest p = j mod W."""
+    """Keys or values [layers, B, T, K, H] as rings [layers, B, W, K, H]: slot j gets the newest p = j mod W."""
     slots = jnp.arange(ring.shape[2])
     newest = lengths[:, None] - 1 - (lengths[:, None] - 1 - slots[None, :]) % ring.shape[2]
     return jnp.take_along_axis(part, jnp.maximum(newest, 0)[None, :, :, None, None], axis=2)
@@ -152,6 +157,4 @@ def step(
     begin = (jnp.int32(start), hidden, cache.kv, cache.state)
     _, hidden, kv, state = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(depth), iteration, begin)
     moved = depth > 0
-    return hidden, Cache(
-        kv, state, jnp.where(moved, source, cache.live), jnp.where(moved, position + 1, cache.length)
-    )
+    return hidden, Cache(kv, state, jnp.where(moved, source, cache.live), jnp.where(moved, position + 1, cache.length))

@@ -45,7 +45,7 @@ def begin(
     config: ModelConfig, params: Params, cache: Cache, hidden: jax.Array, last: jax.Array, depth: jax.Array,
     keys: jax.Array, *, sampling: Sampling, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
 ) -> Rows:  # fmt: skip
-    """Draws the first token after `prefill`, whose last prompt token [B] is `last`, iterating there if the config says."""
+    """Draws the first token after `prefill`; iterates at the last prompt token [B], `last`, if the config says."""
     if config.stream is not None and config.stream.prompt == "last":
         hidden, cache = step(config, params, last, cache, depth, 1, bos_id, dtype, hidden)
     token, done = _next_token(params, sampling, hidden, cache, keys, stop_ids)

@@ -99,7 +99,7 @@ class Model:
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
         vocabulary = self.config.backbone.vocab_size
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < vocabulary):
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
             raise InputError(f"tokens must be in [0, {vocabulary}); found {tokens.min()} to {tokens.max()}")
         return jnp.asarray(tokens, jnp.int32)
 
@@ -174,6 +174,8 @@ class Model:
             return self.tokenizer.encode(prompt)
         if chat:
             raise InputError("chat=True takes prompts as text, not as token ids")
+        if not len(prompt):
+            raise InputError("a prompt is empty: give at least one token")
         return self._ids([list(prompt)])[0].tolist()
 
     def with_stream(self, seed: int = 0, **fields: Any) -> Model:

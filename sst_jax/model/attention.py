@@ -1,7 +1,7 @@
 """Attention over whole rows, and over caches for one position: rotation, masks, sliding windows.
 
 Local and global layers are the two branches of one `lax.cond`, so that each has its static window while all layers stay
-one scan. The arithmetic is `jax.nn.dot_product_attention`, behind the two functions that `model/forward.py` calls.
+one scan. The arithmetic is the library's, behind `attention`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sst_jax.model.config import BackboneConfig
+from sst_jax.model.kernels import KERNELS
 from sst_jax.model.layers import rope_table, rotate
 
 Table = tuple[jax.Array, jax.Array]
@@ -37,6 +38,31 @@ class KV(NamedTuple):
     global_v: jax.Array
 
 
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, *, is_causal: bool = False,
+    window: int | None = None,
+) -> jax.Array:  # fmt: skip
+    """Softmax attention, [B, T, N, H] from q [B, T, N, H], k and v [B, S, K, H] and mask bool [B or 1, 1, T, S].
+
+    `window` W keeps a query's own and the W - 1 keys before it.
+    """
+    if q.dtype != jnp.float64:
+        sides = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=is_causal, local_window_size=sides
+        )  # fmt: skip
+    # The library rounds its softmax to float32, which would be the floor of every error measured in float64.
+    distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
+    if is_causal:
+        mask = mask & (distance >= 0)
+    if window is not None:
+        mask = mask & (distance < window)
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    scores = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k) * scale, jnp.finfo(q.dtype).min)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), v)
+
+
 def ropes(backbone: BackboneConfig, positions: jax.Array) -> Ropes:
     """Tables for `positions` [B, T]."""
     return Ropes(
@@ -55,12 +81,13 @@ def by_kind(backbone: BackboneConfig, is_global: jax.Array, branch: Callable[[st
 
 def attend_rows(
     backbone: BackboneConfig, is_global: jax.Array, tables: Ropes, segment_ids: jax.Array, depth: int, keep: str,
-    q: jax.Array, k: jax.Array, v: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Causal attention within documents; q [B, T*I, N, H], k and v [B, T*I, K, H] not yet rotated.
 
     Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
     own from iteration i (keep="overwrite"), or everybody's from iteration 1 (keep="first").
+    `implementation` is one of `model/kernels.py` after `pick`; iterations (depth > 1) always take XLA's.
     Returns the output [B, T*I, N*H] and the keys and values, [B, T, K, H], that a cache would now hold.
     """
     batch, length = segment_ids.shape
@@ -72,11 +99,9 @@ def attend_rows(
         window = backbone.window if kind == "local" and backbone.window < length else None
         if depth == 1:
             rq, rk = rotate(q, table), rotate(k, table)
-            out = jax.nn.dot_product_attention(
-                rq, rk, v, mask=same, scale=scale, is_causal=True,
-                local_window_size=None if window is None else (window - 1, 0),
-            )  # fmt: skip
-            return out, rk, v
+            if implementation in KERNELS:
+                return KERNELS[implementation](rq, rk, v, segment_ids, scale, window), rk, v
+            return attention(rq, rk, v, same, scale, is_causal=True, window=window), rk, v
         # Iterations side by side: [B, T*I, heads, H] -> [B * I, T, heads, H].
         qs, ks, vs = (
             jnp.moveaxis(part.reshape(batch, length, depth, *part.shape[2:]), 2, 1) for part in (q, k, v)
@@ -96,7 +121,7 @@ def attend_rows(
             mask = jnp.concatenate([mask & ~own, jnp.broadcast_to(own, mask.shape)], axis=-1)
             keys = jnp.concatenate([keys, ks.reshape(keys.shape)], axis=1)
             values = jnp.concatenate([values, vs.reshape(values.shape)], axis=1)
-        out = jax.nn.dot_product_attention(qs, keys, values, mask=mask, scale=scale)
+        out = attention(qs, keys, values, mask, scale)
         out = jnp.moveaxis(out.reshape(batch, depth, length, *out.shape[2:]), 1, 2)
         return out.reshape(q.shape), kept_k, kept_v
 
@@ -141,10 +166,8 @@ def attend_cached(
             seen = index[None, :] <= position[:, None]
         else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
             seen = position[:, None] - (position[:, None] - index[None, :]) % ring >= 0
-        out = jax.nn.dot_product_attention(
-            q, keys[slot].astype(q.dtype), values[slot].astype(q.dtype), mask=seen[:, None, None, :], scale=scale
-        )
-        return (out,)
+        past = (part[slot].astype(q.dtype) for part in (keys, values))
+        return (attention(q, *past, seen[:, None, None, :], scale),)
 
     (out,) = by_kind(backbone, is_global, branch)
     return out.reshape(*q.shape[:2], -1), kv

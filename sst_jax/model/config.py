@@ -25,11 +25,25 @@ def _one_of(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> Non
     _require(value in allowed, f"{owner}.{field}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
+def _numbers(owner: str, config: Any, *fields: str, positive: bool = False) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        number = isinstance(value, int | float) and math.isfinite(value)
+        _require(number, f"{owner}.{field}={value!r} must be a finite number")
+        _require(not positive or value > 0, f"{owner}.{field}={value!r} must be positive")
+
+
 def from_mapping(cls: type, mapping: Mapping[str, Any]) -> Any:
-    """Builds one of the dataclasses below from a mapping; an unknown key raises `InputError` naming it."""
+    """Builds one of the dataclasses below from a mapping; an unknown or missing key raises `InputError` naming it."""
+    _require(isinstance(mapping, Mapping), f"{cls.__name__} is read from a mapping of its fields, not {mapping!r}")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(mapping) - known)
-    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    _require(
+        not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
+    )
+    required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(mapping))
+    _require(not missing, f"{cls.__name__} lacks the field {', '.join(missing)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
 
 
@@ -38,7 +52,7 @@ class BackboneConfig:
     """Shapes and family facts of a Gemma-3 text decoder (arXiv 2503.19786).
 
     `layer_types` names each layer's attention, "local" (a sliding window, rope_theta_local) or "global" (the whole
-    prefix, rope_theta_global with positions divided by rope_scale_global). None means five local layers, then one global.
+    prefix, rope_theta_global with positions divided by rope_scale_global). None means five local layers to one global.
     """
 
     num_layers: int
@@ -63,6 +77,8 @@ class BackboneConfig:
         for field in ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "window"):
             value = getattr(self, field)
             _require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
+        reals = ("query_pre_attn_scalar", "rope_theta_local", "rope_theta_global", "rope_scale_global", "norm_eps")
+        _numbers("backbone", self, *reals, "max_positions", positive=True)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -92,8 +108,10 @@ class BackboneConfig:
     def num_params(self) -> int:
         """Parameters of the backbone; the tied head counts once."""
         linears = sum(i * o for i, o in self.linear_shapes.values())
-        return self.vocab_size * self.d_model + self.d_model + self.num_layers * (
-            linears + 4 * self.d_model + 2 * self.head_dim
+        return (
+            self.vocab_size * self.d_model
+            + self.d_model
+            + self.num_layers * (linears + 4 * self.d_model + 2 * self.head_dim)
         )
 
 
@@ -148,11 +166,14 @@ class StreamConfig:
     propagate    "scan": for state="block" the linear carry of s through o is exact; "shift": the plainer reading.
     dtype        how states are kept in caches; the blend itself is always float32 or wider.
     pass1_grad   whether gradients flow through the states of earlier passes.
-    prompt       which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose output is
-                 the first generated token), "none" (depth begins with the position of the first generated token), "all".
+    prompt       which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose output
+                 is the first generated token), "none" (depth begins where the first generated token is fed), "all".
     kv           at iteration i > 1 a position's keys and values are written anew ("overwrite") or kept from
                  iteration 1 ("first", V1's frozen cache).
     layers       which layers carry a state; None is all.
+    prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they move by less
+                 than sweep_tolerance of their norm; position by position where sweep_cap sweeps do not get there) or
+                 "sequential" (position by position).
     """
 
     state: str = "ffn"
@@ -172,8 +193,12 @@ class StreamConfig:
     prompt: str = "last"
     kv: str = "overwrite"
     layers: tuple[int, ...] | None = None
+    prefill: str = "sweeps"
+    sweep_tolerance: float = 1e-6
+    sweep_cap: int = 12
 
     def __post_init__(self) -> None:
+        _one_of("stream", "prefill", self.prefill, ("sweeps", "sequential"))
         _one_of("stream", "state", self.state, ("ffn", "block"))
         _one_of("stream", "norm", self.norm, ("none", "rms", "match"))
         _one_of("stream", "granularity", self.granularity, ("dimension", "layer", "scalar"))
@@ -182,10 +207,13 @@ class StreamConfig:
         _one_of("stream", "dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("stream", "prompt", self.prompt, ("last", "none", "all"))
         _one_of("stream", "kv", self.kv, ("overwrite", "first"))
-        for field in ("alpha_range", "layers"):
+        for field, kind in (("alpha_range", int | float), ("layers", int)):
             value = getattr(self, field)
             if value is not None:
+                several = isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+                _require(several, f"stream.{field}={value!r} must be a list of numbers")
                 object.__setattr__(self, field, tuple(value))
+        _numbers("stream", self, "alpha_init", "alpha_warmup", "gain", "decay", "sweep_tolerance", "sweep_cap")
         _require(len(self.alpha_range) == 2, f"stream.alpha_range={self.alpha_range} must be two numbers")
         lo, hi = self.alpha_range
         _require(0.0 <= lo < hi <= 1.0, f"stream.alpha_range={self.alpha_range} must satisfy 0 <= lo < hi <= 1")
@@ -196,11 +224,11 @@ class StreamConfig:
                 "a fixed alpha is set with stream.alpha",
             )
         else:
-            _require(
-                math.isfinite(self.alpha) and 0.0 <= self.alpha <= 1.0, f"stream.alpha={self.alpha} must be in [0, 1]"
-            )
-        _require(math.isfinite(self.gain), f"stream.gain={self.gain} must be finite")
+            _numbers("stream", self, "alpha")
+            _require(0.0 <= self.alpha <= 1.0, f"stream.alpha={self.alpha} must be in [0, 1]")
         _require(0.0 <= self.decay < 1.0, f"stream.decay={self.decay} must be in [0, 1)")
+        _require(self.sweep_tolerance > 0, f"stream.sweep_tolerance={self.sweep_tolerance} must be positive")
+        _require(self.sweep_cap >= 2, f"stream.sweep_cap={self.sweep_cap} must be at least 2")
         _require(self.alpha_warmup >= 0, f"stream.alpha_warmup={self.alpha_warmup} must not be negative")
 
     @property
@@ -221,6 +249,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         _require(isinstance(self.rank, int) and self.rank >= 0, f"adapter.rank={self.rank!r} must be an integer >= 0")
+        _numbers("adapter", self, "alpha", "dropout")
         for target in self.targets:
             _one_of("adapter", "targets", target, LINEARS)
         _require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout} must be in [0, 1)")

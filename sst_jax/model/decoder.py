@@ -3,7 +3,8 @@
     params = {"base": {embed, final_norm, layers}, "adapter": {...}, "blend": {...}}      all layers stacked, [L, ...]
 
 A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
-one layer's parameters at a time, under `jax.checkpoint` when training. The rules themselves are in `model/forward.py`.
+one layer's parameters at a time, NF4 kernels included, under `jax.checkpoint` when training. The rules themselves are in
+`model/forward.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sst_jax.model.attention import Ropes, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, unit_rms, wide
 from sst_jax.model.layers import embed as embed_tokens
+from sst_jax.model.nf4 import dequantise
 from sst_jax.model.state import Masks, alpha_and_gain, masks_for
 
 Params = dict[str, Any]
@@ -31,6 +33,7 @@ class Layer(NamedTuple):
     """One layer, unpacked: what a rule works with."""
 
     block: Block
+    is_first: jax.Array  # bool []
     is_global: jax.Array  # bool []
     slot: jax.Array  # int32 [], the layer's place among the layers of its kind
     masks: Masks | None  # where states enter this layer; None where no stream is
@@ -51,6 +54,7 @@ class Context:
     warmth: jax.Array | None = None
     dropout_key: jax.Array | None = None
     options: Any = None  # a forward's own settings
+    attention: str = "xla"  # the kernel that attends over whole rows, see `model/kernels.py`
 
 
 def row_context(
@@ -121,10 +125,11 @@ def run_layers(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Runs `rule` through the stack in one scan over layers.
 
-    `streams` is carried from layer to layer, `extras` [L, ...] is handed out a layer at a time, and what the rule
-    returns beside the streams comes back stacked, [L, ...].
+    `streams` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a layer
+    at a time, and what the rule returns beside the streams comes back stacked, [L, ...].
     """
     config, backbone = context.config, context.config.backbone
+    dtype = streams[0].dtype if streams else jnp.bfloat16
     block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     graphdef = nnx.split(block, Base, Adapter, Blend)[0]
     layers = backbone.num_layers
@@ -143,7 +148,8 @@ def run_layers(
 
     def body(streams: Any, slices: tuple) -> tuple[Any, Any]:
         base, adapter, blend, facts, extra = slices
-        layer = unpack(nnx.merge(graphdef, base, adapter, blend), facts, context)
+        # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
+        layer = unpack(nnx.merge(graphdef, dequantise(base, dtype), adapter, blend), facts, context)
         return rule(layer, streams, extra, context)
 
     if remat:
@@ -168,7 +174,7 @@ def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer
             key = jax.random.fold_in(jax.random.fold_in(context.dropout_key, facts["index"]), number)
             shape = (rows, 1, config.backbone.linear_shapes[name][0])
             drop[name] = jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
-    return Layer(block, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
+    return Layer(block, facts["index"] == 0, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
 
 
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:

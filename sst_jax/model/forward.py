@@ -16,7 +16,7 @@ iteration its own view of the past (`model/attention.py`), states enter a step f
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,35 @@ from sst_jax.model.attention import attend_rows
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Streams
 from sst_jax.model.layers import wide
-from sst_jax.model.state import Masks, blend, initial, propagate, remember, thought
+from sst_jax.model.state import Masks, blend, initial, memories, move, remember, thought
 
 FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
 CHUNK = 16  # positions of `exact` between checkpoints
 
 
+class Left(NamedTuple):
+    """What a rule leaves behind in a layer besides its streams; whatever nobody reads is not computed."""
+
+    k: jax.Array | None = None  # [B, T, K, H], rotated, what a cache would hold
+    v: jax.Array | None = None
+    memory: jax.Array | None = None  # [B, T*I, D], the memory after every step
+    sweeps: jax.Array | None = None  # int32 [], what `sweep` took
+
+
+# Where a function below is under `jax.checkpoint`, its arguments are kept for its gradients and what lies in between is
+# not. The products with frozen kernels are not repeated for that: no gradient reads their results.
+
+
 def project(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T*I, N, H], keys and values [B, T*I, K, H] of a layer's input, normed, not yet rotated."""
     backbone, block = context.config.backbone, layer.block
-    y = block.pre_attn_norm(x).astype(x.dtype)
-    q, k, v = (getattr(block, name)(y, layer.drop.get(name)) for name in ("q", "k", "v"))
+
+    @jax.checkpoint
+    def linears(x: jax.Array) -> tuple[jax.Array, ...]:
+        y = block.pre_attn_norm(x).astype(x.dtype)
+        return tuple(getattr(block, name)(y, layer.drop.get(name)) for name in ("q", "k", "v"))
+
+    q, k, v = linears(x)
     q, k, v = (part.reshape(*part.shape[:2], -1, backbone.head_dim) for part in (q, k, v))
     return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v
 
@@ -53,7 +71,7 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, tup
     keep = "overwrite" if stream is None else stream.kv
     q, k, v = project(layer, x, context)
     out, k, v = attend_rows(
-        backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v
+        backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v, context.attention
     )  # fmt: skip
     return rejoin(layer, x, out), (k, v)
 
@@ -63,53 +81,84 @@ def feed(
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """o in `dtype` and f wide, [B, T*I, D]: the feed-forward half, with the state s blended in `where` one enters."""
-    block, mixed = layer.block, h
-    if s is not None:
-        mixed = blend(context.config.stream, layer.alpha, layer.gain, h, s, where)
-    y = block.pre_ffn_norm(mixed).astype(dtype)
-    gate, up = block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
-    f = block.post_ffn_norm(block.down(jax.nn.gelu(gate, approximate=True) * up, layer.drop.get("down")))
+    block = layer.block
+
+    @jax.checkpoint
+    def widen(h: jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
+        mixed = h if s is None else blend(context.config.stream, layer.alpha, layer.gain, h, s, where)
+        y = block.pre_ffn_norm(mixed).astype(dtype)
+        return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
+
+    @jax.checkpoint
+    def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return block.down(jax.nn.gelu(gate, approximate=True) * up, layer.drop.get("down"))
+
+    mixed, gate, up = widen(h, s)
+    f = block.post_ffn_norm(narrow(gate, up))
     return (mixed + f).astype(dtype), f
 
 
-def plain(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Any]:
+def plain(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
     """The backbone: no state."""
     (x,) = streams
     h, kv = attend(layer, x, context)
     o, _ = feed(layer, h, context, x.dtype)
-    return (o,), kv
+    return (o,), Left(*kv)
 
 
-def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Any]:
-    """Each stream blended with the states of the one before it; the first is plain."""
-    stream, s, outputs = context.config.stream, None, []
-    for x in streams:
-        h, _ = attend(layer, x, context)
-        o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
+def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+    """Each stream blended with the states of the one before it; the first is plain.
+
+    All streams enter the first layer as the same embeddings, so its attention is computed once.
+    """
+    s, memory, outputs = None, None, []
+    shared, _ = attend(layer, streams[0], context)
+    for number, x in enumerate(streams):
+        h = shared
+        if number:
+            h = jax.lax.cond(layer.is_first, lambda: shared, lambda x=x: attend(layer, x, context)[0])
+            s = hand_on(layer, x, memory, context)
+        o, memory = pass_once(layer, x, h, s, context)
         outputs.append(o)
-        s = propagate(stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
-        s = s if stream.pass1_grad else jax.lax.stop_gradient(s)
-    return tuple(outputs), None
+    return tuple(outputs), Left(memory=memory)
 
 
-def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Any]:
+def pass_once(layer: Layer, x: jax.Array, h: jax.Array, s: jax.Array | None, context: Context) -> tuple:
+    """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
+    o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
+    return o, memories(context.config.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
+
+
+def hand_on(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
+    """The states that a pass over x blends in, from the memory of the pass before, with or without its gradient."""
+    stream = context.config.stream
+    return move(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
+
+
+def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
     """Attention once; the feed-forward `passes` times, each blended with the states of the time before."""
-    stream, (x,), s = context.config.stream, streams, None
+    (x,), s = streams, None
     h, kv = attend(layer, x, context)
     for _ in range(context.options["passes"]):
-        o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
-        s = propagate(stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
-        s = s if stream.pass1_grad else jax.lax.stop_gradient(s)
-    return (o,), kv
+        o, memory = pass_once(layer, x, h, s, context)
+        s = hand_on(layer, x, memory, context)
+    return (o,), Left(*kv, memory)
 
 
-def exact(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Any]:
-    """Attention once; the feed-forward step after step, in checkpointed chunks. Also returns what a decoder needs.
-
-    The per-layer output is (keys, values, memory after the step that `options["last"]` [B] names, if it does).
-    """
-    stream, (x,) = context.config.stream, streams
+def exact(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+    """Attention once; the feed-forward step after step."""
+    (x,) = streams
     h, kv = attend(layer, x, context)
+    o, memory = walk(layer, x, h, context)
+    return (o,), Left(*kv, memory)
+
+
+def walk(layer: Layer, x: jax.Array, h: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    """o and the memory after every step, [B, T*I, D], of one layer: its feed-forward run step after step.
+
+    In chunks that are recomputed in the backward pass, so that only every CHUNK-th memory is kept until then.
+    """
+    stream = context.config.stream
     rows, steps, _ = h.shape
 
     def step(m: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
@@ -132,9 +181,40 @@ def exact(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
     first = jnp.zeros_like(thought(stream, x[:, 0], wide(x[:, 0])))
     _, (o, memory) = jax.lax.scan(inner, first, inputs)
     o, memory = (jnp.moveaxis(part.reshape(-1, *part.shape[2:])[:steps], 0, 1) for part in (o, memory))
-    last = context.options.get("last")
-    kept = None if last is None else jnp.take_along_axis(memory, last[:, None, None], axis=1)[:, 0]
-    return (o,), (*kv, kept)
+    return o, memory
+
+
+def sweep(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+    """`local` with as many sweeps as it takes for the states to stand still, else `exact`. Not differentiable.
+
+    `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
+    """
+    stream, (x,) = context.config.stream, streams
+    h, kv = attend(layer, x, context)
+
+    def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.live, wide(part), 0.0)), axis=(1, 2)))
+
+    def moving(carry: tuple) -> jax.Array:
+        count, _, _, change = carry
+        return (change > stream.sweep_tolerance) & (count < stream.sweep_cap)
+
+    def again(carry: tuple) -> tuple:
+        count, _, s, _ = carry
+        o, memory = pass_once(layer, x, h, s, context)
+        moved = move(stream, x, memory, layer.masks)
+        change = jnp.max(norm(wide(moved) - wide(s)) / jnp.maximum(norm(moved), 1e-30))
+        return count + 1, (o, memory), moved, change.astype(jnp.float32)
+
+    o, memory = pass_once(layer, x, h, None, context)
+    begin = (jnp.int32(1), (o, memory), move(stream, x, memory, layer.masks), jnp.float32(jnp.inf))
+    count, (o, memory), _, change = jax.lax.while_loop(moving, again, begin)
+    o, memory, count = jax.lax.cond(
+        change <= stream.sweep_tolerance,
+        lambda: (o, memory, count),
+        lambda: (*walk(layer, x, h, context), jnp.int32(stream.sweep_cap + 1)),
+    )
+    return (o,), Left(*kv, memory, count)
 
 
 RULES = {"plain": plain, "two_pass": k_pass, "k_pass": k_pass, "local": local, "exact": exact}
@@ -152,16 +232,17 @@ def check(forward: str, passes: int, depth: int) -> None:
         raise InputError("forward='plain' has no state, so a second iteration would repeat the first: use depth=1")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "forward", "passes", "depth", "bos_id", "dtype", "remat", "normed")
-)
+SETTINGS = ("config", "forward", "passes", "depth", "bos_id", "dtype")
+
+
+@functools.partial(jax.jit, static_argnames=(*SETTINGS, "remat", "attention"))
 def hidden(
     config: ModelConfig, params: Params, tokens: jax.Array, *, forward: str = "two_pass", passes: int = 2,
     depth: int = 1, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
     bos_id: int | None = None, warmth: jax.Array | None = None, dropout_key: jax.Array | None = None,
-    dtype: str = "float32", remat: bool = False, normed: bool = True,
+    dtype: str = "float32", remat: bool = False, attention: str = "xla",
 ) -> jax.Array:  # fmt: skip
-    """Final hidden states [B, T, D] of tokens [B, T], after the last norm unless `normed` is False.
+    """Final hidden states [B, T, D] of tokens [B, T], after the last norm.
 
     Args:
       config, params: what `decoder.init_params` takes and returns. Without a stream every forward is `plain`.
@@ -174,34 +255,59 @@ def hidden(
       dropout_key: LoRA dropout on when given.
       dtype: of the activations.
       remat: recompute each layer in the backward pass.
+      attention: the kernel, as `kernels.pick` names it.
 
     Raises: InputError on a forward, passes or depth that do not fit together.
     """
     check(forward, passes, depth)
-    if config.stream is None or (config.stream.alpha == 0.0 and forward == "exact"):
-        # Without a blend there is nothing to scan over, and row-by-row products would round differently.
+    if config.stream is None or (config.stream.alpha == 0.0 and (forward == "exact" or depth > 1)):
+        # Without a blend there is nothing to scan over or to repeat, and products of other shapes round differently.
         forward, depth = "plain", 1
     context = decoder.row_context(
         config, tokens, segment_ids, positions, depth=depth, bos_id=bos_id, warmth=warmth, dropout_key=dropout_key,
-        options={"passes": passes},
+        options={"passes": passes}, attention=attention,
     )  # fmt: skip
+
+    def rule(*arguments: Any) -> tuple[Streams, None]:
+        return RULES[forward](*arguments)[0], None  # what the layers leave behind would be stacked for nobody
+
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    copies = passes if forward in ("two_pass", "k_pass") else 1
-    streams, _ = decoder.run_layers(params, without_extras(RULES[forward]), (x,) * copies, context, remat=remat)
+    streams, _ = decoder.run_layers(params, rule, (x,) * copies(forward, passes), context, remat=remat)
     x = streams[-1].reshape(*tokens.shape, depth, -1)[:, :, -1]
-    return decoder.final_norm(config, params, x) if normed else x
+    return decoder.final_norm(config, params, x)
 
 
-def without_extras(rule: Any) -> Any:
-    """The rule without its per-layer output, so that the scan stacks nothing that nobody reads."""
-
-    def bare(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, None]:
-        return rule(layer, streams, extra, context)[0], None
-
-    return bare
+def copies(forward: str, passes: int) -> int:
+    """How many streams climb the stack together."""
+    return passes if forward in ("two_pass", "k_pass") else 1
 
 
-@functools.partial(jax.jit, static_argnames=("config", "forward", "passes", "depth", "bos_id", "dtype"))
+@functools.partial(jax.jit, static_argnames=SETTINGS)
 def logits(config: ModelConfig, params: Params, tokens: jax.Array, **settings: Any) -> jax.Array:
     """Logits [B, T, V], float32 or wider; settings as for `hidden`."""
     return decoder.head(params, hidden(config, params, tokens, **settings))
+
+
+@functools.partial(jax.jit, static_argnames=SETTINGS)
+def states(
+    config: ModelConfig, params: Params, tokens: jax.Array, *, forward: str = "exact", passes: int = 2, depth: int = 1,
+    segment_ids: jax.Array | None = None, bos_id: int | None = None, dtype: str = "float32",
+) -> jax.Array:  # fmt: skip
+    """What every layer remembers after every iteration, [L, B, T, I, D], as the named forward has it (not plain).
+
+    Raises: InputError as `hidden`, and where there is no stream.
+    """
+    check(forward, passes, depth)
+    if config.stream is None or forward == "plain":
+        raise InputError("states need a stream and a forward other than 'plain'")
+    context = decoder.row_context(
+        config, tokens, segment_ids, depth=depth, bos_id=bos_id, options={"passes": passes}
+    )  # fmt: skip
+
+    def rule(*arguments: Any) -> tuple[Streams, jax.Array]:
+        streams, left = RULES[forward](*arguments)
+        return streams, left.memory
+
+    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
+    _, memory = decoder.run_layers(params, rule, (x,) * copies(forward, passes), context)
+    return memory.reshape(memory.shape[0], *tokens.shape, depth, -1)

@@ -7,10 +7,12 @@ layers, [L, ...], they are what `model/decoder.py` scans over. How a layer compu
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
@@ -39,6 +41,12 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
+def scaled_unit_rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * (1 + scale), wide. For its gradient x is kept, and not the wide numbers in between."""
+    return unit_rms(x, eps) * (1.0 + wide(scale))
+
+
 class RMSNorm(nnx.Module):
     """Gemma's RMSNorm: x / rms(x) * (1 + scale), wide inside and out; the caller narrows."""
 
@@ -47,7 +55,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return unit_rms(x, self.eps) * (1.0 + wide(self.scale[...]))
+        return scaled_unit_rms(x, self.scale[...], self.eps)
 
 
 class Linear(nnx.Module):
@@ -98,8 +106,12 @@ def initial_theta(stream: StreamConfig) -> float:
 
 def rope_table(positions: jax.Array, head_dim: int, theta: float, scale: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H/2] of rotary embedding (arXiv 2104.09864), positions divided by `scale`."""
-    frequency = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=float) / head_dim))  # float32, or as wide as JAX goes
-    angle = positions[..., None].astype(float) * (frequency / scale)
+    # Rounded as PyTorch rounds it, a last bit of the frequency being 5e-5 of a radian at position 500: float32
+    # exponents, a correctly rounded power (so from float64), its float32 reciprocal. In 64-bit mode nothing is rounded.
+    dtype = jnp.result_type(float)
+    exponent = np.arange(0, head_dim, 2, dtype=dtype) / np.asarray(head_dim, dtype)
+    frequency = 1 / np.power(theta, exponent, dtype=np.float64).astype(dtype)
+    angle = positions[..., None].astype(dtype) * (frequency / np.asarray(scale, dtype))
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -111,6 +123,6 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def embed(backbone: BackboneConfig, embedding: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Token embeddings times sqrt(D), [..., D]. The factor is rounded to the table's type first, as the reference does."""
+    """Token embeddings times sqrt(D), [..., D]; the factor is rounded to the table's type, as in the reference."""
     scale = jnp.asarray(backbone.embed_scale, embedding.dtype)
     return (jnp.take(embedding, tokens, axis=0) * scale).astype(dtype)

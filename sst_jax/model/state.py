@@ -81,38 +81,47 @@ def remember(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array)
     return jnp.where(where, stream.decay * wide(s) + (1.0 - stream.decay) * wide(u), wide(u)).astype(u.dtype)
 
 
+def memories(
+    stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
+    masks: Masks,
+) -> jax.Array:  # fmt: skip
+    """What the layer holds after every step, from a pass over all steps: x into the layer, h, f and o inside it.
+
+    Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in. Without decay and
+    linear carry a is zero everywhere, and the memory is u itself. All arrays [B, T*I, D].
+    """
+    u = thought(stream, o, f)
+    if stream.decay == 0.0 and not stream.linear_carry:
+        return u
+    through, rest = jnp.zeros_like(alpha), wide(u)
+    if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in
+        through, rest = alpha * gain, jnp.where(masks.blends, (1.0 - alpha) * wide(h), wide(h)) + wide(f)
+    a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
+    b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest)
+    b = b + jnp.where(masks.begins, a * wide(initial(stream, x)), 0.0)
+    a = jnp.where(masks.live, a, 0.0)
+
+    def compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    return jax.lax.associative_scan(compose, (a, b), axis=1)[1].astype(u.dtype)
+
+
+def move(stream: StreamConfig, x: jax.Array, memory: jax.Array, masks: Masks) -> jax.Array:
+    """The state entering every step: the memory after the step before, or the initial state. [B, T*I, D]."""
+    before = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return jnp.where(masks.live, before, initial(stream, x))
+
+
 def propagate(
     stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
     masks: Masks,
 ) -> jax.Array:  # fmt: skip
-    """The state entering every step, from an earlier pass over all steps: x into the layer, h, f and o inside it.
-
-    Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in, and moves the memory
-    one step on. Without decay and linear carry a is zero everywhere and only the move is left. All arrays [B, T*I, D].
-    """
-    s0 = initial(stream, x)
-    u = thought(stream, o, f)
-    if stream.decay == 0.0 and not stream.linear_carry:
-        memory = u
-    else:
-        through, rest = jnp.zeros_like(alpha), wide(u)
-        if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in
-            through, rest = alpha * gain, jnp.where(masks.blends, (1.0 - alpha) * wide(h), wide(h)) + wide(f)
-        a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
-        b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest) + jnp.where(masks.begins, a * wide(s0), 0.0)
-        a = jnp.where(masks.live, a, 0.0)
-
-        def compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
-            return first[0] * second[0], second[0] * first[1] + second[1]
-
-        memory = jax.lax.associative_scan(compose, (a, b), axis=1)[1].astype(u.dtype)
-    moved = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return jnp.where(masks.live, moved, s0)
+    """The state entering every step, from an earlier pass: `memories`, moved one step on."""
+    return move(stream, x, memories(stream, alpha, gain, x, h, f, o, masks), masks)
 
 
-def masks_for(
-    stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None
-) -> Masks:
+def masks_for(stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None) -> Masks:
     """Masks for whole rows, [B, T*I, 1], from segment_ids [B, T] (0 is padding) and tokens [B, T]."""
     real = segment_ids > 0
     source = real

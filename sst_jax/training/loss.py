@@ -6,8 +6,6 @@ to the front, and a scan over chunks of positions computes logits for those chun
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,9 +68,8 @@ def _backward(gradient: jax.Array, cotangent: jax.Array):
 token_losses.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.named_call, name="answer_losses")
 def answer_losses(hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, answer_mask: jax.Array) -> jax.Array:
     """Losses [B, T] of the tokens that `answer_mask` [B, T] marks, each predicted from the position before it."""
-    x, y, scored = hidden[:, :-1], tokens[:, 1:], answer_mask[:, 1:]
+    x, y, scored = hidden[:, :-1], jnp.asarray(tokens)[:, 1:], jnp.asarray(answer_mask)[:, 1:]
     nll = token_losses(x.reshape(-1, x.shape[-1]), embedding, y.reshape(-1), scored.reshape(-1))
     return jnp.pad(nll.reshape(y.shape), ((0, 0), (1, 0)))

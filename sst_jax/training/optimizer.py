@@ -38,7 +38,9 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     """The learning rate at each update of a run of `steps` steps."""
     updates = max(steps // config.accumulate, 1)
     warmup = min(config.warmup_steps, updates - 1)
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, updates, peak * config.final_factor)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else peak, peak, warmup, updates, peak * config.final_factor
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from sst_jax.errors import InputError
+from sst_jax.model import nf4
 from sst_jax.model.config import AdapterConfig, StreamConfig, from_mapping
 from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.step import ForwardConfig
@@ -23,7 +24,9 @@ from sst_jax.training.step import ForwardConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """name: "gsm8k" or "words" (the embedded word problems). path: a folder with GSM8K's JSONL files, or a hub id.
+    """name: "gsm8k", "words" (the embedded word problems) or "auto" (gsm8k where a path is given, else words).
+
+    path: a folder with GSM8K's JSONL files, or a hub id.
 
     heldout: examples kept out of training by seed, for the loss before, during and after; of GSM8K they come from the
     training split, the test split is never read here. limit: use at most so many training examples (0: all).
@@ -41,8 +44,10 @@ class DataConfig:
     overlong: str = "error"
 
     def __post_init__(self) -> None:
-        if self.name not in ("gsm8k", "words"):
-            raise InputError(f"data.name={self.name!r} is not one of 'gsm8k', 'words'")
+        if self.name not in ("gsm8k", "words", "auto"):
+            raise InputError(f"data.name={self.name!r} is not one of 'gsm8k', 'words', 'auto'")
+        if self.name == "auto":
+            object.__setattr__(self, "name", "gsm8k" if self.path else "words")
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
@@ -54,6 +59,7 @@ class Recipe:
 
     model: str
     dtype: str
+    quantize: str
     stream: StreamConfig | None
     adapter: AdapterConfig
     forward: ForwardConfig
@@ -69,14 +75,25 @@ class Recipe:
     sample_tokens: int
 
 
+def placed(recipe: Recipe, pick: Callable[[str, str], str]) -> Recipe:
+    """The recipe with its forwards' attention="auto" decided by `pick(attention, dtype)`."""
+    forwards = {
+        name: dataclasses.replace(part, attention=pick(part.attention, part.dtype))
+        for name, part in (("forward", recipe.forward), ("heldout_forward", recipe.heldout_forward))
+    }
+    return dataclasses.replace(recipe, **forwards)
+
+
 def defaults() -> ml_collections.ConfigDict:
     """All knobs. Sections mirror the dataclasses; their docstrings say what a field means."""
     config = ml_collections.ConfigDict()
-    config.model = ml_collections.ConfigDict({"source": "", "dtype": "bfloat16"})
+    config.model = ml_collections.ConfigDict({"source": "", "dtype": "bfloat16", "quantize": "none", "attention": "auto"})
     config.stream = ml_collections.ConfigDict(_fields(StreamConfig))
     config.stream.on = True
     config.stream.forward = "two_pass"
     config.stream.passes = 2
+    config.stream.mix_share = 0.0
+    config.stream.mix_passes = 3
     config.adapter = ml_collections.ConfigDict(_fields(AdapterConfig))
     config.optimizer = ml_collections.ConfigDict(_fields(OptimizerConfig))
     config.data = ml_collections.ConfigDict(_fields(DataConfig))
@@ -128,24 +145,30 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
     """
     stream, train = config.stream.to_dict(), config.train.to_dict()
     on, name, passes = (stream.pop(key) for key in ("on", "forward", "passes"))
+    mix = {key: stream.pop(key) for key in ("mix_share", "mix_passes")}
     dtype = config.model.dtype
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype={dtype!r} is not one of 'float32', 'bfloat16'")
+    if config.model.quantize not in nf4.KINDS:
+        raise InputError(f"model.quantize={config.model.quantize!r} is not one of {', '.join(nf4.KINDS)}")
     if not config.model.source:
         raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
     for key in ("steps", "log_every", "eval_every", "save_every", "keep"):
         if train[key] < 1:
             raise InputError(f"train.{key}={train[key]} must be at least 1")
-    trains = ForwardConfig(name, passes, train.pop("remat"), dtype)
+    attention = {"attention": config.model.attention}
+    trains = ForwardConfig(name, passes, train.pop("remat"), dtype, **mix, **attention)
     # Measured with the same number of passes where the same kind of forward measures, else with the forward's own.
-    judges = ForwardConfig(train.pop("eval_forward"), 2, remat=False, dtype=dtype)
+    judges = ForwardConfig(train.pop("eval_forward"), 2, remat=False, dtype=dtype, **attention)
     if judges.forward == trains.forward:
         judges = dataclasses.replace(judges, passes=passes)
     if not on:
-        trains, judges = (dataclasses.replace(part, forward="plain", passes=2) for part in (trains, judges))
+        off = {"forward": "plain", "passes": 2, "mix_share": 0.0}
+        trains, judges = (dataclasses.replace(part, **off) for part in (trains, judges))
     return Recipe(
         model=config.model.source,
         dtype=dtype,
+        quantize=config.model.quantize,
         stream=from_mapping(StreamConfig, stream) if on else None,
         adapter=from_mapping(AdapterConfig, config.adapter.to_dict()),
         forward=trains,

@@ -1,9 +1,9 @@
 """The run folder: who may write in it, what it records, and where a resumed run goes on.
 
-    RUN/config.json       recipe and model config       RUN/metrics.jsonl    a line a logged step
-    RUN/base.json         the base it stands on         RUN/samples.jsonl    answers at several depths
-    RUN/environment.json  versions                      RUN/figures/         learning curve
-    RUN/checkpoints/      see weights/checkpoint.py     RUN/tensorboard/     the metrics again
+RUN/config.json       recipe and model config       RUN/metrics.jsonl    a line a logged step
+RUN/base.json         the base it stands on         RUN/samples.jsonl    answers at several depths
+RUN/environment.json  versions                      RUN/figures/         learning curve
+RUN/checkpoints/      see weights/checkpoint.py     RUN/tensorboard/     the metrics again
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise InputError(f"another process is training in {path}: wait for it, or choose another --workdir") from None
+            raise InputError(
+                f"another process is training in {path}: wait for it, or choose another --workdir"
+            ) from None
         self.resumed = (path / "config.json").is_file()
         if not self.resumed:
             write_json(path / "base.json", base)
@@ -129,4 +131,9 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     devices = [device.device_kind for device in jax.devices()]
-    return {"python": platform.python_version(), "machine": platform.machine(), "devices": devices, "versions": versions}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "devices": devices,
+        "versions": versions,
+    }

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from sst_jax.errors import InputError
 from sst_jax.model import forward
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
@@ -19,15 +21,34 @@ Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; ans
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """Which forward trains: its name, and `passes` for k_pass and local."""
+    """Which forward trains: its name, and `passes` for k_pass and local.
+
+    mix_share of the steps, drawn by seed, run mix_passes passes instead: two_pass becomes k_pass for that step.
+    """
 
     forward: str = "two_pass"
     passes: int = 2
     remat: bool = True
     dtype: str = "float32"
+    mix_share: float = 0.0
+    mix_passes: int = 3
+    attention: str = "xla"
 
     def __post_init__(self) -> None:
         forward.check(self.forward, self.passes, depth=1)
+        if not 0.0 <= self.mix_share <= 1.0:
+            raise InputError(f"stream.mix_share={self.mix_share} must be in [0, 1]")
+        if self.mix_share and self.forward not in ("two_pass", "k_pass", "local"):
+            raise InputError(f"stream.mix_share needs a forward with passes, not {self.forward!r}")
+        forward.check("k_pass", self.mix_passes, depth=1)
+
+    def at(self, step: int, seed: int) -> ForwardConfig:
+        """What runs at one step; the same on every resume, as it depends on seed and step alone."""
+        plain = dataclasses.replace(self, mix_share=0.0)
+        if np.random.default_rng((seed, step)).random() >= self.mix_share:
+            return plain
+        name = "k_pass" if self.forward == "two_pass" else self.forward
+        return dataclasses.replace(plain, forward=name, passes=self.mix_passes)
 
 
 class TrainState(NamedTuple):
@@ -51,6 +72,7 @@ def batch_losses(
         config, {"base": base, **trainable}, batch["tokens"], forward=settings.forward, passes=settings.passes,
         segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, warmth=warmth,
         dropout_key=dropout_key, dtype=settings.dtype, remat=settings.remat,
+        attention=settings.attention,
     )  # fmt: skip
     return answer_losses(hidden, base["embed"]["embedding"], batch["tokens"], batch["answer_mask"])
 

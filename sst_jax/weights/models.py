@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from sst_jax.console.progress import bar
 from sst_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sst_jax.errors import InputError
-from sst_jax.model import decoder
-from sst_jax.model.config import PRESETS, ModelConfig
-from sst_jax.weights import gguf, huggingface, store
+from sst_jax.model import decoder, nf4
+from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
+from sst_jax.weights import gguf, huggingface, names, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
 from sst_jax.weights.files import digest, read_json, sha256
-from sst_jax.weights.source import Source, fill_base
+from sst_jax.weights.source import Source, fill_base, lazy_base
 
 RUN_FILES = ("config.json", "base.json")
 
@@ -58,6 +59,50 @@ def source_dtype(model: str | Path) -> str:
     return "float32"  # GGUF is dequantised into float32, random weights are made in it
 
 
+def backbone_of(model: str | Path) -> BackboneConfig:
+    """The backbone of MODEL from headers alone; of a hub id that is not on this disk, from the size in its name.
+
+    Raises: InputError as `open_model`, and where neither tells.
+    """
+    name, path = str(model), Path(model).expanduser()
+    kind, _, rest = name.partition(":")
+    if kind == "random" and rest in PRESETS:
+        return PRESETS[rest]
+    if kind == "package" and rest:
+        return gguf.open_file(gguf.package(rest.replace("-", "_"))).backbone
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.open_file(path).backbone
+    if path.is_dir() and store.is_base_folder(path):
+        return ModelConfig.from_dict(store.read_header(path)["config"]).backbone
+    if path.is_dir() and is_run_folder(path):
+        return ModelConfig.from_dict(read_json(path / "config.json").get("model_config", {})).backbone
+    if (path / "config.json").is_file():
+        return huggingface.backbone_from_config(read_json(path / "config.json"), str(path / "config.json"))
+    size = re.search(r"gemma-3-(270m|1b|4b|12b|27b)\b", name.lower())
+    if not path.exists() and is_hub_id(name) and size:
+        return PRESETS[size[1]]
+    raise InputError(f"{name} does not exist here, and its name does not tell its size (gemma-3-1b and the like do)")
+
+
+def source_of(model: str | Path) -> tuple[Source, str] | None:
+    """(source, its name) where MODEL is a checkpoint of a foreign format: a Hugging Face folder, a hub id or GGUF.
+
+    Raises: InputError as `open_model`.
+    """
+    name, path = str(model), Path(model).expanduser()
+    kind, _, rest = name.partition(":")
+    if kind == "package" and rest:
+        return gguf.open_file(gguf.package(rest.replace("-", "_"))), name
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.open_file(path), str(path.resolve())
+    if path.is_dir():
+        foreign = not store.is_base_folder(path) and not is_run_folder(path) and (path / "config.json").is_file()
+        return (huggingface.open_folder(path), str(path.resolve())) if foreign else None
+    if kind != "random" and is_hub_id(name) and not path.exists():
+        return huggingface.open_folder(huggingface.resolve_hub(name)), name
+    return None
+
+
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
@@ -66,36 +111,60 @@ def is_run_folder(path: Path) -> bool:
     return all((path / name).is_file() for name in RUN_FILES)
 
 
-def open_model(model: str | Path, dtype: str | None = None) -> Opened:
+def open_model(
+    model: str | Path, dtype: str | None = None, quantize: str = "none", *, lazy: bool = False
+) -> Opened:  # fmt: skip
     """Opens anything that MODEL may be; `dtype` ("float32", "bfloat16") is the base's, None: `default_dtype()`.
+
+    quantize: "nf4" or "nf4_double" stores the linears so (see `model/nf4.py`); "none" leaves them as the source has them.
+    lazy: where the format allows it, the base's layers are read from disk whenever they are indexed, as they are there
+    (`dtype` is not applied): for exports, which look at every layer once.
 
     Raises: InputError naming what is missing, damaged or not supported.
     """
-    name, dtype = str(model), dtype or default_dtype()
+    if quantize not in nf4.KINDS:
+        raise InputError(f"quantize={quantize!r} is not one of {', '.join(nf4.KINDS)}")
+    config, params, tokenizer, facts = _open(model, dtype or default_dtype(), quantize, lazy)
+    stored = nf4.kind_of(params["base"])
+    if quantize == "none" or stored == quantize:
+        return Opened(config, params, tokenizer, {**facts, "quantize": stored})
+    if stored != "none":
+        raise InputError(f"{model} is stored as {stored} and cannot become {quantize}: convert its source again")
+    # One linear at a time, so that old and new exist side by side for one only.
+    layers, quantised = dict(params["base"]["layers"]), jax.jit(nf4.quantise, static_argnums=1)
+    for key in [key for key, leaf in layers.items() if "kernel" in leaf]:
+        stack = layers.pop(key)["kernel"]
+        layers[key] = jax.lax.map(lambda kernel: quantised(kernel, quantize), stack)
+    params["base"]["layers"] = layers
+    return Opened(config, params, tokenizer, {**facts, "quantize": quantize})
+
+
+def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> Opened:
+    name = str(model)
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
-        return _from_source(gguf.open_file(gguf.package(rest.replace("-", "_"))), dtype, name)
+        return _from_source(gguf.open_file(gguf.package(rest.replace("-", "_"))), dtype, name, quantize, lazy)
     if kind == "random" and rest:
         return _random(rest, dtype)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":
-            return _from_source(gguf.open_file(path), dtype, str(path.resolve()))
+            return _from_source(gguf.open_file(path), dtype, str(path.resolve()), quantize, lazy)
         raise InputError(f"{path} is a file, but not a .gguf: give the folder that holds it")
     if path.is_dir():
         if store.is_base_folder(path):
-            return _from_store(path, dtype)
+            return _from_store(path, dtype, lazy)
         if is_run_folder(path):
-            return _from_run(path, dtype)
+            return _from_run(path, dtype, lazy)
         if (path / "config.json").is_file():
-            return _from_source(huggingface.open_folder(path), dtype, str(path.resolve()))
+            return _from_source(huggingface.open_folder(path), dtype, str(path.resolve()), quantize, lazy)
         raise InputError(
             f"{path} is neither a Hugging Face folder (config.json), a converted folder ({store.HEADER}) nor a "
             "training run (base.json)"
         )
     if is_hub_id(name):
         folder = huggingface.resolve_hub(name)
-        return _from_source(huggingface.open_folder(folder), dtype, name)
+        return _from_source(huggingface.open_folder(folder), dtype, name, quantize, lazy)
     raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")
 
 
@@ -109,16 +178,19 @@ def _progress(description: str) -> tuple[Any, Callable[[int, int], None]]:
     return meter, update
 
 
-def _from_source(source: Source, dtype: str, name: str) -> Opened:
+def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: bool) -> Opened:
     tokenizer = load_tokenizer(source.path)
-    meter, update = _progress("reading weights")
-    with meter:
-        base = fill_base(source, dtype, update)
+    if lazy and quantize == "none":
+        base = lazy_base(source)
+    else:
+        meter, update = _progress("reading weights")
+        with meter:
+            base = jax.tree.map(jnp.asarray, fill_base(source, dtype, update, quantize))
     meter, update = _progress("hashing weights")
     with meter:
         identity = digest(source.files, update)
     facts = {"kind": source.kind, "path": name, "digest": identity, "dtype": dtype, "layout": source.layout}
-    params = {"base": jax.tree.map(jnp.asarray, base), "adapter": {}, "blend": {}}
+    params = {"base": base, "adapter": {}, "blend": {}}
     return Opened(ModelConfig(source.backbone), params, tokenizer, facts)
 
 
@@ -133,14 +205,22 @@ def _random(preset: str, dtype: str) -> Opened:
     return Opened(config, params, ByteTokenizer(), facts)
 
 
-def _from_store(path: Path, dtype: str) -> Opened:
-    config, params, facts = store.load_base(path, dtype)
-    params = jax.tree.map(jnp.asarray, {"adapter": {}, "blend": {}, **params})
+def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
+    stacks = store.open_stacks(path) if lazy else None
+    if stacks is not None:
+        header = store.read_header(path)
+        config, params, facts = header["config"], {"base": stacks, "adapter": {}, "blend": {}}, header["facts"]
+    else:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # no second copy on the host
+        config, params, facts = store.load_base(path, dtype, sharding=here)
+        params = {"adapter": {}, "blend": {}, **params}
+    source = {name: facts.get(name) for name in ("kind", "path", "digest")}  # what it was converted from
     facts = {**facts, "kind": "base", "path": str(path.resolve()), "digest": sha256(path / store.MANIFEST)}
+    facts["source"] = source
     return Opened(ModelConfig.from_dict(config), params, load_tokenizer(path), {**facts, "dtype": dtype})
 
 
-def _from_run(path: Path, dtype: str) -> Opened:
+def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
     recorded, content = read_json(path / "base.json"), read_json(path / "config.json")
     for file, mapping, keys in (
         ("base.json", recorded, ("path", "digest")),
@@ -153,7 +233,7 @@ def _from_run(path: Path, dtype: str) -> Opened:
     if step is None:
         raise InputError(f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder")
     try:
-        opened = open_model(recorded["path"], dtype)
+        opened = open_model(recorded["path"], dtype, recorded.get("quantize", "none"), lazy=lazy)
     except InputError as error:
         raise InputError(
             f"the base of run {path}, {recorded['path']} (from base.json), cannot be opened: {error}"
@@ -164,6 +244,49 @@ def _from_run(path: Path, dtype: str) -> Opened:
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
     facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": content.get("recipe")}
     return Opened(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
+
+
+def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> Opened:
+    """The unquantised weights that a base in NF4 was made from, by its facts.
+
+    Raises: InputError when they are gone, or are other ones.
+    """
+    source = facts["source"] if facts["kind"] == "base" else facts
+    advice = "or choose --merge-base dequantized"
+    if not source.get("path"):
+        raise InputError(f"{facts['path']} does not say what it was quantised from: {advice.removeprefix('or ')}")
+    try:
+        opened = open_model(source["path"], dtype, lazy=lazy)
+    except InputError as error:
+        raise InputError(f"the original weights of {facts['path']} cannot be opened: {error}; {advice}") from None
+    if source["digest"] != opened.facts["digest"]:
+        raise InputError(f"{source['path']} is not what {facts['path']} was quantised from: put it back, {advice}")
+    return opened
+
+
+def vision_of(facts: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The vision tower beside a base, untouched, and its source's config.json without the text part; empty if none.
+
+    Raises: InputError where the source cannot be opened.
+    """
+    if facts["kind"] == "base":
+        file = Path(facts["path"]) / store.VISION
+        if not file.is_file():
+            return {}, {}
+        return load_file(file), facts["vision_config"]
+    if facts["kind"] != "huggingface":
+        return {}, {}
+    source, _ = source_of(facts["path"])
+    return vision_tensors(source)
+
+
+def vision_tensors(source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """As `vision_of`, of a source."""
+    if source.kind != "huggingface":
+        return {}, {}
+    towers = [tensor for tensor in source.tensors() if names.normalise(tensor.name)[0] is None]
+    config = {key: value for key, value in source.metadata.items() if key != "text_config"}
+    return {tensor.name: tensor.read() for tensor in towers}, config if towers else {}
 
 
 def check_base(run: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ An array's shape and dtype are always told to Orbax on restore, so a folder writ
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.weights.files import is_plain_name, read_json, sha256, staged_folder
+from sst_jax.model import nf4
+from sst_jax.weights import names
+from sst_jax.weights.files import Progress, is_plain_name, read_json, sha256, staged_folder
 from sst_jax.weights.names import set_slot
-from sst_jax.weights.source import DTYPES, numpy_dtype
+from sst_jax.weights.source import DTYPES, Source, numpy_dtype, pieces, slots
 
 FORMAT, VERSION = "sst_jax", 1
 HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"
+VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8)}  # uint8: packed NF4 codes
 
@@ -82,6 +86,132 @@ def save_base(
     return Path(directory)
 
 
+def stream_base(
+    directory: str | Path,
+    source: Source,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    dtype: str,
+    quantize: str = "none",
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a source of weights as a base folder, one tensor in memory at a time.
+
+    The arrays are put where Orbax looks for them, a file a layer, uncompressed, in a folder beside `directory` that gets
+    its name when it is complete. Interrupted and called again with the same arguments it goes on where it was.
+
+    Raises: InputError as `pieces`, when `directory` is not empty, or holds the beginning of another conversion.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} is not empty; choose another output folder, nothing is overwritten")
+    stage = directory.with_name(f".{directory.name}.converting")
+    shapes = {f"base/{slot}": spec for slot, spec in slots(source.backbone, dtype, quantize).items()}
+    arrays = {slot: {"shape": list(shape), "dtype": str(kind)} for slot, (shape, kind) in shapes.items()}
+    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
+    begun = {"arrays": arrays, "source": stamps}
+    if (stage / _BEGUN).is_file():
+        if read_json(stage / _BEGUN) != begun:
+            raise InputError(f"{stage} is the beginning of another conversion: remove it, or choose another folder")
+    else:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        _placeholders(stage / PARAMS, shapes)
+        (stage / _BEGUN).write_text(json.dumps(begun))
+
+    def written(slot: str, layer: int | None) -> bool:
+        stored = slot if f"base/{slot}" in shapes else f"{slot.removesuffix('kernel')}scale_step"
+        stored = stored if f"base/{stored}" in shapes else f"{slot.removesuffix('kernel')}scales"
+        return _chunk(stage / PARAMS, f"base/{stored}", shapes, layer).is_file()  # the last file of a tensor
+
+    bound = len(names.bind(source.tensors(), source.backbone, source.kind, source.path).tensors)
+    for number, piece in enumerate(pieces(source, dtype, quantize, written), 1):
+        for slot, value in () if piece is None else piece.arrays.items():
+            _write(_chunk(stage / PARAMS, f"base/{slot}", shapes, piece.layer), value)
+        if progress is not None:
+            progress(number, bound)
+    for name, content in files.items():
+        (stage / name).write_bytes(content)
+    header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts, "arrays": arrays}
+    (stage / HEADER).write_text(json.dumps(header, indent=1) + "\n")
+    (stage / _BEGUN).unlink()
+    manifest = {file.relative_to(stage).as_posix(): sha256(file) for file in _files(stage)}
+    (stage / MANIFEST).write_text(json.dumps({"sha256": manifest}, indent=1) + "\n")
+    if directory.exists():
+        directory.rmdir()
+    stage.rename(directory)
+    return directory
+
+
+_BEGUN = "converting.json"
+
+
+def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    """An Orbax checkpoint of those arrays without their numbers: one file an array and layer is still to be written."""
+    import orbax.checkpoint as ocp
+
+    tree: dict[str, Any] = {}
+    for slot, (_, dtype) in shapes.items():
+        set_slot(tree, slot, np.zeros(1, dtype))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(folder, tree)
+    for slot, (shape, _) in shapes.items():
+        array = folder / slot.replace("/", ".")
+        spec = json.loads((array / ".zarray").read_text())
+        chunks = [1, *shape[1:]] if slot.startswith("base/layers/") else list(shape)
+        spec |= {"shape": list(shape), "chunks": chunks, "compressor": None}
+        (array / "0").unlink()
+        (array / ".zarray").write_text(json.dumps(spec))
+
+
+def _chunk(folder: Path, slot: str, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], layer: int | None) -> Path:
+    """The file of one layer (or, with None, of the whole) of an array, named by zarr's chunk index."""
+    rest = len(shapes[slot][0]) - (layer is not None)
+    index = ([] if layer is None else [layer]) + [0] * rest
+    return folder / slot.replace("/", ".") / ".".join(map(str, index))
+
+
+def _write(file: Path, value: np.ndarray) -> None:
+    """Writes an array's bytes under a name that appears when they are all there."""
+    partial = file.with_name(f".{file.name}.partial")
+    np.ascontiguousarray(value).view(np.uint8).tofile(partial)
+    partial.rename(file)
+
+
+class StoredStack:
+    """A stack of arrays [L, ...] in a folder of `stream_base`, read a layer at a time when it is indexed."""
+
+    def __init__(self, folder: Path, slot: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.folder, self.slot, self.shape, self.dtype = folder, slot, shape, dtype
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        file = _chunk(self.folder, self.slot, {self.slot: (self.shape, self.dtype)}, layer)
+        return np.fromfile(file, self.dtype).reshape(self.shape[1:])
+
+
+def open_stacks(directory: str | Path) -> dict[str, Any] | None:
+    """The tree "base" of a folder written by `stream_base`, layers as `StoredStack`; None for any other base folder.
+
+    Raises: InputError as `load_base`.
+    """
+    folder = Path(directory).absolute()
+    header = read_header(folder)
+    first = folder / PARAMS / "base.layers.pre_attn_norm.scale" / "0.0"
+    if not first.is_file() or any(not slot.startswith("base/") for slot in header["arrays"]):
+        return None
+    verify(folder)
+    tree: dict[str, Any] = {}
+    for slot, spec in header["arrays"].items():
+        shape, dtype = tuple(spec["shape"]), _STORED[spec["dtype"]]
+        stack = StoredStack(folder / PARAMS, slot, shape, dtype)
+        if not slot.startswith("base/layers/"):
+            file = _chunk(folder / PARAMS, slot, {slot: (shape, dtype)}, None)
+            stack = np.memmap(file, dtype, "r", shape=shape)
+        set_slot(tree, slot, stack)
+    return tree["base"]
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
 
@@ -137,8 +267,8 @@ def load_base(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(config, params, facts) of a base folder.
 
-    `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter and blend keep
-    theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a function of an array's path
+    `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and linears in
+    NF4 keep theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a function of an array's path
     ("base/layers/q/kernel") and shape. `check=False` skips hashing the files.
 
     Raises: InputError naming the file that is missing, damaged or of an unknown format version.
@@ -156,7 +286,7 @@ def load_base(
             shape, stored = tuple(int(size) for size in spec["shape"]), _STORED[spec["dtype"]]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / HEADER}: arrays.{slot} is malformed") from error
-        converted = dtype is not None and slot.startswith("base/") and spec["dtype"] in DTYPES
+        converted = dtype is not None and slot.startswith("base/") and slot.rpartition("/")[2] not in nf4.LEAVES
         wanted = numpy_dtype(dtype) if converted else stored
         if sharding is None:
             # A numpy leaf asks for numpy back; broadcasting gives it its shape without its memory.

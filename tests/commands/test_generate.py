@@ -136,9 +136,10 @@ def test_merged_export_keeps_the_stream_beside_the_weights(finished, tmp_path, c
     np.testing.assert_allclose(again.logits(tokens), model.without_stream().logits(tokens), atol=2e-4)
 
 
-def test_help_reads_well_everywhere(capsys):
+def test_help_reads_well_everywhere(capsys, monkeypatch):
     from sst_jax import train
 
+    monkeypatch.setenv("COLUMNS", "100")
     for command in (convert, export, generate, train):
         assert run(command.main, ["--help"]) == 0
         text = capsys.readouterr().out

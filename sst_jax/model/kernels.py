@@ -1,0 +1,113 @@
+"""Attention over whole rows of documents by whichever kernel fits: XLA's own, cuDNN's flash attention, or splash on TPU.
+
+All three compute the same thing, softmax over the keys of a query's own document, up to itself and (in a sliding window
+of W) at most W - 1 back. The two flash kernels never write the T x T scores out; cuDNN reads an additive T x T mask.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.errors import InputError
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in multiples of it
+
+
+def pick(implementation: str, head_dim: int, dtype: str, backend: str, capability: tuple[int, int] | None = None) -> str:
+    """The kernel that "auto" stands for, or the named one after a check.
+
+    backend is "cpu", "gpu" or "tpu"; capability the CUDA compute capability, None where unknown (taken as below 9.0).
+
+    Raises: InputError when the named kernel cannot run there, saying why.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    widest = 256 if capability is not None and capability >= (9, 0) else 128
+    obstacles = {
+        "cudnn": (
+            "it needs an NVIDIA GPU" if backend != "gpu"
+            else "it computes in bfloat16 only" if dtype != "bfloat16"
+            else f"head_dim={head_dim} must be a multiple of 8 up to {widest} on this card"
+            if head_dim > widest or head_dim % 8 else None
+        ),
+        "splash": (
+            "it needs a TPU" if backend != "tpu"
+            else f"head_dim={head_dim} must be a multiple of {LANES}" if head_dim % LANES else None
+        ),
+        "xla": None,
+    }  # fmt: skip
+    if implementation == "auto":
+        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+    if obstacles[implementation] is not None:
+        raise InputError(f"attention={implementation!r} does not fit: {obstacles[implementation]}")
+    return implementation
+
+
+def here(implementation: str, dtype: str, head_dim: int) -> str:
+    """`pick` for the device that JAX runs on."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    known = tuple(int(part) for part in str(capability).split(".")) if capability else None
+    return pick(implementation, head_dim, dtype, jax.default_backend(), known)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """cuDNN's flash attention: [B, T, N, H] from q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T]."""
+    length = q.shape[1]
+    # The backward kernel takes even lengths only. The position more is of no document, and nobody earlier looks ahead.
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=_same(segment_ids), scale=scale, is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0), implementation="cudnn",
+    )  # fmt: skip
+    return out[:, :length]
+
+
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """JAX's splash attention for TPU, shapes as for `cudnn`; `interpret` runs it on a CPU, slowly."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    length = q.shape[1]
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids, LANES)
+    square = (q.shape[1], q.shape[1])
+    one = library.CausalMask(square) if window is None else library.LocalMask(square, (window - 1, 0), 0)
+    block = next(size for size in (512, 256, LANES) if q.shape[1] % size == 0)
+    kernel = library.make_splash_mha(
+        library.MultiHeadMask([one] * q.shape[2]), head_shards=1, q_seq_shards=1, interpret=interpret,
+        block_sizes=library.BlockSizes(*[block] * 3, *[block] * 3, *[block] * 2),
+    )  # fmt: skip
+    heads_first = [jnp.moveaxis(part, 2, 1) for part in (q * jnp.asarray(scale, q.dtype), k, v)]
+    segments = library.SegmentIds(segment_ids, segment_ids)
+    return jnp.moveaxis(jax.vmap(kernel)(*heads_first, segments), 1, 2)[:, :length]
+
+
+def _same(segment_ids: jax.Array) -> jax.Array:
+    """bool [B, 1, T, T]: whether two positions are of one document. Padding counts as one, so no query sees nothing."""
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def _padded(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, multiple: int) -> tuple:
+    more = -q.shape[1] % multiple
+    if not more:
+        return q, k, v, segment_ids
+    rows = [jnp.pad(part, ((0, 0), (0, more), (0, 0), (0, 0))) for part in (q, k, v)]
+    return *rows, jnp.pad(segment_ids, ((0, 0), (0, more)), constant_values=np.int32(-1))
+
+
+def compiler_options(platform: str) -> dict[str, int]:
+    """XLA options of a train step on "gpu" (or "cuda"), "cpu" or "tpu"."""
+    if platform not in ("gpu", "cuda"):
+        return {}
+    # XLA would merge x W and x A into x [W, A], and for that copy the frozen kernel W beside LoRA's A, every time.
+    return {"xla_gpu_dot_merger_threshold_mb": 0}
+
+
+KERNELS = {"cudnn": cudnn, "splash": splash, "splash_interpreted": functools.partial(splash, interpret=True)}

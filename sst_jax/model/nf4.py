@@ -1,0 +1,145 @@
+"""NF4, the 4-bit normal float of QLoRA (arXiv 2305.14314): how a frozen linear is stored, and how it is read.
+
+A linear's leaf {"kernel": [..., in, out]} becomes
+
+    codes         uint8    [..., in/2, out]          two codes a byte: the even row in the low half, the odd one in the high
+    scales        bfloat16 [..., in/64, out]         the largest magnitude of each block of 64 inputs of one output
+
+and with double quantisation, where 256 outputs' scales share a range, instead of scales
+
+    scale_codes   uint8    [..., in/64, out]
+    scale_low     float32  [..., in/64, out/256 rounded up]
+    scale_step    float32  the same
+
+Blocks lie along the contraction axis, as in qwix, whose numbers these are bit for bit; bitsandbytes cuts flat blocks, so
+its codes differ. 4.25 bits a weight, 4.13 with double quantisation. A weight's value is a bfloat16 number by definition,
+LEVELS[code] * scale rounded once, whatever type a program then computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.errors import InputError
+
+KINDS = ("none", "nf4", "nf4_double")
+BLOCK = 64
+GROUP = 256  # scales that share a range under double quantisation
+LEAVES = ("codes", "scales", "scale_codes", "scale_low", "scale_step")
+
+# Appendix E of the paper: quantiles of the normal distribution with an exact zero, scaled to [-1, 1].
+LEVELS = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def _last_below(lower: np.float32, upper: np.float32) -> np.float32:
+    """The largest float32 that is no nearer to `upper` than to `lower`, distances rounded to float32."""
+    x = np.float32((lower + upper) / 2)
+
+    def below(x: np.float32) -> bool:
+        return bool(np.float32(x - lower) <= np.float32(upper - x))
+
+    while not below(x):
+        x = np.nextafter(x, np.float32(-2))
+    while below(following := np.nextafter(x, np.float32(2))):
+        x = following
+    return x
+
+
+# Counting the thresholds below a number gives the code of its nearest level, ties to the lower one.
+THRESHOLDS = np.array([_last_below(a, b) for a, b in zip(LEVELS[:-1], LEVELS[1:], strict=True)], np.float32)
+
+
+def is_quantised(leaf: Any) -> bool:
+    """Whether a node of a base tree is a linear in NF4."""
+    return isinstance(leaf, Mapping) and "codes" in leaf
+
+
+def quantise(kernel: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
+    """The NF4 leaf of a kernel [..., in, out], computed in float32. Meant to be jitted.
+
+    Raises: InputError when `in` is not a multiple of 64 or `kind` is not "nf4" or "nf4_double".
+    """
+    *lead, inputs, outputs = kernel.shape
+    if inputs % BLOCK:
+        raise InputError(f"NF4 cuts blocks of {BLOCK} inputs; a linear with {inputs} inputs cannot be quantised")
+    if kind not in KINDS[1:]:
+        raise InputError(f"quantize={kind!r} is not one of {', '.join(KINDS)}")
+    blocks = kernel.astype(jnp.float32).reshape(*lead, inputs // BLOCK, BLOCK, outputs)
+    scales = jnp.max(jnp.abs(blocks), axis=-2)
+    # A block of zeros, or of numbers so small that squares of them vanish, keeps its numbers' signs and nothing else.
+    scales = jnp.where(scales < np.sqrt(np.finfo(np.float32).tiny), 1.0, scales)
+    unit = blocks / scales[..., None, :]
+    codes = sum((unit > threshold).astype(jnp.uint8) for threshold in THRESHOLDS)
+    pairs = codes.reshape(*lead, inputs // 2, 2, outputs)
+    leaf = {"codes": pairs[..., 0, :] | pairs[..., 1, :] << 4}
+    return leaf | ({"scales": scales.astype(jnp.bfloat16)} if kind == "nf4" else _quantise_scales(scales))
+
+
+def _quantise_scales(scales: jax.Array) -> dict[str, jax.Array]:
+    *lead, outputs = scales.shape
+    groups = -(-outputs // GROUP)
+    padding = [(0, 0)] * len(lead) + [(0, groups * GROUP - outputs)]
+    grouped = jnp.pad(scales, padding, mode="edge").reshape(*lead, groups, GROUP)
+    low = grouped.min(axis=-1)
+    step = (grouped.max(axis=-1) - low) / 255
+    codes = jnp.round((grouped - low[..., None]) / jnp.where(step > 0, step, 1.0)[..., None]).astype(jnp.uint8)
+    return {"scale_codes": codes.reshape(*lead, -1)[..., :outputs], "scale_low": low, "scale_step": step}
+
+
+def _scales(leaf: Mapping[str, jax.Array]) -> jax.Array:
+    """The scales of a leaf [..., in/64, out], bfloat16 numbers in float32."""
+    if "scales" in leaf:
+        return leaf["scales"].astype(jnp.float32)
+    outputs = leaf["scale_codes"].shape[-1]
+    low, step = (jnp.repeat(leaf[name], GROUP, axis=-1)[..., :outputs] for name in ("scale_low", "scale_step"))
+    return jax.lax.reduce_precision(low + step * leaf["scale_codes"].astype(jnp.float32), 8, 7)
+
+
+def kernel_of(leaf: Mapping[str, jax.Array], dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:
+    """The kernel [..., in, out] of an NF4 leaf. The one function that a fused kernel would replace."""
+    codes = leaf["codes"]
+    *lead, half, outputs = codes.shape
+    # Shifts by a broadcast (0, 4), as a concatenation of two halves would be written out on its way.
+    halves = (codes[..., None, :] >> np.array([[0], [4]], np.uint8)) & 15
+    halves = halves.reshape(*lead, 2 * half // BLOCK, BLOCK, outputs)
+    levels = jnp.asarray(LEVELS).astype(jnp.bfloat16).astype(jnp.float32)
+    value = levels.at[halves].get(mode="promise_in_bounds") * _scales(leaf)[..., None, :]
+    # XLA may skip a detour through bfloat16, but not this rounding; the product of two bfloat16 in float32 is exact.
+    return jax.lax.reduce_precision(value, 8, 7).astype(dtype).reshape(*lead, 2 * half, outputs)
+
+
+def dequantise(tree: Mapping[str, Any], dtype: jnp.dtype = jnp.bfloat16) -> dict[str, Any]:
+    """A layer's (or a stack of layers') base with every NF4 leaf turned back into {"kernel": ...} of `dtype`."""
+    return {name: {"kernel": kernel_of(leaf, dtype)} if is_quantised(leaf) else leaf for name, leaf in tree.items()}
+
+
+def quantise_layers(layers: Mapping[str, Any], kind: str = "nf4") -> dict[str, Any]:
+    """Layers with every {"kernel": ...} in NF4; norms, and linears that already are, stay. "none" changes nothing."""
+    if kind == "none":
+        return dict(layers)
+    return {name: quantise(leaf["kernel"], kind) if "kernel" in leaf else leaf for name, leaf in layers.items()}
+
+
+def kind_of(base: Mapping[str, Any]) -> str:
+    """How the linears of a base tree are stored: one of KINDS."""
+    leaves = [leaf for leaf in base["layers"].values() if is_quantised(leaf)]
+    if not leaves:
+        return "none"
+    return "nf4" if "scales" in leaves[0] else "nf4_double"
+
+
+def bits_a_weight(leaf: Mapping[str, Any]) -> float:
+    """Storage of an NF4 leaf, bits for each weight of its kernel."""
+    return 8 * sum(part.size * part.dtype.itemsize for part in leaf.values()) / (2 * leaf["codes"].size)

@@ -1,0 +1,1 @@
+"""Planning: described hardware, ahead-of-time compilation for it, and counting what a program does."""

@@ -1,0 +1,176 @@
+"""Compiling the real train or decode step for hardware that is not here, on arrays that do not exist."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.errors import InputError
+from sst_jax.inference import cache
+from sst_jax.model import decoder, kernels, nf4
+from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.planning.count import Work, count
+from sst_jax.planning.targets import Target, config_text
+from sst_jax.training.optimizer import make_optimizer
+from sst_jax.training.recipe import Recipe, placed
+from sst_jax.training.step import init_state, train_step
+
+BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
+
+
+class Plan(NamedTuple):
+    """What a compiled program needs, bytes of one device; `work` is that of all devices together."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+    work: Work
+    attention: str
+    compile_seconds: float
+
+
+class TooLarge(RuntimeError):
+    """The compiler itself found that the program does not fit (TPU compilers do)."""
+
+
+def devices_of(target: Target) -> list[Any]:
+    """The described devices.
+
+    Raises: InputError naming the extra, when the wheels with the target's compiler are not installed.
+    """
+    from jax.experimental import topologies
+
+    try:
+        if target.platform == "cuda":
+            found = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=config_text(target), topology="1x1x1"
+            )
+        else:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"planning for {target.name} needs the compiler in JAX's {target.extra} wheels (no device, no driver): "
+            f"pip install 'sst-jax[{target.extra}]' ({reason})"
+        ) from None
+    return list(found.devices)
+
+
+@contextlib.contextmanager
+def described(target: Target) -> Iterator[None]:
+    """Lets JAX's check of cuDNN attention's head dims ask the described card, where it would ask the local device."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    name = "check_compute_capability"
+    original = getattr(library, name, None)
+    if target.platform != "cuda" or original is None:
+        yield
+        return
+    setattr(library, name, lambda wanted: target.capability >= tuple(int(part) for part in wanted.split(".")))
+    try:
+        yield
+    finally:
+        setattr(library, name, original)
+
+
+def attention_of(target: Target, attention: str, dtype: str, head_dim: int) -> str:
+    """The attention kernel on a target; XLA's on slices, as splash would have to be told how it is sharded."""
+    if target.platform == "tpu":
+        return "xla" if target.chips > 1 else kernels.pick(attention, head_dim, dtype, "tpu")
+    return kernels.pick(attention, head_dim, dtype, "gpu", target.capability)
+
+
+def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Plan:
+    """Compiles the train step of a recipe.
+
+    Raises: InputError as `devices_of`, and when the batch does not divide over the target's chips; TooLarge.
+    """
+    config, data = ModelConfig(backbone, recipe.stream, recipe.adapter), recipe.data
+    if data.batch_size % target.chips:
+        raise InputError(f"data.batch_size={data.batch_size} does not divide over the {target.chips} chips of {target.name}")
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
+    settings = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype)).forward
+    settings = settings.at(0, 0) if settings.mix_share == 0.0 else settings
+
+    def arguments() -> tuple:
+        base, trainable = _params(config, recipe.dtype, recipe.quantize)
+        whole = {name: jnp.zeros((data.batch_size, data.length), jnp.int32) for name in ROWS}
+        batch = {**whole, "answer_mask": jnp.zeros((data.batch_size, data.length), bool)}
+        return init_state(trainable, optimizer), base, batch, jax.random.key(0)
+
+    step = functools.partial(train_step, config, settings, optimizer, BOS)
+    counted = functools.partial(train_step, config, placed(recipe, lambda *_: "xla").forward, optimizer, BOS)
+    return _plan(target, step, counted, arguments, donated=0, attention=settings.attention)
+
+
+ROWS = ("tokens", "segment_ids", "positions")
+
+
+def plan_decoding(
+    recipe: Recipe, backbone: BackboneConfig, target: Target, rows: int, capacity: int, depth: int
+) -> Plan:
+    """Compiles one decode step of `rows` sequences with caches of `capacity` positions, and counts it at `depth`."""
+    config, dtype = ModelConfig(backbone, recipe.stream, recipe.adapter), jnp.dtype(recipe.dtype)
+
+    def arguments() -> tuple:
+        base, trainable = _params(config, recipe.dtype, recipe.quantize)
+        token = jnp.zeros(rows, jnp.int32)
+        return cache.init_cache(config, rows, capacity, dtype), {"base": base, **trainable}, token, token
+
+    def step(caches: cache.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
+        hidden, caches = cache.step(config, params, token, caches, depth, dtype=recipe.dtype)
+        return jnp.argmax(decoder.head(params, hidden), axis=-1), caches
+
+    return _plan(target, step, step, arguments, donated=0, attention="xla", trips=depth)
+
+
+def _params(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
+    params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
+    base = {**params["base"], "layers": nf4.quantise_layers(params["base"]["layers"], quantize)}
+    return base, {"adapter": params["adapter"], "blend": params["blend"]}
+
+
+def _plan(
+    target: Target, step: Callable, counted: Callable, arguments: Callable[[], tuple], *, donated: int, attention: str,
+    trips: int = 1,
+) -> Plan:  # fmt: skip
+    shapes = jax.eval_shape(arguments)
+    work = count(jax.make_jaxpr(counted)(*shapes), trips)
+    mesh = jax.sharding.Mesh(np.array(devices_of(target)[: target.chips]), ("chips",))
+    abstract = jax.tree_util.tree_map_with_path(functools.partial(_on_mesh, mesh), shapes)
+    started = time.monotonic()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):
+            lowered = jax.jit(step, donate_argnums=(donated,)).trace(*abstract).lower()
+            compiled = lowered.compile(compiler_options=kernels.compiler_options(target.platform))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLarge(str(error).splitlines()[0]) from None
+        raise
+    memory = compiled.memory_analysis()
+    return Plan(
+        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, work, attention,
+        time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _on_mesh(mesh: jax.sharding.Mesh, path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+    """An argument on the target: rows of the batch and columns of the base spread over chips, all else on every one."""
+    names = [getattr(part, "key", None) for part in path]
+    spec, chips = [None] * len(leaf.shape), mesh.size
+    if chips > 1 and names[-1] in (*ROWS, "answer_mask"):
+        spec[0] = "chips"
+    elif chips > 1 and "layers" in names and leaf.shape[-1] % chips == 0:
+        spec[-1] = "chips"
+    elif chips > 1 and "embed" in names and leaf.shape[0] % chips == 0:
+        spec[0] = "chips"
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

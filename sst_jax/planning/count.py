@@ -1,0 +1,74 @@
+"""Counting a program's arithmetic from its jaxpr: the compilers report none for CUDA, and scan bodies once on TPU.
+
+Only matrix products count; everything else is assumed to be fused into them. A branch counts as its costlier side, so
+the chunks of the loss that hold no answer count too, and masked attention counts in full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Product(NamedTuple):
+    """A matrix product: FLOPs, bytes of operands and result, and how often it runs."""
+
+    flops: float
+    bytes: float
+    times: float
+
+
+class Work(NamedTuple):
+    """What a program does."""
+
+    products: list[Product]
+
+    @property
+    def flops(self) -> float:
+        return sum(product.flops * product.times for product in self.products)
+
+    @property
+    def bytes(self) -> float:
+        return sum(product.bytes * product.times for product in self.products)
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        """Time when each product is bound by arithmetic (FLOP/s) or by memory (bytes/s), whichever is slower."""
+        return sum(max(p.flops / flops, p.bytes / bandwidth) * p.times for p in self.products)
+
+
+def count(jaxpr: Any, trips: int = 1) -> Work:
+    """The work of a (closed) jaxpr; `trips` is how often each `while` loop runs, which no jaxpr says."""
+    return Work(list(_walk(getattr(jaxpr, "jaxpr", jaxpr), 1.0, trips)))
+
+
+def _walk(jaxpr: Any, times: float, trips: int) -> Iterator[Product]:
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name in ("dot_general", "ragged_dot"):
+            yield _product(equation, times)
+        elif name == "scan":
+            yield from _walk(params["jaxpr"].jaxpr, times * params["length"], trips)
+        elif name == "while":
+            yield from _walk(params["body_jaxpr"].jaxpr, times * trips, trips)
+        elif name == "cond":
+            sides = [list(_walk(branch.jaxpr, times, trips)) for branch in params["branches"]]
+            yield from max(sides, key=lambda side: Work(side).flops)
+        else:
+            for value in params.values():
+                for part in value if isinstance(value, list | tuple) else (value,):
+                    inner = getattr(part, "jaxpr", part)
+                    if hasattr(inner, "eqns"):
+                        yield from _walk(inner, times, trips)
+
+
+def _product(equation: Any, times: float) -> Product:
+    arrays = [variable.aval for variable in (*equation.invars[:2], *equation.outvars)]
+    (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+    depth = math.prod(arrays[0].shape[axis] for axis in contracted)
+    sizes = [array.size * np.dtype(array.dtype).itemsize for array in arrays]
+    # Batched products are attention's, whose largest array is the scores: a flash kernel keeps those on the chip.
+    moved = sum(sizes) - (max(sizes) if batched else 0)
+    return Product(2.0 * arrays[2].size * depth, float(moved), times)

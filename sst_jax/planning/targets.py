@@ -1,0 +1,113 @@
+"""Hardware that we describe to the compiler instead of having it.
+
+Figures are the vendors': NVIDIA's architecture whitepapers and product datasheets (A100, H100, H200, DGX B200, Ada and
+RTX Blackwell), its CUDA programming guide's table of limits per compute capability, and Google Cloud's TPU pages. Tensor
+throughput is dense bfloat16 with float32 accumulation, without sparsity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sst_jax.errors import InputError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU, or a slice of `chips` TPU chips; figures are those of one device.
+
+    memory     bytes that programs can have: what the driver or the runtime reports, before its own share
+    flops      peak dense bfloat16, FLOP/s
+    bandwidth  peak of device memory, bytes/s
+    """
+
+    name: str
+    title: str
+    platform: str  # "cuda" or "tpu"
+    memory: float
+    flops: float
+    bandwidth: float
+    capability: tuple[int, int] = (0, 0)
+    cores: int = 0  # streaming multiprocessors
+    clock: float = 0.0  # GHz, boost
+    cache: int = 0  # L2, bytes
+    topology: str = ""  # TPU: the compiler's name of the slice
+    chips: int = 1
+
+    @property
+    def extra(self) -> str:
+        """The extra of this package whose wheels bring the compiler."""
+        return "cuda" if self.platform == "cuda" else "tpu"
+
+    @property
+    def reserve(self) -> float:
+        """Bytes kept free for what no plan sees: context, kernels' workspaces, fragmentation. An assumption."""
+        return 1.0 * GIB if self.platform == "cuda" else 0.5 * GIB
+
+
+def _gpu(name, title, memory, flops, bandwidth, capability, cores, clock, cache) -> Target:
+    return Target(
+        name, title, "cuda", memory * GIB, flops * 1e12, bandwidth * 1e9, capability, cores, clock, cache * 2**20
+    )
+
+
+_ALL = (
+    # name, title, GiB, TFLOP/s, GB/s, compute capability, SMs, GHz, MiB of L2
+    _gpu("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell", 95.6, 503.8, 1792, (12, 0), 188, 2.617, 128),
+    _gpu("h100", "NVIDIA H100 SXM 80 GB", 79.1, 989.4, 3352, (9, 0), 132, 1.98, 50),
+    _gpu("h200", "NVIDIA H200 SXM 141 GB", 139.8, 989.4, 4800, (9, 0), 132, 1.98, 50),
+    _gpu("b200", "NVIDIA B200 180 GB", 178.3, 2250.0, 7700, (10, 0), 148, 1.965, 126),
+    _gpu("rtx-5090", "NVIDIA GeForce RTX 5090", 31.8, 209.5, 1792, (12, 0), 170, 2.407, 96),
+    _gpu("rtx-4090", "NVIDIA GeForce RTX 4090", 23.6, 165.2, 1008, (8, 9), 128, 2.52, 72),
+    _gpu("a100-80g", "NVIDIA A100 SXM 80 GB", 79.1, 311.9, 2039, (8, 0), 108, 1.41, 40),
+    Target("v5e-8", "8 chips of TPU v5e", "tpu", 16e9, 197e12, 819e9, topology="v5e:2x4", chips=8),
+    Target("v5p-8", "4 chips (8 cores) of TPU v5p", "tpu", 95e9, 459e12, 2765e9, topology="v5p:2x2x1", chips=4),
+    Target("v6e-8", "8 chips of TPU v6e", "tpu", 32e9, 918e12, 1640e9, topology="v6e:2x4", chips=8),
+)
+TARGETS = {target.name: target for target in _ALL}
+
+# Per compute capability: threads a multiprocessor, its shared memory, and what of that one block may have (bytes).
+_LIMITS = {
+    (8, 0): (2048, 167_936, 166_912),
+    (8, 9): (1536, 102_400, 101_376),
+    (9, 0): (2048, 233_472, 232_448),
+    (10, 0): (2048, 233_472, 232_448),
+    (12, 0): (1536, 102_400, 101_376),
+}
+
+
+def find(name: str) -> Target:
+    """The target of that name.
+
+    Raises: InputError listing the names there are.
+    """
+    if name not in TARGETS:
+        raise InputError(f"--target {name} is unknown; described are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str:
+    """A CUDA target as XLA's GpuTargetConfigProto in text form."""
+    threads, shared, shared_of_block = _LIMITS[target.capability]
+    major, minor = target.capability
+    device = {
+        "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": threads,
+        "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65_535, "block_dim_limit_z": 65_535,
+        "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
+        "shared_memory_per_block": 49_152, "shared_memory_per_core": shared,
+        "shared_memory_per_block_optin": shared_of_block, "registers_per_core_limit": 65_536,
+        "registers_per_block_limit": 65_536, "core_count": target.cores, "fpus_per_core": 64 if major < 9 and not minor else 128,
+        "clock_rate_ghz": target.clock, "memory_bandwidth": int(target.bandwidth), "l2_cache_size": target.cache,
+        "device_memory_size": int(target.memory),
+    }  # fmt: skip
+    # Hopper's and Blackwell's data-centre cards have instructions outside the common set.
+    feature = " feature_extension: ACCELERATED_FEATURES" if target.capability in ((9, 0), (10, 0)) else ""
+    lines = [f"  {field}: {value}" for field, value in device.items()]
+    lines.append(f"  cuda_compute_capability {{ major: {major} minor: {minor}{feature} }}")
+    version = "major: {} minor: {} patch: {}".format(*cudnn)
+    return "\n".join(
+        ["gpu_device_info {", *lines, "}", 'platform_name: "CUDA"', f"dnn_version_info {{ {version} }}",
+         f'device_description_str: "{target.title}"', ""]
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Bases in NF4 through the commands: convert, train, generate, export."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import sst_jax
+from sst_jax import convert, export
+from sst_jax.console.command import run
+from sst_jax.model import nf4
+from tests.commands.conftest import train_small
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The tiny model as a float32 folder, and that folder converted to NF4."""
+    root = tmp_path_factory.mktemp("bases")
+    assert run(convert.main, ["--from", "random:tiny", "--to", str(root / "plain")]) == 0
+    assert run(convert.main, ["--from", str(root / "plain"), "--to", str(root / "nf4"), "--quantize", "nf4"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_on_nf4(folders, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "on-nf4"
+    assert train_small(workdir, f"--config.model.source={folders / 'nf4'}") == 0
+    return workdir
+
+
+def trees_equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_double"])
+def test_a_converted_folder_is_what_loading_with_quantize_gives(folders, tmp_path, kind):
+    from sst_jax.weights.models import open_model
+
+    target = tmp_path / kind
+    assert run(convert.main, ["--from", str(folders / "plain"), "--to", str(target), "--quantize", kind]) == 0
+    model, opened = sst_jax.load(target), open_model("random:tiny", "float32", kind)
+    assert trees_equal(model.params["base"], opened.params["base"])
+    assert nf4.kind_of(model.params["base"]) == model.facts["quantize"] == opened.facts["quantize"] == kind
+    assert model.params["base"]["embed"]["embedding"].dtype == np.float32
+    # Another type for the floats leaves the quantised linears bit for bit.
+    narrow = sst_jax.load(target, "bfloat16").params["base"]
+    assert narrow["embed"]["embedding"].dtype == jax.numpy.bfloat16
+    assert trees_equal(narrow["layers"]["q"], opened.params["base"]["layers"]["q"])
+
+
+def test_training_quantises_as_it_reads_and_resumes(folders, run_on_nf4, tmp_path):
+    reading = tmp_path / "reading"
+    assert train_small(reading, f"--config.model.source={folders / 'plain'}", "--config.model.quantize=nf4") == 0
+    base = json.loads((reading / "base.json").read_text())
+    assert base["quantize"] == "nf4"
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (reading, run_on_nf4))
+    assert ours["heldout_loss"] == theirs["heldout_loss"]
+    assert ours["heldout_after"] < ours["heldout_before"]
+    assert nf4.kind_of(sst_jax.load(reading).params["base"]) == "nf4"
+
+
+@pytest.mark.parametrize("choice", ["original", "dequantized"])
+def test_export_merges_onto_the_base_that_is_asked_for(folders, run_on_nf4, tmp_path, capsys, choice):
+    target, out = tmp_path / "merged", tmp_path / "out.json"
+    arguments = ["--from", str(run_on_nf4), "--to", str(target), "--format", "merged", "--merge-base", choice]
+    assert run(export.main, [*arguments, "--dtype", "float32", "--json", str(out)]) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    trained = sst_jax.load(run_on_nf4).without_stream()
+    layers = trained.params["base"]["layers"]
+    if choice == "original":
+        layers = sst_jax.load(folders / "plain").params["base"]["layers"]
+        assert 0.05 < result["gap"]["all"] < 0.15
+        assert f"{result['gap']['all']:.2%} away" in printed
+    else:
+        layers = nf4.dequantise(layers, np.float32)
+        assert result["gap"] is None
+    trained.params["base"] = {**trained.params["base"], "layers": layers}
+    tokens = [trained.tokenizer.encode("three and four")]
+    merged = np.asarray(sst_jax.load(target).logits(tokens))
+    expected = np.asarray(trained.logits(tokens))
+    assert np.abs(merged - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_export_says_when_the_original_is_gone_or_another(folders, tmp_path, capsys):
+    root = pathlib.Path(shutil.copytree(folders, tmp_path / "bases"))
+    assert run(convert.main, ["--from", str(root / "plain"), "--to", str(root / "mine"), "--quantize", "nf4"]) == 0
+    arguments = ["--from", str(root / "mine"), "--to", str(tmp_path / "out"), "--format", "merged"]
+    (root / "plain").rename(root / "moved")
+    assert run(export.main, arguments) == 2
+    assert "--merge-base dequantized" in capsys.readouterr().err
+    assert run(convert.main, ["--from", "random:tiny", "--to", str(root / "plain"), "--dtype", "bfloat16"]) == 0
+    assert run(export.main, arguments) == 2
+    assert "is not what" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(export.main, [*arguments, "--merge-base", "dequantized"]) == 0
+
+
+def test_refusals_in_one_line(folders, tmp_path, capsys):
+    arguments = ["--from", str(folders / "nf4"), "--to", str(tmp_path / "x"), "--quantize", "nf4_double"]
+    assert run(convert.main, arguments) == 2
+    assert "stored as nf4" in capsys.readouterr().err
+    assert train_small(tmp_path / "run", "--config.model.quantize=int8") == 2
+    assert "model.quantize='int8'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,188 @@
+"""Cached decoding against `exact` over the whole text: values, batches, depths, sampling, stopping."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+import sst_jax
+from sst_jax.errors import InputError
+from sst_jax.inference.cache import init_cache, prefill
+from sst_jax.inference.decode import generate_tokens
+from sst_jax.inference.sampling import Sampling, sample
+from sst_jax.model import forward
+
+
+def with_prompt(stream, **more):
+    return toys.config({**stream, **more})
+
+
+def generate(config, params, prompts, depth, **settings):
+    defaults = {"max_new_tokens": 12, "sampling": Sampling(), "seeds": range(len(prompts)), "stop_ids": ()}
+    pieces = generate_tokens(
+        config, params, prompts, depth=depth, pad_id=0, bos_id=None, dtype="float32", **{**defaults, **settings}
+    )
+    return np.concatenate([new for new, _ in pieces], axis=1)
+
+
+PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7)]
+
+
+@pytest.mark.parametrize("kv", ["overwrite", "first"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_do_not_depend_on_each_other(kv, temperature):
+    """Mixed lengths and depths; also with sampling, each row from its own seed."""
+    config = with_prompt({"kv": kv}, alpha=0.3)
+    params = toys.params(config)
+    settings = {"sampling": Sampling(temperature)}
+    together = generate(config, params, PROMPTS, [1, 4, 2], seeds=[5, 6, 7], **settings)
+    for row, (prompt, depth) in enumerate(zip(PROMPTS, [1, 4, 2], strict=True)):
+        alone = generate(config, params, [prompt], [depth], seeds=[5 + row], **settings)
+        assert alone[0].tolist() == together[row].tolist()
+    assert (together[0] != generate(config, params, PROMPTS[:1], [4], seeds=[5], **settings)[0]).any()
+
+
+@pytest.mark.parametrize("mode", ["all", "none", "last"])
+def test_which_positions_of_a_prompt_are_iterated(mode):
+    """Against the independent reference, which takes a depth for every position."""
+    import naive
+
+    config = with_prompt({}, alpha=0.3, prompt=mode)
+    params = toys.params(config)
+    prompt, depth, new = PROMPTS[1], 3, 5
+    out = generate(config, params, [prompt], [depth], max_new_tokens=new)[0].tolist()
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    size = len(prompt)
+    depths = {"all": [depth] * (size + new), "none": [1] * size + [depth] * new}
+    depths["last"] = [1] * (size - 1) + [depth] * (new + 1)
+    hidden = naive.hidden(config, wide, prompt + out, depths[mode])
+    logits = hidden @ wide["base"]["embed"]["embedding"].T
+    assert logits[size - 1 : size - 1 + new].argmax(-1).tolist() == out
+
+
+def test_a_batch_with_prompt_all_has_one_depth():
+    config = with_prompt({}, alpha=0.3, prompt="all")
+    with pytest.raises(InputError, match="one depth"):
+        generate(config, toys.params(config), PROMPTS, [1, 4, 2])
+
+
+def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
+    config = with_prompt({}, alpha=0.3)
+    params = toys.params(config)
+    free = generate(config, params, PROMPTS, [1, 1, 1], max_new_tokens=30)
+    stop = int(free[0, 4])
+    first = [int(np.argmax(row == stop)) if stop in row else len(row) for row in free]
+    out = generate(config, params, PROMPTS, [1, 1, 1], max_new_tokens=30, stop_ids=(stop,))
+    for row, ends in enumerate(first):
+        kept = out[row][out[row] >= 0]
+        assert kept.tolist() == free[row, : ends + 1].tolist()
+
+
+def test_cache_is_bounded_by_the_window_and_donated_state_is_constant():
+    config = with_prompt({}, dtype="bfloat16")
+    small, large = (init_cache(config, 1, capacity, jnp.float32) for capacity in (64, 512))
+    assert small.kv.local_k.shape == large.kv.local_k.shape == (6, 1, 6, 2, 10)
+    assert small.state.shape == large.state.shape == (7, 1, 32)
+    assert small.state.dtype == jnp.bfloat16
+    assert large.kv.global_k.shape == (1, 1, 512, 2, 10)
+
+
+def test_bfloat16_states_decode_as_their_rounded_exact_does():
+    config = with_prompt({"dtype": "bfloat16"}, alpha=0.3)
+    params = toys.params(config)
+    text = toys.tokens(1, 20)
+    whole = np.asarray(forward.hidden(config, params, text, forward="exact"))
+    hidden, _ = prefill(
+        dataclasses.replace(config, stream=dataclasses.replace(config.stream, prefill="sequential")),
+        params, text, np.array([20], np.int32), capacity=32,
+    )  # fmt: skip
+    np.testing.assert_allclose(hidden, whole[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7, top_k=1), Sampling(2.0, top_p=1e-6), Sampling(1e-4)])
+def test_cut_to_one_token_sampling_is_greedy(sampling):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 40)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 6)
+    assert sample(sampling, logits, keys).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"), [(Sampling(1.0), 5), (Sampling(0.5), 5), (Sampling(1.0, 3), 3), (Sampling(1.0, top_p=0.7), 2)]
+)
+def test_frequencies_are_those_of_the_cut_softmax(sampling, kept):
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    expected = p ** (1 / sampling.temperature)
+    expected[kept:] = 0
+    expected /= expected.sum()
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    drawn = np.asarray(sample(sampling, jnp.tile(jnp.log(jnp.asarray(p)), (20_000, 1)), keys))
+    found = np.bincount(drawn, minlength=5) / 20_000
+    np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 20_000))
+    assert (found[kept:] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sst_jax.load("random:tiny").with_stream(alpha=0.05)
+
+
+def test_model_generates_the_argmax_of_its_own_logits(model):
+    prompt = model.tokenizer.encode("12 + 7 =")
+    out = model.generate([prompt], max_new_tokens=6)[0]
+    logits = model.logits([prompt + out.tokens])
+    assert np.argmax(logits[0, len(prompt) - 1 : -1], -1).tolist() == out.tokens
+    assert out.prompt_tokens == len(prompt)
+    assert out.text == model.tokenizer.decode(out.tokens)
+
+
+def test_streamed_pieces_add_up_to_the_text_and_stop_strings_end_it(model):
+    pieces = list(model.stream("12 + 7 =", max_new_tokens=40, temperature=1.5, seed=3))
+    ended = next(piece.generation for piece in pieces if piece.generation)
+    assert "".join(piece.text for piece in pieces) == ended.text
+    readable = [character for character in ended.text[2:] if character.isascii() and character.isprintable()]
+    stop = readable[0]
+    cut = model.generate("12 + 7 =", max_new_tokens=40, temperature=1.5, seed=3, stop=[stop])[0]
+    assert cut.text == ended.text[: ended.text.index(stop)]
+    assert cut.finished
+
+
+def test_seeds_make_sampling_reproducible(model):
+    draw = functools.partial(model.generate, ["a", "a"], max_new_tokens=12, temperature=1.0)
+    one, two, other = draw(seed=1), draw(seed=1), draw(seed=9)
+    assert [row.tokens for row in one] == [row.tokens for row in two]
+    assert one[0].tokens != one[1].tokens != other[0].tokens
+
+
+def test_save_and_load_keep_everything(model, tmp_path):
+    again = sst_jax.load(model.save(tmp_path / "model"))
+    assert again.config == model.config
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again.params, model.params))
+    with pytest.raises(InputError, match="not empty"):
+        model.save(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("call", "culprit"),
+    [
+        (lambda model: model.with_stream(alhpa=0.1), "alhpa"),
+        (lambda model: model.with_stream(alpha=2.0), "stream.alpha"),
+        (lambda model: model.logits([[0, 999]]), "999"),
+        (lambda model: model.logits([[0.5]]), "integers"),
+        (lambda model: model.logits([[1, 2]], forward="exakt"), "exakt"),
+        (lambda model: model.logits([[1, 2]], forward="two_pass", passes=3), "passes=3"),
+        (lambda model: model.logits([[1, 2]], depth=0), "depth=0"),
+        (lambda model: model.logits([[1, 2]], segment_ids=[[1]]), "segment_ids"),
+        (lambda model: model.generate([]), "no prompts"),
+        (lambda model: model.generate(["a", "b"], depth=[1]), "depth has 1"),
+        (lambda model: model.generate(["a"], depth=0), "depth=0"),
+        (lambda model: model.generate([[]]), "empty"),
+        (lambda model: model.generate([[5, 6]], chat=True), "chat"),
+    ],
+)
+def test_bad_calls_are_named(model, call, culprit):
+    with pytest.raises(InputError, match=culprit):
+        call(model)

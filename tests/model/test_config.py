@@ -1,0 +1,123 @@
+"""Configs: JSON round trips, and bad values named by their field."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sst_jax.errors import InputError
+from sst_jax.model.config import LINEARS, PRESETS, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
+
+streams = st.builds(
+    StreamConfig,
+    state=st.sampled_from(["ffn", "block"]),
+    norm=st.sampled_from(["none", "rms", "match"]),
+    alpha=st.none() | st.floats(0, 1),
+    alpha_range=st.tuples(st.floats(0, 0.02), st.floats(0.03, 1)),
+    granularity=st.sampled_from(["dimension", "layer", "scalar"]),
+    gain=st.floats(-10, 10),
+    learn_gain=st.booleans(),
+    decay=st.floats(0, 0.99),
+    initial=st.sampled_from(["none", "zero", "own", "skip_bos"]),
+    layers=st.none() | st.lists(st.integers(0, 17), unique=True).map(tuple),
+)
+adapters = st.builds(AdapterConfig, rank=st.integers(0, 64), targets=st.lists(st.sampled_from(LINEARS), unique=True))
+
+
+@given(st.none() | streams, adapters)
+def test_a_config_survives_json(stream, adapter):
+    config = ModelConfig(PRESETS["270m"], stream, adapter)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"state": "mlp"}, "stream.state"),
+        ({"norm": "layer"}, "stream.norm"),
+        ({"granularity": "head"}, "stream.granularity"),
+        ({"initial": "one"}, "stream.initial"),
+        ({"propagate": "loop"}, "stream.propagate"),
+        ({"dtype": "float16"}, "stream.dtype"),
+        ({"prompt": "some"}, "stream.prompt"),
+        ({"kv": "last"}, "stream.kv"),
+        ({"prefill": "magic"}, "stream.prefill"),
+        ({"alpha": -0.1}, "stream.alpha"),
+        ({"alpha": float("nan")}, "stream.alpha"),
+        ({"alpha": "high"}, "stream.alpha"),
+        ({"alpha_range": ("low", "high")}, "stream.alpha_range"),
+        ({"layers": 3}, "stream.layers"),
+        ({"layers": ("first",)}, "stream.layers"),
+        ({"decay": None}, "stream.decay"),
+        ({"alpha_range": (0.5, 0.1)}, "stream.alpha_range"),
+        ({"alpha_range": (0.1,)}, "stream.alpha_range"),
+        ({"alpha_init": 0.2}, "stream.alpha_init"),
+        ({"decay": 1.0}, "stream.decay"),
+        ({"gain": float("inf")}, "stream.gain"),
+        ({"alpha_warmup": -1}, "stream.alpha_warmup"),
+        ({"sweep_tolerance": 0.0}, "stream.sweep_tolerance"),
+        ({"sweep_cap": 1}, "stream.sweep_cap"),
+    ],
+)
+def test_bad_stream_fields_are_named(fields, culprit):
+    with pytest.raises(InputError, match=culprit):
+        StreamConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"num_layers": 0}, "backbone.num_layers"),
+        ({"d_model": 2.5}, "backbone.d_model"),
+        ({"num_kv_heads": 3}, "backbone.num_heads"),
+        ({"head_dim": 7}, "backbone.head_dim"),
+        ({"layer_types": ("local",)}, "backbone.layer_types"),
+        ({"layer_types": ("cross",) * 7}, "backbone.layer_types"),
+        ({"family": "gemma9"}, "backbone.family"),
+        ({"query_pre_attn_scalar": 0.0}, "backbone.query_pre_attn_scalar"),
+        ({"rope_theta_global": "1e6"}, "backbone.rope_theta_global"),
+        ({"rope_scale_global": -8.0}, "backbone.rope_scale_global"),
+    ],
+)
+def test_bad_backbone_fields_are_named(fields, culprit):
+    with pytest.raises(InputError, match=culprit):
+        dataclasses.replace(PRESETS["tiny"], **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"rank": -1}, "adapter.rank"),
+        ({"rank": 1.5}, "adapter.rank"),
+        ({"alpha": float("inf")}, "adapter.alpha"),
+        ({"targets": ("q", "head")}, "adapter.targets"),
+        ({"dropout": 1.0}, "adapter.dropout"),
+    ],
+)
+def test_bad_adapter_fields_are_named(fields, culprit):
+    with pytest.raises(InputError, match=culprit):
+        AdapterConfig(**fields)
+
+
+def test_unknown_and_missing_fields_are_named():
+    good = ModelConfig(PRESETS["tiny"], StreamConfig()).to_dict()
+    with pytest.raises(InputError, match="sate"):
+        ModelConfig.from_dict({**good, "stream": {"sate": "ffn"}})
+    with pytest.raises(InputError, match="extra"):
+        ModelConfig.from_dict({**good, "extra": 1})
+    with pytest.raises(InputError, match="backbone"):
+        ModelConfig.from_dict({"stream": None})
+    with pytest.raises(InputError, match="d_model, head_dim"):
+        ModelConfig.from_dict({"backbone": {"num_layers": 3}})
+    with pytest.raises(InputError, match="StreamConfig"):
+        ModelConfig.from_dict({**good, "stream": "on"})
+    with pytest.raises(InputError, match="layer 7"):
+        ModelConfig(PRESETS["tiny"], StreamConfig(layers=(7,)))
+
+
+def test_layers_are_five_local_to_one_global():
+    kinds = BackboneConfig(**{**dataclasses.asdict(PRESETS["27b"]), "layer_types": None}).layer_types
+    assert kinds.count("global") == 10
+    assert [index for index, kind in enumerate(kinds) if kind == "global"] == list(range(5, 62, 6))

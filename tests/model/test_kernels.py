@@ -1,0 +1,111 @@
+"""Every attention kernel against a plain masked softmax, for every mask that we use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sst_jax.errors import InputError
+from sst_jax.model import kernels
+from sst_jax.model.attention import attention
+
+SEGMENTS = {
+    "one document": [1] * 37,
+    "packed": [1] * 9 + [2] * 20 + [3] * 8,
+    "packed and padded": [1] * 14 + [2] * 11 + [0] * 12,
+    "padded in front": [0] * 5 + [1] * 32,
+}
+
+
+def reference(q, k, v, segments, scale, window):
+    """In float64 numpy, query by query."""
+    q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
+    out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    for row in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            first = 0 if window is None else max(t - window + 1, 0)
+            seen = [s for s in range(first, t + 1) if segments[row, s] == segments[row, t]]
+            for head in range(q.shape[2]):
+                scores = k[row, seen, head // group] @ q[row, t, head] * scale
+                weights = np.exp(scores - scores.max())
+                out[row, t, head] = weights / weights.sum() @ v[row, seen, head // group]
+    return out
+
+
+def inputs(head_dim, segments, length=37):
+    rng = np.random.default_rng(0)
+    shapes = ((2, length, 4, head_dim), (2, length, 2, head_dim), (2, length, 2, head_dim))
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return q, k, v, np.array([segments, [1] * length], np.int32)
+
+
+def xla(q, k, v, segments, scale, window):
+    return attention(q, k, v, kernels._same(jnp.asarray(segments)), scale, is_causal=True, window=window)
+
+
+def cudnn_on_cpu(monkeypatch):
+    """Our call of cuDNN's attention, answered by XLA's under the same arguments; checks what cuDNN asks for."""
+    library = jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, *, implementation, local_window_size, **rest):
+        assert implementation == "cudnn"
+        assert q.shape[1] % 2 == 0
+        assert local_window_size is None or local_window_size[1] == 0
+        return library(q, k, v, local_window_size=local_window_size, **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    return kernels.cudnn
+
+
+@pytest.mark.parametrize("window", [None, 5, 16], ids=["global", "window 5", "window 16"])
+@pytest.mark.parametrize("mask", SEGMENTS)
+@pytest.mark.parametrize("name", ["xla", "cudnn", "splash"])
+def test_equals_a_plain_masked_softmax(name, mask, window, monkeypatch):
+    q, k, v, segments = inputs(128 if name == "splash" else 16, SEGMENTS[mask])
+    kernel = {
+        "xla": lambda: xla,
+        "cudnn": lambda: cudnn_on_cpu(monkeypatch),
+        "splash": lambda: kernels.KERNELS["splash_interpreted"],
+    }[name]()
+    out = kernel(q, k, v, jnp.asarray(segments), 0.3, window)
+    assert out.shape == q.shape
+    assert np.abs(out - reference(q, k, v, segments, 0.3, window)).max() <= 2e-5
+
+
+@pytest.mark.slow
+def test_splash_has_the_gradients_of_xla():
+    q, k, v, segments = inputs(128, SEGMENTS["packed and padded"])
+
+    def pull(kernel):
+        return jax.grad(lambda *qkv: jnp.sin(kernel(*qkv, jnp.asarray(segments), 0.3, 16)).sum(), (0, 1, 2))(q, k, v)
+
+    for ours, theirs in zip(pull(kernels.KERNELS["splash_interpreted"]), pull(xla), strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    ("where", "head_dim", "dtype", "expected"),
+    [
+        (("cpu", None), 256, "bfloat16", "xla"),
+        (("gpu", (9, 0)), 256, "bfloat16", "cudnn"),
+        (("gpu", (12, 0)), 128, "bfloat16", "cudnn"),
+        (("gpu", (8, 9)), 256, "bfloat16", "xla"),
+        (("gpu", (8, 9)), 128, "bfloat16", "cudnn"),
+        (("gpu", None), 256, "bfloat16", "xla"),
+        (("gpu", (9, 0)), 128, "float32", "xla"),
+        (("gpu", (9, 0)), 20, "bfloat16", "xla"),
+        (("tpu", None), 256, "bfloat16", "splash"),
+        (("tpu", None), 64, "float32", "xla"),
+    ],
+)
+def test_auto_takes_what_fits(where, head_dim, dtype, expected):
+    assert kernels.pick("auto", head_dim, dtype, *where) == expected
+    if expected == "xla":
+        for name in ("cudnn", "splash"):
+            with pytest.raises(InputError, match=name):
+                kernels.pick(name, head_dim, dtype, *where)
+
+
+def test_unknown_kernels_are_named():
+    with pytest.raises(InputError, match="flash3"):
+        kernels.pick("flash3", 128, "bfloat16", "gpu", (9, 0))

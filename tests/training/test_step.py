@@ -1,0 +1,145 @@
+"""Loss, optimizer and train step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from sst_jax.training.loss import CHUNK, answer_losses, token_losses
+from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
+from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
+
+
+@pytest.mark.parametrize(
+    ("positions", "share"), [(7, 1.0), (CHUNK, 0.5), (CHUNK + 1, 0.3), (3 * CHUNK - 5, 0.02), (2 * CHUNK, 0.0)]
+)
+def test_chunked_loss_equals_full_logits(positions, share):
+    """Value and gradient within 1e-6, for whole and broken chunks and for chunks with nothing to score."""
+    rng = np.random.default_rng(positions)
+    hidden = jnp.asarray(rng.normal(size=(positions, 16)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(50, 16)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, positions), jnp.int32)
+    scored = jnp.asarray(rng.random(positions) < share)
+    weight = jnp.asarray(rng.random(positions), jnp.float32)
+
+    def plain(hidden):
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets)
+        return (jnp.where(scored, losses, 0.0) * weight).sum()
+
+    def ours(hidden):
+        return (token_losses(hidden, table, targets, scored) * weight).sum()
+
+    (expected, wanted), (got, gradient) = (jax.value_and_grad(function)(hidden) for function in (plain, ours))
+    assert float(got) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+
+
+def test_answer_losses_are_those_of_the_next_token():
+    tokens = jnp.asarray(toys.tokens(2, 9))
+    mask = jnp.zeros(tokens.shape, bool).at[0, 5:].set(True).at[1, 0].set(True)
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8)), jnp.float32)
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(61, 8)), jnp.float32)
+    losses = answer_losses(hidden, table, tokens, mask)
+    log_p = jax.nn.log_softmax(hidden @ table.T)
+    for place in range(5, 9):
+        assert float(losses[0, place]) == pytest.approx(-float(log_p[0, place - 1, tokens[0, place]]), rel=1e-5)
+    assert float(losses[0, :5].sum()) == 0.0
+    assert float(losses[1].sum()) == 0.0  # nothing comes before a row's first token
+
+
+def test_logits_of_a_whole_batch_are_never_made():
+    """No array of the compiled loss is as large as positions x vocabulary."""
+    shape = jax.ShapeDtypeStruct
+    arguments = shape((4096, 8), jnp.float32), shape((5000, 8), jnp.float32)
+    rest = shape((4096,), jnp.int32), shape((4096,), bool)
+    gradient = jax.jit(jax.grad(lambda *given: token_losses(*given).sum()))
+    memory = gradient.lower(*arguments, *rest).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * CHUNK * 5000 * 4
+    assert 4 * CHUNK * 5000 * 4 < 4096 * 5000 * 4 / 4
+
+
+def trainable(params):
+    return {name: params[name] for name in ("adapter", "blend")}
+
+
+def batches(count, rows=2, length=18):
+    for seed in range(count):
+        tokens = toys.tokens(rows, length, seed=seed)
+        segments = np.ones_like(tokens)
+        segments[:, length // 2 :] = 2
+        positions = np.concatenate([np.arange(length // 2), np.arange(length - length // 2)])
+        mask = np.zeros(tokens.shape, bool)
+        mask[:, 3:7] = True
+        yield {
+            "tokens": tokens, "segment_ids": segments, "answer_mask": mask,
+            "positions": np.tile(positions, (rows, 1)).astype(np.int32),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", ["two_pass", "exact"])
+def test_a_run_of_steps_compiles_once_learns_and_leaves_the_base_alone(forward):
+    config = toys.config({})
+    params = toys.params(config)
+    before = jax.tree.map(np.array, params)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-2, blend_learning_rate=3e-2, warmup_steps=1), 12)
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig(forward), optimizer, None))
+    state = init_state(trainable(params), optimizer)
+    (batch,) = batches(1)
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, params["base"], batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    for other in batches(3):
+        step(state, params["base"], other, jax.random.key(0))
+    assert step._cache_size() == 1
+    assert losses[-1] < 0.8 * losses[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, params["base"], before["base"]))
+    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.trainable, trainable(before))
+    assert all(jax.tree.leaves(moved))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
+
+
+def test_weight_decay_does_not_touch_the_blend():
+    trainable = {"adapter": {"a": jnp.ones(3)}, "blend": {"theta": jnp.ones(3)}}
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, warmup_steps=0), 10)
+    still = jax.tree.map(jnp.zeros_like, trainable)
+    updates, _ = optimizer.update(still, optimizer.init(trainable), trainable)
+    assert (np.asarray(updates["blend"]["theta"]) == 0).all()
+    assert (np.asarray(updates["adapter"]["a"]) < 0).all()
+
+
+def test_accumulated_micro_batches_make_the_step_of_their_mean():
+    config = toys.config({})
+    params = toys.params(config)
+    whole = OptimizerConfig(warmup_steps=0)
+    settings = ForwardConfig("two_pass")
+    one, two = list(batches(2))
+    joined = {name: np.concatenate([one[name], two[name]]) for name in one}
+    results = []
+    for optimizer_config, sequence in ((whole, [joined]), (OptimizerConfig(warmup_steps=0, accumulate=2), [one, two])):
+        optimizer = make_optimizer(optimizer_config, 10 * len(sequence))
+        state = init_state(trainable(params), optimizer)
+        for batch in sequence:
+            state, _ = train_step(config, settings, optimizer, None, state, params["base"], batch, jax.random.key(0))
+        results.append(state.trainable)
+    for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+def test_alpha_warms_up_from_the_lower_end():
+    config = toys.config({"alpha_warmup": 4, "alpha_range": (0.0, 0.5), "alpha_init": 0.3})
+    params = toys.params(config)
+    (batch,) = batches(1)
+    losses = functools.partial(batch_losses, config, ForwardConfig("exact"), params["base"], trainable(params))
+    plain = functools.partial(
+        batch_losses, config, ForwardConfig("plain"), params["base"], trainable(params), batch, bos_id=None
+    )
+    cold, warm, done = (losses(batch, bos_id=None, warmth=jnp.float32(at)) for at in (0.0, 0.5, 1.0))
+    np.testing.assert_allclose(cold, plain(), atol=1e-5)
+    np.testing.assert_allclose(done, losses(batch, bos_id=None), atol=1e-6)
+    assert np.abs(np.asarray(warm - cold)).max() > 1e-4
+    assert np.abs(np.asarray(warm - done)).max() > 1e-4
