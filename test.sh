@@ -31,13 +31,13 @@ environment "$python" .venv-test "$extras"
 marks=(-m "not slow")
 if [ $all = 1 ]; then marks=(); fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
-.venv-test/bin/python -m pytest -q ${marks[@]+"${marks[@]}"} "$@"
+.venv-test/bin/python -m pytest -q -n 2 --dist loadfile ${marks[@]+"${marks[@]}"} "$@"
 
 if [ $all = 1 ] && ! is_version "$python" 3.12; then
   for newer in python3.12 "$HOME/.pyenv/versions/"3.12*/bin/python; do
     if is_version "$newer" 3.12; then
       environment "$newer" .venv-test-3.12 dev,gguf,analysis
-      .venv-test-3.12/bin/python -m pytest -q -m "not slow" "$@"
+      .venv-test-3.12/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" "$@"
       break
     fi
   done

@@ -4,8 +4,8 @@
     python benchmarks/forwards.py --batch 8 --peer                and transformers + PEFT on the same weights
     python benchmarks/forwards.py --prefill 256                   exact prefill: sweeps, walk, and token by token
 
-Forwards take turns; a ratio is that of the fastest rounds, which a busy machine disturbs least. The step is the real one
-(LoRA on seven linears, AdamW), on random tokens of which the second half of every row is scored.
+Forwards take turns; a ratio is that of the fastest rounds, which a busy machine disturbs least. The step is the real
+one (LoRA on seven linears, AdamW), on random tokens of which the second half of every row is scored.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def main(argv: Sequence[str]) -> None:
         facts, backbone = streamed(*found, target, dtype, args.quantize, args.text_only)
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"{backbone.family}: {backbone.num_layers} layers, {backbone.num_params / 1e6:,.0f}M parameters, {dtype}", end="")
+    print(
+        f"{backbone.family}: {backbone.num_layers} layers, {backbone.num_params / 1e6:,.0f}M parameters, {dtype}",
+        end="",
+    )
     print(f", linears in {facts['quantize']}" if facts.get("quantize", "none") != "none" else "")
     print(f"written to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
     print(f"next: python -m sst_jax.generate --model {target} --prompt 'The capital of France is'")
@@ -77,25 +81,26 @@ def streamed(
     from sst_jax.weights.files import digest
     from sst_jax.weights.models import vision_tensors
 
-    with bar(None, "hashing", unit="B", unit_scale=True) as meter:
-        identity = digest(source.files, meter_of(meter))
-    facts = {"kind": source.kind, "path": name, "digest": identity, "layout": source.layout, "quantize": quantize}
+    facts = {"kind": source.kind, "path": name, "layout": source.layout, "quantize": quantize}
     files, config = load_tokenizer(source.path).files(), ModelConfig(source.backbone).to_dict()
     tower, tower_config = ({}, {}) if text_only else vision_tensors(source)
     if tower:
         files[store.VISION], facts["vision_config"] = save(tower, metadata={"format": "pt"}), tower_config
         del tower
-    with bar(None, "converting", unit="tensor") as meter:
-        store.stream_base(target, source, config, facts, files, dtype, quantize, meter_of(meter))
+    # Hashing takes as long as converting and needs no more than a core: both at once.
+    with ThreadPoolExecutor(1) as pool, bar(None, "converting", unit="tensor") as meter:
+        identity = pool.submit(digest, source.files)
+
+        def finished() -> dict[str, Any]:
+            facts["digest"] = identity.result()
+            return facts
+
+        def update(done: int, total: int) -> None:
+            meter.total = total
+            meter.update(done - meter.n)
+
+        store.stream_base(target, source, config, finished, files, dtype, quantize, update)
     return facts, source.backbone
-
-
-def meter_of(meter: Any) -> Callable[[int, int], None]:
-    def update(done: int, total: int) -> None:
-        meter.total = total
-        meter.update(done - meter.n)
-
-    return update
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ def parser() -> Parser:
         "--merge-base",
         choices=("original", "dequantized"),
         default="original",
-        help="of a base in NF4, the weights that LoRA is added to: those it was quantised from, or those it stands for, "
-        "on which LoRA was trained (default: original)",
+        help="of a base in NF4, the weights that LoRA is added to: those it was quantised from, or those it stands "
+        "for, on which LoRA was trained (default: original)",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type of the weights (default: the source's own)"

@@ -4,9 +4,9 @@
   python -m sst_jax.plan --config configs/sst.py:size=4b --target rtx-4090 --search
   python -m sst_jax.plan --config configs/sst.py --target h100,rtx-4090 --decode --depth 4
 
-The real train step (or decode step) is compiled for the described hardware on a CPU; its compiler must be installed, the
-hardware and its driver need not: sst-jax[cuda] for GPUs, sst-jax[tpu] for TPU slices. All figures are estimates: nothing
-is run, and the CUDA context, kernels' workspaces and fragmentation are in no plan (a reserve stands for them).
+The real train step (or decode step) is compiled for the described hardware on a CPU; its compiler must be installed,
+the hardware and its driver need not: sst-jax[cuda] for GPUs, sst-jax[tpu] for TPU slices. All figures are estimates:
+nothing is run, and the CUDA context, kernels' workspaces and fragmentation are in no plan (a reserve stands for them).
 """
 
 from __future__ import annotations
@@ -138,15 +138,16 @@ def report(record: dict[str, Any], recipe: Any, args: Any) -> str:
         return "\n".join([*lines, f"  does not fit: {record['compiler']}", ""])
     per = " on each chip" if record["chips"] > 1 else ""
     gib = {name: record[name] / GIB for name in ("arguments", "temporaries", "peak", "memory", "reserve", "margin")}
+    verdict = f"fits, {gib['margin']:.1f} to spare"
+    if not record["fits"]:
+        verdict = f"does NOT fit, {-gib['margin']:.1f} too much"
     lines += [
         f"  arguments    {gib['arguments']:8.2f} GiB{per}: base, adapter, optimizer, batch or caches",
         f"  temporaries  {gib['temporaries']:8.2f} GiB",
-        f"  peak         {gib['peak']:8.2f} GiB of {gib['memory']:.1f}, {gib['reserve']:.1f} kept for what no plan sees: "
-        + (f"fits, {gib['margin']:.1f} to spare" if record["fits"] else f"does NOT fit, {-gib['margin']:.1f} too much"),
+        f"  peak         {gib['peak']:8.2f} GiB of {gib['memory']:.1f}, {gib['reserve']:.1f} kept aside: {verdict}",
         f"  products     {record['flops'] / 1e12:8.1f} TFLOP, {record['bytes'] / 1e9:.0f} GB read and written, counted "
         "from the jaxpr, attention unmasked",
-        f"  roofline     {record['roofline_seconds']:8.3f} s a {'token' if args.decode else 'step'} at the data sheet's "
-        "peaks",
+        f"  roofline     {record['roofline_seconds']:8.3f} s a step at the data sheet's peaks",
         f"  assumed      {record['assumed_seconds']:8.3f} s at {args.efficiency:.0%} of peak arithmetic and "
         f"{min(2 * args.efficiency, 1):.0%} of bandwidth: {record['tokens_per_second']:,.0f} tokens/s",
     ]

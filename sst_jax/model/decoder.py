@@ -3,7 +3,7 @@
     params = {"base": {embed, final_norm, layers}, "adapter": {...}, "blend": {...}}      all layers stacked, [L, ...]
 
 A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
-one layer's parameters at a time, NF4 kernels included, under `jax.checkpoint` when training. The rules themselves are in
+one layer's parameters at a time, NF4 kernels included, under `jax.checkpoint` when training. The rules are in
 `model/forward.py`.
 """
 
@@ -62,10 +62,12 @@ def row_context(
     *, depth: int = 1, bos_id: int | None = None, **rest: Any,
 ) -> Context:  # fmt: skip
     """The context of whole rows. Without segment_ids a row is one document; positions restart with every document."""
+    if positions is None and segment_ids is None:  # plainly, or XLA spends seconds folding a constant scan
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    elif positions is None:
+        positions = document_positions(segment_ids)
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
-    if positions is None:
-        positions = document_positions(segment_ids)
     masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, bos_id)
     return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth, **rest)
 

@@ -1,4 +1,4 @@
-"""Attention over whole rows of documents by whichever kernel fits: XLA's own, cuDNN's flash attention, or splash on TPU.
+"""Attention over rows of documents by whichever kernel fits: XLA's own, cuDNN's flash attention, or splash on TPU.
 
 All three compute the same thing, softmax over the keys of a query's own document, up to itself and (in a sliding window
 of W) at most W - 1 back. The two flash kernels never write the T x T scores out; cuDNN reads an additive T x T mask.
@@ -18,7 +18,9 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in multiples of it
 
 
-def pick(implementation: str, head_dim: int, dtype: str, backend: str, capability: tuple[int, int] | None = None) -> str:
+def pick(
+    implementation: str, head_dim: int, dtype: str, backend: str, capability: tuple[int, int] | None = None
+) -> str:
     """The kernel that "auto" stands for, or the named one after a check.
 
     backend is "cpu", "gpu" or "tpu"; capability the CUDA compute capability, None where unknown (taken as below 9.0).
@@ -56,7 +58,9 @@ def here(implementation: str, dtype: str, head_dim: int) -> str:
     return pick(implementation, head_dim, dtype, jax.default_backend(), known)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None) -> jax.Array:
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None
+) -> jax.Array:
     """cuDNN's flash attention: [B, T, N, H] from q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T]."""
     length = q.shape[1]
     # The backward kernel takes even lengths only. The position more is of no document, and nobody earlier looks ahead.

@@ -2,7 +2,7 @@
 
 A linear's leaf {"kernel": [..., in, out]} becomes
 
-    codes         uint8    [..., in/2, out]          two codes a byte: the even row in the low half, the odd one in the high
+    codes         uint8    [..., in/2, out]          two codes a byte, the even row in the low half
     scales        bfloat16 [..., in/64, out]         the largest magnitude of each block of 64 inputs of one output
 
 and with double quantisation, where 256 outputs' scales share a range, instead of scales
@@ -11,13 +11,14 @@ and with double quantisation, where 256 outputs' scales share a range, instead o
     scale_low     float32  [..., in/64, out/256 rounded up]
     scale_step    float32  the same
 
-Blocks lie along the contraction axis, as in qwix, whose numbers these are bit for bit; bitsandbytes cuts flat blocks, so
-its codes differ. 4.25 bits a weight, 4.13 with double quantisation. A weight's value is a bfloat16 number by definition,
-LEVELS[code] * scale rounded once, whatever type a program then computes in.
+Blocks lie along the contraction axis, as in qwix, whose numbers these are bit for bit; bitsandbytes cuts flat blocks,
+so its codes differ. 4.25 bits a weight, 4.13 with double quantisation. A weight's value is a bfloat16 number by
+definition, LEVELS[code] * scale rounded once, whatever type a program then computes in.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ def _last_below(lower: np.float32, upper: np.float32) -> np.float32:
 
 
 # Counting the thresholds below a number gives the code of its nearest level, ties to the lower one.
-THRESHOLDS = np.array([_last_below(a, b) for a, b in zip(LEVELS[:-1], LEVELS[1:], strict=True)], np.float32)
+THRESHOLDS = np.array([_last_below(a, b) for a, b in itertools.pairwise(LEVELS)], np.float32)
 
 
 def is_quantised(leaf: Any) -> bool:

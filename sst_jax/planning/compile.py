@@ -94,7 +94,9 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
     """
     config, data = ModelConfig(backbone, recipe.stream, recipe.adapter), recipe.data
     if data.batch_size % target.chips:
-        raise InputError(f"data.batch_size={data.batch_size} does not divide over the {target.chips} chips of {target.name}")
+        raise InputError(
+            f"data.batch_size={data.batch_size} does not divide over the {target.chips} chips of {target.name}"
+        )
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
     settings = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype)).forward

@@ -1,8 +1,8 @@
 """Hardware that we describe to the compiler instead of having it.
 
 Figures are the vendors': NVIDIA's architecture whitepapers and product datasheets (A100, H100, H200, DGX B200, Ada and
-RTX Blackwell), its CUDA programming guide's table of limits per compute capability, and Google Cloud's TPU pages. Tensor
-throughput is dense bfloat16 with float32 accumulation, without sparsity.
+RTX Blackwell), its CUDA programming guide's table of limits per compute capability, and Google Cloud's TPU pages.
+Throughput is dense bfloat16 with float32 accumulation, without sparsity.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str
         "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
         "shared_memory_per_block": 49_152, "shared_memory_per_core": shared,
         "shared_memory_per_block_optin": shared_of_block, "registers_per_core_limit": 65_536,
-        "registers_per_block_limit": 65_536, "core_count": target.cores, "fpus_per_core": 64 if major < 9 and not minor else 128,
+        "registers_per_block_limit": 65_536, "core_count": target.cores,
+        "fpus_per_core": 64 if target.capability == (8, 0) else 128,
         "clock_rate_ghz": target.clock, "memory_bandwidth": int(target.bandwidth), "l2_cache_size": target.cache,
         "device_memory_size": int(target.memory),
     }  # fmt: skip

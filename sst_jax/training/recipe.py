@@ -87,7 +87,9 @@ def placed(recipe: Recipe, pick: Callable[[str, str], str]) -> Recipe:
 def defaults() -> ml_collections.ConfigDict:
     """All knobs. Sections mirror the dataclasses; their docstrings say what a field means."""
     config = ml_collections.ConfigDict()
-    config.model = ml_collections.ConfigDict({"source": "", "dtype": "bfloat16", "quantize": "none", "attention": "auto"})
+    config.model = ml_collections.ConfigDict(
+        {"source": "", "dtype": "bfloat16", "quantize": "none", "attention": "auto"}
+    )
     config.stream = ml_collections.ConfigDict(_fields(StreamConfig))
     config.stream.on = True
     config.stream.forward = "two_pass"

@@ -116,7 +116,7 @@ def open_model(
 ) -> Opened:  # fmt: skip
     """Opens anything that MODEL may be; `dtype` ("float32", "bfloat16") is the base's, None: `default_dtype()`.
 
-    quantize: "nf4" or "nf4_double" stores the linears so (see `model/nf4.py`); "none" leaves them as the source has them.
+    quantize: "nf4" or "nf4_double" stores the linears so (see `model/nf4.py`), "none" leaves them as they are.
     lazy: where the format allows it, the base's layers are read from disk whenever they are indexed, as they are there
     (`dtype` is not applied): for exports, which look at every layer once.
 

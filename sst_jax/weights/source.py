@@ -89,7 +89,7 @@ def slots(backbone: BackboneConfig, dtype: str, quantize: str = "none") -> dict[
 
 
 class Piece(NamedTuple):
-    """What one tensor of a source becomes: arrays (or views) by path in the base tree, of one layer or of all (None)."""
+    """What one tensor of a source becomes: arrays (or views) by path in the base tree, of a layer or of all (None)."""
 
     layer: int | None
     arrays: dict[str, np.ndarray]
@@ -98,8 +98,8 @@ class Piece(NamedTuple):
 def pieces(source: Source, dtype: str, quantize: str = "none", done: Callable[[str, int | None], bool] | None = None):
     """Yields the `Piece` of every tensor of a source, one at a time, in the order they lie on disk.
 
-    Linears are quantised from the source's own numbers in float32. All names and shapes are checked before any weight is
-    read. `done(slot, layer)` says which tensors to pass over; they are yielded as None.
+    Linears are quantised from the source's own numbers in float32. All names and shapes are checked before any weight
+    is read. `done(slot, layer)` says which tensors to pass over; they are yielded as None.
 
     Raises: InputError naming key and file, as `names.bind`; when a tied output head differs from the embedding.
     """

@@ -90,7 +90,7 @@ def stream_base(
     directory: str | Path,
     source: Source,
     config: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    facts: Callable[[], Mapping[str, Any]],
     files: Mapping[str, bytes],
     dtype: str,
     quantize: str = "none",
@@ -98,8 +98,9 @@ def stream_base(
 ) -> Path:
     """Writes a source of weights as a base folder, one tensor in memory at a time.
 
-    The arrays are put where Orbax looks for them, a file a layer, uncompressed, in a folder beside `directory` that gets
-    its name when it is complete. Interrupted and called again with the same arguments it goes on where it was.
+    The arrays are put where Orbax looks for them, a file a layer, uncompressed, in a folder beside `directory` that
+    gets its name when it is complete. Interrupted and called again with the same arguments it goes on where it was.
+    `facts` is called at the end, so that the source may be hashed meanwhile.
 
     Raises: InputError as `pieces`, when `directory` is not empty, or holds the beginning of another conversion.
     """
@@ -133,7 +134,7 @@ def stream_base(
             progress(number, bound)
     for name, content in files.items():
         (stage / name).write_bytes(content)
-    header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts, "arrays": arrays}
+    header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts(), "arrays": arrays}
     (stage / HEADER).write_text(json.dumps(header, indent=1) + "\n")
     (stage / _BEGUN).unlink()
     manifest = {file.relative_to(stage).as_posix(): sha256(file) for file in _files(stage)}
@@ -267,9 +268,9 @@ def load_base(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(config, params, facts) of a base folder.
 
-    `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and linears in
-    NF4 keep theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a function of an array's path
-    ("base/layers/q/kernel") and shape. `check=False` skips hashing the files.
+    `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and linears
+    in NF4 keep theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a function of an
+    array's path ("base/layers/q/kernel") and shape. `check=False` skips hashing the files.
 
     Raises: InputError naming the file that is missing, damaged or of an unknown format version.
     """
