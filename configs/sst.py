@@ -7,7 +7,17 @@
 
 Sizes: 270m, 1b, 4b, 12b, 27b. The weights are gated: accept Gemma's licence on the hub and run `hf auth login` first.
 
-@PLANS@
+Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
+
+    size   rows x 1024   card           base   peak GiB   hours for all steps
+    27b    1             RTX PRO 6000   nf4    21.4       2.0      (without the accumulator of micro-batches, 0.85 GiB)
+    27b    4             RTX PRO 6000   nf4    27.1
+    27b    4             RTX PRO 6000   bf16   62.1
+    27b    1             RTX 4090       nf4    21.4       5.9      (the same; double quantisation: 21.0)
+    12b    4             RTX 4090       nf4    16.1       2.6      (as 4b)
+    4b     8             RTX 4090       nf4    10.6       0.8      (head dim 256: XLA's attention below Hopper)
+    1b     16            RTX 4090       nf4     7.2       0.2
+    270m   32            RTX 4090       nf4     7.9       0.05
 
 Nothing here has been measured on an accelerator: neither the speed, nor cuDNN's sliding-window numerics on a card, nor
 the score. Two passes are the published method; --config.stream.forward=exact trains by true backpropagation through
