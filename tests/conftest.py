@@ -13,3 +13,10 @@ def float64():
     """JAX in 64-bit mode for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Modules share few compiled programs, and thousands of them would fill the memory of a small machine."""
+    yield
+    jax.clear_caches()

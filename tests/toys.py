@@ -57,10 +57,6 @@ def tokens(*shape, seed=0, vocabulary=BACKBONE.vocab_size):
     return np.random.default_rng(seed).integers(BOS + 1, vocabulary, shape).astype(np.int32)
 
 
-def trainable(params):
-    return {name: params[name] for name in ("adapter", "blend")}
-
-
 def quick_jit(function, *static):
     """jax.jit for tests that compare in float64: XLA compiles in half the time, and the code may be slow."""
     return jax.jit(function, static_argnames=static, compiler_options={"xla_backend_optimization_level": 0})

@@ -123,8 +123,9 @@ def test_accumulated_micro_batches_make_the_step_of_their_mean():
     for optimizer_config, sequence in ((whole, [joined]), (OptimizerConfig(warmup_steps=0, accumulate=2), [one, two])):
         optimizer = make_optimizer(optimizer_config, 10 * len(sequence))
         state = init_state(trainable(params), optimizer)
+        step = jax.jit(functools.partial(train_step, config, settings, optimizer, None))
         for batch in sequence:
-            state, _ = train_step(config, settings, optimizer, None, state, params["base"], batch, jax.random.key(0))
+            state, _ = step(state, params["base"], batch, jax.random.key(0))
         results.append(state.trainable)
     for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
