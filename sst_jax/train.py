@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, Stopped, run, write_json
 from sst_jax.errors import InputError
 
 
@@ -62,12 +62,13 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
     from sst_jax.training.optimizer import make_optimizer
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import placed
-    from sst_jax.training.run import RunFolder
+    from sst_jax.training.run import RunFolder, check_recipe
     from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step
     from sst_jax.weights.checkpoint import Checkpoints
     from sst_jax.weights.models import open_model
 
     # Everything that can be wrong with the input shows before the first long computation.
+    check_recipe(workdir, recipe_json)
     problems, heldout_problems = split_problems(recipe.data, recipe.seed)
     opened = open_model(recipe.model, recipe.dtype, recipe.quantize)
     if opened.config.stream is not None or opened.config.adapter.rank:
@@ -178,10 +179,6 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
         return result
     finally:
         folder.close()
-
-
-class Stopped(RuntimeError):
-    """A signal ended the run after a save."""
 
 
 class stop_signals:

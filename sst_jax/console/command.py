@@ -29,6 +29,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class Stopped(RuntimeError):
+    """Work that was ended in good order before it was done; the message says how to go on. Exit code 1."""
+
+
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
     """Runs `main(argv)` and returns the exit code."""
     try:
@@ -38,6 +42,9 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
         return 2
     except SystemExit as leaving:  # argparse's --help
         return leaving.code if isinstance(leaving.code, int) else 1
+    except Stopped as leaving:
+        print(leaving, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

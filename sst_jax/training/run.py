@@ -75,8 +75,8 @@ class RunFolder:
                 file.close()
 
 
-def check(path: Path, config: dict[str, Any], base: dict[str, Any]) -> None:
-    """Raises InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
+def check_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    """What can be said of a run folder before the model is read: raises InputError as `check` does."""
     if path.exists() and not path.is_dir():
         raise InputError(f"--workdir {path} is not a folder")
     if not (path / "config.json").is_file():
@@ -85,17 +85,30 @@ def check(path: Path, config: dict[str, Any], base: dict[str, Any]) -> None:
         if strangers and strangers != ["base.json"]:
             raise InputError(f"--workdir {path} holds {strangers[0]} but no run: choose an empty folder")
         return
-    differences = diff(read_json(path / "config.json"), json.loads(json.dumps(config)))
-    if differences:
-        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])
-        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
-        raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
+    _same(path, {"recipe": read_json(path / "config.json").get("recipe")}, {"recipe": recipe})
+
+
+def check(path: Path, config: dict[str, Any], base: dict[str, Any]) -> None:
+    """Raises InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
+    check_recipe(path, config["recipe"])
+    if not (path / "config.json").is_file():
+        return
+    _same(path, read_json(path / "config.json"), json.loads(json.dumps(config)))
     recorded = read_json(path / "base.json")
     if recorded.get("digest") != base["digest"]:
         raise InputError(
             f"{path} was trained on a base with digest {str(recorded.get('digest'))[:12]} ({recorded.get('path')}); "
             f"{base['path']} has {base['digest'][:12]}"
         )
+
+
+def _same(path: Path, there: Any, now: Any) -> None:
+    """Raises InputError with the first differences of two configs."""
+    differences = diff(there, now)
+    if differences:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])
+        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
 
 
 def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
