@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, run, write_json
-from sst_jax.errors import InputError
+from sst_jax.console.command import Parser, new_folder, run, write_json
 
 
 def parser() -> Parser:
@@ -36,9 +35,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    target = Path(args.to)
-    if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"--to {target} is not empty: nothing is overwritten, choose another folder")
+    target = new_folder(args.to)
 
     from sst_jax.weights.models import source_dtype, source_of
 

@@ -13,10 +13,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from sst_jax.console.command import Parser, run, write_json
-from sst_jax.errors import InputError
+from sst_jax.console.command import Parser, new_folder, run, write_json
 
 
 def parser() -> Parser:
@@ -44,9 +42,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    target = Path(args.to)
-    if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"--to {target} is not empty: nothing is overwritten, choose another folder")
+    target = new_folder(args.to)
 
     import numpy as np
     from safetensors.numpy import save

@@ -75,14 +75,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         raise
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file.
+def new_folder(path: str) -> pathlib.Path:
+    """The folder that --to names.
 
-    Raises: InputError naming the file, when it is missing or malformed.
+    Raises: InputError when it holds anything: checked before any work, and once more when the output is put there.
     """
-    try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    target = pathlib.Path(path)
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(f"--to {target} is not empty: nothing is overwritten, choose another folder")
+    return target
