@@ -15,7 +15,14 @@ def rotation(xp, position, backbone, kind):
     """Cosines and sines for one position."""
     theta = backbone.rope_theta_global if kind == "global" else backbone.rope_theta_local
     factor = backbone.rope_scale_global if kind == "global" else 1.0
-    angle = position / factor * theta ** -(np.arange(0, backbone.head_dim, 2) / backbone.head_dim)
+    turns = theta ** -(np.arange(0, backbone.head_dim, 2) / backbone.head_dim)
+    if backbone.rope_llama3 is None:
+        turns = turns / factor
+    else:
+        low, high, original = backbone.rope_llama3
+        kept = np.clip((original * turns / (2 * np.pi) - low) / (high - low), 0.0, 1.0)  # turns within the original
+        turns = kept * turns + (1.0 - kept) * turns / factor
+    angle = position * turns
     return xp.asarray(np.cos(angle)), xp.asarray(np.sin(angle))
 
 
@@ -45,7 +52,9 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
         return y
 
     def norm(name, layer, x):
-        return x / rms(xp, x, backbone.norm_eps) * (1.0 + layers[name]["scale"][layer])
+        if name not in layers:
+            return x
+        return x / rms(xp, x, backbone.norm_eps) * (backbone.norm_offset + layers[name]["scale"][layer])
 
     def alpha_of(layer):
         if stream.alpha is not None:
@@ -77,11 +86,15 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
     def feed_forward(layer, x):
         y = norm("pre_ffn_norm", layer, x)
         gate = linear("gate", layer, y)
-        gate = 0.5 * gate * (1.0 + xp.tanh(np.sqrt(2.0 / np.pi) * (gate + 0.044715 * gate**3)))
+        if backbone.activation == "silu":
+            gate = gate / (1.0 + xp.exp(-gate))
+        else:
+            gate = 0.5 * gate * (1.0 + xp.tanh(np.sqrt(2.0 / np.pi) * (gate + 0.044715 * gate**3)))
         return norm("post_ffn_norm", layer, linear("down", layer, gate * linear("up", layer, y)))
 
     def one_iteration(t, i):
-        x = params["base"]["embed"]["embedding"][tokens[t]] * np.sqrt(backbone.d_model)
+        x = params["base"]["embed"]["embedding"][tokens[t]]
+        x = x * np.sqrt(backbone.d_model) if backbone.scale_embedding else x
         for layer in range(backbone.num_layers):
             h = x + attention(layer, t, x, write=i == 0 or stream is None or stream.kv == "overwrite")
             if stream is None or (stream.layers is not None and layer not in stream.layers):
@@ -111,10 +124,12 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
     for t in range(len(tokens)):
         for i in range(depths[t]):
             x = one_iteration(t, i)
-        rows.append(x / rms(xp, x, backbone.norm_eps) * (1.0 + params["base"]["final_norm"]["scale"]))
+        scale = backbone.norm_offset + params["base"]["final_norm"]["scale"]
+        rows.append(x / rms(xp, x, backbone.norm_eps) * scale)
     return xp.stack(rows)
 
 
 def logits(config, params, tokens, depths=1, bos_id=None, xp=np):
     """Logits [T, V], as `hidden`."""
-    return hidden(config, params, tokens, depths, bos_id, xp) @ params["base"]["embed"]["embedding"].T
+    head = params["base"]["embed" if config.backbone.tied_head else "head"]["embedding"]
+    return hidden(config, params, tokens, depths, bos_id, xp) @ head.T

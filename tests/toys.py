@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.model import forward
-from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
+from sst_jax.model.config import FAMILIES, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import abstract_params
 
 # Seven layers, so that a global one has local ones on both sides; the window is shorter than any text in the tests.
@@ -19,6 +19,12 @@ BACKBONE = BackboneConfig(
     num_layers=7, d_model=32, d_ff=44, num_heads=6, num_kv_heads=2, head_dim=10, vocab_size=61, window=6,
     query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=600,
 )  # fmt: skip
+# The other families, every head and norm of its own kind; Llama's scaling cuts in within the tests' lengths.
+_SMALL = {"num_layers": 3, "layer_types": None, "query_pre_attn_scalar": 10.0, "rope_theta_global": 500.0}
+LLAMA = dataclasses.replace(
+    BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 16), tied_head=False, **{**FAMILIES["llama"], **_SMALL}
+)
+QWEN3 = dataclasses.replace(BACKBONE, family="qwen3", **{**FAMILIES["qwen3"], **_SMALL})
 SHALLOW = dataclasses.replace(BACKBONE, num_layers=4, layer_types=("local", "global", "local", "local"))
 BOS = 2
 
@@ -30,17 +36,19 @@ def config(stream=None, backbone=BACKBONE, rank=3, dropout=0.0):
 
 
 def params(config, dtype="float32", seed=0):
-    """Random parameters: norm scales away from 0, sharp attention, an adapter and alphas that differ everywhere."""
+    """Random parameters: norm factors away from 1, sharp attention, an adapter and alphas that differ everywhere."""
     rng = np.random.default_rng(seed)
     small = "float64" if dtype == "float64" else "float32"
 
     def draw(path, leaf):
         names = [part.key for part in path]
         value = rng.standard_normal(leaf.shape)
-        if "embed" in names:
+        if names[-1] == "embedding":
             value *= config.backbone.d_model**-0.5
         elif names[-1] == "scale":
-            value = 0.3 * value + (0.5 if names[-2] in ("q_norm", "k_norm") else 0.0)
+            value = (
+                0.3 * value + (0.5 if names[-2] in ("q_norm", "k_norm") else 0.0) + 1.0 - config.backbone.norm_offset
+            )
         elif names[-1] == "theta":
             value = -1.5 + 0.7 * value
         elif names[-1] == "gain":

@@ -7,14 +7,14 @@ the training templates and holds out numbers alone.
 
 from __future__ import annotations
 
-import json
 import operator
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sst_jax.data.records import Record, read_hub, read_jsonl
 from sst_jax.errors import InputError
 
 
@@ -48,37 +48,18 @@ def load_gsm8k(source: str = "openai/gsm8k", split: str = "train") -> list[Probl
 
 def _from_folder(folder: Path, split: str) -> list[Problem]:
     file = folder / f"{split}.jsonl"
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    problems = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}, line {number}: not JSON ({error})") from error
-        problems.append(_gsm8k_problem(record, f"gsm8k/{split}/{number - 1}", f"{file}, line {number}"))
-    if not problems:
-        raise InputError(f"{file}: holds no problems")
-    return problems
+    return _gsm8k_problems(read_jsonl(file), split, str(file))
 
 
 def _from_hub(name: str, split: str) -> list[Problem]:
-    try:
-        import datasets
+    advice = f"Download its JSONL files and set data.path to the folder that holds {split}.jsonl"
+    return _gsm8k_problems(read_hub(name, "main", split, advice), split, f"{name} ({split})")
 
-        records = datasets.load_dataset(name, "main", split=split)
-    except Exception as error:  # whatever the hub's client raises: offline, gated, missing, an unknown split
-        raise InputError(
-            f"cannot read {name} ({split}) from the hub: {type(error).__name__}: {error}. "
-            f"Download its JSONL files and set data.path to the folder that holds {split}.jsonl"
-        ) from error
-    problems = [
-        _gsm8k_problem(row, f"gsm8k/{split}/{i}", f"{name} ({split}), row {i}") for i, row in enumerate(records)
-    ]
+
+def _gsm8k_problems(records: Iterable[Record], split: str, source: str) -> list[Problem]:
+    problems = [_gsm8k_problem(value, f"gsm8k/{split}/{index}", where) for index, where, value in records]
     if not problems:
-        raise InputError(f"{name} ({split}): holds no problems")
+        raise InputError(f"{source}: holds no problems")
     return problems
 
 

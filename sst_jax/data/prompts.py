@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sst_jax.data.problems import Problem
-from sst_jax.data.tokenizer import END_OF_TURN, Tokenizer
+from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 
 FORMATS = ("plain", "chat")
@@ -32,7 +32,7 @@ def prompt_tokens(question: str, tokenizer: Tokenizer, format: str = "plain") ->
     """Ids of the prompt, BOS first.
 
     plain: "Question: ...\\nAnswer:", without a space behind it: SentencePiece keeps a space with the word that follows.
-    chat: the question as Gemma's user turn, then the opening of the model's turn.
+    chat: the question as a user turn of the tokenizer's template, then the opening of the model's turn.
     Raises: InputError for another format.
     """
     if format == "plain":
@@ -49,12 +49,12 @@ def answer_text(problem: Problem) -> str:
 
 def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Example:
     """The whole example; it begins with `prompt_tokens(problem.question, ...)` and ends the answer with eos (plain) or
-    <end_of_turn> and the template's newline, which is not scored (chat). Raises: InputError for another format."""
+    the end of the turn and a newline, which is not scored (chat). Raises: InputError for another format."""
     prompt = prompt_tokens(problem.question, tokenizer, format)
     if format == "plain":
         answer, rest = [*tokenizer.encode_text(" " + answer_text(problem)), tokenizer.eos_id], []
     else:
-        answer = [*tokenizer.encode_text(answer_text(problem)), tokenizer.piece_id(END_OF_TURN)]
+        answer = [*tokenizer.encode_text(answer_text(problem)), tokenizer.turn_end_id]
         rest = tokenizer.encode_text("\n")
     tokens = np.asarray(prompt + answer + rest, np.int32)
     mask = np.zeros(tokens.shape, bool)

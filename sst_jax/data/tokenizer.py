@@ -9,6 +9,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from sst_jax.errors import InputError
 
 MARKER = "sst_tokenizer.json"  # says which of our own tokenizers a folder holds
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+TURN_ENDS = (END_OF_TURN, "<|im_end|>", "<|eot_id|>")  # Gemma's, SmolLM's and Qwen's, Llama's
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what chat models have beside an EOS that ends a turn
 HF_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "chat_template.jinja",
@@ -36,10 +40,13 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer(abc.ABC):
-    """Ids are ints below `vocab_size`. `stop_ids` end a generation: eos and, where it exists, <end_of_turn>."""
+    """Ids are ints below `vocab_size`. `stop_ids` end a generation: eos, and of TURN_ENDS and TEXT_ENDS what there is.
+
+    bos_id is None where the vocabulary has no BOS; add_bos is False there.
+    """
 
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     pad_id: int
     add_bos: bool = True
@@ -69,9 +76,14 @@ class Tokenizer(abc.ABC):
         return [self.bos_id] * (bos and self.add_bos) + self.encode_text(text)
 
     @property
+    def turn_end_id(self) -> int | None:
+        """What ends a turn of a chat, or None."""
+        return next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), None)
+
+    @property
     def stop_ids(self) -> frozenset[int]:
-        end = self.piece_id(END_OF_TURN)
-        return frozenset({self.eos_id} if end is None else {self.eos_id, end})
+        ends = (self.piece_id(piece) for piece in (*TURN_ENDS, *TEXT_ENDS))
+        return frozenset({self.eos_id, *(index for index in ends if index is not None)})
 
     @property
     def digest(self) -> str:
@@ -143,18 +155,6 @@ class SentencePieceTokenizer(Tokenizer):
         vocabulary = vocabularies.vocabulary_from_gguf(tokens, scores, types, facts)
         return cls(vocabularies.to_model_proto(vocabulary), facts.get("tokenizer.ggml.add_bos_token", True))
 
-    @classmethod
-    def from_gguf(cls, path: str | Path) -> SentencePieceTokenizer:
-        """From a GGUF file's metadata. Raises: InputError naming the file."""
-        facts = vocabularies.gguf_metadata(path)
-        try:
-            tokens, scores, types = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
-            return cls.from_gguf_vocabulary(tokens, scores, types, facts)
-        except KeyError as error:
-            raise InputError(f"{path}: its metadata lacks {error}") from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-
     def encode_text(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
@@ -182,24 +182,75 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         import transformers
 
-        self._folder = Path(folder)
-        if not (self._folder / "tokenizer.json").is_file():
-            raise InputError(f"{self._folder}: holds no tokenizer.json")
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise InputError(f"{folder}: holds no tokenizer.json")
+        self._files = {name: (folder / name).read_bytes() for name in HF_FILES if (folder / name).is_file()}
         try:
             # Not AutoTokenizer: importing it imports torch where torch is installed.
             self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-                str(self._folder), local_files_only=True, trust_remote_code=False
+                str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-            raise InputError(f"{self._folder}: transformers cannot read its tokenizer: {error}") from error
+            raise InputError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
         hf = self._tokenizer
-        if hf.bos_token_id is None or hf.eos_token_id is None:
-            raise InputError(f"{self._folder}: its tokenizer names no bos_token or no eos_token")
+        begins = hf("a")["input_ids"][0] != hf("a", add_special_tokens=False)["input_ids"][0]
+        if hf.eos_token_id is None or (hf.bos_token_id is None and begins):
+            raise InputError(f"{folder}: its tokenizer names no eos_token, or puts one in front that is no bos_token")
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
         self.pad_id = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
-        # Without tokens added behind the vocabulary: Gemma's image token is one, and text models have no row for it.
-        self.vocab_size = hf.vocab_size
-        self.add_bos = hf("a")["input_ids"][0] == self.bos_id
+        # Of the tokens added behind the vocabulary only those that are used (Llama's): Gemma's image token is one, and
+        # text models have no row for it.
+        self.vocab_size = max(hf.vocab_size, 1 + max(self.eos_id, self.pad_id, self.bos_id or 0))
+        self.add_bos = begins and hf("a")["input_ids"][0] == self.bos_id
+        self._specials = {str(token): index for index, token in hf.added_tokens_decoder.items() if token.special}
+
+    @classmethod
+    def from_gguf_facts(cls, facts: Mapping[str, Any]) -> HuggingFaceTokenizer:
+        """From the `tokenizer.*` metadata of a GGUF whose vocabulary is byte-level BPE ("gpt2").
+
+        Raises: InputError as `vocabulary.byte_level_json`; KeyError for a key that is missing.
+        """
+        tokens = facts["tokenizer.ggml.tokens"]
+        ids = {name: facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
+        for name, index in ids.items():
+            if index is not None and not 0 <= index < len(tokens):
+                raise InputError(f"GGUF vocabulary of {len(tokens)} has {name} {index}")
+        named = {name: tokens[index] for name, index in ids.items() if index is not None}
+        config = _config(named, facts.get("tokenizer.ggml.add_bos_token", False), facts.get("tokenizer.chat_template"))
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "tokenizer.json").write_bytes(vocabularies.byte_level_json(facts))
+            (Path(folder) / "tokenizer_config.json").write_bytes(config)
+            return cls(folder)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation in the turns of the folder's chat template; Gemma's by `Tokenizer.chat`.
+
+        What looks like a special token inside a message is its characters.
+        Raises: InputError as there, and where the folder has no template or the template refuses.
+        """
+        if self.piece_id(START_OF_TURN) is not None:
+            return super().chat(messages, add_generation_prompt)
+        list(_turns(messages))  # the same orders are refused
+        special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        # A character that no message holds, to break what looks special until the template has been filled in.
+        held = {character for message in messages for character in message["content"]}
+        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in held)
+        broken = [
+            {**message, "content": special.sub(lambda found: found[0][0] + mark + found[0][1:], message["content"])}
+            for message in messages
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                broken, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # somebody else's program, sandboxed: it may fail in any way
+            raise InputError(f"chat needs a template that takes these messages: {error}") from error
+        ids, at = [], 0
+        for found in special.finditer(text):
+            ids += [*self.encode_text(text[at : found.start()].replace(mark, "")), self._specials[found[0]]]
+            at = found.end()
+        return ids + self.encode_text(text[at:].replace(mark, ""))
 
     def encode_text(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -213,7 +264,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return index if index is not None and self._tokenizer.convert_ids_to_tokens(index) == piece else None
 
     def files(self) -> dict[str, bytes]:
-        return {name: (self._folder / name).read_bytes() for name in HF_FILES if (self._folder / name).is_file()}
+        return dict(self._files)
 
     def export_files(self) -> dict[str, bytes]:
         return self.files()
@@ -252,22 +303,30 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _export(vocabulary: vocabularies.Vocabulary, add_bos: bool) -> dict[str, bytes]:
-    named = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+_NAMED = {"unk": "unknown", "bos": "bos", "eos": "eos", "pad": "padding"}  # special tokens, as GGUF names them
+
+
+def _config(named: Mapping[str, str], add_bos: bool, template: str | None) -> bytes:
+    """A tokenizer_config.json; `named` are the pieces of _NAMED that there are."""
     config = {
         # The class that takes tokenizer.json as it stands; GemmaTokenizer would rebuild parts of it.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
-        **{f"{name}_token": vocabulary.pieces[index] for name, index in named.items() if index is not None},
+        **{f"{name}_token": piece for name, piece in named.items()},
         "clean_up_tokenization_spaces": False,
         "model_max_length": 131_072,
         "padding_side": "left",
     }
-    if START_OF_TURN in vocabulary.pieces:
-        config["chat_template"] = CHAT_TEMPLATE
+    return _json(config if template is None else {**config, "chat_template": template})
+
+
+def _export(vocabulary: vocabularies.Vocabulary, add_bos: bool) -> dict[str, bytes]:
+    ids = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    named = {name: vocabulary.pieces[index] for name, index in ids.items() if index is not None}
+    template = CHAT_TEMPLATE if START_OF_TURN in vocabulary.pieces else None
     return {
         "tokenizer.json": vocabularies.to_tokenizers_json(vocabulary, add_bos),
-        "tokenizer_config.json": _json(config),
+        "tokenizer_config.json": _config(named, add_bos, template),
     }
 
 
@@ -278,7 +337,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return SentencePieceTokenizer.from_gguf(path)
+        return _gguf(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder to read a tokenizer from")
     if (path / MARKER).is_file():
@@ -297,6 +356,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if (path / "tokenizer.model").is_file():
         return _sentencepiece(path, True)
     raise InputError(f"{path}: holds no tokenizer (none of {MARKER}, tokenizer.json, tokenizer.model)")
+
+
+def _gguf(path: Path) -> Tokenizer:
+    facts = vocabularies.gguf_metadata(path)
+    try:
+        if facts.get("tokenizer.ggml.model") == "gpt2":
+            return HuggingFaceTokenizer.from_gguf_facts(facts)
+        tokens, scores, types = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+        return SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts)
+    except KeyError as error:
+        raise InputError(f"{path}: its metadata lacks {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _sentencepiece(folder: Path, add_bos: bool) -> SentencePieceTokenizer:

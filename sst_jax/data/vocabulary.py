@@ -1,7 +1,8 @@
 """A SentencePiece BPE vocabulary in its three coats: GGUF metadata, a ModelProto, the tokenizers library's JSON.
 
-The protobuf wire format is written and read by hand, because the generated module that `sentencepiece` ships refuses
-to load under any older protobuf runtime, and a ModelProto needs only a dozen of its fields.
+Byte-level BPE comes in two of them, GGUF metadata and the JSON. The protobuf wire format is written and read by hand,
+because the generated module that `sentencepiece` ships refuses to load under any older protobuf runtime, and a
+ModelProto needs only a dozen of its fields.
 """
 
 from __future__ import annotations
@@ -213,6 +214,25 @@ def from_model_proto(data: bytes) -> Vocabulary:
 # ------------------------------------------------------------------------------- the tokenizers library's JSON
 
 
+def _template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
+    """The post-processor that puts the BOS in front, where there is one."""
+    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    start = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*start, first],
+        "pair": [*start, first, second],
+        "special_tokens": {} if bos is None else {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+
+
+def _added_token(index: int, piece: str, special: bool, normalized: bool = False) -> dict[str, Any]:
+    return {
+        "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": normalized, "special": special,
+    }  # fmt: skip
+
+
 def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
     """The same vocabulary as a `tokenizer.json`, which gives the same ids in the tokenizers library.
 
@@ -231,18 +251,13 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
         if piece[:cut] in normal and piece[cut:] in normal
     ]
     added = [
-        {
-            "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-            # Pieces with spaces match only after the normaliser has escaped those of the text.
-            "normalized": kind == USER_DEFINED, "special": kind != USER_DEFINED,
-        }
+        # Pieces with spaces match only after the normaliser has escaped those of the text.
+        _added_token(index, piece, special=kind != USER_DEFINED, normalized=kind == USER_DEFINED)
         for index, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]  # fmt: skip
+    ]
     escapes = SPACE in ids  # a vocabulary of bytes alone spells a space as its byte
     bos = None if vocabulary.bos_id is None or not add_bos else vocabulary.pieces[vocabulary.bos_id]
-    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    start = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -250,12 +265,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
         "added_tokens": added,
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE} if escapes else None,
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*start, first],
-            "pair": [*start, first, second],
-            "special_tokens": {} if bos is None else {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _template(bos, vocabulary.bos_id),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -275,6 +285,86 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
             "ignore_merges": False,
             "vocab": ids,
             "merges": merges,
+        },
+    }
+    return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- byte-level BPE
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(digits: str) -> list[dict[str, Any]]:
+    pattern = {"Regex": f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}"}
+    return [
+        {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+
+
+class Splitting(NamedTuple):
+    """How text is cut into words before merging: what `tokenizer.ggml.pre` stands for (llama.cpp, llama-vocab.cpp)."""
+
+    pre_tokenizers: list[dict[str, Any]]
+    normalizer: dict[str, Any] | None = None
+    ignore_merges: bool = False  # whether a word that is a piece is that piece, however merging would spell it
+
+
+SPLITTINGS = {
+    "smollm": Splitting(
+        [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ]
+    ),
+    "llama-bpe": Splitting(_split(r"\p{N}{1,3}"), ignore_merges=True),
+    "qwen2": Splitting(_split(r"\p{N}"), {"type": "NFC"}),
+}
+
+
+def byte_level_json(facts: Mapping[str, Any]) -> bytes:
+    """A `tokenizer.json` from the `tokenizer.ggml.*` facts of a GGUF whose model is "gpt2".
+
+    Raises: InputError when its way of splitting text is not one of SPLITTINGS, or its parts disagree.
+    """
+    tokens, types, merges = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
+    pre = facts.get("tokenizer.ggml.pre")
+    if pre not in SPLITTINGS:
+        raise InputError(f"tokenizer.ggml.pre={pre!r} is unsupported; known are {', '.join(map(repr, SPLITTINGS))}")
+    ids, pairs = {token: index for index, token in enumerate(tokens)}, [merge.split(" ") for merge in merges]
+    if not len(ids) == len(tokens) == len(types) > 0:
+        raise InputError(f"GGUF vocabulary has {len(tokens)} tokens, {len(ids)} different ones, and {len(types)} types")
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise InputError(f"GGUF vocabulary has the merge {' '.join(pair)!r}, which is not of two of its tokens")
+    bos_id = facts.get("tokenizer.ggml.bos_token_id") if facts.get("tokenizer.ggml.add_bos_token") else None
+    splitting = SPLITTINGS[pre]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added_token(index, token, special=kind == CONTROL)
+            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "normalizer": splitting.normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting.pre_tokenizers},
+        "post_processor": _template(None if bos_id is None else tokens[bos_id], bos_id),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": splitting.ignore_merges,
+            "vocab": ids,
+            "merges": pairs,
         },
     }
     return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.kernels import KERNELS
-from sst_jax.model.layers import rope_table, rotate
+from sst_jax.model.layers import rope_frequencies, rope_table, rotate
 
 Table = tuple[jax.Array, jax.Array]
 
@@ -36,6 +36,18 @@ class KV(NamedTuple):
     local_v: jax.Array
     global_k: jax.Array  # [layers, B, S, K, H]
     global_v: jax.Array
+
+
+class Past(NamedTuple):
+    """What rows that go on find in the caches: `length` [B] positions of each."""
+
+    kv: KV
+    length: jax.Array
+
+
+def ring_positions(newest: jax.Array, size: int) -> jax.Array:
+    """The position that each slot of a ring holds, [B, size], when `newest` [B] is the last; negative where none."""
+    return newest[:, None] - (newest[:, None] - jnp.arange(size)) % size
 
 
 def attention(
@@ -63,12 +75,27 @@ def attention(
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), v)
 
 
+def attention_once(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+    """`attention` of one query a row: [B, 1, N, H] from q [B, 1, N, H], k and v [B, S, K, H] and seen [B, S].
+
+    The keys come first in their product, as they lie in memory: in the library's order XLA transposes them on a CPU.
+    """
+    rows, _, heads, size = k.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(rows, heads, -1, size)
+    scores = jax.lax.dot_general(k, grouped, (((3,), (3,)), ((0, 2), (0, 1))), preferred_element_type=wide)
+    scores = jnp.where(seen[:, None, :, None], scores * scale, jnp.finfo(wide).min)  # [B, K, S, N/K]
+    weights = jax.nn.softmax(scores, axis=2).astype(v.dtype)
+    out = jax.lax.dot_general(weights, v, (((2,), (1,)), ((0, 1), (0, 2))), preferred_element_type=wide)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
 def ropes(backbone: BackboneConfig, positions: jax.Array) -> Ropes:
     """Tables for `positions` [B, T]."""
-    return Ropes(
-        rope_table(positions, backbone.head_dim, backbone.rope_theta_local, 1.0),
-        rope_table(positions, backbone.head_dim, backbone.rope_theta_global, backbone.rope_scale_global),
-    )
+    size, scale = backbone.head_dim, backbone.rope_scale_global
+    local = rope_frequencies(size, backbone.rope_theta_local, 1.0)
+    glob = rope_frequencies(size, backbone.rope_theta_global, scale, backbone.rope_llama3)
+    return Ropes(rope_table(positions, local), rope_table(positions, glob))
 
 
 def by_kind(backbone: BackboneConfig, is_global: jax.Array, branch: Callable[[str], tuple]) -> tuple:
@@ -82,12 +109,14 @@ def by_kind(backbone: BackboneConfig, is_global: jax.Array, branch: Callable[[st
 def attend_rows(
     backbone: BackboneConfig, is_global: jax.Array, tables: Ropes, segment_ids: jax.Array, depth: int, keep: str,
     q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla",
+    past: tuple[Past, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Causal attention within documents; q [B, T*I, N, H], k and v [B, T*I, K, H] not yet rotated.
 
     Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
     own from iteration i (keep="overwrite"), or everybody's from iteration 1 (keep="first").
-    `implementation` is one of `model/kernels.py` after `pick`; iterations (depth > 1) always take XLA's.
+    `implementation` is one of `model/kernels.py` after `pick`; iterations (depth > 1) always take XLA's, and so do rows
+    that go on from a `past`, given with the layer's place in its kind's stack.
     Returns the output [B, T*I, N*H] and the keys and values, [B, T, K, H], that a cache would now hold.
     """
     batch, length = segment_ids.shape
@@ -97,7 +126,7 @@ def attend_rows(
     def branch(kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         table = tables.glob if kind == "global" else tables.local
         window = backbone.window if kind == "local" and backbone.window < length else None
-        if depth == 1:
+        if depth == 1 and past is None:
             rq, rk = rotate(q, table), rotate(k, table)
             if implementation in KERNELS:
                 return KERNELS[implementation](rq, rk, v, segment_ids, scale, window), rk, v
@@ -116,17 +145,44 @@ def attend_rows(
         within = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         mask = jnp.repeat(same & within, depth, axis=0)
         keys, values = jnp.repeat(kept_k, depth, axis=0), jnp.repeat(kept_v, depth, axis=0)
-        if keep == "overwrite":  # a second block of keys, of which each query sees its own only
+        if past is not None:
+            earlier_k, earlier_v, seen = (
+                jnp.repeat(part, depth, axis=0) for part in earlier(*past, kind, backbone, length)
+            )
+            mask = jnp.concatenate([mask, seen[:, None]], axis=-1)
+            keys, values = (
+                jnp.concatenate([new, old.astype(new.dtype)], axis=1)
+                for new, old in ((keys, earlier_k), (values, earlier_v))
+            )
+        if keep == "overwrite" and depth > 1:  # a second block of keys, of which each query sees its own only
             own = distance == 0
-            mask = jnp.concatenate([mask & ~own, jnp.broadcast_to(own, mask.shape)], axis=-1)
-            keys = jnp.concatenate([keys, ks.reshape(keys.shape)], axis=1)
-            values = jnp.concatenate([values, vs.reshape(values.shape)], axis=1)
+            others = jnp.pad(own, ((0, 0), (0, mask.shape[-1] - length)))
+            mask = jnp.concatenate([mask & ~others, jnp.broadcast_to(own, (*mask.shape[:-1], length))], axis=-1)
+            keys = jnp.concatenate([keys, ks.reshape(-1, *ks.shape[2:])], axis=1)
+            values = jnp.concatenate([values, vs.reshape(-1, *vs.shape[2:])], axis=1)
         out = attention(qs, keys, values, mask, scale)
         out = jnp.moveaxis(out.reshape(batch, depth, length, *out.shape[2:]), 1, 2)
         return out.reshape(q.shape), kept_k, kept_v
 
     out, k, v = by_kind(backbone, is_global, branch)
     return out.reshape(*q.shape[:2], -1), k, v
+
+
+def earlier(
+    past: Past, slot: jax.Array, kind: str, backbone: BackboneConfig, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values [B, S, K, H] in a layer's cache, and which of them the next `count` positions see, [B, T, S]."""
+    keys, values = (past.kv.global_k, past.kv.global_v) if kind == "global" else (past.kv.local_k, past.kv.local_v)
+    rows, size = keys.shape[1:3]
+    if kind == "global":
+        held = jnp.broadcast_to(jnp.arange(size), (rows, size))
+    else:
+        held = ring_positions(past.length - 1, size)
+    seen = ((held >= 0) & (held < past.length[:, None]))[:, None, :]
+    if kind == "local":
+        queries = past.length[:, None] + jnp.arange(count)
+        seen = seen & (queries[:, :, None] - held[:, None, :] < backbone.window)
+    return keys[slot], values[slot], jnp.broadcast_to(seen, (rows, count, size))
 
 
 def attend_cached(
@@ -165,9 +221,9 @@ def attend_cached(
         if kind == "global":
             seen = index[None, :] <= position[:, None]
         else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
-            seen = position[:, None] - (position[:, None] - index[None, :]) % ring >= 0
+            seen = ring_positions(position, ring) >= 0
         past = (part[slot].astype(q.dtype) for part in (keys, values))
-        return (attention(q, *past, seen[:, None, None, :], scale),)
+        return (attention_once(q, *past, seen, scale),)
 
     (out,) = by_kind(backbone, is_global, branch)
     return out.reshape(*q.shape[:2], -1), kv

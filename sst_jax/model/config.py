@@ -15,6 +15,19 @@ from sst_jax.errors import InputError
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
+# What the families of decoders differ in, as fields of `BackboneConfig`; Gemma 3's are the defaults.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3": {},
+    "llama": {
+        "norm_offset": 0.0, "post_norms": False, "qk_norm": False, "activation": "silu", "scale_embedding": False,
+        "window": None,
+    },
+    "qwen3": {
+        "norm_offset": 0.0, "post_norms": False, "qk_norm": True, "activation": "silu", "scale_embedding": False,
+        "window": None,
+    },
+}  # fmt: skip
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -49,10 +62,19 @@ def from_mapping(cls: type, mapping: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """Shapes and family facts of a Gemma-3 text decoder (arXiv 2503.19786).
+    """Shapes and family facts of a text decoder: Gemma 3 (arXiv 2503.19786), Llama 3 (2407.21783), Qwen 3 (2505.09388).
 
-    `layer_types` names each layer's attention, "local" (a sliding window, rope_theta_local) or "global" (the whole
-    prefix, rope_theta_global with positions divided by rope_scale_global). None means five local layers to one global.
+    family           whose checkpoints it reads and writes; FAMILIES has the facts that go with each
+    layer_types      each layer's attention, "local" (a sliding window, rope_theta_local) or "global" (the whole prefix,
+                     rope_theta_global). None: five local layers to one global, or all global without a window.
+    rope_scale_global  positions of global layers are divided by it, or with rope_llama3 only the low frequencies' are
+    rope_llama3      None, or Llama 3.1's (low_freq_factor, high_freq_factor, original positions)
+    norm_offset      an RMSNorm multiplies by norm_offset + scale
+    post_norms       whether attention's and the feed-forward's outputs are normed before they are added
+    qk_norm          whether each head's queries and keys are normed before they are rotated
+    activation       of the gated feed-forward: "gelu_tanh" or "silu"
+    scale_embedding  whether embeddings are multiplied by sqrt(D)
+    tied_head        whether the embedding is the output head too
     """
 
     num_layers: int
@@ -62,30 +84,52 @@ class BackboneConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    window: int
     query_pre_attn_scalar: float
+    window: int | None = None
     rope_theta_local: float = 10_000.0
     rope_theta_global: float = 1_000_000.0
     rope_scale_global: float = 1.0
+    rope_llama3: tuple[float, float, int] | None = None
     norm_eps: float = 1e-6
     max_positions: int = 32_768
     layer_types: tuple[str, ...] | None = None
     family: str = "gemma3"
+    norm_offset: float = 1.0
+    post_norms: bool = True
+    qk_norm: bool = True
+    activation: str = "gelu_tanh"
+    scale_embedding: bool = True
+    tied_head: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("backbone", "family", self.family, ("gemma3",))
-        for field in ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "window"):
+        _one_of("backbone", "family", self.family, tuple(FAMILIES))
+        _one_of("backbone", "activation", self.activation, ("gelu_tanh", "silu"))
+        whole = ["num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size"]
+        for field in whole + ["window"] * (self.window is not None):
             value = getattr(self, field)
             _require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
+        for field in ("post_norms", "qk_norm", "scale_embedding", "tied_head"):
+            _one_of("backbone", field, getattr(self, field), (True, False))
         reals = ("query_pre_attn_scalar", "rope_theta_local", "rope_theta_global", "rope_scale_global", "norm_eps")
         _numbers("backbone", self, *reals, "max_positions", positive=True)
+        _numbers("backbone", self, "norm_offset")
+        if self.rope_llama3 is not None:
+            bands = tuple(self.rope_llama3)
+            real = all(isinstance(part, int | float) and math.isfinite(part) for part in bands)
+            _require(
+                real and len(bands) == 3 and 0 < bands[0] < bands[1] and bands[2] > 0,
+                f"backbone.rope_llama3={self.rope_llama3!r} must be (low_freq_factor, high_freq_factor, positions) "
+                "with 0 < low < high",
+            )
+            object.__setattr__(self, "rope_llama3", bands)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         _require(self.head_dim % 2 == 0, f"backbone.head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.layer_types is None:
-            kinds = tuple("global" if (layer + 1) % 6 == 0 else "local" for layer in range(self.num_layers))
+            period = 1 if self.window is None else 6
+            kinds = tuple("local" if (layer + 1) % period else "global" for layer in range(self.num_layers))
             object.__setattr__(self, "layer_types", kinds)
         _require(
             len(self.layer_types) == self.num_layers,
@@ -93,10 +137,14 @@ class BackboneConfig:
         )
         for kind in self.layer_types:
             _one_of("backbone", "layer_types", kind, ("local", "global"))
+        _require(
+            self.window is not None or "local" not in self.layer_types,
+            "backbone.window is None, but layer_types has local layers",
+        )
 
     @property
     def embed_scale(self) -> float:
-        return math.sqrt(self.d_model)
+        return math.sqrt(self.d_model) if self.scale_embedding else 1.0
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -106,17 +154,35 @@ class BackboneConfig:
 
     @property
     def num_params(self) -> int:
-        """Parameters of the backbone; the tied head counts once."""
+        """Parameters of the backbone; a tied head counts once."""
         linears = sum(i * o for i, o in self.linear_shapes.values())
-        return (
-            self.vocab_size * self.d_model
-            + self.d_model
-            + self.num_layers * (linears + 4 * self.d_model + 2 * self.head_dim)
-        )
+        norms = (2 + 2 * self.post_norms) * self.d_model + 2 * self.qk_norm * self.head_dim
+        tables = (2 - self.tied_head) * self.vocab_size * self.d_model
+        return tables + self.d_model + self.num_layers * (linears + norms)
 
 
 def _preset(**fields: Any) -> BackboneConfig:
     return BackboneConfig(**{"vocab_size": 262_208, "rope_scale_global": 8.0, "max_positions": 131_072, **fields})
+
+
+def _decoder(
+    family: str, num_layers: int, d_model: int, d_ff: int, num_heads: int, num_kv_heads: int, head_dim: int,
+    **fields: Any,
+) -> BackboneConfig:  # fmt: skip
+    """A decoder with global attention only, whose queries are scaled by its head_dim."""
+    return BackboneConfig(
+        num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim,
+        query_pre_attn_scalar=float(head_dim), family=family, **{**FAMILIES[family], **fields},
+    )  # fmt: skip
+
+
+_SMOLLM2 = {"vocab_size": 49_152, "norm_eps": 1e-5, "max_positions": 8192}
+_LLAMA3 = {
+    "vocab_size": 128_256, "norm_eps": 1e-5, "max_positions": 131_072, "rope_theta_global": 500_000.0,
+    "rope_llama3": (1.0, 4.0, 8192),
+}  # fmt: skip
+_QWEN3 = {"vocab_size": 151_936, "max_positions": 40_960, "rope_theta_global": 1_000_000.0}
+_TINY = {"vocab_size": 262, "max_positions": 4096}
 
 
 # Shapes as published with the checkpoints. The two smallest are text-only: 64 fewer vocabulary rows, no RoPE scaling.
@@ -146,6 +212,19 @@ PRESETS: dict[str, BackboneConfig] = {
         num_layers=7, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=262,
         window=16, query_pre_attn_scalar=16.0, rope_scale_global=1.0, max_positions=4096,
     ),
+    # The other families; the word in front of a hub id's size is part of the name.
+    "smollm2-135m": _decoder("llama", 30, 576, 1536, 9, 3, 64, rope_theta_global=100_000.0, **_SMOLLM2),
+    "smollm2-360m": _decoder("llama", 32, 960, 2560, 15, 5, 64, rope_theta_global=100_000.0, **_SMOLLM2),
+    "smollm2-1.7b": _decoder("llama", 24, 2048, 8192, 32, 32, 64, rope_theta_global=130_000.0, **_SMOLLM2),
+    "llama-3.2-1b": _decoder("llama", 16, 2048, 8192, 32, 8, 64, rope_scale_global=32.0, **_LLAMA3),
+    "llama-3.2-3b": _decoder("llama", 28, 3072, 8192, 24, 8, 128, rope_scale_global=32.0, **_LLAMA3),
+    "llama-3.1-8b": _decoder("llama", 32, 4096, 14_336, 32, 8, 128, rope_scale_global=8.0, tied_head=False, **_LLAMA3),
+    "qwen3-0.6b": _decoder("qwen3", 28, 1024, 3072, 16, 8, 128, **_QWEN3),
+    "qwen3-1.7b": _decoder("qwen3", 28, 2048, 6144, 16, 8, 128, **_QWEN3),
+    "qwen3-4b": _decoder("qwen3", 36, 2560, 9728, 32, 8, 128, **_QWEN3),
+    "qwen3-8b": _decoder("qwen3", 36, 4096, 12_288, 32, 8, 128, tied_head=False, **_QWEN3),
+    "tiny-llama": _decoder("llama", 4, 64, 128, 4, 2, 16, **_TINY),
+    "tiny-qwen3": _decoder("qwen3", 4, 64, 128, 4, 2, 16, tied_head=False, **_TINY),
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
     params = {"base": {embed, final_norm, layers}, "adapter": {...}, "blend": {...}}      all layers stacked, [L, ...]
 
+An output head that is not tied to the embedding is base["head"].
+
 A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
 one layer's parameters at a time, NF4 kernels included, under `jax.checkpoint` when training. The rules are in
 `model/forward.py`.
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sst_jax.model.attention import Ropes, ropes
+from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, unit_rms, wide
 from sst_jax.model.layers import embed as embed_tokens
@@ -33,7 +35,6 @@ class Layer(NamedTuple):
     """One layer, unpacked: what a rule works with."""
 
     block: Block
-    is_first: jax.Array  # bool []
     is_global: jax.Array  # bool []
     slot: jax.Array  # int32 [], the layer's place among the layers of its kind
     masks: Masks | None  # where states enter this layer; None where no stream is
@@ -55,6 +56,7 @@ class Context:
     dropout_key: jax.Array | None = None
     options: Any = None  # a forward's own settings
     attention: str = "xla"  # the kernel that attends over whole rows, see `model/kernels.py`
+    past: Past | None = None  # what caches hold of earlier positions, where rows go on from them
 
 
 def row_context(
@@ -99,12 +101,18 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.floa
     base, adapter, blend = (nnx.to_pure_dict(state) for state in states)
     if config.stream is not None and config.stream.granularity == "scalar":
         blend = {name: value[:1] if name == "theta" else value for name, value in blend.items()}
-    embedding = jax.random.normal(embed_key, (backbone.vocab_size, backbone.d_model), dtype)
+
+    def table(key: jax.Array) -> jax.Array:
+        embedding = jax.random.normal(key, (backbone.vocab_size, backbone.d_model), dtype)
+        return embedding * jnp.asarray(backbone.d_model**-0.5, dtype)
+
+    head = {} if backbone.tied_head else {"head": {"embedding": table(jax.random.fold_in(embed_key, 1))}}
     return {
         "base": {
-            "embed": {"embedding": embedding * jnp.asarray(backbone.d_model**-0.5, dtype)},
-            "final_norm": {"scale": jnp.zeros(backbone.d_model, dtype)},
+            "embed": {"embedding": table(embed_key)},
+            "final_norm": {"scale": jnp.full(backbone.d_model, 1.0 - backbone.norm_offset, dtype)},
             "layers": base,
+            **head,
         },
         "adapter": adapter,
         "blend": blend,
@@ -176,7 +184,7 @@ def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer
             key = jax.random.fold_in(jax.random.fold_in(context.dropout_key, facts["index"]), number)
             shape = (rows, 1, config.backbone.linear_shapes[name][0])
             drop[name] = jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
-    return Layer(block, facts["index"] == 0, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
+    return Layer(block, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
 
 
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -187,11 +195,15 @@ def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: jnp.dty
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """The last RMSNorm, in x's type."""
     scale = params["base"]["final_norm"]["scale"]
-    return (unit_rms(x, config.backbone.norm_eps) * (1.0 + wide(scale))).astype(x.dtype)
+    return (unit_rms(x, config.backbone.norm_eps) * (config.backbone.norm_offset + wide(scale))).astype(x.dtype)
+
+
+def head_table(base: Params) -> jax.Array:
+    """The output head [V, D] of a base: its own where it has one, else the tied embedding."""
+    return base.get("head", base["embed"])["embedding"]
 
 
 def head(params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits [..., V] of normed hidden states [..., D] by the tied embedding, accumulated in float32 or wider."""
-    embedding = params["base"]["embed"]["embedding"]
-    out = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=out)
+    """Logits [..., V] of normed hidden states [..., D], accumulated in float32 or wider."""
+    table, out = head_table(params["base"]), jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=out)

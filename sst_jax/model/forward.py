@@ -26,7 +26,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import attend_rows
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Streams
-from sst_jax.model.layers import wide
+from sst_jax.model.layers import ACTIVATIONS, wide
 from sst_jax.model.state import Masks, blend, initial, memories, move, remember, thought
 
 FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
@@ -70,8 +70,10 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, tup
     backbone, stream = context.config.backbone, context.config.stream
     keep = "overwrite" if stream is None else stream.kv
     q, k, v = project(layer, x, context)
+    past = None if context.past is None else (context.past, layer.slot)
     out, k, v = attend_rows(
-        backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v, context.attention
+        backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v, context.attention,
+        past,
     )  # fmt: skip
     return rejoin(layer, x, out), (k, v)
 
@@ -81,7 +83,7 @@ def feed(
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """o in `dtype` and f wide, [B, T*I, D]: the feed-forward half, with the state s blended in `where` one enters."""
-    block = layer.block
+    block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
 
     @jax.checkpoint
     def widen(h: jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -91,7 +93,7 @@ def feed(
 
     @jax.checkpoint
     def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return block.down(jax.nn.gelu(gate, approximate=True) * up, layer.drop.get("down"))
+        return block.down(activation(gate) * up, layer.drop.get("down"))
 
     mixed, gate, up = widen(h, s)
     f = block.post_ffn_norm(narrow(gate, up))
@@ -109,24 +111,25 @@ def plain(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
 def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
     """Each stream blended with the states of the one before it; the first is plain.
 
-    All streams enter the first layer as the same embeddings, so its attention is computed once.
+    All streams enter the first layer as the same embeddings. Computing its attention once would take a branch in every
+    layer, and what a branch saves for its gradients costs more (a fifth of a step, measured) than 1/L of the attention.
     """
     s, memory, outputs = None, None, []
-    shared, _ = attend(layer, streams[0], context)
     for number, x in enumerate(streams):
-        h = shared
+        h, _ = attend(layer, x, context)
         if number:
-            h = jax.lax.cond(layer.is_first, lambda: shared, lambda x=x: attend(layer, x, context)[0])
             s = hand_on(layer, x, memory, context)
         o, memory = pass_once(layer, x, h, s, context)
         outputs.append(o)
     return tuple(outputs), Left(memory=memory)
 
 
-def pass_once(layer: Layer, x: jax.Array, h: jax.Array, s: jax.Array | None, context: Context) -> tuple:
+def pass_once(
+    layer: Layer, x: jax.Array, h: jax.Array, s: jax.Array | None, context: Context, before: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
     o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
-    return o, memories(context.config.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
+    return o, memories(context.config.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks, before)
 
 
 def hand_on(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
@@ -145,15 +148,17 @@ def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
     return (o,), Left(*kv, memory)
 
 
-def exact(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
-    """Attention once; the feed-forward step after step."""
+def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, Left]:
+    """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
     (x,) = streams
     h, kv = attend(layer, x, context)
-    o, memory = walk(layer, x, h, context)
+    o, memory = walk(layer, x, h, context, before)
     return (o,), Left(*kv, memory)
 
 
-def walk(layer: Layer, x: jax.Array, h: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+def walk(
+    layer: Layer, x: jax.Array, h: jax.Array, context: Context, before: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, [B, T*I, D], of one layer: its feed-forward run step after step.
 
     In chunks that are recomputed in the backward pass, so that only every CHUNK-th memory is kept until then.
@@ -178,13 +183,13 @@ def walk(layer: Layer, x: jax.Array, h: jax.Array, context: Context) -> tuple[ja
 
     inputs = jax.tree.map(chunked, (h, initial(stream, x), layer.masks.live, layer.masks.begins))
     inner = jax.checkpoint(lambda m, part: jax.lax.scan(step, m, part), prevent_cse=False)
-    first = jnp.zeros_like(thought(stream, x[:, 0], wide(x[:, 0])))
+    first = jnp.zeros_like(thought(stream, x[:, 0], wide(x[:, 0]))) if before is None else before
     _, (o, memory) = jax.lax.scan(inner, first, inputs)
     o, memory = (jnp.moveaxis(part.reshape(-1, *part.shape[2:])[:steps], 0, 1) for part in (o, memory))
     return o, memory
 
 
-def sweep(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, Left]:
     """`local` with as many sweeps as it takes for the states to stand still, else `exact`. Not differentiable.
 
     `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
@@ -201,18 +206,18 @@ def sweep(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
 
     def again(carry: tuple) -> tuple:
         count, _, s, _ = carry
-        o, memory = pass_once(layer, x, h, s, context)
-        moved = move(stream, x, memory, layer.masks)
+        o, memory = pass_once(layer, x, h, s, context, before)
+        moved = move(stream, x, memory, layer.masks, before)
         change = jnp.max(norm(wide(moved) - wide(s)) / jnp.maximum(norm(moved), 1e-30))
         return count + 1, (o, memory), moved, change.astype(jnp.float32)
 
-    o, memory = pass_once(layer, x, h, None, context)
-    begin = (jnp.int32(1), (o, memory), move(stream, x, memory, layer.masks), jnp.float32(jnp.inf))
+    o, memory = pass_once(layer, x, h, None, context, before)
+    begin = (jnp.int32(1), (o, memory), move(stream, x, memory, layer.masks, before), jnp.float32(jnp.inf))
     count, (o, memory), _, change = jax.lax.while_loop(moving, again, begin)
     o, memory, count = jax.lax.cond(
         change <= stream.sweep_tolerance,
         lambda: (o, memory, count),
-        lambda: (*walk(layer, x, h, context), jnp.int32(stream.sweep_cap + 1)),
+        lambda: (*walk(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
     )
     return (o,), Left(*kv, memory, count)
 

@@ -41,21 +41,47 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
-def scaled_unit_rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * (1 + scale), wide. For its gradient x is kept, and not the wide numbers in between."""
-    return unit_rms(x, eps) * (1.0 + wide(scale))
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def scaled_unit_rms(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
+    """x / rms(x) * (offset + scale), wide. For its gradient x is kept, and not the wide numbers in between."""
+    return unit_rms(x, eps) * (offset + wide(scale))
 
 
 class RMSNorm(nnx.Module):
-    """Gemma's RMSNorm: x / rms(x) * (1 + scale), wide inside and out; the caller narrows."""
+    """x / rms(x) * (offset + scale), wide inside and out; the caller narrows.
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
-        self.scale = Base(jnp.zeros(size, dtype))
-        self.eps = eps
+    Gemma's in any type. Llama's and Qwen's reference narrows before it multiplies by the scale, which in bfloat16 is
+    one rounding more, and in float32 the same.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float, dtype: jnp.dtype):
+        self.scale = Base(jnp.full(size, 1.0 - offset, dtype))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return scaled_unit_rms(x, self.scale[...], self.eps)
+        return scaled_unit_rms(x, self.scale[...], self.eps, self.offset)
+
+
+@jax.custom_vjp
+def up_product(z: jax.Array, b: jax.Array) -> jax.Array:
+    """z @ b, [..., outputs] from z [..., rank] and b [rank, outputs].
+
+    The gradient of b is written as z^T times the cotangent. JAX would write its transpose, for which XLA's CPU backend
+    copies the cotangent, by far the largest array here, column by column: an eighth of a whole training step.
+    """
+    return z @ b
+
+
+def _up_product_forward(z: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return z @ b, (z, b)
+
+
+def _up_product_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    z, b = saved
+    return dy @ b.T, jnp.einsum("...r,...n->rn", z, dy)
+
+
+up_product.defvjp(_up_product_forward, _up_product_backward)
 
 
 class Linear(nnx.Module):
@@ -74,19 +100,27 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         if self.rank:
             z = x if drop is None else x * drop.astype(x.dtype)
-            y = y + (z @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.scale
+            z = z @ self.lora_a[...].astype(x.dtype)
+            y = y + up_product(z, self.lora_b[...].astype(x.dtype)) * self.scale
         return y
 
 
+ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}
+
+
 class Block(nnx.Module):
-    """The parameters of one Gemma-3 decoder layer, with the stream's where there is one."""
+    """The parameters of one decoder layer, with the stream's where there is one; a norm that it lacks only widens."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         backbone, adapter, stream = config.backbone, config.adapter, config.stream
-        for name in ("pre_attn_norm", "post_attn_norm", "pre_ffn_norm", "post_ffn_norm"):
-            setattr(self, name, RMSNorm(backbone.d_model, backbone.norm_eps, dtype))
-        for name in ("q_norm", "k_norm"):
-            setattr(self, name, RMSNorm(backbone.head_dim, backbone.norm_eps, dtype))
+        for names, size, present in (
+            (("pre_attn_norm", "pre_ffn_norm"), backbone.d_model, True),
+            (("post_attn_norm", "post_ffn_norm"), backbone.d_model, backbone.post_norms),
+            (("q_norm", "k_norm"), backbone.head_dim, backbone.qk_norm),
+        ):
+            for name in names:
+                norm = RMSNorm(size, backbone.norm_eps, backbone.norm_offset, dtype) if present else wide
+                setattr(self, name, norm)
         for name, shape in backbone.linear_shapes.items():
             rank = adapter.rank if name in adapter.targets else 0
             setattr(self, name, Linear(shape, rank, adapter.scale, dtype, rngs))
@@ -104,14 +138,33 @@ def initial_theta(stream: StreamConfig) -> float:
     return math.log(share / (1.0 - share))
 
 
-def rope_table(positions: jax.Array, head_dim: int, theta: float, scale: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, H/2] of rotary embedding (arXiv 2104.09864), positions divided by `scale`."""
+def rope_frequencies(
+    head_dim: int, theta: float, scale: float, llama3: tuple[float, float, int] | None = None
+) -> np.ndarray:  # fmt: skip
+    """Radians a position [H/2] of rotary embedding (arXiv 2104.09864), divided by `scale`.
+
+    With `llama3` (low, high, original positions), wavelengths below original / high stay as they are, those above
+    original / low are scaled, those in between partly: as in transformers, `rope_type` "llama3".
+    """
     # Rounded as PyTorch rounds it, a last bit of the frequency being 5e-5 of a radian at position 500: float32
     # exponents, a correctly rounded power (so from float64), its float32 reciprocal. In 64-bit mode nothing is rounded.
     dtype = jnp.result_type(float)
     exponent = np.arange(0, head_dim, 2, dtype=dtype) / np.asarray(head_dim, dtype)
     frequency = 1 / np.power(theta, exponent, dtype=np.float64).astype(dtype)
-    angle = positions[..., None].astype(dtype) * (frequency / np.asarray(scale, dtype))
+    scaled = frequency / np.asarray(scale, dtype)
+    if llama3 is None:
+        return scaled
+    low, high, original = llama3
+    wavelength = 2 * math.pi / frequency
+    share = (original / wavelength - low) / (high - low)  # of the unscaled frequency, in between
+    between = (1 - share) * frequency / np.asarray(scale, dtype) + share * frequency
+    scaled = np.where(wavelength > original / low, scaled, between)
+    return np.where(wavelength < original / high, frequency, scaled)
+
+
+def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, H/2] of rotary embedding at positions [B, T]."""
+    angle = positions[..., None].astype(frequencies.dtype) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -123,6 +176,6 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def embed(backbone: BackboneConfig, embedding: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Token embeddings times sqrt(D), [..., D]; the factor is rounded to the table's type, as in the reference."""
+    """Token embeddings times embed_scale, [..., D]; the factor is rounded to the table's type, as in the reference."""
     scale = jnp.asarray(backbone.embed_scale, embedding.dtype)
     return (jnp.take(embedding, tokens, axis=0) * scale).astype(dtype)

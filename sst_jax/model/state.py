@@ -83,12 +83,13 @@ def remember(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array)
 
 def memories(
     stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
-    masks: Masks,
+    masks: Masks, before: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """What the layer holds after every step, from a pass over all steps: x into the layer, h, f and o inside it.
 
     Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in. Without decay and
-    linear carry a is zero everywhere, and the memory is u itself. All arrays [B, T*I, D].
+    linear carry a is zero everywhere, and the memory is u itself. All arrays [B, T*I, D]; `before` [B, D] is the memory
+    that the first step finds where rows go on from a cache.
     """
     u = thought(stream, o, f)
     if stream.decay == 0.0 and not stream.linear_carry:
@@ -100,6 +101,8 @@ def memories(
     b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest)
     b = b + jnp.where(masks.begins, a * wide(initial(stream, x)), 0.0)
     a = jnp.where(masks.live, a, 0.0)
+    if before is not None:
+        b = b.at[:, 0].add(a[:, 0] * wide(before))
 
     def compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
         return first[0] * second[0], second[0] * first[1] + second[1]
@@ -107,10 +110,14 @@ def memories(
     return jax.lax.associative_scan(compose, (a, b), axis=1)[1].astype(u.dtype)
 
 
-def move(stream: StreamConfig, x: jax.Array, memory: jax.Array, masks: Masks) -> jax.Array:
+def move(
+    stream: StreamConfig, x: jax.Array, memory: jax.Array, masks: Masks, before: jax.Array | None = None
+) -> jax.Array:
     """The state entering every step: the memory after the step before, or the initial state. [B, T*I, D]."""
-    before = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return jnp.where(masks.live, before, initial(stream, x))
+    earlier = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    if before is not None:
+        earlier = earlier.at[:, 0].set(before)
+    return jnp.where(masks.live, earlier, initial(stream, x))
 
 
 def propagate(

@@ -13,7 +13,7 @@ import optax
 from sst_jax.errors import InputError
 from sst_jax.model import forward
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Params
+from sst_jax.model.decoder import Params, head_table
 from sst_jax.training.loss import answer_losses
 
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
@@ -74,7 +74,7 @@ def batch_losses(
         dropout_key=dropout_key, dtype=settings.dtype, remat=settings.remat,
         attention=settings.attention,
     )  # fmt: skip
-    return answer_losses(hidden, base["embed"]["embedding"], batch["tokens"], batch["answer_mask"])
+    return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
 
 
 def train_step(

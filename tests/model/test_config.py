@@ -26,9 +26,10 @@ streams = st.builds(
 adapters = st.builds(AdapterConfig, rank=st.integers(0, 64), targets=st.lists(st.sampled_from(LINEARS), unique=True))
 
 
-@given(st.none() | streams, adapters)
-def test_a_config_survives_json(stream, adapter):
-    config = ModelConfig(PRESETS["270m"], stream, adapter)
+@given(st.sampled_from(list(PRESETS)), st.none() | streams, adapters)
+def test_a_config_survives_json(name, stream, adapter):
+    stream = stream if stream is None or name == "270m" else dataclasses.replace(stream, layers=None)
+    config = ModelConfig(PRESETS[name], stream, adapter)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -79,6 +80,13 @@ def test_bad_stream_fields_are_named(fields, culprit):
         ({"query_pre_attn_scalar": 0.0}, "backbone.query_pre_attn_scalar"),
         ({"rope_theta_global": "1e6"}, "backbone.rope_theta_global"),
         ({"rope_scale_global": -8.0}, "backbone.rope_scale_global"),
+        ({"rope_llama3": (4.0, 1.0, 8192)}, "backbone.rope_llama3"),
+        ({"rope_llama3": (1.0, 4.0)}, "backbone.rope_llama3"),
+        ({"window": None}, "backbone.window"),
+        ({"window": 0}, "backbone.window"),
+        ({"activation": "relu"}, "backbone.activation"),
+        ({"norm_offset": float("nan")}, "backbone.norm_offset"),
+        ({"tied_head": None}, "backbone.tied_head"),
     ],
 )
 def test_bad_backbone_fields_are_named(fields, culprit):
@@ -115,6 +123,19 @@ def test_unknown_and_missing_fields_are_named():
         ModelConfig.from_dict({**good, "stream": "on"})
     with pytest.raises(InputError, match="layer 7"):
         ModelConfig(PRESETS["tiny"], StreamConfig(layers=(7,)))
+
+
+def test_configs_from_before_there_were_families_are_gemmas():
+    now = ModelConfig(PRESETS["270m"]).to_dict()
+    facts = (
+        "rope_llama3", "norm_offset", "post_norms", "qk_norm", "activation", "scale_embedding", "tied_head",
+    )  # fmt: skip
+    then = {**now, "backbone": {name: value for name, value in now["backbone"].items() if name not in facts}}
+    assert ModelConfig.from_dict(then).backbone == PRESETS["270m"]
+
+
+def test_without_a_window_all_layers_are_global():
+    assert set(PRESETS["smollm2-135m"].layer_types) == {"global"}
 
 
 def test_layers_are_five_local_to_one_global():

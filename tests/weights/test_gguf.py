@@ -134,7 +134,7 @@ def test_optional_metadata():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("general.architecture", "llama", "general.architecture='llama'"),
+        ("general.architecture", "qwen3moe", "general.architecture='qwen3moe'"),
         ("general.architecture", None, "general.architecture=None"),
         ("split.count", 3, "split.count=3"),
         ("gemma3.final_logit_softcapping", 30.0, "final_logit_softcapping is set"),

@@ -267,7 +267,7 @@ def test_transformers_5_rewrites_the_hub_configs_to_the_same_backbone(size):
 
 
 @pytest.mark.parametrize("layout", list(names.LAYOUTS))
-@pytest.mark.parametrize("size", list(PRESETS))
+@pytest.mark.parametrize("size", [name for name, preset in PRESETS.items() if preset.family == "gemma3"])
 def test_written_configs_are_read_back_by_us_and_by_transformers(size, layout):
     transformers = pytest.importorskip("transformers")
     config = json.loads(json.dumps(config_json(PRESETS[size], "bfloat16", layout)))
@@ -313,7 +313,7 @@ def test_layer_types_come_from_the_list_or_the_pattern():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
         ({"model_type": None}, "model_type=None"),
         ({"model_type": "gemma3"}, "text_config is missing"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma2"}}, "text_config: model_type='gemma2'"),
@@ -490,7 +490,7 @@ def test_damaged_headers_are_input_errors(small_file, tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     file.write_bytes(bytes(content))
     try:
-        tensors = huggingface._headers(file)
+        tensors = huggingface.headers(file)
     except InputError as error:
         assert str(file) in str(error)  # noqa: PT017 (no error is fine too)
     else:
@@ -505,7 +505,7 @@ def test_nonsense_headers_are_input_errors(tmp_path_factory, header):
     file = tmp_path_factory.getbasetemp() / "nonsense.safetensors"
     file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
     with pytest.raises(InputError, match=r"nonsense\.safetensors"):
-        huggingface._headers(file)
+        huggingface.headers(file)
 
 
 def test_a_header_nested_too_deeply_is_an_input_error(folder):
