@@ -2,18 +2,23 @@
 
   python -m sst_jax.generate --model runs/quickstart --depth 4 --question "Ann has 3 boxes of 4 pens. How many?"
   python -m sst_jax.generate --model google/gemma-3-1b-it --chat --prompt "Why is the sky blue?"
-  python -m sst_jax.generate --model MODEL --prompts prompts.txt --json answers.json
+  python -m sst_jax.generate --model MODEL --prompts prompts.jsonl --n 4 --temperature 0.7 --out answers.jsonl
 
 --depth I iterates the stack I times at every position from the first generated one; it needs a model with a stream.
+Other policies: "first_token:I" (I times where the first token comes from, then once) and "until_stable:TOL:MOST" (until
+the final hidden state moves by a share of at most TOL).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
@@ -25,72 +30,127 @@ def parser() -> Parser:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="continue TEXT")
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
-    given.add_argument("--prompts", metavar="FILE", help="one prompt a line, answered in one batch")
+    given.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    parser.add_argument("--depth", type=int, default=1, metavar="I", help="iterations at each position (default: 1)")
+    parser.add_argument(
+        "--depth", default="1", metavar="I", help="iterations at each position, or a policy (default: 1)"
+    )
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="answers computed together (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest share P")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0); the i-th answer uses seed + i")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--out", metavar="FILE", help="write answers to FILE, one JSON object a line, as they finish")
     parser.add_argument("--json", metavar="FILE", help="write prompts, answers and speed to FILE")
     return parser
 
 
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file, one a line, or the field `prompt` of each line of a .jsonl file.
+
+    Raises: InputError naming the file and the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {error}") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError(f"--prompts {path} holds no prompt")
+    if Path(path).suffix != ".jsonl":
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"--prompts {path}, line {number}, is not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise InputError(f"--prompts {path}, line {number}, has no text under the key prompt")
+        prompts.append(record["prompt"])
+    return prompts
+
+
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    if args.depth < 1:
-        raise InputError(f"--depth {args.depth} must be at least 1")
+    for name in ("n", "batch"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     prompts = [args.prompt if args.question is None else args.question]
     if args.prompts:
-        try:
-            prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts {args.prompts} cannot be read: {error}") from None
-        if not prompts:
-            raise InputError(f"--prompts {args.prompts} holds no prompt")
+        prompts = read_prompts(args.prompts)
 
     from sst_jax.data.prompts import prompt_tokens
     from sst_jax.inference.model import load
+    from sst_jax.inference.policies import parse
 
+    policy = parse(args.depth)
     model = load(args.model, args.dtype)
-    if args.depth > 1 and model.config.stream is None:
+    if policy.most > 1 and model.config.stream is None:
         raise InputError(f"--depth {args.depth} needs a model with a stream; {args.model} is a plain backbone")
     asked: list = prompts
     if args.question is not None:
         recipe = model.facts.get("recipe") or {}
         asked = [prompt_tokens(args.question, model.tokenizer, recipe.get("data", {}).get("format", "plain"))]
-    started, first, live = time.monotonic(), None, len(prompts) == 1
+    # Side by side, so that the samples of a prompt share its prefill.
+    numbers = [number for number in range(len(prompts)) for _ in range(args.n)]
+    live = len(numbers) == 1
     if live and args.prompt is not None and not args.chat:
         print(args.prompt, end="", flush=True)
-    answers = {}
-    for piece in model.stream(
-        asked, depth=args.depth, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed, stop=args.stop, chat=args.chat,
-    ):  # fmt: skip
-        first = first or time.monotonic()
-        if live:
-            print(piece.text, end="", flush=True)
-        if piece.generation is not None:
-            answers[piece.index] = piece.generation
-            if not live:
-                print(f"--- {prompts[piece.index]}\n{piece.generation.text}")
+    found: list[dict[str, Any]] = [{}] * len(numbers)
+    started, first = time.monotonic(), None
+    with open_out(args.out) as out:
+        for begin in range(0, len(numbers), args.batch):
+            batch = range(begin, min(begin + args.batch, len(numbers)))
+            for piece in model.stream(
+                [asked[numbers[row]] for row in batch], depth=policy, max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=args.stop, chat=args.chat,
+                seed=[args.seed + row for row in batch],
+            ):  # fmt: skip
+                first = first or time.monotonic()
+                if live:
+                    print(piece.text, end="", flush=True)
+                if piece.generation is None:
+                    continue
+                row = begin + piece.index
+                number, answer = numbers[row], dataclasses.asdict(piece.generation)
+                found[row] = {"index": number, "sample": row - args.n * number, "prompt": prompts[number], **answer}
+                if out is not None:
+                    print(json.dumps(found[row], ensure_ascii=False), file=out, flush=True)
+                elif not live:
+                    print(f"--- {prompts[number]}\n{piece.generation.text}")
     if live:
         print()
-    tokens, end = sum(len(answer.tokens) for answer in answers.values()), time.monotonic()
+    tokens, end = sum(len(answer["tokens"]) for answer in found), time.monotonic()
     speed = tokens / (end - started)
     # The first token waits for compilation; what comes after it is the speed that a longer answer would see.
-    note = f"{tokens} tokens in {end - started:.1f} s with compilation, depth {args.depth}"
-    if tokens > len(prompts) and end > first:
-        note += f"; {(tokens - len(prompts)) / (end - first):.1f} tokens/s after the first"
+    note = f"{tokens} tokens in {end - started:.1f} s with compilation, depth {policy.spelled}"
+    rest = tokens - min(len(found), args.batch)
+    if rest > 0 and end > first:
+        note += f"; {rest / (end - first):.1f} tokens/s after the first"
     print(note, file=sys.stderr)
     if args.json:
-        found = [{"prompt": prompts[row], **dataclasses.asdict(answers[row])} for row in sorted(answers)]
-        write_json(args.json, {"model": args.model, "depth": args.depth, "tokens_per_second": speed, "answers": found})
+        asked_depth = policy.first if policy.is_flat else policy.spelled
+        write_json(args.json, {"model": args.model, "depth": asked_depth, "tokens_per_second": speed, "answers": found})
+
+
+def open_out(path: str | None) -> Any:
+    """The file for --out, which must not exist yet; a context manager of None without one.
+
+    Raises: InputError.
+    """
+    if path is None:
+        return contextlib.nullcontext()
+    try:
+        return open(path, "x", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

@@ -72,8 +72,11 @@ def main(argv: Sequence[str]) -> None:
 
 def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, Any]:
     """One compile as a JSON-ready record."""
+    from sst_jax.inference.cache import bytes_per_sequence
+    from sst_jax.model.config import ModelConfig
     from sst_jax.planning import compile as compiling
 
+    config = ModelConfig(backbone, recipe.stream, recipe.adapter)
     reserve, data = target.reserve, recipe.data
     record = {
         "target": target.name, "title": target.title, "chips": target.chips, "memory": target.memory,
@@ -82,7 +85,10 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
     try:
         if args.decode:
             plan = compiling.plan_decoding(recipe, backbone, target, args.rows, args.capacity, args.depth)
-            record |= {"rows": args.rows, "capacity": args.capacity, "depth": args.depth}
+            record |= {
+                "rows": args.rows, "capacity": args.capacity, "depth": args.depth,
+                "cache_per_sequence": bytes_per_sequence(config, args.capacity, recipe.dtype),
+            }  # fmt: skip
         else:
             plan = compiling.plan_training(recipe, backbone, target)
             forward = recipe.forward.forward
@@ -151,7 +157,13 @@ def report(record: dict[str, Any], recipe: Any, args: Any) -> str:
         f"  assumed      {record['assumed_seconds']:8.3f} s at {args.efficiency:.0%} of peak arithmetic and "
         f"{min(2 * args.efficiency, 1):.0%} of bandwidth: {record['tokens_per_second']:,.0f} tokens/s",
     ]
-    if not args.decode:
+    if args.decode:
+        kept = {name: size / 2**20 for name, size in record["cache_per_sequence"].items()}
+        lines.append(
+            f"  caches       {sum(kept.values()):8.1f} MiB a sequence: states {kept['state']:.2f} (constant), local "
+            f"layers {kept['local']:.1f} (their window), global layers {kept['global']:.1f} (linear)"
+        )
+    else:
         lines.append(
             f"  recipe       {record['hours']:8.2f} h for {record['steps']} steps, without held-out evaluation"
         )

@@ -1,12 +1,12 @@
-"""What decoding keeps between positions, and how a prompt fills it.
+"""What decoding keeps between positions, and the step that takes it one position on.
 
 A `Cache` holds keys and values (a ring of the window for local layers, everything for global ones) and one state vector
-a layer: the stream's share is L*D numbers a sequence, whatever the length.
+a layer: the stream's share is L*D numbers a sequence, whatever the length. `inference/prefill.py` fills it.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import KV, attend_cached, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params
-from sst_jax.model.forward import Left, exact, feed, plain, project, rejoin, sweep
+from sst_jax.model.forward import feed, project, rejoin
 from sst_jax.model.state import Masks, initial, remember, thought
 
 
@@ -44,75 +44,62 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
     backbone = config.backbone
     count = backbone.layer_types.count
     heads = (backbone.num_kv_heads, backbone.head_dim)
-    # A kind without layers keeps one empty stack of one layer, so that both branches have an array to look at.
-    local = jnp.zeros((max(count("local"), 1), batch, min(backbone.window, capacity), *heads), dtype)
-    glob = jnp.zeros((max(count("global"), 1), batch, capacity, *heads), dtype)
+
+    def stack(kind: str, slots: int) -> jax.Array:
+        # A kind without layers keeps one empty stack of one layer, so that both branches have an array to look at.
+        return jnp.zeros((max(count(kind), 1), batch, slots, *heads), dtype)
+
+    ring = min(backbone.window or 1, capacity)
+    kv = KV(stack("local", ring), stack("local", ring), stack("global", capacity), stack("global", capacity))
     state = None
     if config.stream is not None:
         state = jnp.zeros((backbone.num_layers, batch, backbone.d_model), state_dtype(config, dtype))
-    return Cache(KV(local, local, glob, glob), state, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
+    return Cache(kv, state, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "depth", "bos_id", "dtype"))
-def prefill(
-    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
-    bos_id: int | None = None, dtype: str = "float32",
-) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Solves the recurrence over right-padded prompts tokens [B, T] of `lengths` [B], as `stream.prefill` says.
+def bytes_per_sequence(config: ModelConfig, capacity: int, dtype: str) -> dict[str, int]:
+    """Bytes of one sequence's cache: "state" (constant), "local" (bounded by the window), "global" (linear)."""
+    cache = jax.eval_shape(lambda: init_cache(config, 1, capacity, jnp.dtype(dtype)))
 
-    Returns the normed hidden state of each prompt's last position, [B, D], and the cache behind it.
-    """
-    backbone, (batch, length) = config.backbone, tokens.shape
-    inside = jnp.arange(length)[None, :] < lengths[:, None]
-    depth = depth if config.stream is not None else 1
-    last = (lengths - 1) * depth + depth - 1
-    context = decoder.row_context(config, tokens, inside.astype(jnp.int32), depth=depth, bos_id=bos_id, options={})
-    solve = plain
-    if config.stream is not None:
-        solve = sweep if config.stream.prefill == "sweeps" else exact
+    def size(*arrays: Any) -> int:
+        return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in arrays if array is not None)
 
-    def rule(*arguments: Any) -> tuple[tuple, Left]:
-        streams, left = solve(*arguments)
-        if left.memory is not None:
-            left = left._replace(memory=jnp.take_along_axis(left.memory, last[:, None, None], axis=1)[:, 0])
-        return streams, left
-
-    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    (x,), left = decoder.run_layers(params, rule, (x,), context)
-    k, v, state = left.k, left.v, left.memory
-    hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-
-    empty = init_cache(config, batch, capacity, jnp.dtype(dtype))
-    kinds = np.array(backbone.layer_types)
-    kv = empty.kv._replace(
-        **{name: _into_ring(getattr(empty.kv, name), part[kinds == "local"], lengths)
-           for name, part in (("local_k", k), ("local_v", v)) if "local" in kinds},
-        **{name: getattr(empty.kv, name).at[:, :, :length].set(part[kinds == "global"])
-           for name, part in (("global_k", k), ("global_v", v)) if "global" in kinds},
-    )  # fmt: skip
-    live = jnp.ones(batch, bool)
-    if config.stream is not None and config.stream.initial == "skip_bos" and bos_id is not None:
-        live = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0] != bos_id
-    return decoder.final_norm(config, params, hidden), Cache(kv, state, live, lengths)
+    kv = cache.kv
+    return {
+        "state": size(cache.state),
+        "local": size(kv.local_k, kv.local_v),
+        "global": size(kv.global_k, kv.global_v),
+    }
 
 
-def _into_ring(ring: jax.Array, part: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Keys or values [layers, B, T, K, H] as rings [layers, B, W, K, H]: slot j gets the newest p = j mod W."""
-    slots = jnp.arange(ring.shape[2])
-    newest = lengths[:, None] - 1 - (lengths[:, None] - 1 - slots[None, :]) % ring.shape[2]
-    return jnp.take_along_axis(part, jnp.maximum(newest, 0)[None, :, :, None, None], axis=2)
+def map_rows(function: Callable[..., jax.Array], *caches: Cache) -> Cache:
+    """`function(axis, *arrays)` on every array of caches, `axis` being the one that counts sequences."""
+    axes = Cache(KV(1, 1, 1, 1), None if caches[0].state is None else 1, 0, 0)
+    return jax.tree.map(function, axes, *caches)
 
 
 def step(
     config: ModelConfig, params: Params, token: jax.Array, cache: Cache, depth: jax.Array, start: int = 0,
     bos_id: int | None = None, dtype: str = "float32", hidden: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """One position a row, iterated `depth` [B] times: the whole stack again for each, from the same token [B].
+    """`settle` without a tolerance: every row iterates `depth` [B] times. Returns hidden [B, D] and the cache."""
+    never = jnp.zeros(depth.shape, jnp.float32)
+    return settle(config, params, token, cache, depth, never, start, bos_id, dtype, hidden)[:2]
 
-    Rows that have had their depth, or that have depth 0, keep everything as it was. With `start`=1 the last position
-    is taken up again after its first iteration (which `prefill` ran); `hidden` is then what that iteration gave.
 
-    Returns the normed hidden state [B, D] after each row's last iteration, and the cache one position on.
+def settle(
+    config: ModelConfig, params: Params, token: jax.Array, cache: Cache, depth: jax.Array, tolerance: jax.Array,
+    start: int = 0, bos_id: int | None = None, dtype: str = "float32", hidden: jax.Array | None = None,
+) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
+    """One position a row, iterated up to `depth` [B] times: the whole stack again for each, from the same token [B].
+
+    A row with a `tolerance` [B] above 0 stops before that, after the first iteration from the second on that moves its
+    normed hidden state by no more than this share of its length. Rows that have stopped, or that have depth 0, keep
+    everything as it was. With `start`=1 the last position is taken up again after its first iteration (which `prefill`
+    ran); `hidden` is then what that iteration gave.
+
+    Returns the normed hidden state [B, D] after each row's last iteration, the cache one position on, and how many
+    iterations [B] each row has had at the position.
     """
     backbone, stream = config.backbone, config.stream
     batch = token.shape[0]
@@ -128,8 +115,7 @@ def step(
         source = token != bos_id
 
     def iteration(carry: tuple) -> tuple:
-        i, hidden, kv, state = carry
-        active = i < depth
+        i, active, used, hidden, kv, state = carry
         masks = None
         if stream is not None:
             live = jnp.where(i == 0, cache.live, source)
@@ -151,10 +137,20 @@ def step(
             return (o, kv), jnp.where(active[:, None], new, m)
 
         (x, kv), state = decoder.run_layers(params, rule, (embedded, kv), context, state)
-        hidden = jnp.where(active[:, None], decoder.final_norm(config, params, x[:, 0]), hidden)
-        return i + 1, hidden, kv, state
+        new = decoder.final_norm(config, params, x[:, 0])
+        still = _share_moved(new, hidden) <= tolerance
+        going = active & (i + 1 < depth) & ~(still & (tolerance > 0.0) & (i > 0))
+        return i + 1, going, used + active, jnp.where(active[:, None], new, hidden), kv, state
 
-    begin = (jnp.int32(start), hidden, cache.kv, cache.state)
-    _, hidden, kv, state = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(depth), iteration, begin)
+    used = jnp.where(depth > 0, start, 0)
+    begin = (jnp.int32(start), depth > start, used, hidden, cache.kv, cache.state)
+    _, _, used, hidden, kv, state = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), iteration, begin)
     moved = depth > 0
-    return hidden, Cache(kv, state, jnp.where(moved, source, cache.live), jnp.where(moved, position + 1, cache.length))
+    cache = Cache(kv, state, jnp.where(moved, source, cache.live), jnp.where(moved, position + 1, cache.length))
+    return hidden, cache, used
+
+
+def _share_moved(new: jax.Array, old: jax.Array) -> jax.Array:
+    """|new - old| / |new| of each row, float32 [B]."""
+    new, old = new.astype(jnp.float32), old.astype(jnp.float32)
+    return jnp.linalg.norm(new - old, axis=-1) / jnp.maximum(jnp.linalg.norm(new, axis=-1), 1e-30)

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.inference.cache import Cache, prefill, step
-from sst_jax.inference.sampling import Sampling, sample
+from sst_jax.inference.cache import Cache, map_rows, settle
+from sst_jax.inference.policies import Limits, Policy, as_policy, chosen, limits
+from sst_jax.inference.prefill import capacity_for, padded, prefill
+from sst_jax.inference.sampling import Draws, Sampling, Scores, draws, sample, score
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 
 CHUNK = 16  # tokens between two looks of the host at what was generated
-BUCKET = 64  # prompts and caches are padded to multiples of this, so that few shapes are compiled
 
 
 class Rows(NamedTuple):
@@ -27,39 +28,74 @@ class Rows(NamedTuple):
     cache: Cache
     token: jax.Array  # int32 [B], the newest token of each row, not yet fed
     done: jax.Array  # bool [B]
-    depth: jax.Array  # int32 [B]
-    keys: jax.Array  # one key a row
+    left: jax.Array  # int32 [B], how many tokens a row may still draw
+    limits: Limits
+    draws: Draws
 
 
-def _next_token(
-    params: Params, sampling: Sampling, hidden: jax.Array, cache: Cache, keys: jax.Array, stop_ids: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row and whether it ends the row."""
-    drawn = sample(sampling, decoder.head(params, hidden), jax.vmap(jax.random.fold_in)(keys, cache.length))
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    return drawn, (drawn[:, None] == stops[None, :]).any(axis=1) if stop_ids else jnp.zeros(drawn.shape, bool)
+class Drawn(NamedTuple):
+    """Tokens of every row, [B, n] each; where a row had ended its token is -1."""
+
+    tokens: jax.Array
+    depths: jax.Array  # iterations at the position that each token came from
+    scores: Scores | None  # where they were asked for
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "stop_ids", "bos_id", "dtype"), donate_argnums=(2,))
+STATIC = ("config", "stop_ids", "bos_id", "dtype", "top")
+
+
+def _draw(
+    params: Params, rows: Rows, hidden: jax.Array, stop_ids: tuple[int, ...], top: int, scored: jax.Array | None
+) -> tuple[Rows, Scores | None]:
+    """Rows with their next token, the first of those that `rows.left` still counts, and its scores."""
+    logits = decoder.head(params, hidden)
+    token = sample(rows.draws, logits, rows.cache.length)
+    scores = None
+    if top:
+        shapes = jax.eval_shape(lambda: score(logits, token, top))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        scores = jax.lax.cond(scored, lambda: score(logits, token, top), lambda: nothing)
+    stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) | (rows.left <= 1)
+    ended = rows.done | stopped
+    left = jnp.where(rows.done, rows.left, rows.left - 1)
+    return rows._replace(token=jnp.where(rows.done, rows.token, token), done=ended, left=left), scores
+
+
+@functools.partial(jax.jit, static_argnames=(*STATIC, "prompt"), donate_argnums=(2,))
 def begin(
-    config: ModelConfig, params: Params, cache: Cache, hidden: jax.Array, last: jax.Array, depth: jax.Array,
-    keys: jax.Array, *, sampling: Sampling, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
-) -> Rows:  # fmt: skip
-    """Draws the first token after `prefill`; iterates at the last prompt token [B], `last`, if the config says."""
-    if config.stream is not None and config.stream.prompt == "last":
-        hidden, cache = step(config, params, last, cache, depth, 1, bos_id, dtype, hidden)
-    token, done = _next_token(params, sampling, hidden, cache, keys, stop_ids)
-    return Rows(cache, token, done, depth, keys)
+    config: ModelConfig, params: Params, cache: Cache, hidden: jax.Array, last: jax.Array, left: jax.Array,
+    limits: Limits, draws: Draws, *, prompt: str, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
+    top: int = 0, scored: jax.Array | None = None,
+) -> tuple[Drawn, Rows]:  # fmt: skip
+    """Draws the first token [B, 1] after `prefill`.
+
+    last: the last prompt token [B], at which depth begins with prompt="last" (see StreamConfig; "all" says that the
+    prompt has been iterated already). left: how many tokens [B] each row may draw, this one included. top, scored: as
+    for `decode_chunk`.
+    """
+    used = jnp.ones_like(last)
+    if prompt == "last":
+        hidden, cache, used = settle(
+            config, params, last, cache, limits.now, limits.tolerance, 1, bos_id, dtype, hidden
+        )  # fmt: skip
+    elif prompt == "all":
+        used = limits.now
+    if prompt != "none":
+        limits = limits._replace(now=limits.rest)
+    rows = Rows(cache, last, jnp.zeros(last.shape, bool), left, limits, draws)
+    rows, scores = _draw(params, rows, hidden, stop_ids, top, scored)
+    return Drawn(*jax.tree.map(lambda part: part[:, None], (rows.token, used, scores))), rows
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "count", "sampling", "stop_ids", "bos_id", "dtype"), donate_argnums=(2,)
-)
+@functools.partial(jax.jit, static_argnames=(*STATIC, "size"), donate_argnums=(2,))
 def decode_chunk(
-    config: ModelConfig, params: Params, rows: Rows, *, count: int, sampling: Sampling, stop_ids: tuple[int, ...],
-    bos_id: int | None, dtype: str,
-) -> tuple[jax.Array, Rows]:  # fmt: skip
-    """Up to `count` more tokens a row, int32 [B, count]; -1 where a row had ended. Stops early when all rows have."""
+    config: ModelConfig, params: Params, rows: Rows, count: jax.Array | int, *, stop_ids: tuple[int, ...],
+    bos_id: int | None, dtype: str, top: int = 0, scored: jax.Array | None = None, size: int = CHUNK,
+) -> tuple[Drawn, Rows]:  # fmt: skip
+    """`count` <= `size` more tokens a row, in columns [B, size]. Stops early when all rows have ended.
+
+    top: above 0, tokens come with their scores and those of the `top` likeliest, where `scored` (bool []) is true.
+    """
 
     def more(carry: tuple) -> jax.Array:
         i, _, rows = carry
@@ -67,66 +103,134 @@ def decode_chunk(
 
     def one(carry: tuple) -> tuple:
         i, out, rows = carry
-        depth = jnp.where(rows.done, 0, rows.depth)
-        hidden, cache = step(config, params, rows.token, rows.cache, depth, 0, bos_id, dtype)
-        token, stopped = _next_token(params, sampling, hidden, cache, rows.keys, stop_ids)
-        out = out.at[:, i].set(jnp.where(rows.done, -1, token))
-        return i + 1, out, rows._replace(cache=cache, token=token, done=rows.done | stopped)
+        depth = jnp.where(rows.done, 0, rows.limits.now)
+        hidden, cache, used = settle(
+            config, params, rows.token, rows.cache, depth, rows.limits.tolerance, 0, bos_id, dtype
+        )  # fmt: skip
+        moved = rows._replace(cache=cache, limits=rows.limits._replace(now=rows.limits.rest))
+        after, scores = _draw(params, moved, hidden, stop_ids, top, scored)
+        new = Drawn(jnp.where(rows.done, -1, after.token), used, scores)
+        return i + 1, jax.tree.map(lambda column, part: column.at[:, i].set(part), out, new), after
 
-    out = jnp.full((rows.token.shape[0], count), -1, jnp.int32)
-    _, out, rows = jax.lax.while_loop(more, one, (jnp.int32(0), out, rows))
+    batch = rows.token.shape[0]
+    whole = jnp.full((batch, size), -1, jnp.int32)
+    scores = None
+    if top:
+        wide = jnp.promote_types(dtype, jnp.float32)
+        scores = Scores(
+            jnp.zeros((batch, size), wide),
+            jnp.zeros((batch, size, top), jnp.int32),
+            jnp.zeros((batch, size, top), wide),
+        )
+    _, out, rows = jax.lax.while_loop(more, one, (jnp.int32(0), Drawn(whole, whole, scores), rows))
     return out, rows
 
 
-def generate_tokens(
-    config: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], *, depth: Sequence[int],
-    max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], stop_ids: tuple[int, ...], pad_id: int,
-    bos_id: int | None, dtype: str,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """Yields new tokens [B, n] (-1 after a row's end) and which rows have ended [B]; the first yield is one token.
+@jax.jit
+def pick_rows(cache: Cache, hidden: jax.Array, index: jax.Array) -> tuple[Cache, jax.Array]:
+    """Copies of the sequences `index` [B'] of caches and hidden states, as often as each is named."""
+    return map_rows(lambda axis, part: jnp.take(part, index, axis=axis), cache), hidden[index]
 
-    The receiver may `send` a bool [B] of rows to end (a stop string was seen). Greedy rows do not depend on each other.
 
-    Raises: InputError on an empty prompt, a depth below 1, or more positions than the backbone has.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    for number, (prompt, rounds) in enumerate(zip(prompts, depth, strict=True)):
+def check(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], policies: Sequence[Policy], max_new_tokens: int
+) -> None:
+    """Raises InputError on an empty prompt, or more positions than the backbone has."""
+    for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {number} is empty: give at least one token")
-        if rounds < 1:
-            raise InputError(f"depth={rounds} of prompt {number} must be at least 1")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > config.backbone.max_positions:
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the backbone's "
             f"{config.backbone.max_positions} positions"
         )
-    length = -(-longest // BUCKET) * BUCKET
-    capacity = -(-(length + max_new_tokens) // BUCKET) * BUCKET
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    whole = config.stream is not None and config.stream.prompt == "all"
-    if whole and len(set(depth)) > 1:
-        raise InputError('stream.prompt="all" runs a batch of prompts at one depth: call once for each depth')
+    if prompt_mode(config) == "all":
+        for policy in policies:
+            if policy.tolerance:
+                raise InputError(
+                    f'stream.prompt="all" runs a prompt at one depth, which {policy.spelled} does not name'
+                )
 
+
+def prompt_mode(config: ModelConfig) -> str:
+    """`stream.prompt`; without a stream nothing is iterated."""
+    return "none" if config.stream is None else config.stream.prompt
+
+
+def prompt_depth(prompt: str, policy: Policy) -> int:
+    """Iterations at every position of a prompt that is treated as `prompt` says."""
+    return policy.first if prompt == "all" else 1
+
+
+class Chunk(NamedTuple):
+    """What the host sees: new tokens [B, n], -1 after a row's end, their depths, and which rows have ended [B]."""
+
+    tokens: np.ndarray
+    depths: np.ndarray
+    done: np.ndarray
+
+
+def generate_tokens(
+    config: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], *, depth: Sequence[int | str | Policy],
+    max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], stop_ids: tuple[int, ...], pad_id: int,
+    bos_id: int | None, dtype: str,
+) -> Iterator[Chunk]:  # fmt: skip
+    """Yields new tokens of every prompt, the first chunk being one token; prompts that are equal are prefilled once.
+
+    The receiver may `send` a bool [B] of rows to end (a stop string was seen). Rows do not depend on each other.
+
+    Raises: InputError as `check`, and on a depth that is none.
+    """
+    policies = [as_policy(each) for each in depth]
+    check(config, prompts, policies, max_new_tokens)
+    prompt = prompt_mode(config)
+    prompt_depths = {prompt_depth(prompt, policy) for policy in policies}
+    if len(prompt_depths) > 1:
+        raise InputError('stream.prompt="all" runs a batch of prompts at one depth: call once for each depth')
+    distinct = {tuple(each): None for each in prompts}
+    place = {each: number for number, each in enumerate(distinct)}
+    lengths = np.array([len(each) for each in distinct], np.int32)
+    tokens = np.full((len(distinct), padded(max(lengths))), pad_id, np.int32)
+    for row, each in enumerate(distinct):
+        tokens[row, : len(each)] = each
     hidden, cache = prefill(
-        config, params, tokens, lengths, capacity=capacity, depth=depth[0] if whole else 1, bos_id=bos_id, dtype=dtype
-    )
-    settings = {"sampling": sampling, "stop_ids": stop_ids, "bos_id": bos_id, "dtype": dtype}
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    last = tokens[np.arange(len(prompts)), lengths - 1]
-    rows = begin(config, params, cache, hidden, last, jnp.asarray(depth, jnp.int32), keys, **settings)
-    new, produced = np.asarray(rows.token)[:, None], 1
+        config, params, tokens, lengths, capacity=capacity_for(max(lengths) + max_new_tokens),
+        depth=prompt_depths.pop(), bos_id=bos_id, dtype=dtype,
+    )  # fmt: skip
+    if len(distinct) < len(prompts):
+        cache, hidden = pick_rows(cache, hidden, np.array([place[tuple(each)] for each in prompts]))
+
+    settings = {"stop_ids": stop_ids, "bos_id": bos_id, "dtype": dtype}
+    last = np.array([each[-1] for each in prompts], np.int32)
+    left = np.full(len(prompts), max_new_tokens, np.int32)
+    drawn, rows = begin(
+        config, params, cache, hidden, last, left, limits(policies), draws([sampling] * len(prompts), seeds),
+        prompt=prompt, **settings,
+    )  # fmt: skip
+    # Where depth begins at the first token's own position, that one step goes before the choice.
+    waiting = any(policy.choose for policy in policies)
+    unmoved = prompt == "none"
     while True:
-        ended = yield new, np.asarray(rows.done)
+        if waiting and not unmoved:
+            rows, waiting = route(rows, policies), False
+        ended = yield Chunk(np.asarray(drawn.tokens), np.asarray(drawn.depths), np.asarray(rows.done))
         if ended is not None:
             rows = rows._replace(done=rows.done | jnp.asarray(ended))
-        if produced >= max_new_tokens or bool(rows.done.all()):
+        if bool(rows.done.all()):
             return
-        # A full chunk even where fewer tokens are wanted: one program serves every length, the surplus is cut off.
-        new, rows = decode_chunk(config, params, rows, count=CHUNK, **settings)
-        new = np.asarray(new)[:, : max_new_tokens - produced]
-        produced += new.shape[1]
+        drawn, rows = decode_chunk(config, params, rows, 1 if waiting else CHUNK, **settings)
+        unmoved = False
+
+
+def route(rows: Rows, policies: Sequence[Policy]) -> Rows:
+    """Rows that go on as their policies choose from the states at hand."""
+    if rows.cache.state is None:
+        return rows
+    states, rest = np.asarray(rows.cache.state), np.array(rows.limits.rest)
+    for row, policy in enumerate(policies):
+        if policy.choose:
+            rest[row] = chosen(policy, states[:, row])
+    return rows._replace(limits=rows.limits._replace(now=jnp.asarray(rest), rest=jnp.asarray(rest)))

@@ -14,6 +14,8 @@ import numpy as np
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference import decode
+from sst_jax.inference.answer import Answer
+from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling
 from sst_jax.model import decoder
 from sst_jax.model import forward as forwards
@@ -22,16 +24,23 @@ from sst_jax.weights import store
 from sst_jax.weights.models import open_model
 
 Prompt = str | Sequence[int]
+Depth = int | str | Policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One answer. `finished` says that the model ended it (or a stop string did), not the token limit."""
+    """One answer.
+
+    depth     what was asked for: a number, or a policy as it is spelled
+    depths    iterations that the position had which each token came from
+    finished  that the model ended it (or a stop string did), not the token limit
+    """
 
     text: str
     tokens: list[int]
     prompt_tokens: int
-    depth: int
+    depth: int | str
+    depths: list[int]
     finished: bool
 
 
@@ -104,60 +113,55 @@ class Model:
         return jnp.asarray(tokens, jnp.int32)
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], *, depth: int | Sequence[int] = 1, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | Sequence[int] = 0,
-        stop: Sequence[str] = (), chat: bool = False,
+        self, prompts: Prompt | Sequence[Prompt], *, depth: Depth | Sequence[Depth] = 1, n: int = 1,
+        max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int | Sequence[int] = 0, stop: Sequence[str] = (), chat: bool = False,
     ) -> Iterator[Piece]:  # fmt: skip
         """Generates and yields text as it comes; arguments as for `generate`."""
         prompts = _as_list(prompts)
-        tokens = [self._prompt(prompt, chat) for prompt in prompts]
-        depths = _one_each(depth, len(prompts), "depth")
+        if n < 1:
+            raise InputError(f"n={n} must be at least 1")
+        policies = [as_policy(each) for each in _one_each(depth, len(prompts), "depth") for _ in range(n)]
+        tokens = [prompt for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
-        seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        _one_each(seeds, len(prompts), "seed")
+        seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int) else list(seed)
+        _one_each(seeds, len(tokens), "seed")
         running = decode.generate_tokens(
-            self.config, self.params, tokens, depth=depths, max_new_tokens=max_new_tokens,
+            self.config, self.params, tokens, depth=policies, max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p), seeds=seeds, stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
             pad_id=self.tokenizer.pad_id, bos_id=self.tokenizer.bos_id, dtype=self.dtype,
         )  # fmt: skip
-        out: list[list[int]] = [[] for _ in prompts]
-        shown, ended = [""] * len(prompts), np.zeros(len(prompts), bool)
-        stops = self.tokenizer.stop_ids
-        new, done = next(running)
+        answers = [Answer(self.tokenizer, stop) for _ in tokens]
+        chunk = next(running)
         while True:
-            cut = np.zeros(len(prompts), bool)
-            for row in range(len(prompts)):
-                if ended[row]:
+            for row, answer in enumerate(answers):
+                if answer.ended:
                     continue
-                out[row] += [int(token) for token in new[row] if token >= 0]
-                text = self.tokenizer.decode([token for token in out[row] if token not in stops])
-                hit = min((place for place in (text.find(mark) for mark in stop if mark) if place >= 0), default=-1)
-                cut[row] = hit >= 0
-                text = text[:hit] if hit >= 0 else text
-                ended[row] = cut[row] or bool(done[row])
-                # Text may still change behind half a character or the beginning of a stop string.
-                settled = text if ended[row] else _settled(text, stop)
-                if len(settled) > len(shown[row]):
-                    yield Piece(row, settled[len(shown[row]) :])
-                    shown[row] = settled
-                if ended[row]:
-                    yield Piece(row, "", Generation(text, out[row], len(tokens[row]), depths[row], True))
+                new = answer.add(chunk.tokens[row], chunk.depths[row], chunk.done[row])
+                if new:
+                    yield Piece(row, new)
+                if answer.ended:
+                    policy, finished = policies[row], answer.ended == "stop"
+                    asked = policy.first if policy.is_flat else policy.spelled
+                    yield Piece(
+                        row, "",
+                        Generation(answer.text, answer.tokens, len(tokens[row]), asked, answer.depths, finished),
+                    )  # fmt: skip
             try:
-                new, done = running.send(cut)
+                chunk = running.send(np.array([answer.ended is not None for answer in answers]))
             except StopIteration:
-                break
-        for row in np.flatnonzero(~ended):
-            text = self.tokenizer.decode(out[row])
-            yield Piece(row, text[len(shown[row]) :], Generation(text, out[row], len(tokens[row]), depths[row], False))
+                return
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
         """Answers to one prompt or many, text or token ids, in one batch.
 
         Args:
-          depth: iterations of the stack at each position from the first generated one; one number, or one a prompt.
+          depth: iterations of the stack at each position from the first generated one: a number, or a policy
+            (`inference/policies.py`) or its spelling, such as "until_stable:0.01:4"; one, or one a prompt.
+          n: answers to each prompt, side by side in the list; the prompt is prefilled once.
           max_new_tokens: at most so many tokens each.
           temperature, top_k, top_p: sampling; temperature 0 is greedy.
-          seed: of sampling; prompt number i uses seed + i, or the i-th of a list.
+          seed: of sampling; answer number i uses seed + i, or the i-th of a list.
           stop: strings that end an answer and are not part of it.
           chat: wrap each prompt (text) in the chat template's user turn.
 
@@ -227,15 +231,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
     return prompts
 
 
-def _one_each(value: int | Sequence[int], rows: int, name: str) -> list[int]:
-    values = [value] * rows if isinstance(value, (int, np.integer)) else list(value)
+def _one_each(value: Any, rows: int, name: str) -> list[Any]:
+    values = [value] * rows if isinstance(value, int | np.integer | str | Policy) else list(value)
     if len(values) != rows:
         raise InputError(f"{name} has {len(values)} entries for {rows} prompts")
     return values
-
-
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """The part of a growing text that later tokens can no longer change."""
-    text = text.rstrip("�")
-    longest = max((size for mark in stop for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
-    return text[: len(text) - longest]

