@@ -13,6 +13,7 @@ from sst_jax import convert, export
 from sst_jax.console.command import run
 from sst_jax.model import nf4
 from tests.commands.conftest import train_small
+from tests.torch_exports import apart, open_torch
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,36 @@ def test_export_merges_onto_the_base_that_is_asked_for(folders, run_on_nf4, tmp_
         assert result["gap"] is None
     trained.params["base"] = {**trained.params["base"], "layers": layers}
     tokens = [trained.tokenizer.encode("three and four")]
-    merged = np.asarray(sst_jax.load(target).logits(tokens))
+    merged = np.asarray(sst_jax.load(target).logits(tokens, forward="plain"))
     expected = np.asarray(trained.logits(tokens))
     assert np.abs(merged - expected).max() <= 1e-4 * np.abs(expected).max()
+    gap = result["logit_gap"]["relative"]
+    assert gap > 1e-3 if choice == "original" else gap < 1e-5
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        theirs = loaded.eval()(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(theirs - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_run_on_nf4_keeps_its_numbers_with_the_stream_on(run_on_nf4, tmp_path):
+    """As a PyTorch model over the dequantised weights, and as an adapter that finds its NF4 base again."""
+    trained = sst_jax.load(run_on_nf4)
+    arguments = ["--from", str(run_on_nf4), "--to", str(tmp_path / "adapter"), "--format", "adapter"]
+    assert run(export.main, arguments) == 0
+    back = sst_jax.load(tmp_path / "adapter")
+    assert back.facts["quantize"] == "nf4"
+    assert back.config == trained.config
+    assert trees_equal(back.params, trained.params)
+    torch = pytest.importorskip("torch")
+    arguments = ["--from", str(run_on_nf4), "--to", str(tmp_path / "sst"), "--format", "sst"]
+    assert run(export.main, [*arguments, "--merge-base", "dequantized", "--dtype", "float32"]) == 0
+    tokens = [trained.tokenizer.encode("three and four")]
+    with torch.no_grad():
+        got = open_torch(tmp_path / "sst")(torch.tensor(tokens), depth=2).logits
+    assert apart(got, trained.logits(tokens, depth=2)) <= 1e-4
 
 
 def test_export_says_when_the_original_is_gone_or_another(folders, tmp_path, capsys):

@@ -1,0 +1,146 @@
+"""The README.md of an export: what it is, how to run it, what it was trained on, and the base's licence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sst_jax.model.config import ModelConfig
+from sst_jax.weights.portable import origin
+
+PAPER = "https://arxiv.org/abs/2605.00206"
+
+USE = {
+    "sst": """\
+The modelling files in this folder are plain PyTorch over transformers (5.20 or newer); `trust_remote_code` runs them
+and nothing else.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+inputs = tokenizer("2 + 2 =", return_tensors="pt")
+for depth in (1, 4):  # iterations of the stack at every generated position
+    print(tokenizer.decode(model.generate(**inputs, depth=depth, max_new_tokens=32)[0]))
+
+model(**inputs).logits  # the exact recurrence; the backbone alone: forward="plain"
+model(**inputs, labels=inputs["input_ids"], forward="two_pass").loss.backward()  # for training
+```""",
+    "merged": """\
+This is the plain backbone, with LoRA folded in and without the stream that it was trained with, so it computes
+something else than the trained model. The stream's parameters lie beside it (`stream.safetensors`, `stream.json`);
+sst_jax reads folder and stream together.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+```""",
+    "adapter": """\
+A LoRA adapter for PEFT, without the stream that it was trained with, so it computes something else than the trained
+model. The stream's parameters lie beside it (`stream.safetensors`, `stream.json`); sst_jax reads both over their base.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
+```""",
+}
+
+LICENCES = {
+    "gemma3": (
+        "gemma",
+        "A derivative of Gemma: the [Gemma Terms of Use](https://ai.google.dev/gemma/terms) and their prohibited use\n"
+        "policy bind it and whatever is made from it.",
+    ),
+}
+
+
+def public_name(path: str) -> str:
+    """How to call a base in public: a hub id or a package as it is, a folder or file on this disk by its last name."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def model_card(
+    kind: str, config: ModelConfig, facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]],
+    merged_onto: str | None,
+) -> str:  # fmt: skip
+    """Markdown with the hub's metadata block.
+
+    Args:
+      kind: "sst", "merged" or "adapter".
+      facts: of the model, as `open_model` gives them.
+      metrics: the run's lines of metrics.jsonl up to the exported step; none where there is no run.
+      merged_onto: what is known of the weights that LoRA was folded into, one sentence.
+    """
+    source = origin(facts)
+    base, invented = public_name(source["path"]), source["kind"] == "random"
+    licence, terms = LICENCES.get(config.backbone.family, (None, "The terms of the base model bind this one too."))
+    if invented:
+        licence, terms = None, "The base has random weights: there are no terms to pass on."
+    meta: dict[str, Any] = {
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["state-stream-transformer", "sst", "sst_jax"],
+    }
+    if licence:
+        meta["license"] = licence
+    if source["kind"] == "huggingface" and base == source["path"]:
+        meta["base_model"] = base
+    parts = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in meta.items()) + "---",
+        f"# State Stream Transformer over {base}",
+        f"Exported by sst_jax ({kind}). The mechanism: [State Stream Transformer V2]({PAPER}).",
+        "## Use",
+        USE[kind],
+        "## Training",
+        _training(facts, metrics),
+        "## Mechanism",
+        _table(("option", "value"), dataclasses.asdict(config.stream).items()) if config.stream else "No stream.",
+        "## Base",
+        f"{base}, sha256 `{source['digest']}`{_quantised(facts)}. {merged_onto or ''}",
+        "## Licence",
+        terms,
+    ]  # fmt: skip
+    recipe = facts.get("recipe")
+    if recipe:
+        parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _quantised(facts: Mapping[str, Any]) -> str:
+    kind = facts.get("quantize", "none")
+    return "" if kind == "none" else f", in {kind} while training"
+
+
+def _training(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    recipe = facts.get("recipe")
+    if not recipe:
+        return "Nothing is recorded: this does not come from a run folder."
+    stream, train, data, optimizer = (recipe.get(part, {}) for part in ("stream", "train", "data", "optimizer"))
+    adapter = recipe.get("adapter", {})
+    rows = {
+        "steps": f"{facts['step']} of {train.get('steps')}",
+        "forward": f"{stream.get('forward')}, {stream.get('passes')} passes" if stream.get("on") else "plain",
+        "data": f"{data.get('name')} {public_name(data.get('path') or '')}".strip(),
+        "rows": f"{data.get('batch_size')} of {data.get('length')} tokens a step",
+        "LoRA": f"rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}",
+        "learning rate": f"{optimizer.get('learning_rate')}, of the stream {optimizer.get('blend_learning_rate')}",
+    }
+    losses = {line["step"]: line["heldout_loss"] for line in metrics if "heldout_loss" in line}
+    if losses:
+        forward = train.get("eval_forward") if stream.get("on") else "plain"
+        rows[f"held-out loss ({forward}), nats a token"] = ", ".join(
+            f"{loss:.4f} at step {step}" for step, loss in sorted(losses.items())
+        )
+    return _table(("what", "value"), rows.items()) + "\n\nOne seed. See the recipe below for every setting."
+
+
+def _table(head: tuple[str, str], rows: Any) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])

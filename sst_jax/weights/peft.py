@@ -1,0 +1,129 @@
+"""LoRA adapters as PEFT folders, in and out: adapter_config.json and adapter_model.safetensors. Needs no peft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from sst_jax.errors import InputError
+from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig
+from sst_jax.weights import huggingface, names, portable
+from sst_jax.weights.files import read_json, staged_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's wrapper around the model
+
+# What adapter_config.json may say without any effect on the numbers; every other field must be unset.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "task_type", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "init_lora_weights", "megatron_core", "qalora_group_size", "bias", "ensure_weight_tying",
+}  # fmt: skip
+
+
+def _modules(backbone: BackboneConfig) -> dict[str, str]:
+    """Each linear's module inside a layer, as the hub spells it: {"q": "self_attn.q_proj", ...}."""
+    rows = {row.slot: row.huggingface for row in names.TABLES[backbone.family]}
+    return {name: rows[f"layers/{name}/kernel"].split("{layer}.")[1].removesuffix(".weight") for name in LINEARS}
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def write_folder(
+    path: str | Path, config: ModelConfig, adapter: Mapping[str, Any], base_name: str, layout: str,
+    files: Mapping[str, bytes],
+) -> None:  # fmt: skip
+    """Writes an adapter, with `files` beside it. `layout` is the base's: where PEFT will find its linears.
+
+    Raises: InputError when `path` is not empty.
+    """
+    # transformers 5 names a multimodal model's text part so in memory, whichever of the two spellings is on disk.
+    layout = layout if layout == "text" else "multimodal_v5"
+    modules = [_modules(config.backbone)[name] for name in config.adapter.targets]
+    targets: Any = [module.rpartition(".")[2] for module in modules]
+    if layout != "text":  # the vision tower has linears of the same names
+        targets = rf".*language_model.*\.({'|'.join(module.replace('.', chr(92) + '.') for module in modules)})"
+    alpha = config.adapter.alpha
+    document = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.adapter.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": config.adapter.dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    factors = portable.lora_tensors(config.backbone, adapter, layout)
+    with staged_folder(path) as folder:
+        save_file({PREFIX + key: value for key, value in factors.items()}, folder / WEIGHTS, {"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def base_of(folder: Path) -> dict[str, Any]:
+    """The base that an adapter stands on: {"path", "digest", "quantize"}, the last two None where it does not say.
+
+    What stream.json records of our own exports counts before PEFT's base_model_name_or_path.
+    Raises: InputError where nothing tells.
+    """
+    file = folder / portable.STREAM_CONFIG
+    recorded = read_json(file).get("base") if file.is_file() else None
+    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    path = recorded.get("path") or name
+    if not isinstance(path, str) or not path:
+        raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing, so the base is unknown")
+    return {"path": path, "digest": recorded.get("digest"), "quantize": recorded.get("quantize")}
+
+
+def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
+    """An adapter and, where stream.json lies beside it, its stream; `backbone` is its base's.
+
+    Raises: InputError naming the file and the field, key or version at fault.
+    """
+    where = folder / CONFIG
+    config = read_json(where)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type={config.get('peft_type')!r} is unsupported; known is 'LORA'")
+    for name, value in config.items():
+        if (name not in _HARMLESS and value) or (name == "bias" and value != "none"):
+            raise InputError(f"{where}: {name}={value!r} is unsupported")
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise InputError(f"{file} is missing (pickled .bin adapters are never opened)")
+    factors = {}
+    for tensor in huggingface.headers(file):
+        if not tensor.name.startswith(PREFIX):
+            raise InputError(f"{file}: unknown key {tensor.name}")
+        factors[tensor.name.removeprefix(PREFIX)] = tensor
+    modules = _modules(backbone)
+    held = {name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)}
+    adapter = AdapterConfig(
+        rank=config.get("r"), alpha=config.get("lora_alpha"), dropout=config.get("lora_dropout", 0.0),
+        targets=sorted(held, key=lambda name: _place(config.get("target_modules"), modules[name])),
+    )  # fmt: skip
+    stream, blend = None, {}
+    if (folder / portable.STREAM_CONFIG).is_file():
+        stream, blend = portable.read_stream(folder, backbone)
+    found = ModelConfig(backbone, stream, adapter)
+    return portable.Carried(found, {"adapter": portable.read_lora(factors, found, file), "blend": blend})
+
+
+def _place(targets: Any, module: str) -> int:
+    """Where a module stands in target_modules, so that an adapter comes back with its targets in their order."""
+    name = module.rpartition(".")[2]
+    if isinstance(targets, str):
+        return targets.find(name)
+    return list(targets or ()).index(name) if name in (targets or ()) else len(targets or ())

@@ -1,0 +1,123 @@
+"""Configs of State Stream Transformers in PyTorch: the backbone's own, with the stream's options under the key "sst".
+
+    "sst": {"format": "sst_jax.sst", "version": 1, "stream": {...}, "adapter": {...} or null, "forward": "exact"}
+
+`stream` holds the fields of `Stream` below, `adapter` LoRA factors kept apart from the weights, and `forward` what a
+call of the model runs unless it is told (see `modeling_sst.py`).
+"""
+
+import dataclasses
+
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.20")  # the layers that the modelling files call have these arguments since then
+
+FORMAT, VERSION = "sst_jax.sst", 1
+FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
+
+CHOICES = {
+    "state": ("ffn", "block"),
+    "norm": ("none", "rms", "match"),
+    "granularity": ("dimension", "layer", "scalar"),
+    "initial": ("none", "zero", "own", "skip_bos"),
+    "propagate": ("scan", "shift"),
+    "dtype": ("float32", "bfloat16"),
+    "prompt": ("last", "none", "all"),
+    "kv": ("overwrite", "first"),
+    "prefill": ("sweeps", "sequential"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The state stream: what a layer remembers and how it is blended in, h' = h + alpha * (gain * N(s) - h).
+
+    state        "ffn": the feed-forward block's output f. "block": the layer's output o.
+    norm         N: "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
+    alpha        None: learned within alpha_range, lo + (hi - lo) * sigmoid(theta). A number: fixed there.
+    alpha_init   where a learned alpha began.
+    alpha_warmup optimizer steps over which alpha rose from lo in training; `StreamParameters.warmth` does it here.
+    granularity  one alpha a layer and "dimension", one a "layer", or one "scalar".
+    gain         factor on N(s); learn_gain: one learned factor a layer.
+    decay        s_t = decay * s_{t-1} + (1 - decay) * u_t.
+    initial      at a document's first position: "none" (no blend), "zero", "own" (RMSNorm of the layer's input),
+                 "skip_bos" (as "none", and nothing leaves a BOS either).
+    propagate    in forwards with several passes, "scan" carries a block state's linear part exactly, "shift" does not.
+    dtype        in which states are kept.
+    pass1_grad   whether gradients flow through the states of earlier passes.
+    prompt       prompt positions that get the depth asked of `generate`: the "last" one, "none", "all".
+    kv           at iteration i > 1 keys and values are written anew ("overwrite") or kept from iteration 1 ("first").
+    layers       which layers carry a state; None is all.
+    prefill      how a prompt's states are solved for: by parallel "sweeps" inside each layer until they move by less
+                 than sweep_tolerance (at most sweep_cap of them, else one by one), or "sequential".
+    """
+
+    state: str = "ffn"
+    norm: str = "none"
+    alpha: float | None = None
+    alpha_range: tuple = (0.015, 0.10)
+    alpha_init: float = 0.027
+    alpha_warmup: int = 0
+    granularity: str = "dimension"
+    gain: float = 1.0
+    learn_gain: bool = False
+    decay: float = 0.0
+    initial: str = "none"
+    propagate: str = "scan"
+    dtype: str = "float32"
+    pass1_grad: bool = True
+    prompt: str = "last"
+    kv: str = "overwrite"
+    layers: tuple | None = None
+    prefill: str = "sweeps"
+    sweep_tolerance: float = 1e-6
+    sweep_cap: int = 12
+
+    def __post_init__(self):
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"sst.stream.{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
+
+    @property
+    def linear_carry(self):
+        """Whether s enters the layer's output linearly with a known factor, so that a scan can carry it exactly."""
+        return self.state == "block" and self.propagate == "scan" and self.norm == "none"
+
+    def carried_by(self, layer):
+        """Whether a layer has a state that anything comes of."""
+        return self.alpha != 0.0 and (self.layers is None or layer in self.layers)
+
+
+class SSTConfigMixin:
+    """What the configs of all backbones add."""
+
+    @property
+    def stream(self):
+        """The stream's options. Raises ValueError on a version or an option that this file does not know."""
+        found = self.sst or {}
+        if found.get("format") != FORMAT or found.get("version") != VERSION:
+            raise ValueError(
+                f"config.json: sst has format {found.get('format')!r} and version {found.get('version')!r}; this file "
+                f"reads {FORMAT!r} version {VERSION}: use the modelling files that the export came with"
+            )
+        known = {field.name for field in dataclasses.fields(Stream)}
+        unknown = sorted(set(found["stream"]) - known)
+        if unknown:
+            raise ValueError(f"config.json: sst.stream has the unknown option {', '.join(unknown)}")
+        return Stream(**found["stream"])
+
+
+class SSTGemma3Config(SSTConfigMixin, Gemma3TextConfig):
+    model_type = "sst_gemma3_text"
+    sst: dict | None = None
+
+
+class SSTLlamaConfig(SSTConfigMixin, LlamaConfig):
+    model_type = "sst_llama"
+    sst: dict | None = None
+
+
+class SSTQwen3Config(SSTConfigMixin, Qwen3Config):
+    model_type = "sst_qwen3"
+    sst: dict | None = None

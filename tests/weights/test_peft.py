@@ -1,0 +1,198 @@
+"""Adapter folders: as PEFT reads them, and back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sst_jax
+from sst_jax.errors import InputError
+from sst_jax.inference.model import Model
+from sst_jax.model.config import AdapterConfig, ModelConfig
+from sst_jax.weights import peft
+from sst_jax.weights.models import Opened
+from tests import toys
+from tests.torch_exports import SHALLOW, apart, model, write
+
+STREAM = {"alpha_range": (0.0, 1.0), "decay": 0.2}
+
+
+def trained_on(base, targets=("down", "q", "v"), stream=STREAM):
+    """A Model with a random adapter and stream over a base, as training leaves one."""
+    fresh = model(stream, base.config.backbone, targets=targets)
+    return Model(fresh.config, {**fresh.params, "base": base.params["base"]}, base.tokenizer, base.facts)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    return trained_on(sst_jax.load(write(model(None, SHALLOW, rank=0), tmp_path / "base", "merged")))
+
+
+def test_an_adapter_comes_back_with_its_stream_bit_for_bit(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".md", ".safetensors"}
+    back = sst_jax.load(folder)
+    assert back.config == ours.config
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), back.params,
+                                     ours.params))  # fmt: skip
+    assert back.facts["path"] == ours.facts["path"]
+
+
+@pytest.mark.parametrize("targets", [("down", "q", "v"), ("o",)], ids=str)
+def test_peft_computes_what_we_do_with_the_stream_off(ours, tmp_path, targets):
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    ours = trained_on(ours, targets)
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    config = theirs.PeftConfig.from_pretrained(folder)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 6, 0.1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
+    tokens = torch.tensor(toys.tokens(2, 20)).long()
+    with torch.no_grad():
+        before = base(tokens).logits.numpy()
+        adapted = theirs.PeftModel.from_pretrained(base, folder).eval()
+        got = adapted(tokens).logits.numpy()
+    wrapped = {name.rpartition(".")[2].removesuffix("_proj") for name, part in adapted.named_modules()
+               if hasattr(part, "lora_A")}  # fmt: skip
+    assert wrapped == set(targets)
+    assert apart(got, ours.logits(tokens.numpy(), forward="plain")) <= 1e-4
+    assert apart(got, before) > 1e-2
+
+
+def test_peft_writes_what_we_read(ours, tmp_path):
+    """An adapter of PEFT's own, without anything of ours beside."""
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(ours.facts["path"], dtype=torch.float32)
+    config = theirs.LoraConfig(r=2, lora_alpha=5, target_modules=["k_proj", "up_proj"], task_type="CAUSAL_LM",
+                               init_lora_weights=False)  # fmt: skip
+    adapted = theirs.get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    back = sst_jax.load(tmp_path / "theirs")
+    assert back.config == ModelConfig(SHALLOW, None, AdapterConfig(2, 5, back.config.adapter.targets))
+    assert set(back.config.adapter.targets) == {"k", "up"}
+    tokens = torch.tensor(toys.tokens(1, 15)).long()
+    with torch.no_grad():
+        assert apart(back.logits(tokens.numpy()), adapted(tokens).logits) <= 1e-4
+
+
+def test_an_adapter_of_a_multimodal_model_leaves_its_vision_tower_alone(tmp_path):
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    tiny = multimodal(transformers, torch)
+    tiny.save_pretrained(tmp_path / "base")
+    for file in write(model(None, SHALLOW), tmp_path / "tokens", "merged").glob("*token*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    ours = trained_on(sst_jax.load(tmp_path / "base"))
+    assert ours.facts["layout"] != "text"
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    tokens = torch.tensor(toys.tokens(1, 20)).long()
+    adapted = theirs.PeftModel.from_pretrained(tiny.eval(), folder).eval()
+    wrapped = [name for name, part in adapted.named_modules() if hasattr(part, "lora_A")]
+    assert len(wrapped) == 3 * SHALLOW.num_layers
+    assert not any("vision" in name for name in wrapped)
+    with torch.no_grad():
+        assert apart(adapted(tokens).logits, ours.logits(tokens.numpy(), forward="plain")) <= 1e-4
+    assert sst_jax.load(folder).config == ours.config
+
+
+def multimodal(transformers, torch):
+    text = transformers.Gemma3TextConfig(
+        vocab_size=262, hidden_size=36, intermediate_size=44, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=10, sliding_window=6, query_pre_attn_scalar=9, max_position_embeddings=600,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={"model_type": "siglip_vision_model", **vision}, mm_tokens_per_image=1
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3ForConditionalGeneration(config).float()
+
+
+def test_a_merged_multimodal_model_loads_with_nothing_missing_or_left_over(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tiny = multimodal(transformers, torch)
+    tiny.save_pretrained(tmp_path / "base")
+    for file in write(model(None, SHALLOW), tmp_path / "tokens", "merged").glob("*token*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    ours = trained_on(sst_jax.load(tmp_path / "base"))
+    folder = write(ours, tmp_path / "merged", "merged")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    tokens = torch.tensor(toys.tokens(1, 20)).long()
+    with torch.no_grad():
+        assert apart(loaded.eval()(tokens).logits, ours.logits(tokens.numpy(), forward="plain")) <= 1e-4
+    tower = {key: value for key, value in tiny.state_dict().items() if "vision" in key}
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in tower.items())
+    # The way back: the text part with its stream, and the tower once more on the way out.
+    back = sst_jax.load(folder)
+    assert back.config.stream == ours.config.stream
+    assert apart(back.logits(tokens.numpy()), ours.logits(tokens.numpy())) <= 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"peft_type": "IA3"}, r"adapter_config\.json: peft_type='IA3'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"something_new": 3}, "something_new=3"),
+        ({"r": 4}, r"has shape \(3, 36\), not \(4, 36\)|has shape \(36, 3\), not \(36, 4\)|has shape \(44, 3\)"),
+        ({"r": "many"}, "adapter.rank='many'"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused_by_name(ours, tmp_path, changed, message):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    config = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps(config | changed))
+    with pytest.raises(InputError, match=message):
+        sst_jax.load(folder)
+
+
+def test_a_missing_layer_an_unknown_key_and_a_missing_file_are_named(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    whole = load_file(folder / peft.WEIGHTS)
+    key = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
+    save_file({name: value for name, value in whole.items() if name != key}, folder / peft.WEIGHTS)
+    with pytest.raises(InputError, match="LoRA factors of q are missing"):
+        sst_jax.load(folder)
+    save_file(whole | {"base_model.model.lm_head.lora_A.weight": whole[key]}, folder / peft.WEIGHTS)
+    with pytest.raises(InputError, match=r"unknown key base_model\.model\.lm_head"):
+        sst_jax.load(folder)
+    (folder / peft.WEIGHTS).unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
+        sst_jax.load(folder)
+
+
+def test_another_base_is_refused_and_a_lost_one_named(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    base = tmp_path / "base"
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"the base of adapter .*/adapter, .*/base, cannot be opened"):
+        sst_jax.load(folder)
+    write(model(None, SHALLOW, rank=0, seed=5), base, "merged")
+    with pytest.raises(InputError, match=r"is not the base that .*adapter was trained on.*stream\.json records"):
+        sst_jax.load(folder)
+
+
+def test_there_is_no_adapter_without_lora(tmp_path):
+    with pytest.raises(InputError, match="no LoRA adapter"):
+        write(model(STREAM, SHALLOW, rank=0), tmp_path / "adapter", "adapter")
+
+
+def test_an_adapter_over_an_sst_folder_is_refused(tmp_path):
+    ours = sst_jax.load(write(model(STREAM, SHALLOW), tmp_path / "sst", "sst", "--keep-lora"))
+    opened = Opened(ours.config, ours.params, ours.tokenizer, ours.facts)
+    with pytest.raises(InputError, match="--format sst"):
+        write(Model(*opened), tmp_path / "adapter", "adapter")
