@@ -1,0 +1,65 @@
+"""Reading answers out of text where they are letters or formulas; numbers are `data/grading.py`'s.
+
+Two filters each. `strict` takes the form that was asked for, `flexible` what a well-meaning reader would accept.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+from sst_jax.data.grading import extract_result
+
+_STATED = re.compile(r"answer\s+is:?\s*\**\(?([A-Z])\b\)?", re.IGNORECASE)
+_BRACKETED = re.compile(r"\(([A-Z])\)")
+_ALONE = re.compile(r"^\W*([A-Z])\W*$|^\W*([A-Z])[).:]", re.MULTILINE)
+
+
+def number(text: str, strict: bool) -> str | None:
+    """GSM8K's rule: the number after "####", or the last number anywhere."""
+    return extract_result(text, strict)
+
+
+def letter(text: str, strict: bool) -> str | None:
+    """The last letter in "the answer is (X)"; not strict: else the last "(X)", else one that stands alone on a line."""
+    found = _STATED.findall(text)
+    if not strict:
+        found = found or _BRACKETED.findall(text) or [one or other for one, other in _ALONE.findall(text)]
+    return found[-1].upper() if found else None
+
+
+def formula(text: str, strict: bool) -> str | None:
+    r"""What the last \boxed{...} holds, without idle layout; not strict: else what stands between the last $...$."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        begin = start + len("\\boxed{")
+        depth = 1
+        for place in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return plain_formula(text[begin:place])
+        return None
+    found = [] if strict else re.findall(r"\$([^$]+)\$", text)
+    return plain_formula(found[-1]) if found else None
+
+
+def plain_formula(text: str) -> str:
+    """A formula without what changes only its looks: spaces, sizes of brackets, dollar signs, a full stop."""
+    text = re.sub(r"\\(left|right|!|,|;|:|quad|displaystyle)(?![a-zA-Z])|\$|\s", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
+
+
+def second_opinion_by() -> str | None:
+    """Who gives second opinions: math-verify and its version, or None where the extra `eval` is not installed."""
+    try:
+        return f"math-verify {importlib.metadata.version('math-verify')}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def second_opinion(text: str, reference: str) -> bool:
+    """Whether math-verify finds the text's answer equal to `reference`; it reads the "####" line where there is one."""
+    from math_verify import parse, verify
+
+    line = re.search(r"####([^\n]*)", text)
+    return bool(verify(parse(f"${reference}$"), parse(line[1] if line else text)))

@@ -1,0 +1,142 @@
+"""pair: the arms of a matched comparison, trained and measured with one command."""
+
+import json
+
+import pytest
+
+from sst_jax import pair
+from sst_jax.console.command import run
+from sst_jax.planning.compile import training_work
+from sst_jax.training import arms, recipe
+from sst_jax.training.run import read_metrics
+from sst_jax.weights.models import backbone_of
+from tests.commands.conftest import SMALL, TINY
+
+ARGUMENTS = ["--config", TINY, *SMALL, "--arms", "stream,baseline,compute", "--task", "words", "--limit", "3"]
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("paired") / "pair"
+    assert run(pair.main, [*ARGUMENTS, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def resolved(*overrides):
+    return recipe.resolve(recipe.read(TINY, [*SMALL, *overrides]))
+
+
+@pytest.mark.slow
+def test_arms_differ_in_what_they_say_and_nothing_else(paired):
+    record = json.loads((paired / "arms.json").read_text())["arms"]
+    assert record["stream"]["differences"] == []
+    assert record["baseline"]["differences"] == [{"key": "stream.on", "stream": True, "baseline": False}]
+    assert [part["key"] for part in record["compute"]["differences"]] == ["stream.on", "train.steps"]
+    for arm in record:
+        assert json.loads((paired / f"{arm}-0" / "config.json").read_text())["recipe"] == record[arm]["resolved"]
+
+
+@pytest.mark.slow
+def test_all_arms_see_the_same_batches_in_the_same_order(paired):
+    tokens = {
+        arm: [line["answer_tokens"] for line in read_metrics(paired / f"{arm}-0") if line["step"]]
+        for arm in ("stream", "baseline", "compute")
+    }
+    assert tokens["stream"] == tokens["baseline"] == tokens["compute"][: len(tokens["stream"])]
+    assert len(tokens["compute"]) > len(tokens["stream"])
+
+
+@pytest.mark.slow
+def test_the_result_compares_stream_with_every_arm(paired):
+    result = json.loads((paired / "result.json").read_text())
+    assert set(result["comparisons"]) == {"baseline", "compute"}
+    for arm in ("baseline", "compute"):
+        losses = [
+            json.loads((paired / "evaluations" / f"{name}-0" / "result.json").read_text())["policies"]["1"]
+            for name in ("stream", arm)
+        ]
+        expected = losses[0]["nats_per_token"]["value"] - losses[1]["nats_per_token"]["value"]
+        assert result["comparisons"][arm][0]["difference"] == pytest.approx(expected)
+        assert (paired / f"stream-against-{arm}" / "compare.png").is_file()
+    assert result["results"]["compute"][0]["steps"] == result["arms"]["compute"]["steps"]
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_done_again(paired, monkeypatch):
+    from sst_jax import evaluate, train
+
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "main", None)
+    before = json.loads((paired / "result.json").read_text())
+    assert run(pair.main, [*ARGUMENTS, "--workdir", str(paired)]) == 0
+    assert json.loads((paired / "result.json").read_text()) == before
+
+
+def test_more_steps_for_the_baseline_cost_what_the_stream_costs():
+    stream, backbone = resolved(), backbone_of("random:tiny")
+    costs = arms.costs(stream, resolved(arms.OFF), backbone)
+    assert 1.5 < costs.ratio < 2.1
+    compute = resolved(*arms.overrides("compute", stream, costs))
+    spent = compute.steps * training_work(compute, backbone).flops
+    assert spent == pytest.approx(stream.steps * costs.stream_flops, rel=0.5 / stream.steps)
+
+
+def test_a_larger_rank_has_at_least_the_streams_parameters_and_the_same_scale():
+    stream = resolved()
+    costs = arms.costs(stream, resolved(arms.OFF), backbone_of("random:tiny"))
+    assert costs.blend_parameters == 7 * 64
+    larger = resolved(*arms.overrides("parameters", stream, costs)).adapter
+    added = (larger.rank - stream.adapter.rank) * costs.parameters_a_rank
+    assert costs.blend_parameters <= added < costs.blend_parameters + costs.parameters_a_rank
+    assert larger.scale == pytest.approx(stream.adapter.scale)
+
+
+def test_the_memoryless_arm_computes_the_same_whatever_came_before():
+    """Its blend is a learned shrink: a position's states do not reach the next."""
+    import jax
+    import numpy as np
+    import toys
+
+    from sst_jax.model.config import StreamConfig
+
+    memoryless = resolved(*arms.overrides("memoryless", resolved(), None))
+    assert memoryless.stream.gain == 0.0
+    config = toys.config({"gain": 0.0, "alpha_range": (0.0, 1.0)})
+    params, tokens = toys.params(config), toys.tokens(2, 12)
+    outputs = [np.asarray(toys.forward.hidden(config, params, tokens, forward=name)) for name in ("two_pass", "exact")]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
+    plain = toys.forward.hidden(toys.config(), {**params, "blend": {}}, tokens, forward="plain")
+    assert np.abs(outputs[0] - np.asarray(plain)).max() > 0.1
+    assert isinstance(memoryless.stream, StreamConfig)
+    assert jax.tree.leaves(params["blend"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["--arms", "stream,basline"], "--arms basline is unknown; arms are stream, baseline"),
+        (["--arms", "stream"], "needs stream, and something to compare it with"),
+        (["--arms", "stream,stream"], "names stream twice"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--task", "gsm9k"], "--task gsm9k is unknown"),
+        (["--config.stream.on=False"], "the recipe has its stream off"),
+        (["--config.adapter.rank=0"], "adapter.rank=0"),
+        (["--config.stream.alpha=0.03", "--arms", "stream,parameters"], "the arm parameters has nothing to match"),
+        (["--config.stream.alhpa=0.03"], "alhpa"),
+    ],
+)
+def test_pair_refuses_in_one_line(arguments, culprit, tmp_path, capsys):
+    assert run(pair.main, ["--config", TINY, *arguments, "--workdir", str(tmp_path / "pair")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert culprit in message
+    assert not list(tmp_path.glob("pair/*-0"))
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_pair_is_refused_before_anything_is_trained(paired, capsys):
+    before = (paired / "arms.json").read_bytes()
+    assert run(pair.main, [*ARGUMENTS, "--config.optimizer.learning_rate=0.5", "--workdir", str(paired)]) == 2
+    assert "holds a run of another config" in capsys.readouterr().err
+    assert (paired / "arms.json").read_bytes() == before

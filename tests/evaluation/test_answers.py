@@ -1,0 +1,84 @@
+"""Letters and formulas read out of text, and math-verify's second opinion."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sst_jax.evaluation import answers
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("So it is B.\nThe answer is (C)", "C", "C"),
+        ("The answer is (A). No, wait: the answer is (D).", "D", "D"),
+        ("the answer is c", "C", "C"),
+        ("The answer is: **(B)**", "B", "B"),
+        ("Therefore (A) is wrong, so (B).", None, "B"),
+        ("B. because of gravity", None, "B"),
+        ("I think\n C \n", None, "C"),
+        ("A dog barks at the answer", None, None),
+        ("The answer is unclear", None, None),
+        ("The answer is Apples", None, None),
+        ("", None, None),
+    ],
+)
+def test_letter(text, strict, flexible):
+    assert answers.letter(text, True) == strict
+    assert answers.letter(text, False) == flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        (r"so \boxed{12}", "12", "12"),
+        (r"\boxed{1} and then \boxed{\frac{1}{2}}", r"\frac{1}{2}", r"\frac{1}{2}"),
+        (r"\boxed{\left( 3, \dfrac{\pi}{2} \right)}", r"(3,\frac{\pi}{2})", r"(3,\frac{\pi}{2})"),
+        (r"it is $x = 3$.", None, "x=3"),
+        (r"never closed \boxed{12", None, None),
+        ("nothing", None, None),
+    ],
+)
+def test_formula(text, strict, flexible):
+    assert answers.formula(text, True) == strict
+    assert answers.formula(text, False) == flexible
+
+
+def test_layout_does_not_eat_names():
+    assert answers.plain_formula(r"\leftarrow") == r"\leftarrow"
+    assert answers.plain_formula(r"\left[ 1 \right]. ") == "[1]"
+
+
+@given(st.text("()ABC answer is:.\n", max_size=60))
+def test_what_strict_finds_flexible_finds_too(text):
+    found = answers.letter(text, True)
+    assert found is None or found == answers.letter(text, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "right"),
+    [
+        ("It is 18.\n#### 18", "18", True),
+        ("#### 18.0", "18", True),
+        ("#### 1,200", "1200", True),
+        ("#### 18\nQuestion: and 19?", "18", True),
+        ("#### 17\nand not 18", "18", False),
+        (r"so \boxed{\frac{1}{2}}", "0.5", True),
+        (r"\boxed{\dfrac12}", r"\frac{1}{2}", True),
+        ("no idea", "18", False),
+    ],
+)
+def test_second_opinion(text, reference, right):
+    pytest.importorskip("math_verify", reason="the extra eval is not installed")
+    assert answers.second_opinion(text, reference) is right
+
+
+def test_who_gives_second_opinions(monkeypatch):
+    pytest.importorskip("math_verify", reason="the extra eval is not installed")
+    assert answers.second_opinion_by().startswith("math-verify ")
+
+    def missing(name):
+        raise answers.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(answers.importlib.metadata, "version", missing)
+    assert answers.second_opinion_by() is None
