@@ -149,6 +149,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
 
     from sst_jax.inference import cache as caches
     from sst_jax.inference.model import load
+    from sst_jax.inference.prefill import prefill
     from sst_jax.model import decoder
     from sst_jax.model.forward import sweep
 
@@ -179,7 +180,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
 
         return np.asarray(jax.jit(lambda: decoder.run_layers(params, rule, (x,), context)[1])()).tolist()
 
-    fill = functools.partial(caches.prefill, capacity=length, dtype=args.dtype)
+    fill = functools.partial(prefill, capacity=length, dtype=args.dtype)
     jobs = {
         "step by step": lambda: stepwise(params, tokens),
         "sweeps": lambda: fill(config, params, tokens, lengths),

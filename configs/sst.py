@@ -1,11 +1,13 @@
-"""The paper's run: Gemma-3 with a state stream, LoRA on all linears, GSM8K, the base in NF4. 27B unless told otherwise.
+"""The paper's run: a state stream in a pretrained decoder, LoRA on all linears, GSM8K, the base in NF4. Gemma-3-27B
+unless told otherwise.
 
     python -m sst_jax.plan    --config configs/sst.py --target rtx-pro-6000,rtx-4090
     python -m sst_jax.convert --from google/gemma-3-27b-pt --to models/27b-nf4 --quantize nf4 --text-only
     bash launch/gpu.sh        --config configs/sst.py --config.model.source=models/27b-nf4 --workdir runs/27b
     python -m sst_jax.train   --config configs/sst.py:size=1b --workdir runs/1b
 
-Sizes: 270m, 1b, 4b, 12b, 27b. The weights are gated: accept Gemma's licence on the hub and run `hf auth login` first.
+Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-1b, -3b, llama-3.1-8b; qwen3-0.6b,
+-1.7b, -4b, -8b. Gemma's and Llama's weights are gated: accept the licence on the hub and run `hf auth login` first.
 
 Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
@@ -18,6 +20,8 @@ Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithme
     4b     8             RTX 4090       nf4    10.6       0.8      (head dim 256: XLA's attention below Hopper)
     1b     16            RTX 4090       nf4     7.2       0.2
     270m   32            RTX 4090       nf4     7.9       0.05
+    llama-3.1-8b, 4      RTX 4090       nf4    10.9       1.6
+    smollm2-135m, 32     RTX 4090       nf4     4.0       0.04
 
 Nothing here has been measured on an accelerator: neither the speed, nor cuDNN's sliding-window numerics on a card, nor
 the score. Two passes are the published method; --config.stream.forward=exact trains by true backpropagation through
@@ -26,24 +30,36 @@ time, and is planned the same way. The control with the stream off is `configs/b
 
 from sst_jax.training.recipe import defaults
 
-# (batch, micro-batches to an update): 32 rows to an update everywhere.
-BATCH = {"270m": (32, 1), "1b": (16, 2), "4b": (8, 4), "12b": (4, 8), "27b": (1, 32)}
+# (hub id, batch, micro-batches to an update): 32 rows to an update everywhere.
+SIZES = {
+    "270m": ("google/gemma-3-270m-pt", 32, 1), "1b": ("google/gemma-3-1b-pt", 16, 2),
+    "4b": ("google/gemma-3-4b-pt", 8, 4), "12b": ("google/gemma-3-12b-pt", 4, 8),
+    "27b": ("google/gemma-3-27b-pt", 1, 32),
+    # The batches of Gemma's nearest size.
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", 32, 1),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", 32, 1),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 16, 2),
+    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B-Instruct", 16, 2),
+    "llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", 8, 4),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", 4, 8),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", 16, 2), "qwen3-1.7b": ("Qwen/Qwen3-1.7B", 16, 2),
+    "qwen3-4b": ("Qwen/Qwen3-4B", 8, 4), "qwen3-8b": ("Qwen/Qwen3-8B", 4, 8),
+}  # fmt: skip
 
 
 def get_config(argument="size=27b"):
-    """`argument` is what follows the colon of --config: size=270m, 1b, 4b, 12b or 27b."""
+    """`argument` is what follows the colon of --config: size= with one of SIZES."""
     key, _, size = argument.partition("=")
-    if key != "size" or size not in BATCH:
-        raise ValueError(f"{argument!r} is not size= with one of {', '.join(BATCH)}")
+    if key != "size" or size not in SIZES:
+        raise ValueError(f"{argument!r} is not size= with one of {', '.join(SIZES)}")
     config = defaults()
-    config.model.source = f"google/gemma-3-{size}-pt"
     config.model.dtype = "bfloat16"
     config.model.quantize = "nf4"
 
     config.adapter.rank = 32
     config.adapter.alpha = 32.0
 
-    config.data.batch_size, config.optimizer.accumulate = BATCH[size]
+    config.model.source, config.data.batch_size, config.optimizer.accumulate = SIZES[size]
     config.data.length = 1024
 
     # GSM8K's training split without what is held out is about 1.4 M tokens, 43 updates of 32 x 1024: three epochs.

@@ -15,6 +15,14 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """XLA compiles in half the time, and the code may be slow: for modules of many small programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Modules share few compiled programs, and thousands of them would fill the memory of a small machine."""

@@ -92,25 +92,36 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
 
     Raises: InputError as `devices_of`, and when the batch does not divide over the target's chips; TooLarge.
     """
-    config, data = ModelConfig(backbone, recipe.stream, recipe.adapter), recipe.data
+    data = recipe.data
     if data.batch_size % target.chips:
         raise InputError(
             f"data.batch_size={data.batch_size} does not divide over the {target.chips} chips of {target.name}"
         )
-    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
-    settings = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype)).forward
-    settings = settings.at(0, 0) if settings.mix_share == 0.0 else settings
+    here = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
+    step, arguments = training_step(here, backbone)
+    counted, _ = training_step(placed(recipe, lambda *_: "xla"), backbone)
+    return plan_step(target, step, counted, arguments, donated=(0,), attention=here.forward.attention)
+
+
+def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
+    """The train step of a recipe whose attention is placed, and what its arguments are under `jax.eval_shape`."""
+    config, data = ModelConfig(backbone, recipe.stream, recipe.adapter), recipe.data
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
 
     def arguments() -> tuple:
-        base, trainable = _params(config, recipe.dtype, recipe.quantize)
+        base, trainable = abstract_parameters(config, recipe.dtype, recipe.quantize)
         whole = {name: jnp.zeros((data.batch_size, data.length), jnp.int32) for name in ROWS}
         batch = {**whole, "answer_mask": jnp.zeros((data.batch_size, data.length), bool)}
         return init_state(trainable, optimizer), base, batch, jax.random.key(0)
 
-    step = functools.partial(train_step, config, settings, optimizer, BOS)
-    counted = functools.partial(train_step, config, placed(recipe, lambda *_: "xla").forward, optimizer, BOS)
-    return _plan(target, step, counted, arguments, donated=0, attention=settings.attention)
+    return functools.partial(train_step, config, recipe.forward, optimizer, BOS), arguments
+
+
+def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
+    """What one train step of a recipe computes, whatever it runs on; nothing is compiled."""
+    step, arguments = training_step(placed(recipe, lambda *_: "xla"), backbone)
+    return count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
 
 
 ROWS = ("tokens", "segment_ids", "positions")
@@ -123,7 +134,7 @@ def plan_decoding(
     config, dtype = ModelConfig(backbone, recipe.stream, recipe.adapter), jnp.dtype(recipe.dtype)
 
     def arguments() -> tuple:
-        base, trainable = _params(config, recipe.dtype, recipe.quantize)
+        base, trainable = abstract_parameters(config, recipe.dtype, recipe.quantize)
         token = jnp.zeros(rows, jnp.int32)
         return cache.init_cache(config, rows, capacity, dtype), {"base": base, **trainable}, token, token
 
@@ -131,19 +142,25 @@ def plan_decoding(
         hidden, caches = cache.step(config, params, token, caches, depth, dtype=recipe.dtype)
         return jnp.argmax(decoder.head(params, hidden), axis=-1), caches
 
-    return _plan(target, step, step, arguments, donated=0, attention="xla", trips=depth)
+    return plan_step(target, step, step, arguments, donated=(0,), attention="xla", trips=depth)
 
 
-def _params(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
+def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
+    """Base and trainable parameters of a model; to be called under `jax.eval_shape`, where neither is ever made."""
     params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
     base = {**params["base"], "layers": nf4.quantise_layers(params["base"]["layers"], quantize)}
     return base, {"adapter": params["adapter"], "blend": params["blend"]}
 
 
-def _plan(
-    target: Target, step: Callable, counted: Callable, arguments: Callable[[], tuple], *, donated: int, attention: str,
-    trips: int = 1,
+def plan_step(
+    target: Target, step: Callable, counted: Callable, arguments: Callable[[], tuple], *, attention: str,
+    donated: tuple[int, ...] = (), trips: int = 1,
 ) -> Plan:  # fmt: skip
+    """Compiles `step` for a target on the shapes of `arguments()`, and counts the products of `counted`.
+
+    They differ in their attention only: a kernel's products cannot be seen. `donated` numbers the arguments given up.
+    Raises: InputError as `devices_of`; TooLarge.
+    """
     shapes = jax.eval_shape(arguments)
     work = count(jax.make_jaxpr(counted)(*shapes), trips)
     mesh = jax.sharding.Mesh(np.array(devices_of(target)[: target.chips]), ("chips",))
@@ -151,7 +168,7 @@ def _plan(
     started = time.monotonic()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):
-            lowered = jax.jit(step, donate_argnums=(donated,)).trace(*abstract).lower()
+            lowered = jax.jit(step, donate_argnums=donated).trace(*abstract).lower()
             compiled = lowered.compile(compiler_options=kernels.compiler_options(target.platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -172,7 +189,7 @@ def _on_mesh(mesh: jax.sharding.Mesh, path: tuple, leaf: Any) -> jax.ShapeDtypeS
         spec[0] = "chips"
     elif chips > 1 and "layers" in names and leaf.shape[-1] % chips == 0:
         spec[-1] = "chips"
-    elif chips > 1 and "embed" in names and leaf.shape[0] % chips == 0:
+    elif chips > 1 and names[-1] == "embedding" and leaf.shape[0] % chips == 0:
         spec[0] = "chips"
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -91,13 +91,16 @@ def test_says_which_extra_is_missing_for_tpu(capsys):
 
 
 def test_the_baseline_differs_from_the_recipe_in_one_line():
+    from sst_jax.model.config import PRESETS
     from sst_jax.training.recipe import read
     from sst_jax.training.run import diff
+    from sst_jax.weights.models import backbone_of
 
-    for size in ("270m", "1b", "4b", "12b", "27b"):
+    for size in [name for name in PRESETS if not name.startswith("tiny")]:
         on, off = (json.loads(read(f"{path}:size={size}", []).to_json_best_effort()) for path in (SST, BASELINE))
         assert diff(on, off) == [("stream.on", True, False)]
         assert on["data"]["batch_size"] * on["optimizer"]["accumulate"] == 32
+        assert backbone_of(on["model"]["source"]) == PRESETS[size]
 
 
 def planned(tmp_path, *arguments):
