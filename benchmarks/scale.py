@@ -211,8 +211,8 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
             mine = [record for record in records if (record["target"], record["forward"]) == (name, forward)]
             panel.plot([r["batch"] for r in mine], [r["seconds"] for r in mine], style, label=forward)
         panel.set(title=name, xlabel=f"rows of {records[0]['length']} tokens", ylabel="seconds a step (estimate)")
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
+        panel.set_ylim(0)
+        panel.set_xticks(sorted({record["batch"] for record in records} - {8, 48}))
         panel.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=150)

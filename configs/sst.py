@@ -12,10 +12,10 @@ Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-
 Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
     size   rows x 1024   card           base   peak GiB   hours for all steps
-    27b    1             RTX PRO 6000   nf4    21.4       2.0      (without the accumulator of micro-batches, 0.85 GiB)
-    27b    4             RTX PRO 6000   nf4    27.1
-    27b    4             RTX PRO 6000   bf16   62.1
-    27b    1             RTX 4090       nf4    21.4       5.9      (the same; double quantisation: 21.0)
+    27b    1             RTX PRO 6000   nf4    21.3       2.0      (without the accumulator of micro-batches, 0.85 GiB)
+    27b    4             RTX PRO 6000   nf4    27.0
+    27b    4             RTX PRO 6000   bf16   62.0
+    27b    1             RTX 4090       nf4    21.3       5.9      (the same)
     12b    4             RTX 4090       nf4    16.1       2.6      (as 4b)
     4b     8             RTX 4090       nf4    10.6       0.8      (head dim 256: XLA's attention below Hopper)
     1b     16            RTX 4090       nf4     7.2       0.2

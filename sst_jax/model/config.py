@@ -16,17 +16,11 @@ from sst_jax.errors import InputError
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 # What the families of decoders differ in, as fields of `BackboneConfig`; Gemma 3's are the defaults.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma3": {},
-    "llama": {
-        "norm_offset": 0.0, "post_norms": False, "qk_norm": False, "activation": "silu", "scale_embedding": False,
-        "window": None,
-    },
-    "qwen3": {
-        "norm_offset": 0.0, "post_norms": False, "qk_norm": True, "activation": "silu", "scale_embedding": False,
-        "window": None,
-    },
+_LLAMA = {
+    "norm_offset": 0.0, "post_norms": False, "qk_norm": False, "activation": "silu", "scale_embedding": False,
+    "window": None,
 }  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {"gemma3": {}, "llama": _LLAMA, "qwen3": {**_LLAMA, "qk_norm": True}}
 
 
 def _require(condition: bool, message: str) -> None:

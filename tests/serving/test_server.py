@@ -128,6 +128,32 @@ def test_log_probabilities_as_an_evaluation_asks_for_them(model, client):
     assert len(alone["choices"][0]["logprobs"]["token_logprobs"]) == len(whole[0])
 
 
+@pytest.mark.slow
+def test_lm_evaluation_harness_own_client(model, client, tmp_path):
+    """Its loglikelihoods and generations over the wire, with the tokenizer that we export, are the model's."""
+    pytest.importorskip("tenacity", reason="a part of lm-eval[api]")
+    models = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    for name, data in model.tokenizer.export_files().items():
+        (tmp_path / name).write_bytes(data)
+    theirs = models.LocalCompletionsAPI(
+        base_url=f"http://127.0.0.1:{client.port}/v1/completions", model="tiny", tokenizer=str(tmp_path),
+        tokenizer_backend="huggingface", batch_size=2, max_length=400, add_bos_token=True,
+    )  # fmt: skip
+    pairs = [("the cat sat", " on the mat"), ("1 + 1 =", " 2"), ("a b", "c")]
+    found = theirs.loglikelihood([Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(pairs)])
+    for (context, end), (value, greedy) in zip(pairs, found, strict=True):
+        ids = model.tokenizer.encode(context + end)
+        size = len(model.tokenizer.encode(context))
+        logp = np.asarray(jax.nn.log_softmax(model.logits([ids])[0]))[size - 1 : -1]
+        assert abs(value - logp[np.arange(len(logp)), ids[size:]].sum()) < 1e-3
+        assert greedy == (logp.argmax(-1) == ids[size:]).all()
+    settings = {"until": ["\n"], "max_gen_toks": 12, "temperature": 0}
+    (text,) = theirs.generate_until([Instance("generate_until", {}, ("hello", settings), 0)])
+    assert text == model.generate("hello", max_new_tokens=12, stop=["\n"])[0].text
+
+
 def test_depth_changes_answers_and_is_counted(client):
     body = {"prompt": "a deep question", "max_tokens": 12, "temperature": 0}
     shallow, deep = client.complete(**body, depth=1), client.complete(**body, depth=6)
