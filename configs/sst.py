@@ -16,10 +16,10 @@ Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithme
     27b    4             RTX PRO 6000   nf4    27.0
     27b    4             RTX PRO 6000   bf16   62.0
     27b    1             RTX 4090       nf4    21.3       5.9      (the same)
-    12b    4             RTX 4090       nf4    16.1       2.6      (as 4b)
-    4b     8             RTX 4090       nf4    10.6       0.8      (head dim 256: XLA's attention below Hopper)
-    1b     16            RTX 4090       nf4     7.2       0.2
-    270m   32            RTX 4090       nf4     7.9       0.05
+    12b    4             RTX 4090       nf4    15.4       2.6      (as 4b)
+    4b     8             RTX 4090       nf4     9.9       0.8      (head dim 256: XLA's attention below Hopper)
+    1b     16            RTX 4090       nf4     6.5       0.2
+    270m   32            RTX 4090       nf4     6.5       0.05
     llama-3.1-8b, 4      RTX 4090       nf4    10.9       1.6
     smollm2-135m, 32     RTX 4090       nf4     4.0       0.04
 

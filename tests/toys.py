@@ -22,7 +22,7 @@ BACKBONE = BackboneConfig(
 # The other families, every head and norm of its own kind; Llama's scaling cuts in within the tests' lengths.
 _SMALL = {"num_layers": 3, "layer_types": None, "query_pre_attn_scalar": 10.0, "rope_theta_global": 500.0}
 LLAMA = dataclasses.replace(
-    BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 16), tied_head=False, **{**FAMILIES["llama"], **_SMALL}
+    BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 64), tied_head=False, **{**FAMILIES["llama"], **_SMALL}
 )
 QWEN3 = dataclasses.replace(BACKBONE, family="qwen3", **{**FAMILIES["qwen3"], **_SMALL})
 SHALLOW = dataclasses.replace(BACKBONE, num_layers=4, layer_types=("local", "global", "local", "local"))

@@ -48,9 +48,9 @@ def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
         call = await asyncio.to_thread(lambda: read(parse(body), engine.model, name, limits))
         writer, events, loop = Writer(call, name, tokenizer), asyncio.Queue(), asyncio.get_running_loop()
 
-        def emit(job: Job, text: str) -> None:
+        def emit(job: Job, text: str, reason: str | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: whoever asked is gone
-                loop.call_soon_threadsafe(events.put_nowait, (job, text))
+                loop.call_soon_threadsafe(events.put_nowait, (job, text, reason))
 
         try:
             jobs = engine.submit(call.requests, emit)
@@ -59,7 +59,7 @@ def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
         except Closing as error:
             raise Refused(503, str(error), code="shutting_down") from None
         if call.stream:
-            return StreamingResponse(_stream(engine, writer, jobs, events), media_type="text/event-stream")
+            return StreamingResponse(stream_events(engine, writer, jobs, events), media_type="text/event-stream")
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             while not all(job.ended for job in jobs):
@@ -109,7 +109,7 @@ async def _disconnected(request: HttpRequest) -> None:
         pass
 
 
-async def _stream(engine: Engine, writer: Writer, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
+async def stream_events(engine: Engine, writer: Writer, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
     """Server-sent events until all jobs have ended; when the client goes away, its jobs end too."""
     index = {id(job): number for number, job in enumerate(jobs)}
     told = 0
@@ -117,12 +117,12 @@ async def _stream(engine: Engine, writer: Writer, jobs: list[Job], events: async
         for chunk in writer.begin(len(jobs)):
             yield _event(chunk)
         while told < len(jobs):
-            job, text = await events.get()
-            if job.error is not None:
+            job, text, reason = await events.get()
+            if reason == "error":
                 yield _event(Refused(500, job.error).body())
                 return
-            for chunk in writer.delta(index[id(job)], job, text):
-                told += chunk["choices"][0]["finish_reason"] is not None
+            told += reason is not None
+            for chunk in writer.delta(index[id(job)], text, reason):
                 yield _event(chunk)
         for chunk in writer.end(jobs):
             yield _event(chunk)

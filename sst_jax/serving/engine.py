@@ -54,18 +54,18 @@ class Request:
 
 
 class Job:
-    """A request on its way. `answer` grows; `ended` says that nothing more will come, `error` why if it went wrong."""
+    """A request on its way. `answer` grows; `error` says what went wrong; once `ended`, none of it changes any more.
 
-    def __init__(self, request: Request, answer: Answer, emit: Callable[[str], None]):
+    emit(text, reason) is called with every piece of new text, and with the last one why no more will come: "stop",
+    "length" or "error". A reader in another thread goes by that: `answer` may be ahead of what it has been told.
+    """
+
+    def __init__(self, request: Request, answer: Answer, emit: Callable[[str, str | None], None]):
         self.request, self.answer, self.emit = request, answer, emit
         self.scores: list[Scores] = []  # one a new token
         self.prompt_scores: list[Scores] = []  # one a prompt token but the first
         self.error: str | None = None
-        self.cancelled = False
-
-    @property
-    def ended(self) -> bool:
-        return self.answer.ended is not None or self.error is not None
+        self.cancelled = self.ended = False
 
 
 class Busy(RuntimeError):
@@ -110,8 +110,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], emit: Callable[[Job, str], None]) -> list[Job]:
-        """Queues requests, all or none. `emit(job, text)` is called, in the engine's thread, whenever one moves on.
+    def submit(self, requests: Sequence[Request], emit: Callable[[Job, str, str | None], None]) -> list[Job]:
+        """Queues requests, all or none. `emit(job, text, reason)` is called in the engine's thread, see `Job`.
 
         Raises: InputError where prompt and answer exceed the capacity; Busy; Closing.
         """
@@ -123,7 +123,7 @@ class Engine:
                 )
         jobs = []
         for request in requests:
-            job = Job(request, Answer(self.model.tokenizer, request.stop), lambda text: None)
+            job = Job(request, Answer(self.model.tokenizer, request.stop), lambda text, reason: None)
             job.emit = functools.partial(emit, job)
             jobs.append(job)
         with self._changed:
@@ -299,14 +299,16 @@ class Engine:
     def _tell(self, job: Job, tokens: Any, depths: Any, scores: list[Scores], last: bool) -> None:
         job.scores += scores
         text = job.answer.add(tokens, depths, last)
-        if job.ended:
+        if job.answer.ended:
             self.answered += 1
             self.tokens += len(job.answer.tokens)
-        job.emit(text)
+            job.ended = True
+        job.emit(text, job.answer.ended)
 
     def _fail(self, job: Job, reason: str) -> None:
         job.error = reason
-        job.emit("")
+        job.ended = True
+        job.emit("", "error")
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
@@ -343,7 +345,7 @@ def answers(engine: Engine, requests: Sequence[Request], seconds: float = 600.0)
     """
     moved = threading.Condition()
 
-    def emit(job: Job, text: str) -> None:
+    def emit(job: Job, text: str, reason: str | None) -> None:
         with moved:
             moved.notify()
 

@@ -272,13 +272,13 @@ class Writer:
         opening = {"role": "assistant", "content": ""}
         return [self._chunk(index, opening, None) for index in range(count)] if self._call.chat else []
 
-    def delta(self, index: int, job: Job, text: str) -> list[dict[str, Any]]:
-        """What a stream says when a job has moved on."""
+    def delta(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
+        """What a stream says of new text of one answer, and of the reason why it was the last."""
         chunks = []
         if text:
             chunks.append(self._chunk(index, {"content": text} if self._call.chat else text, None))
-        if job.answer.ended:
-            chunks.append(self._chunk(index, {} if self._call.chat else "", job.answer.ended))
+        if reason:
+            chunks.append(self._chunk(index, {} if self._call.chat else "", reason))
         return chunks
 
     def end(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:

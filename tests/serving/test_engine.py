@@ -1,5 +1,7 @@
 """The engine: rows that come and go, each as if it were alone."""
 
+import asyncio
+import json
 import threading
 import time
 
@@ -10,7 +12,9 @@ import pytest
 from sst_jax.errors import InputError
 from sst_jax.inference.policies import flat, parse
 from sst_jax.inference.sampling import Sampling
+from sst_jax.serving.app import stream_events
 from sst_jax.serving.engine import Busy, Closing, Engine, Request, answers
+from sst_jax.serving.protocol import Call, Writer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -64,7 +68,7 @@ def test_long_prompts_are_filled_in_turns_with_decoding(model):
     long = request(model, 1, tokens=tuple(np.random.default_rng(0).integers(6, 262, 1300).tolist()), max_new_tokens=5)
     short = request(model, 2, max_new_tokens=200)
     told = []
-    jobs = engine.submit([short, long], lambda job, text: told.append((job, len(job.answer.tokens))))
+    jobs = engine.submit([short, long], lambda job, text, reason: told.append((job, len(job.answer.tokens))))
     deadline = time.monotonic() + 120
     while not all(job.ended for job in jobs) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -112,7 +116,7 @@ def test_stop_strings_end_a_row(model, engine):
 
 
 def test_cancelled_jobs_free_their_rows(model, engine):
-    jobs = engine.submit([request(model, 9, max_new_tokens=400) for _ in range(4)], lambda job, text: None)
+    jobs = engine.submit([request(model, 9, max_new_tokens=400) for _ in range(4)], lambda job, text, reason: None)
     while engine.load()["running"] < 4:
         time.sleep(0.005)
     engine.cancel(jobs)
@@ -124,27 +128,27 @@ def test_cancelled_jobs_free_their_rows(model, engine):
 
 def test_what_does_not_fit_is_refused(model, engine):
     with pytest.raises(InputError, match="512 positions"):
-        engine.submit([request(model, 1, max_new_tokens=600)], lambda job, text: None)
+        engine.submit([request(model, 1, max_new_tokens=600)], lambda job, text, reason: None)
 
 
 def test_a_full_queue_and_a_closing_engine_refuse(model):
     engine = Engine(model, rows=ROWS, capacity=CAPACITY, waiting=2)
     with pytest.raises(Busy):
-        engine.submit([request(model, 1)] * 3, lambda job, text: None)
+        engine.submit([request(model, 1)] * 3, lambda job, text, reason: None)
     held = threading.Event()
-    jobs = engine.submit([request(model, 1), request(model, 2)], lambda job, text: held.wait(10))
+    jobs = engine.submit([request(model, 1), request(model, 2)], lambda job, text, reason: held.wait(10))
     held.set()
     assert engine.close(30)
     assert all(job.answer.ended for job in jobs)
     with pytest.raises(Closing):
-        engine.submit([request(model, 1)], lambda job, text: None)
+        engine.submit([request(model, 1)], lambda job, text, reason: None)
 
 
 def test_what_is_not_finished_at_the_deadline_ends_with_an_error(model):
     engine = Engine(model, rows=ROWS, capacity=CAPACITY)
     told = []
     long = request(model, 1, max_new_tokens=450, policy=flat(40))
-    jobs = engine.submit([long] * (ROWS + 2), lambda job, text: told.append(job))
+    jobs = engine.submit([long] * (ROWS + 2), lambda job, text, reason: told.append(job))
     assert not engine.close(0.2)
     assert all("shut down" in job.error for job in jobs)
     assert set(told) >= set(jobs)
@@ -166,3 +170,26 @@ def test_a_failing_request_leaves_the_others(model, engine, monkeypatch, capfd):
     assert "RuntimeError" in bad.error
     assert good.answer.tokens == solo(model, request(model, 2)).tokens
     assert "of the test's making" in capfd.readouterr().err
+
+
+def test_a_stream_that_is_read_late_loses_nothing(model, engine):
+    """All answers have ended before the first piece is looked at: pieces and reasons still come in their order."""
+    requests = [request(model, number, max_new_tokens=40, stop=()) for number in range(3)]
+    events = asyncio.Queue()
+    jobs = engine.submit(requests, lambda *told: events.put_nowait(told))
+    deadline = time.monotonic() + 120
+    while not all(job.ended for job in jobs) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    async def read():
+        writer = Writer(Call(False, requests, [], stream=True), "tiny", model.tokenizer)
+        return [event async for event in stream_events(engine, writer, jobs, events)]
+
+    *chunks, end = asyncio.run(read())
+    assert end == "data: [DONE]\n\n"
+    choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
+    for index, job in enumerate(jobs):
+        mine = [choice for choice in choices if choice["index"] == index]
+        assert len(mine) > 2
+        assert "".join(choice["text"] for choice in mine) == job.answer.text
+        assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + [job.answer.ended]
