@@ -80,6 +80,8 @@ def attention_once(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, sc
 
     The keys come first in their product, as they lie in memory: in the library's order XLA transposes them on a CPU.
     """
+    if q.dtype == jnp.bfloat16:  # of several rows and heads, for which XLA's CPU backend lacks this product
+        return attention(q, k, v, seen[:, None, None, :], scale)
     rows, _, heads, size = k.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(rows, heads, -1, size)

@@ -81,6 +81,22 @@ def test_decoding_is_the_naive_recurrence(backbone):
     assert logits[10:-1].argmax(-1).tolist() == out.tolist()
 
 
+@pytest.mark.parametrize("backbone", ["llama"], indirect=True)
+def test_batches_decode_in_bfloat16(backbone):
+    """Several rows, each with groups of queries to several heads: a product that not every backend has."""
+    config = toys.config({"alpha": 0.3}, backbone)
+    params, prompts = toys.params(config, "bfloat16"), toys.tokens(2, 11).tolist()
+
+    def generate(prompts):
+        pieces = generate_tokens(
+            config, params, prompts, depth=[2] * len(prompts), max_new_tokens=4, sampling=Sampling(),
+            seeds=[0] * len(prompts), stop_ids=(), pad_id=0, bos_id=None, dtype="bfloat16",
+        )  # fmt: skip
+        return np.concatenate([piece.tokens for piece in pieces], axis=1)[:, :4].tolist()
+
+    assert generate(prompts) == [generate([prompt])[0] for prompt in prompts]
+
+
 def whole_batch(rows, length):
     tokens = toys.tokens(rows, length)
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
