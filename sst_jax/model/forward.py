@@ -112,7 +112,7 @@ def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tupl
     """Each stream blended with the states of the one before it; the first is plain.
 
     All streams enter the first layer as the same embeddings. Computing its attention once would take a branch in every
-    layer, and what a branch keeps for its gradients costs more memory, and no less time, than 1/L of the attention saves.
+    layer, and what a branch keeps for its gradients costs more memory, and no less time, than the sharing saves.
     """
     s, memory, outputs = None, None, []
     for number, x in enumerate(streams):
