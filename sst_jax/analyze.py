@@ -1,12 +1,20 @@
-"""Looks inside a model.
+"""Looks inside a model: what iterating at a position does to its hidden states, on one page.
 
+  python -m sst_jax.analyze --model runs/27b --prompts prompts.txt --depths 1,4 --out runs/27b/basins
+  python -m sst_jax.analyze --model runs/27b --task gsm8k --data DIR --limit 50 --depths 1,2,3,4 --out runs/27b/basins
   python -m sst_jax.analyze approximation --model MODEL --out DIR
+
+Each text is walked at every depth, and overlaps between depths, the tokens that change with them, the noise floor and
+the controls go to DIR/report.html, figures and result.json. The same command on the same folder goes on where it
+stopped. Prompts are continued at the first depth, unless a .jsonl gives a field `text` to every one, or --text worked
+takes the worked answers of a task.
 
 approximation: how far the parallel forwards are from the exact recurrence, and how the error falls with alpha.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +28,36 @@ FORWARDS = "two_pass,k_pass:3,k_pass:4,local:2,local:3"
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.analyze", description=__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
-    add = kinds.add_parser(
-        "approximation",
-        help="errors of the parallel forwards against exact",
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODEL", help="any model with a stream")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with `prompt` and maybe `text`")
+    given.add_argument("--task", metavar="NAME", help="the questions of a task of `evaluate`, such as gsm8k or words")
+    add("--out", required=True, metavar="DIR", help="report.html, figures, result.json and what was collected go here")
+    add("--depths", default="1,4", metavar="A,B,...", help="the first is compared with the others (default: 1,4)")
+    add("--text", choices=("generated", "worked"), default="generated", help="what follows a task's questions")
+    add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
+    add("--limit", type=int, default=50, metavar="N", help="only the first N prompts (default: 50; 0: all)")
+    add("--format", choices=("plain", "chat"), help="of a task's prompts (default: as the run was trained, else plain)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="of generated texts (default: 64)")
+    add("--between", choices=("runs", "iterations"), default="runs", help="one run a depth, or the iterations of one")
+    add("--what", choices=("output", "memory"), default="output", help="a layer's output, or what its stream remembers")
+    add("--layer", type=int, default=-1, metavar="L", help="where shifts are looked for (default: -1, the last)")
+    add("--controls", type=int, default=10, metavar="N", help="problems that are also run as controls (default: 10)")
+    add("--no-rounding", action="store_true", help="leave the bfloat16 run out, and with it the noise floor")
+    add("--batch-size", type=int, default=4, metavar="B", help="problems walked together (default: 4)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)")
+    add("--probe", metavar="FILE", help="show this probe's scores on the page")
+    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
+    return parser
+
+
+def approximation_parser() -> Parser:
+    parser = Parser(
+        prog="python -m sst_jax.analyze approximation",
         description="Sweeps alpha, passes, depth, length and forward; measures states, logits, KL and gradients.",
-    ).add_argument
+    )
+    add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="any model; its stream's options are kept, its alpha is swept")
     add("--out", required=True, metavar="DIR", help="result.json and approximation.png go here")
     add("--text", metavar="FILE", help="text to measure on (default: the embedded word problems)")
@@ -43,8 +75,101 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parser().parse_args(argv)
-    approximation(args)
+    if argv and argv[0] == "approximation":
+        approximation(approximation_parser().parse_args(argv[1:]))
+    else:
+        basins(parser().parse_args(argv))
+
+
+def basins(args: Any) -> None:
+    for name, least in (("limit", 0), ("max_new_tokens", 1), ("controls", 0), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    depths = tuple(numbers(args.depths, int, "--depths"))
+    if len(depths) < 2 or list(depths) != sorted(set(depths)):
+        raise InputError(f"--depths {args.depths}: give two or more depths in ascending order, such as 1,4")
+    asked = read_asked(args)
+    for package in ("sklearn", "diptest", "tensorstore"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"the analysis needs {package}, which is not installed: pip install 'sst-jax[analysis]'")
+
+    from sst_jax.analysis import collect, findings, report
+    from sst_jax.console.progress import bar
+    from sst_jax.inference import probe as probes
+    from sst_jax.inference.model import load
+
+    probe = None if args.probe is None else probes.load(args.probe)
+    model = load(args.model, args.dtype)
+    layers = model.config.backbone.num_layers
+    if model.config.stream is None:
+        raise InputError(f"--model {args.model} has no stream: there is nothing that further iterations could change")
+    if not -layers <= args.layer < layers:
+        raise InputError(f"--layer {args.layer}: the model has layers 0 to {layers - 1}")
+    if probe is not None:
+        probe.check(model)
+    settings = collect.Settings(
+        depths, args.between, args.what, not args.no_rounding, args.controls, args.max_new_tokens, args.batch_size
+    )
+    out, texts = Path(args.out), texts_of(args, asked, model)
+    with bar(len(texts), f"walking texts at depths {args.depths}", "problem") as meter:
+        collection = collect.collect(model, texts, settings, out / "collected", meter.update)
+    with bar(len(texts), "measuring", "problem") as meter:
+        found = findings.measure(model, collection, settings, args.layer % layers, meter.update)
+    result = {"model": {**model.facts, "recipe": None}, "settings": vars(args), **found.result}
+    write_json(out / "result.json", result)
+    if args.json:
+        write_json(args.json, result)
+    page = report.write(out, found, model, probe)
+    print(findings.summary(found.result))
+    print(f"\npage: {page}")
+
+
+def read_asked(args: Any) -> list[Any]:
+    """The prompts' records or the task's items, before the model is read."""
+    if args.prompts:
+        from sst_jax.data.prompts import read_prompts
+
+        for flag, value in (("--data", args.data), ("--format", args.format)):
+            if value is not None:
+                raise InputError(f"{flag} goes with --task")
+        asked = read_prompts(args.prompts)
+        given = [isinstance(record.get("text"), str) for record in asked]
+        if any(given) and not all(given):
+            raise InputError(f"--prompts {args.prompts}, prompt {given.index(False) + 1}, has no text, but others have")
+    else:
+        from sst_jax.evaluation import tasks
+
+        task = tasks.find(args.task)
+        if args.text == "worked" and not task.worked:
+            raise InputError(f"--text worked needs worked answers, which {task.name} has none of")
+        asked = task.read(args.data)
+    return asked[: args.limit or None]
+
+
+def texts_of(args: Any, asked: list[Any], model: Any) -> list[Any]:
+    """Prompts, and what is given to follow them, as tokens."""
+    from sst_jax.analysis.collect import Text
+    from sst_jax.data.prompts import prompt_tokens, render
+
+    tokenizer = model.tokenizer
+    if args.prompts:
+        return [
+            Text(
+                str(record.get("id", f"prompt {number}")), tokenizer.encode(record["prompt"]),
+                tokenizer.encode_text(record["text"]) if "text" in record else None,
+            )
+            for number, record in enumerate(asked, 1)
+        ]  # fmt: skip
+    recipe = model.facts.get("recipe") or {}
+    format = args.format or recipe.get("data", {}).get("format", "plain")
+    texts = []
+    for item in asked:
+        prompt = prompt_tokens(item.problem.question, tokenizer, format)
+        given = None
+        if args.text == "worked":
+            given = render(item.problem, tokenizer, format).tokens[len(prompt) :].tolist()
+        texts.append(Text(item.id, prompt, given))
+    return texts
 
 
 def numbers(text: str, kind: type, flag: str) -> list[Any]:
@@ -105,7 +230,7 @@ def approximation(args: Any) -> None:
         {"model": model.facts, "stream": dataclasses.asdict(stream), "dtype": args.dtype, "batch": args.batch,
          "records": records, "orders": fitted},
     )  # fmt: skip
-    report(records, fitted)
+    report_orders(records, fitted)
     print(f"\nfigure: {out / 'approximation.png'}")
 
 
@@ -133,7 +258,7 @@ def text_tokens(tokenizer: Any, file: str | None, rows: int, length: int) -> Any
     return np.concatenate([np.full((rows, 1), tokenizer.bos_id, np.int32), body], axis=1)
 
 
-def report(records: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> None:
+def report_orders(records: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> None:
     """The table that a person reads: errors at each alpha, and the fitted order."""
     alphas = sorted({record["alpha"] for record in records}, reverse=True)
     for depth, length in sorted({(record["depth"], record["length"]) for record in records}):

@@ -5,8 +5,8 @@
   python -m sst_jax.generate --model MODEL --prompts prompts.jsonl --n 4 --temperature 0.7 --out answers.jsonl
 
 --depth I iterates the stack I times at every position from the first generated one; it needs a model with a stream.
-Other policies: "first_token:I" (I times where the first token comes from, then once) and "until_stable:TOL:MOST" (until
-the final hidden state moves by a share of at most TOL).
+Other policies: "first_token:I" (I times where the first token comes from, then once), "until_stable:TOL:MOST" (until
+the final hidden state moves by a share of at most TOL) and "probe:FILE" (as a probe says, see `sst_jax.probe`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
@@ -32,9 +31,9 @@ def parser() -> Parser:
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
     given.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    parser.add_argument(
-        "--depth", default="1", metavar="I", help="iterations at each position, or a policy (default: 1)"
-    )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--depth", default="1", metavar="I", help="iterations at each position, or a policy; default: 1")
+    depth.add_argument("--halt", metavar="PROBE", help="let a probe choose, as --depth probe:PROBE")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="answers computed together (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default: 128)")
@@ -51,49 +50,26 @@ def parser() -> Parser:
     return parser
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file, one a line, or the field `prompt` of each line of a .jsonl file.
-
-    Raises: InputError naming the file and the line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"--prompts {path} holds no prompt")
-    if Path(path).suffix != ".jsonl":
-        return [line for _, line in numbered]
-    prompts = []
-    for number, line in numbered:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"--prompts {path}, line {number}, is not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise InputError(f"--prompts {path}, line {number}, has no text under the key prompt")
-        prompts.append(record["prompt"])
-    return prompts
-
-
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     for name in ("n", "batch"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    from sst_jax.data.prompts import prompt_tokens, read_prompts
+
     prompts = [args.prompt if args.question is None else args.question]
     if args.prompts:
-        prompts = read_prompts(args.prompts)
+        prompts = [record["prompt"] for record in read_prompts(args.prompts)]
 
-    from sst_jax.data.prompts import prompt_tokens
     from sst_jax.inference.model import load
     from sst_jax.inference.policies import parse
 
-    policy = parse(args.depth)
+    policy = parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
     model = load(args.model, args.dtype)
+    if args.halt is not None:
+        policy.choose.check(model)
     if policy.most > 1 and model.config.stream is None:
-        raise InputError(f"--depth {args.depth} needs a model with a stream; {args.model} is a plain backbone")
+        raise InputError(f"--depth {policy.spelled} needs a model with a stream; {args.model} is a plain backbone")
     asked: list = prompts
     if args.question is not None:
         recipe = model.facts.get("recipe") or {}

@@ -1,1 +1,1 @@
-"""Analysis: what the approximations cost, and figures of it."""
+"""Analysis: what the approximations cost, what iterating does inside, the halting probe, and statistics of all."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -22,6 +22,11 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def finite(interval: Interval) -> dict[str, float | None]:
+    """For JSON, which knows no infinity: an end that is not finite, as where there is a single item, is None."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
 def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> Interval:
@@ -60,6 +65,29 @@ def bootstrap_mean(
         rng=np.random.default_rng(seed),
     )  # fmt: skip
     return Interval(float(values.mean()), *map(float, result.confidence_interval))
+
+
+def clustered_ratio(
+    above: Sequence[float], below: Sequence[float], confidence: float = CONFIDENCE, resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:  # fmt: skip
+    """sum(above) / sum(below) over clusters with a percentile interval from resampling clusters.
+
+    The mean of values that come in clusters (positions of a text), given each cluster's sum and count. Clusters that
+    have nothing below do not count; nan where none has, and no interval from a single one.
+    """
+    above, below = (np.asarray(side, float)[np.asarray(below) > 0] for side in (above, below))
+    if len(below) < 2:
+        value = float(above.sum() / below.sum()) if len(below) else math.nan
+        return Interval(value, -math.inf, math.inf)
+    drawn = np.random.default_rng(seed).multinomial(len(below), np.full(len(below), 1 / len(below)), resamples)
+    ends = np.quantile((drawn @ above) / (drawn @ below), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(above.sum() / below.sum()), *map(float, ends))
+
+
+def clustered_mean(groups: Sequence[np.ndarray], **settings: Any) -> Interval:
+    """`clustered_ratio` of the values in groups, as their mean."""
+    return clustered_ratio([float(np.sum(group)) for group in groups], [len(group) for group in groups], **settings)
 
 
 def t_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sst_jax.analysis.statistics import bootstrap_mean, holm, mcnemar, t_mean
+from sst_jax.analysis.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
 from sst_jax.errors import InputError
 from sst_jax.evaluation.runner import HEADER, RESULT, Outcome, by_policy, read_outcomes
 from sst_jax.training.run import diff
@@ -120,9 +120,7 @@ def compare_answers(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]
     seeds = [matched(x[policy], y[other]) for x, y in zip(a.outcomes, b.outcomes, strict=True)]
     differences = np.array([[int(x["correct"]) - int(y["correct"]) for x, y in rows] for rows in seeds])
     only_a, only_b = ([x["id"] for x, y in seeds[0] if (x["correct"], y["correct"]) == way] for way in (A_ONLY, B_ONLY))
-    each = [{"only_A": int((row > 0).sum()), "only_B": int((row < 0).sum())} for row in differences]
-    for record in each:
-        record["p"] = mcnemar(record["only_B"], record["only_A"])
+    each = discordant(differences)
     return {
         "A": policy, "B": other, **over_items_and_seeds(differences),
         "only_A": len(only_a), "only_B": len(only_b), "p": each[0]["p"],
@@ -142,24 +140,29 @@ def compare_losses(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
     length = np.mean([x["answer_tokens"] for x, _ in seeds[0]])
     differences = np.array([[x["loss"] - y["loss"] for x, y in rows] for rows in seeds]) / length
     better = int((differences.mean(axis=0) < 0).sum())
-    return {"A": policy, "B": other, **over_items_and_seeds(differences), "items_better_in_A": better}
+    record = {"A": policy, "B": other, **over_items_and_seeds(differences), "items_better_in_A": better}
+    if all("greedy" in outcome for rows in seeds for pair in rows for outcome in pair):  # older evaluations lack it
+        greedy = np.array([[int(x["greedy"]) - int(y["greedy"]) for x, y in rows] for rows in seeds])
+        record["greedy"] = {**over_items_and_seeds(greedy), "seeds": discordant(greedy)}
+    return record
+
+
+def discordant(differences: np.ndarray) -> list[dict[str, Any]]:
+    """For each seed of differences [seeds, items] of right answers: how many only one side has, and exact McNemar."""
+    found = [{"only_A": int((row > 0).sum()), "only_B": int((row < 0).sum())} for row in differences]
+    return [{**record, "p": mcnemar(record["only_B"], record["only_A"])} for record in found]
 
 
 def over_items_and_seeds(differences: np.ndarray) -> dict[str, Any]:
     """The mean of differences [seeds, items]: bootstrap over items of the seeds' means, and Student's over seeds."""
     found: dict[str, Any] = {
         "difference": float(differences.mean()),
-        "over_items": _finite(bootstrap_mean(differences.mean(axis=0))),
-        "each_seed": [_finite(bootstrap_mean(row)) for row in differences],
+        "over_items": finite(bootstrap_mean(differences.mean(axis=0))),
+        "each_seed": [finite(bootstrap_mean(row)) for row in differences],
     }
     if len(differences) > 1:
-        found["over_seeds"] = _finite(t_mean(differences.mean(axis=1)))
+        found["over_seeds"] = finite(t_mean(differences.mean(axis=1)))
     return found
-
-
-def _finite(interval: Any) -> dict[str, float | None]:
-    """JSON knows no infinity; None says that there is no interval."""
-    return {name: float(value) if np.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
 def differing_items(a: Side, b: Side) -> list[dict[str, Any]]:

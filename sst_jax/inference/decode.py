@@ -18,6 +18,7 @@ from sst_jax.inference.sampling import Draws, Sampling, Scores, draws, sample, s
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
+from sst_jax.model.sharding import constrain
 
 CHUNK = 16  # tokens between two looks of the host at what was generated
 
@@ -84,7 +85,7 @@ def begin(
         limits = limits._replace(now=limits.rest)
     rows = Rows(cache, last, jnp.zeros(last.shape, bool), left, limits, draws)
     rows, scores = _draw(params, rows, hidden, stop_ids, top, scored)
-    return Drawn(*jax.tree.map(lambda part: part[:, None], (rows.token, used, scores))), rows
+    return _seen(Drawn(*jax.tree.map(lambda part: part[:, None], (rows.token, used, scores))), rows)
 
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "size"), donate_argnums=(2,))
@@ -123,7 +124,13 @@ def decode_chunk(
             jnp.zeros((batch, size, top), wide),
         )
     _, out, rows = jax.lax.while_loop(more, one, (jnp.int32(0), Drawn(whole, whole, scores), rows))
-    return out, rows
+    return _seen(out, rows)
+
+
+def _seen(drawn: Drawn, rows: Rows) -> tuple[Drawn, Rows]:
+    """The same, with what the host looks at on every device of a mesh."""
+    everywhere = functools.partial(jax.tree.map, lambda part: constrain(part, *[None] * part.ndim))
+    return everywhere(drawn), rows._replace(done=everywhere(rows.done))
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from sst_jax.inference import decode
 from sst_jax.inference.answer import Answer
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling
-from sst_jax.model import decoder
+from sst_jax.model import decoder, sharding
 from sst_jax.model import forward as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
 from sst_jax.weights import store
@@ -98,10 +99,16 @@ class Model:
                 if given[name].shape != tokens.shape:
                     raise InputError(f"{name} has shape {given[name].shape}, tokens have {tokens.shape}")
         name = forward or ("plain" if self.config.stream is None else "exact")
-        return forwards.logits(
-            self.config, self.params, tokens, forward=name, passes=passes, depth=depth, bos_id=self.tokenizer.bos_id,
-            dtype=self.dtype, **given,
-        )  # fmt: skip
+        with self._mesh():
+            return forwards.logits(
+                self.config, self.params, tokens, forward=name, passes=passes, depth=depth,
+                bos_id=self.tokenizer.bos_id, dtype=self.dtype, **given,
+            )  # fmt: skip
+
+    def _mesh(self) -> contextlib.AbstractContextManager:
+        """The mesh that the parameters lie on, where they do, as the one in force."""
+        place = getattr(self.params["base"]["embed"]["embedding"], "sharding", None)
+        return jax.set_mesh(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else contextlib.nullcontext()
 
     def _ids(self, tokens: Any) -> jax.Array:
         tokens = np.asarray(tokens)
@@ -132,7 +139,8 @@ class Model:
             pad_id=self.tokenizer.pad_id, bos_id=self.tokenizer.bos_id, dtype=self.dtype,
         )  # fmt: skip
         answers = [Answer(self.tokenizer, stop) for _ in tokens]
-        chunk = next(running)
+        with self._mesh():
+            chunk = next(running)
         while True:
             for row, answer in enumerate(answers):
                 if answer.ended:
@@ -148,7 +156,8 @@ class Model:
                         Generation(answer.text, answer.tokens, len(tokens[row]), asked, answer.depths, finished),
                     )  # fmt: skip
             try:
-                chunk = running.send(np.array([answer.ended is not None for answer in answers]))
+                with self._mesh():
+                    chunk = running.send(np.array([answer.ended is not None for answer in answers]))
             except StopIteration:
                 return
 
@@ -206,13 +215,21 @@ class Model:
         return store.save_base(directory, self.config.to_dict(), self.params, facts, self.tokenizer.files())
 
 
-def load(model: str | Path, dtype: str | None = None) -> Model:
+def load(model: str | Path, dtype: str | None = None, mesh: Mapping[str, int] | None = None) -> Model:
     """Opens a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run.
 
     `dtype`: "float32" or "bfloat16" for the base; None is float32 on a CPU and bfloat16 elsewhere.
-    Raises: InputError naming what is missing, damaged or not supported.
+    `mesh`: devices along "data", "fsdp" and "tensor" (see `model/sharding.py`), such as {"tensor": 8}, where one device
+    is too small; axes left out have one.
+    Raises: InputError naming what is missing, damaged or not supported, or an axis that does not divide the model.
     """
-    return Model(*open_model(model, dtype))
+    if mesh is None:
+        return Model(*open_model(model, dtype))
+    devices = sharding.make_mesh(from_mapping(sharding.MeshConfig, {"fsdp": 1, **mesh}))
+    with jax.set_mesh(devices):
+        opened = open_model(model, dtype)
+    sharding.check(devices, opened.config.backbone)
+    return Model(*opened)
 
 
 def count(tree: Any) -> int:

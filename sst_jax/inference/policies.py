@@ -4,6 +4,7 @@
     first_token(I)            "first_token:4"       I times where the first new token comes from, once from then on
     until_stable(tol, most)   "until_stable:0.01:4" until the final hidden state moves by a share of at most tol
     probe(choose, first)                            chosen, once a sequence, from the states at the first position
+                          "probe:FILE"              the same by a probe's file (`inference/probe.py`)
 
 A policy is data, three numbers a row of a batch, so rows of different policies share one compiled program. "First" is
 the first position that depth applies to: the prompt's last one, or, with stream.prompt="none", the first token's own.
@@ -101,12 +102,17 @@ def chosen(policy: Policy, states: np.ndarray) -> int:
 SPELLINGS = {"first_token": (first_token, ("I", int)), "until_stable": (until_stable, ("TOL", float), ("MOST", int))}
 
 
-def parse(text: str) -> Policy:
+def parse(text: str, files: bool = False) -> Policy:
     """The policy of one spelling: "4", "first_token:4" or "until_stable:0.01:4".
 
-    Raises: InputError that quotes the text and lists the spellings.
+    files: "probe:FILE" is taken too. Not from a stranger's request, which should open no files.
+    Raises: InputError that quotes the text and lists the spellings; as `probe.load`.
     """
     name, *given = text.strip().split(":")
+    if files and name == "probe":
+        from sst_jax.inference.probe import load
+
+        return load(":".join(given)).policy
     known = "I, " + ", ".join(":".join([key, *(part[0] for part in rest)]) for key, (_, *rest) in SPELLINGS.items())
     make, *parameters = SPELLINGS.get(name, (flat, ("I", int)))
     given = given if name in SPELLINGS else [name, *given]
@@ -119,12 +125,12 @@ def parse(text: str) -> Policy:
     return make(*values)
 
 
-def parse_list(text: str) -> list[Policy]:
-    """The policies of a comma list: "1,4,until_stable:0.01:4".
+def parse_list(text: str, files: bool = False) -> list[Policy]:
+    """The policies of a comma list: "1,4,until_stable:0.01:4"; `files` as for `parse`.
 
     Raises: InputError as `parse`, and where one is named twice.
     """
-    policies = [parse(part) for part in text.split(",")]
+    policies = [parse(part, files) for part in text.split(",")]
     for number, policy in enumerate(policies):
         if policy in policies[:number]:
             raise InputError(f"depth={text!r} names {policy.spelled} twice")

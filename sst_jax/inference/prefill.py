@@ -21,6 +21,7 @@ from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.forward import Left, exact, plain, sweep
+from sst_jax.model.sharding import constrain_tree, place
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -69,7 +70,7 @@ def prefill_chunks(
     bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
 ) -> Iterator[Filled]:  # fmt: skip
     """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
-    cache = init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype))
+    cache = place(init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype)))
     hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(dtype))
     for at in range(0, tokens.shape[1], chunk):
         part = tokens[:, at : at + chunk]
@@ -92,19 +93,10 @@ def fill_chunk(
     """
     stream, (batch, length) = config.stream, tokens.shape
     depth = depth if stream is not None else 1
-    inside = jnp.arange(length)[None, :] < count[:, None]
-    positions = cache.length[:, None] + jnp.arange(length)
-    past = None if fresh else Past(cache.kv, cache.length)
-    context = decoder.row_context(
-        config, tokens, inside.astype(jnp.int32), positions, depth=depth, bos_id=bos_id, options={}, past=past
-    )
+    context = going_on(config, tokens, count, cache, fresh=fresh, depth=depth, bos_id=bos_id)
     solve = plain
     if stream is not None:
         solve = sweep if stream.prefill == "sweeps" else exact
-        if not fresh:  # a chunk's first step is entered from the cache, and no document begins there
-            live = context.masks.live.at[:, 0, 0].set(cache.live & inside[:, 0])
-            masks = context.masks._replace(live=live, begins=context.masks.begins.at[:, 0, 0].set(False))
-            context = dataclasses.replace(context, masks=masks)
     last = jnp.maximum(count - 1, 0)
     last_step = last * depth + depth - 1
 
@@ -127,7 +119,27 @@ def fill_chunk(
     if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
         source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != bos_id
     live = jnp.where(going, source, cache.live)
-    return hidden, x, Cache(_keep(config, cache, left, count), state, live, cache.length + count)
+    cache = Cache(_keep(config, cache, left, count), state, live, cache.length + count)
+    return hidden, x, constrain_tree(cache)
+
+
+def going_on(
+    config: ModelConfig, tokens: jax.Array, count: jax.Array, cache: Cache, *, fresh: bool, depth: int,
+    bos_id: int | None,
+) -> decoder.Context:  # fmt: skip
+    """The context of right-padded rows [B, T], `count` [B] of whose positions are real, that go on from caches."""
+    inside = jnp.arange(tokens.shape[1])[None, :] < count[:, None]
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    past = None if fresh else Past(cache.kv, cache.length)
+    context = decoder.row_context(
+        config, tokens, inside.astype(jnp.int32), positions, depth=depth, bos_id=bos_id, options={}, past=past
+    )
+    if fresh or config.stream is None:
+        return context
+    # A chunk's first step is entered from the cache, and no document begins there.
+    live = context.masks.live.at[:, 0, 0].set(cache.live & inside[:, 0])
+    begins = context.masks.begins.at[:, 0, 0].set(False)
+    return dataclasses.replace(context, masks=context.masks._replace(live=live, begins=begins))
 
 
 def _keep(config: ModelConfig, cache: Cache, left: Left, count: jax.Array) -> Any:

@@ -170,3 +170,29 @@ def test_redraw_union_simulates_what_it_expects():
 def test_without_changes_the_union_is_the_score():
     assert ours.redraw_union([True, False], [0, 0], [1.0, 1.0])[0] == 0.5
     assert ours.redraw_union([True, False], [], [1.0, 1.0])[0] == 0.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.integers(0, 9))
+def test_clustered_mean_is_the_mean_and_counts_clusters(sizes, seed):
+    rng = np.random.default_rng(seed)
+    groups = [rng.random(size) for size in sizes]
+    value, low, high = ours.clustered_mean(groups, resamples=500)
+    assert value == pytest.approx(np.concatenate(groups).mean())
+    means = [group.mean() for group in groups]
+    assert min(means) - 1e-12 <= low <= high <= max(means) + 1e-12
+
+
+def test_copies_of_a_cluster_do_not_narrow_its_interval():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(each, 0.1, 5) for each in rng.standard_normal(12)]
+    once = ours.clustered_mean(groups)
+    often = ours.clustered_mean([np.tile(group, 50) for group in groups])
+    assert often == pytest.approx(once)
+    assert ours.clustered_mean(groups[:1]).low == -math.inf
+    assert np.isnan(ours.clustered_mean([np.empty(0)]).value)
+
+
+def test_json_knows_no_infinity():
+    assert ours.finite(ours.Interval(0.5, -math.inf, math.inf)) == {"value": 0.5, "low": None, "high": None}
+    assert ours.finite(ours.clustered_mean([np.empty(0)]))["value"] is None

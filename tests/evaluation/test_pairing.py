@@ -19,8 +19,8 @@ HEADER = {
 }
 
 
-def write(folder, rows, measure="answers", **header):
-    """`rows`: by policy, "1" for each right answer and "0" for a wrong one; or losses."""
+def write(folder, rows, measure="answers", likely=0.0, **header):
+    """`rows`: by policy, "1" for each right answer, "0" for a wrong one; or losses, greedily written below `likely`."""
     folder.mkdir(parents=True)
     header = {**HEADER, "measure": measure, "policies": list(rows), **header}
     outcomes, scores = [], {}
@@ -28,7 +28,7 @@ def write(folder, rows, measure="answers", **header):
         for number, value in enumerate(row):
             outcome = {"id": f"i{number}", "policy": policy}
             if measure == "loss":
-                outcome |= {"loss": value, "answer_tokens": 4}
+                outcome |= {"loss": value, "answer_tokens": 4, "greedy": value < likely}
             else:
                 outcome |= {
                     "strict": value,
@@ -94,13 +94,15 @@ def test_outcomes_are_matched_by_item_not_by_line(tmp_path):
 
 
 def test_losses(tmp_path):
-    a = write(tmp_path / "a", {"1": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}, "loss")
-    b = write(tmp_path / "b", {"1": [2.0, 2.5, 2.0, 5.0, 6.0, 7.0]}, "loss")
+    a = write(tmp_path / "a", {"1": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}, "loss", likely=2.0)
+    b = write(tmp_path / "b", {"1": [2.0, 2.5, 2.0, 5.0, 6.0, 7.0]}, "loss", likely=2.0)
     result = compared(a, b)
     (record,) = result["comparisons"]
     assert record["difference"] == pytest.approx((21 - 24.5) / 24)
     assert record["over_items"]["low"] < record["difference"] < record["over_items"]["high"]
     assert record["items_better_in_A"] == 5
+    assert record["greedy"]["difference"] == pytest.approx(1 / 6)
+    assert record["greedy"]["seeds"] == [{"only_A": 1, "only_B": 0, "p": 1.0}]
     pairing.figure(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 

@@ -1,0 +1,65 @@
+"""What answers became at two depths, read back from the folders of `evaluate`: what a probe learns from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sst_jax.analysis.probe import Item
+from sst_jax.data.prompts import prompt_tokens
+from sst_jax.data.records import read_jsonl
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+from sst_jax.evaluation.runner import HEADER, ITEMS, read_outcomes
+from sst_jax.weights.files import read_json
+
+
+def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]]:
+    """Records with id, question, format, model and the two outcomes of every item that has both.
+
+    Raises: InputError naming the folder that is no evaluation of answers, or the depth that none of them has.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for folder in map(Path, folders):
+        header = read_json(folder / HEADER)
+        if header.get("measure") != "answers":
+            raise InputError(f"--outcomes {folder} holds {header.get('measure')}, not answers")
+        for record in read_jsonl(folder / ITEMS):
+            item = found.setdefault(record.value["id"], {"outcomes": {}})
+            item |= {"id": record.value["id"], "question": record.value["question"]}
+            item |= {"format": header["format"], "model": header["model"], "folder": str(folder)}
+        for outcome in read_outcomes(folder):
+            found[outcome["id"]]["outcomes"][outcome["policy"]] = outcome
+            seen.add(outcome["policy"])
+    for depth in depths:
+        if str(depth) not in seen:
+            raise InputError(
+                f"--depths: no outcomes at depth {depth} in {', '.join(folders)}, which have {', '.join(sorted(seen))}"
+            )
+    return [item for item in found.values() if all(str(depth) in item["outcomes"] for depth in depths)]
+
+
+def items(records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer: Tokenizer, facts: Any) -> list[Item]:
+    """The items with their prompts as tokens; `facts` are those of the model that the probe is for.
+
+    Raises: InputError where outcomes are another model's, or a prompt is not the one that was answered.
+    """
+    result = []
+    for record in records:
+        for key in ("digest", "run", "step"):
+            if record["model"].get(key) != facts.get(key):
+                raise InputError(
+                    f"{record['folder']} has the outcomes of another model: its {key} is {record['model'].get(key)}, "
+                    f"--model's is {facts.get(key)}"
+                )
+        pair = [record["outcomes"][str(depth)] for depth in depths]
+        prompt = prompt_tokens(record["question"], tokenizer, record["format"])
+        if hashlib.sha256(json.dumps(prompt).encode()).hexdigest() != pair[0]["prompt_sha256"]:
+            raise InputError(f"{record['folder']}: the prompt of {record['id']} is not the one that was answered")
+        right, output = (tuple(outcome[name] for outcome in pair) for name in ("correct", "output"))
+        result.append(Item(record["id"], prompt, right, output))
+    return result

@@ -1,0 +1,171 @@
+"""The analysis by its command: what it writes, that the page stands alone, and what it says of bad input."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("diptest")
+
+from browser import CHROMIUM, browser
+
+import sst_jax
+from sst_jax import analyze
+from sst_jax.analysis.collect import read_array, write_array
+from sst_jax.console.command import run
+
+VOID = {"meta", "link", "img", "br"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    made = sst_jax.load("random:tiny").with_stream(alpha=0.3)
+    return str(made.save(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def report(model, tmp_path_factory):
+    """The folder of an analysis of four problems."""
+    out = tmp_path_factory.mktemp("analysis") / "out"
+    settings = ["--limit", "4", "--depths", "1,2,3", "--max-new-tokens", "10", "--controls", "2", "--batch-size", "2"]
+    assert run(analyze.main, ["--model", model, "--task", "words", "--out", str(out), *settings]) == 0
+    return out
+
+
+class Page(HTMLParser):
+    """Whether every tag is closed in its turn, and every attribute that could name something elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.tags = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_result_holds_every_measure(report):
+    result = json.loads((report / "result.json").read_text())
+    assert result["problems"] == 4
+    assert result["positions"] <= 40
+    assert [record["depth"] for record in result["by_depth"]] == [1, 2, 3]
+    assert result["by_depth"][0]["moved"]["value"] == 0.0
+    assert len(result["modes_by_layer"]) == len(result["noise_floor"]["by_layer"]) == 7
+    assert result["controls"]["alpha_0"]["largest"] == result["controls"]["plain"]["largest"] == 0.0
+    assert sum(result["order_of_events"]["counts"].values()) == result["positions"]
+    assert result["alpha"]["mean"] == pytest.approx(0.3)
+    assert len(result["examples"]) == 4
+
+
+def test_the_page_stands_alone(report):
+    text = (report / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert '<meta name="viewport"' in text
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    files = {file.read_bytes() for file in (report / "figures").iterdir()}
+    assert {base64.b64decode(picture) for picture in pictures} == files
+    assert len(files) >= 7
+    assert page.tags.count("figcaption") == len(pictures)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_opens_at_phone_and_desktop_width(report):
+    with browser() as page:
+        for width in (390, 1280):
+            page.open(report / "report.html", width)
+            assert page.complaints() == []
+            asked = page.requests()
+            assert asked[0].startswith("file:")
+            assert all(address.startswith("data:") for address in asked[1:])
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+            widest = page.evaluate(
+                "Math.max(...[...document.images].map(image => image.getBoundingClientRect().right))"
+            )
+            assert 0.5 * min(width, 736) < widest <= width
+
+
+def test_it_goes_on_where_it_stopped_and_refuses_other_settings(model, report, capsys):
+    settings = ["--limit", "4", "--max-new-tokens", "10", "--controls", "2", "--batch-size", "2"]
+    arguments = ["--model", model, "--task", "words", "--out", str(report), *settings]
+    before = (report / "result.json").read_text()
+    assert run(analyze.main, [*arguments, "--depths", "1,2,3"]) == 0
+    assert json.loads((report / "result.json").read_text()) == json.loads(before)
+    assert run(analyze.main, [*arguments, "--depths", "1,4"]) == 2
+    assert "depths = [1, 2, 3]" in capsys.readouterr().err
+
+
+def test_given_texts_are_walked_as_they_stand(model, tmp_path):
+    """A .jsonl with its own texts, memories instead of outputs, iterations of one run, no bfloat16, no controls."""
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"id": f"line {n}", "prompt": f"{n} + 5 =", "text": f" {n + 5}, and so on"} for n in range(3)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--what", "memory", "--between", "iterations", "--no-rounding", "--controls", "0", "--depths", "1,3"]
+    out = tmp_path / "out"
+    assert run(analyze.main, ["--model", model, "--prompts", str(file), "--out", str(out), *flags]) == 0
+    result = json.loads((out / "result.json").read_text())
+    tokenizer = sst_jax.load("random:tiny").tokenizer
+    assert result["positions"] == sum(len(tokenizer.encode_text(line["text"])) for line in lines)
+    assert result["noise_floor"] is None
+    assert result["controls"] == {}
+    assert {example["id"] for example in result["examples"]} == {"line 0", "line 1", "line 2"}
+    assert not (out / "collected" / "00000" / "rounded").exists()
+
+
+def test_a_damaged_collection_is_named(model, report, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(report, out)
+    states = read_array(out / "collected" / "00002", "states")
+    states[0, 3, 1] = np.inf
+    shutil.rmtree(out / "collected" / "00002" / "states")
+    write_array(out / "collected" / "00002", "states", states)
+    settings = ["--limit", "4", "--depths", "1,2,3", "--max-new-tokens", "10", "--controls", "2", "--batch-size", "2"]
+    assert run(analyze.main, ["--model", model, "--task", "words", "--out", str(out), *settings]) == 2
+    assert "position 3, layer 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (["--depths", "1"], "--depths 1"),
+        (["--depths", "4,1"], "--depths 4,1"),
+        (["--depths", "a"], "--depths a"),
+        (["--task", "nothing"], "nothing"),
+        (["--task", "words", "--limit", "-1"], "--limit -1"),
+        (["--task", "words", "--layer", "7"], "--layer 7"),
+        (["--prompts", "/no/such/file"], "/no/such/file"),
+        (["--task", "words", "--probe", "/no/probe"], "/no/probe"),
+        (["--task", "words", "--model", "random:tiny"], "no stream"),
+    ],
+)
+def test_bad_flags_are_named(model, tmp_path, capsys, flags, culprit):
+    usual = {"--model": model, "--out": str(tmp_path / "out")}
+    if not {"--task", "--prompts"} & set(flags):
+        usual["--task"] = "words"
+    usual |= dict(zip(flags[::2], flags[1::2], strict=True))
+    assert run(analyze.main, [part for pair in usual.items() for part in pair]) == 2
+    message = capsys.readouterr().err
+    assert culprit in message
+    assert message.count("\n") == 1
+
+
+def test_prompts_of_which_only_some_have_texts_are_refused(model, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "text": "b"}\n{"prompt": "c"}\n')
+    assert run(analyze.main, ["--model", model, "--prompts", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "prompt 2, has no text" in capsys.readouterr().err
