@@ -6,7 +6,9 @@
   python -m sst_jax.evaluate --model runs/27b --tasks arc_easy,hellaswag --depth 1,4 --out runs/27b/harness
 
 Zero-shot and greedy. The same command on the same folder goes on where it stopped. --task takes this project's tasks:
-gsm8k, gpqa_diamond, arc_challenge, math_500, words. --tasks takes the names of lm-evaluation-harness (extra `eval`).
+gsm8k, gpqa_diamond, arc_challenge, math_500, words; gsm8k:result and words:result for models that write no steps; and
+the stories boxes, shelves, rooms, chain, lamp and clock, as rooms:8. --tasks takes the names of lm-evaluation-harness
+(extra `eval`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def parser() -> Parser:
     which.add_argument("--task", metavar="NAME", help="one of this project's tasks")
     which.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")
     add("--out", required=True, metavar="DIR", help="outcomes.jsonl and result.json go here")
-    add("--depth", default="1", metavar="P,Q", help="policies: 1,2,4,first_token:4,until_stable:0.01:4 (default: 1)")
+    add("--depth", default="1", metavar="P,Q", help="policies: 1,4,first_token:4,until_stable:0.01:4,probe:FILE")
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
     add("--limit", type=int, default=0, metavar="N", help="only the first N items (0: all)")
     add("--format", choices=("plain", "chat"), help="of prompts (default: as the run was trained, else plain)")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
     from sst_jax.inference.policies import parse_list
 
-    policies = parse_list(args.depth)
+    policies = parse_list(args.depth, files=True)
     result = through_harness(args, policies) if args.tasks else own_task(args, policies)
     if args.json:
         write_json(args.json, result)
@@ -65,11 +67,15 @@ def open_model(args: Any, policies: Sequence[Any]) -> tuple[Any, str]:
     Raises: InputError where a policy needs a stream that the model does not have.
     """
     from sst_jax.inference.model import load
+    from sst_jax.inference.probe import Probe
 
     model = load(args.model, args.dtype)
     deep = [policy.spelled for policy in policies if policy.most > 1]
     if deep and model.config.stream is None:
         raise InputError(f"--depth {deep[0]} needs a model with a stream; {args.model} is a plain backbone")
+    for policy in policies:
+        if isinstance(policy.choose, Probe):
+            policy.choose.check(model)
     recipe = model.facts.get("recipe") or {}
     return model, args.format or recipe.get("data", {}).get("format", "plain")
 
@@ -150,7 +156,10 @@ def report(result: dict[str, Any], out: Path) -> None:
     for policy, found in result["policies"].items():
         if result["measure"] == "loss":
             loss = found["nats_per_token"]
-            print(f"depth {policy:<20} loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] nats per token")
+            print(
+                f"depth {policy:<20} loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] nats per token; "
+                f"written greedily {found['greedy']['value']:.1%}"
+            )
             continue
         strict, flexible = found["strict"], found["flexible"]
         print(

@@ -17,14 +17,22 @@ from typing import Any, NamedTuple
 from sst_jax.data.records import Record, read_hub, read_jsonl
 from sst_jax.errors import InputError
 
+RESULT = "result"  # behind a data set's name: "gsm8k:result" is `result_only` of it
+
 
 class Problem(NamedTuple):
-    """`answer` is the worked solution without calculator marks and result line; `result` the number, without commas."""
+    """`answer` is the worked solution without calculator marks and result line, or "" where only the result is to be
+    written; `result` the number, without commas, or the word."""
 
     id: str
     question: str
     answer: str
     result: str
+
+
+def result_only(problems: Iterable[Problem]) -> list[Problem]:
+    """The same problems with their intermediate steps hidden."""
+    return [problem._replace(answer="") for problem in problems]
 
 
 # ------------------------------------------------------------------------------------------------------------ GSM8K
@@ -75,7 +83,7 @@ def _gsm8k_problem(record: Any, id: str, where: str) -> Problem:
         raise InputError(f"{where}: the answer lacks its '####' line")
     if not re.fullmatch(r"-?\d+(\.\d+)?", result):
         raise InputError(f"{where}: {result!r} after '####' is not a number")
-    return Problem(id, record["question"].strip(), re.sub(r"<<.*?>>", "", solution).strip(), result)
+    return Problem(id, record["question"].strip(), re.sub(r"<<[^<>\n]*>>", "", solution).strip(), result)
 
 
 # -------------------------------------------------------------------------------------------------------- Generated

@@ -5,7 +5,9 @@ Prompt and answer are tokenised apart, so that training sees exactly the prompt 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +45,8 @@ def prompt_tokens(question: str, tokenizer: Tokenizer, format: str = "plain") ->
 
 
 def answer_text(problem: Problem) -> str:
-    """The worked solution and GSM8K's result line."""
-    return f"{problem.answer}\n#### {problem.result}"
+    """The worked solution and GSM8K's result line; the result alone where no solution is to be written."""
+    return f"{problem.answer}\n#### {problem.result}" if problem.answer else problem.result
 
 
 def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Example:
@@ -60,3 +62,29 @@ def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Exa
     mask = np.zeros(tokens.shape, bool)
     mask[len(prompt) : len(prompt) + len(answer)] = True
     return Example(tokens, mask, problem.id)
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """Records with the text `prompt`: of each line of a text file, or the objects of a .jsonl file, one a line.
+
+    Raises: InputError naming the file and the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {error}") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError(f"--prompts {path} holds no prompt")
+    if Path(path).suffix != ".jsonl":
+        return [{"prompt": line} for _, line in numbered]
+    records = []
+    for number, line in numbered:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--prompts {path}, line {number}, is not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise InputError(f"--prompts {path}, line {number}, has no text under the key prompt")
+        records.append(record)
+    return records

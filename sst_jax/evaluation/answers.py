@@ -1,4 +1,4 @@
-"""Reading answers out of text where they are letters or formulas; numbers are `data/grading.py`'s.
+"""Reading answers out of text where they are words, letters or formulas; numbers are `data/grading.py`'s.
 
 Two filters each. `strict` takes the form that was asked for, `flexible` what a well-meaning reader would accept.
 """
@@ -8,16 +8,31 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-from sst_jax.data.grading import extract_result
+from sst_jax.data.grading import canonical, extract_result
 
 _STATED = re.compile(r"answer\s+is:?\s*\**\(?([A-Z])\b\)?", re.IGNORECASE)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
+_BEGINS = re.compile(r"\s*([-$]{0,2}\d[\d,]*(?:\.\d+)?)")
 _ALONE = re.compile(r"^\W*([A-Z])\W*$|^\W*([A-Z])[).:]", re.MULTILINE)
 
 
 def number(text: str, strict: bool) -> str | None:
     """GSM8K's rule: the number after "####", or the last number anywhere."""
     return extract_result(text, strict)
+
+
+def first_number(text: str, strict: bool) -> str | None:
+    """The number that the text begins with; not strict: the last number anywhere."""
+    if not strict:
+        return extract_result(text, strict=False)
+    found = _BEGINS.match(text)
+    return canonical(found[1]) if found else None
+
+
+def word(text: str, strict: bool) -> str | None:
+    """The word that the text begins with, in small letters; not strict: after "in the", "the", "a" or "an" too."""
+    found = re.match(r"\W*(\w+)" if strict else r"\W*(?:(?:in|on)\s+)?(?:(?:the|an?)\s+)?(\w+)", text.lower())
+    return found[1] if found else None
 
 
 def letter(text: str, strict: bool) -> str | None:

@@ -133,7 +133,7 @@ def read_outcomes(path: Path, torn: bool = False) -> list[Outcome]:
             outcome = json.loads(line)
             if not isinstance(outcome, dict) or not {"id", "policy"} <= outcome.keys():
                 raise ValueError("needs the fields id and policy")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if torn and number == len(lines):
                 break
             raise InputError(f"{file}, line {number}: not an outcome ({error})") from None
@@ -212,7 +212,8 @@ def answer(
 
 
 def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
-    """Losses of the worked answers of a batch, in nats, at the policy's depth at every position."""
+    """Losses of the worked answers of a batch, in nats, at the policy's depth at every position, and whether greedy
+    decoding at that depth would have written them token for token."""
     started = time.monotonic()
     examples = [render(item.problem, model.tokenizer, format) for item in batch.items]
     # The answer is one run of tokens; what follows it, the chat template's newline, is not scored.
@@ -227,6 +228,7 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
             "prompt_sha256": hashlib.sha256(json.dumps(row[: span[0]]).encode()).hexdigest(),
             "loss": -float(scored.logprobs.sum(dtype="float64")),
             "answer_tokens": len(span),
+            "greedy": bool(scored.greedy.all()),
             "seconds": seconds / len(examples),
         }
         for item, row, span, scored in zip(batch.items, rows, spans, scores, strict=True)

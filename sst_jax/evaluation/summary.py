@@ -59,10 +59,12 @@ def _ids(outcomes: Sequence[Outcome], wanted: Any) -> list[str]:
 
 
 def loss_summary(group: Sequence[Outcome]) -> dict[str, Any]:
-    """Nats per answer token over all items, with a bootstrap interval over items."""
-    per_token = token_weighted(group)
+    """Nats per answer token over all items, with a bootstrap interval over items, and the share of answers that greedy
+    decoding would have written."""
+    per_token, greedy = token_weighted(group), sum(outcome["greedy"] for outcome in group)
     return {
         "nats_per_token": bootstrap_mean(per_token)._asdict(),
+        "greedy": {"right": greedy, **wilson(greedy, len(group))._asdict()},
         "answer_tokens": sum(outcome["answer_tokens"] for outcome in group),
         "of": len(group),
         "seconds": float(np.mean([outcome["seconds"] for outcome in group])),

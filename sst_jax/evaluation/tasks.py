@@ -5,23 +5,30 @@ gpqa_diamond   gpqa_diamond.csv or .jsonl in a folder, or Idavidrein/gpqa (gated
 arc_challenge  ARC-Challenge-Test.jsonl in a folder (the hub's fields), or allenai/ai2_arc
 math_500       test.jsonl in a folder, or HuggingFaceH4/MATH-500
 words          the embedded word problems, templates and numbers that training never uses
+boxes, ...     the stories of `data/tracking.py`, their test split; "boxes:8" are those of eight steps
+
+"gsm8k:result" and "words:result" are the same problems, asked of a model that writes the result and no steps to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sst_jax.data import tracking
 from sst_jax.data.grading import canonical
-from sst_jax.data.problems import Problem, load_gsm8k, word_problems
+from sst_jax.data.problems import RESULT, Problem, load_gsm8k, result_only, word_problems
 from sst_jax.data.records import Record, read_csv, read_hub, read_jsonl
 from sst_jax.errors import InputError
 from sst_jax.evaluation import answers
 
-WORDS = 500
+GENERATED = 500
+SHORT = 12  # tokens for an answer that is a word or a number
+HIDEABLE = ("gsm8k", "words")
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -45,7 +52,7 @@ class Task:
     """read       items from a folder, or from the hub for None
     extract    (text, strict) to an answer comparable with `Problem.result`, or None
     max_new_tokens  room for an answer unless told otherwise
-    worked     solutions are worked out, so that their loss can be measured
+    worked     what is to be written is known in full, so that its loss can be measured
     checkable  answers are numbers or formulas, on which math-verify can give a second opinion
     """
 
@@ -59,8 +66,15 @@ class Task:
 
 def find(name: str) -> Task:
     """Raises: InputError with the names there are."""
-    if name not in TASKS:
-        raise InputError(f"--task {name} is unknown; tasks are {', '.join(TASKS)}, and --tasks takes the harness's")
+    if (spec := tracking.parse(name)) is not None:
+        return Task(name, functools.partial(_read_stories, spec), answers.word, SHORT, worked=True)
+    kind, colon, part = name.partition(":")
+    if kind in HIDEABLE and part == RESULT:
+        read = functools.partial(_read_results, TASKS[kind].read)
+        return Task(name, read, answers.first_number, SHORT, worked=True, checkable=True)
+    if kind not in TASKS or colon:
+        known = (*TASKS, *(f"{kind}:{RESULT}" for kind in HIDEABLE), *tracking.STORIES)
+        raise InputError(f"--task {name} is unknown; tasks are {', '.join(known)}, and --tasks takes the harness's")
     return TASKS[name]
 
 
@@ -83,7 +97,17 @@ def _read_gsm8k(source: str | None) -> list[Item]:
 def _read_words(source: str | None) -> list[Item]:
     if source is not None:
         raise InputError(f"--data {source}: the task words is embedded and takes no data")
-    return [Item(problem) for problem in word_problems("test", WORDS, 0)]
+    return [Item(problem) for problem in word_problems("test", GENERATED, 0)]
+
+
+def _read_stories(spec: tracking.Spec, source: str | None) -> list[Item]:
+    if source is not None:
+        raise InputError(f"--data {source}: the task {spec.kind} is generated and takes no data")
+    return [Item(problem) for problem in tracking.Stories(spec, "test", GENERATED)]
+
+
+def _read_results(read: Callable[[str | None], list[Item]], source: str | None) -> list[Item]:
+    return [Item(problem) for problem in result_only(item.problem for item in read(source))]
 
 
 def _read_math(source: str | None) -> list[Item]:

@@ -1,8 +1,11 @@
-"""The learning curve."""
+"""Learning curves, and the figure of a study."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sst_jax.training.run import read_metrics
 
@@ -27,3 +30,53 @@ def learning_curve(run: Path, title: str) -> Path:
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=150)
     return target
+
+
+def study_figure(
+    result: dict[str, Any], outcomes: dict[str, dict[str, np.ndarray]], losses: dict[str, np.ndarray], target: Path
+) -> Path:
+    """Draws a study: accuracy over length and training loss; with depths, accuracy over depth and overlaps too."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    deep = {name: found["overlap"] for name, found in outcomes.items() if "overlap" in found}
+    figure = Figure(figsize=(9.0, 7.0 if deep else 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2 if deep else 1, 2, squeeze=False)
+    for number, name in enumerate(outcomes):
+        cells, colour = result["arms"][name], f"C{number}"
+        lengths = {
+            int(key.split("/")[0]) * result["trained_at"]: cells[key]["seeds"] for key in cells if key.endswith("/1")
+        }
+        _curve(axes[0, 0], lengths, colour, name)
+        axes[0, 1].plot(np.arange(1, len(losses[name]) + 1), losses[name].mean(1), color=colour, linewidth=0.8)
+        if name in deep:
+            first = next(iter(cells)).split("/")[0]
+            depths = {int(key.split("/")[1]): cells[key]["seeds"] for key in cells if key.startswith(f"{first}/")}
+            _curve(axes[1, 0], depths, colour, name)
+            axes[1, 1].hist(deep[name].ravel(), np.linspace(-1, 1, 61), histtype="step", color=colour, density=True)
+    for ax, x in (
+        (axes[0, 0], "length (positions)"),
+        *(((axes[1, 0], "depth (iterations a position)"),) if deep else ()),
+    ):
+        ax.axhline(result["chance"], color="0.6", linewidth=0.8, linestyle=":")
+        ax.set(xlabel=x, ylabel="share of answers right", ylim=(0, 1.05), xticks=ax.get_lines()[0].get_xdata())
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend()
+    axes[0, 1].set(xlabel="step", ylabel="training loss (nats)")
+    axes[0, 1].grid(alpha=0.3)
+    if deep:
+        axes[1, 1].set(xlabel="cosine of a memory after the first and the last iteration", ylabel="density")
+        axes[1, 1].set(yscale="log", xticks=np.linspace(-1, 1, 5))
+    figure.suptitle(
+        f"{result['task']}, trained at length {result['trained_at']}; mean and range of {result['seeds']} seeds"
+    )
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def _curve(axes: Any, points: dict[int, list[float]], colour: str, label: str) -> None:
+    """The mean of the seeds over x, and their range."""
+    x, seeds = sorted(points), np.array([points[key] for key in sorted(points)])
+    axes.plot(x, seeds.mean(1), "o-", color=colour, markersize=4, label=label)
+    axes.fill_between(x, seeds.min(1), seeds.max(1), color=colour, alpha=0.2)

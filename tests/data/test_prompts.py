@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sst_jax.data.problems import Problem, load_gsm8k, word_problems
+from sst_jax.data.problems import Problem, load_gsm8k, result_only, word_problems
 from sst_jax.data.prompts import FORMATS, answer_text, prompt_tokens, render
 from sst_jax.errors import InputError
 
@@ -65,3 +65,9 @@ def test_other_formats_are_refused(byte):
     for call in (lambda: render(PROBLEM, byte, "xml"), lambda: prompt_tokens("x", byte, "xml")):
         with pytest.raises(InputError, match=r"data\.format='xml' is not one of 'plain', 'chat'"):
             call()
+
+
+def test_an_answer_without_its_steps_is_the_result_alone(tokenizer):
+    (problem,) = result_only([PROBLEM])
+    example = render(problem, tokenizer, "plain")
+    assert tokenizer.decode(example.tokens) == "Question: How many are 2 and 3?\nAnswer: 5"

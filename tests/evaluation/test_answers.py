@@ -10,6 +10,39 @@ from sst_jax.evaluation import answers
 @pytest.mark.parametrize(
     ("text", "strict", "flexible"),
     [
+        (" key", "key", "key"),
+        (" Key.\nQuestion: What", "key", "key"),
+        (" the key", "the", "key"),
+        (" in the Red box", "in", "red"),
+        ("**on**", "on", "on"),
+        ("", None, None),
+        (" ...", None, None),
+    ],
+)
+def test_word(text, strict, flexible):
+    assert answers.word(text, True) == strict
+    assert answers.word(text, False) == flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        (" 18", "18", "18"),
+        ("$1,200.50 in all", "1200.5", "1200.5"),
+        ("-3", "-3", "-3"),
+        (" 18 because 9 + 9 = 19", "18", "19"),
+        ("He has 18", None, "18"),
+        ("none", None, None),
+    ],
+)
+def test_first_number(text, strict, flexible):
+    assert answers.first_number(text, True) == strict
+    assert answers.first_number(text, False) == flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
         ("So it is B.\nThe answer is (C)", "C", "C"),
         ("The answer is (A). No, wait: the answer is (D).", "D", "D"),
         ("the answer is c", "C", "C"),

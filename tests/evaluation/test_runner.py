@@ -4,10 +4,12 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 
 from sst_jax.errors import InputError
 from sst_jax.evaluation import runner, summary
+from sst_jax.evaluation.scoring import Scores
 from sst_jax.evaluation.tasks import find
 from sst_jax.inference.policies import parse_list
 
@@ -127,8 +129,6 @@ def test_prompts_that_leave_no_room_are_named(plain, items):
 @pytest.mark.parametrize("format", ["plain", "chat"])
 def test_losses_are_those_of_training(streaming, items, format):
     """Against training's own held-out loss, with the exact recurrence."""
-    import numpy as np
-
     from sst_jax.data.loader import fixed_batches
     from sst_jax.data.prompts import render
     from sst_jax.training.step import ForwardConfig, batch_losses
@@ -140,10 +140,19 @@ def test_losses_are_those_of_training(streaming, items, format):
     assert [row[0] for row in ids] == [outcome["id"] for outcome in outcomes]
     trainable = {name: streaming.params[name] for name in ("adapter", "blend")}
     losses = batch_losses(
-        streaming.config, ForwardConfig("exact", remat=False), streaming.params["base"], trainable, batch, bos_id=2
+        streaming.config, ForwardConfig("exact", remat="none"), streaming.params["base"], trainable, batch, bos_id=2
     )
     np.testing.assert_allclose([outcome["loss"] for outcome in outcomes], losses.sum(axis=1), rtol=1e-5)
     assert [outcome["answer_tokens"] for outcome in outcomes] == batch["answer_mask"].sum(axis=1).tolist()
+    assert not any(outcome["greedy"] for outcome in outcomes)  # a random model
+
+
+def test_an_answer_counts_as_written_when_every_token_is_the_likeliest(streaming, items, monkeypatch):
+    greedy = [np.array([True, True]), np.array([True, False]), np.array([False, True])]
+    monkeypatch.setattr(runner, "score", lambda *_: [Scores(np.array([-0.5, -0.25]), row) for row in greedy])
+    outcomes = runner.losses(streaming, "plain", runner.Batch(parse_list("1")[0], items[:3]))
+    assert [outcome["greedy"] for outcome in outcomes] == [True, False, False]
+    assert [outcome["loss"] for outcome in outcomes] == [0.75] * 3
 
 
 def outcome(policy, number, strict, **more):
@@ -179,8 +188,9 @@ def test_summary_counts_disagreeing_opinions(items):
 
 
 def test_summary_of_losses_weighs_tokens(items):
-    rows = [{"id": str(n), "policy": "1", "loss": loss, "answer_tokens": size, "seconds": 0.0}
+    rows = [{"id": str(n), "policy": "1", "loss": loss, "answer_tokens": size, "greedy": n == 1, "seconds": 0.0}
             for n, (loss, size) in enumerate([(10.0, 5), (2.0, 15)])]  # fmt: skip
     found = summary.summarise(items, rows, "loss")["policies"]["1"]
     assert found["nats_per_token"]["value"] == pytest.approx(12 / 20)
     assert found["answer_tokens"] == 20
+    assert (found["greedy"]["right"], found["greedy"]["value"]) == (1, 0.5)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sst_jax.data.tracking import Stories, parse
 from sst_jax.errors import InputError
 from sst_jax.evaluation import tasks
 from tests.evaluation.conftest import GPQA, write_lines
@@ -84,10 +85,39 @@ def test_math_500_reads_plain_formulas(tmp_path):
 
 def test_words_are_never_training_problems():
     items = tasks.find("words").read(None)
-    assert len(items) == tasks.WORDS
+    assert len(items) == tasks.GENERATED
     assert all(item.id.startswith("words/test/") for item in items)
     with pytest.raises(InputError, match="takes no data"):
         tasks.find("words").read("folder")
+
+
+def test_stories_are_tasks_and_no_training_question_is_among_them():
+    task = tasks.find("rooms:6")
+    items = task.read(None)
+    assert len(items) == tasks.GENERATED
+    assert all(item.id.startswith("rooms/6-6/test/") for item in items)
+    assert task.worked
+    training = {problem.question for problem in Stories(parse("rooms:6"), "train", 2000)}
+    assert not training & {item.problem.question for item in items}
+    assert task.extract(f" {items[0].problem.result.title()}.", True) == items[0].problem.result
+    with pytest.raises(InputError, match="takes no data"):
+        task.read("folder")
+    with pytest.raises(InputError, match="rooms:none"):
+        tasks.find("rooms:none")
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "words"])
+def test_results_alone(name, gsm8k):
+    folder = str(gsm8k) if name == "gsm8k" else None
+    whole, hidden = (tasks.find(task).read(folder) for task in (name, f"{name}:result"))
+    assert [item.problem._replace(answer="") for item in whole] == [item.problem for item in hidden]
+    assert whole[0].problem.answer != ""
+
+
+def test_unknown_names_are_refused_with_those_there_are():
+    for name in ("nothing", "gsm8k:steps", "math_500:result", "gsm8k:"):
+        with pytest.raises(InputError, match=rf"--task {name} is unknown; tasks are gsm8k, .*words:result, boxes, "):
+            tasks.find(name)
 
 
 @pytest.mark.parametrize(

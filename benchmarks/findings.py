@@ -1,0 +1,228 @@
+"""The tables of docs/findings.md, each from one command; whatever a folder holds already is not computed again.
+
+    python benchmarks/findings.py --study scratch          S3 and parity from scratch, also deeper: minutes
+    python benchmarks/findings.py --study further          the same with two passes, and at mixed depths from the start
+    python benchmarks/findings.py --study rooms            SmolLM2-135M on entity tracking: streams, LoRA, equal compute
+    python benchmarks/findings.py --study hidden --config.data.name=gsm8k:result --config.data.path=DIR --data DIR
+
+The pretrained studies go seed by seed, all arms of a seed before the next one, so that what an interruption leaves are
+whole seeds; `--arms` and `--seeds` widen a folder that is there. Their arms are ARMS below and the controls of
+`sst_jax/training/arms.py`, matched to `two-range`: `compute` is the baseline with two passes' FLOPs as more steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sst_jax.console.command import Parser, run, write_json
+from sst_jax.errors import InputError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+# Beside the controls, by name: what is set otherwise than in configs/tracking.py (exact, alpha free).
+RANGE = ("--config.stream.alpha_range=(0.015,0.10)",)
+GAIN = ("--config.stream.gain=3.0", "--config.stream.learn_gain=True")
+TWO = ("--config.stream.forward=two_pass",)
+ARMS = {
+    "exact-free": (), "exact-range": RANGE, "exact-gain": (*RANGE, *GAIN),
+    "two-free": TWO, "two-range": (*TWO, *RANGE), "two-gain": (*TWO, *RANGE, *GAIN),
+    "mixed-depths": ("--config.stream.depths=(1,2,3,4)",),
+}  # fmt: skip
+CONTROLS = ("baseline", "compute", "parameters")
+REFERENCE = "two-range"  # what the controls are matched to
+
+
+class Pretrained(NamedTuple):
+    """A study of the pretrained recipe: what it sets, what its runs are measured on, and its arms in order."""
+
+    overrides: tuple[str, ...]
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+
+
+class Scratch(NamedTuple):
+    """A study of `configs/statetrack.py`, once for each task."""
+
+    tasks: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+DEPTHS = "--config.test.depths=(1,2,3,4)"
+MAIN = ("exact-free", "baseline", "two-range", "exact-range", "compute")
+STUDIES: dict[str, Pretrained | Scratch] = {
+    "scratch": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,plain,range,longer,deepened")),
+    "further": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,published,two_pass,depths,mixed")),
+    "rooms": Pretrained(("--config.data.name=rooms:1-4",), ("rooms:1-4", "rooms:8"), MAIN),
+    "boxes": Pretrained(("--config.data.name=boxes:1-4", "--config.train.steps=400"), ("boxes:1-4", "boxes:8"), MAIN),
+    "hidden": Pretrained(
+        ("--config.data.name=words:result", "--config.data.length=128"), ("words:result",), MAIN
+    ),
+}  # fmt: skip
+
+
+def parser() -> Parser:
+    parser = Parser(prog="python benchmarks/findings.py", description=__doc__)
+    add = parser.add_argument
+    add("--study", required=True, choices=tuple(STUDIES))
+    add("--workdir", metavar="DIR", help="default: runs/findings-STUDY")
+    add("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
+    add("--arms", metavar="A,B", help=f"of {', '.join((*ARMS, *CONTROLS))} (pretrained studies)")
+    add(
+        "--limit", type=int, default=200, metavar="N", help="items of a task (pretrained studies; default: %(default)s)"
+    )
+    add("--data", metavar="DIR", help="folder with the task's file, where it needs one")
+    add("--config.KEY", metavar="VALUE", help="override a knob of the recipe, in all arms")
+    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    args = parser().parse_args([argument for argument in argv if argument not in overrides])
+    if args.seeds < 1:
+        raise InputError(f"--seeds {args.seeds} must be at least 1")
+    study, workdir = STUDIES[args.study], Path(args.workdir or f"runs/findings-{args.study}")
+    result = (from_scratch if isinstance(study, Scratch) else pretrained)(args, study, overrides, workdir)
+    write_json(workdir / "result.json", result)
+    if args.json:
+        write_json(args.json, result)
+
+
+def from_scratch(args: Any, study: Scratch, overrides: Sequence[str], workdir: Path) -> dict[str, Any]:
+    """A run of `train` for each task."""
+    from sst_jax import train
+
+    for task in study.tasks:
+        own = [f"--config.task.name={task}", f"--config.train.seeds={args.seeds}", *study.overrides, *overrides]
+        train.main(["--config", str(CONFIGS / "statetrack.py"), *own, "--workdir", str(workdir / task)])
+    return {task: read(workdir / task / "result.json") for task in study.tasks}
+
+
+def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: Path) -> dict[str, Any]:
+    """Trains and measures seed by seed, and compares what is whole after each."""
+    from sst_jax import pair
+    from sst_jax.evaluation import tasks
+    from sst_jax.training import arms, recipe
+    from sst_jax.weights.models import backbone_of
+
+    # Everything that can be wrong with the input shows before the first run.
+    for task in study.tasks:
+        tasks.find(task)
+    names, config = args.arms.split(",") if args.arms else list(study.arms), str(CONFIGS / "tracking.py")
+    for name in names:
+        if name not in (*ARMS, *CONTROLS):
+            raise InputError(f"--arms {name} is unknown; arms are {', '.join((*ARMS, *CONTROLS))}")
+    shared = [*study.overrides, *overrides]
+    reference = recipe.resolve(recipe.read(config, [*shared, *ARMS[REFERENCE]]))
+    baseline = recipe.resolve(recipe.read(config, [*shared, arms.OFF]))
+    found = arms.costs(reference, baseline, backbone_of(reference.model))
+    own = {name: ARMS[name] if name in ARMS else arms.overrides(name, reference, found) for name in names}
+    settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth="1", measure="loss")
+    for seed in range(args.seeds):
+        for name in names:
+            target = workdir / f"{name}-{seed}"
+            pair.train_one(config, [*shared, *own[name], f"--config.train.seed={seed}"], target)
+            for task in study.tasks:
+                settings.task = task
+                pair.evaluate_one(settings, target, evaluation(workdir, task, name, seed), deep=False)
+        result = {
+            "study": args.study, "overrides": shared, "arms": {name: list(own[name]) for name in names},
+            "step_flops_ratio": found.ratio, "seeds": seed + 1,
+            "tasks": {task: compare_all(workdir, task, names, seed + 1) for task in study.tasks},
+            "seconds": {name: [read(workdir / f"{name}-{s}" / "result.json")["seconds"] for s in range(seed + 1)]
+                        for name in names},
+        }  # fmt: skip
+        draw(result, workdir / "figure.png")
+        write_json(workdir / "result.json", result)
+        report(result)
+    return result
+
+
+def evaluation(workdir: Path, task: str, arm: str, seed: int) -> Path:
+    return workdir / "evaluations" / task.replace(":", "-") / f"{arm}-{seed}"
+
+
+def compare_all(workdir: Path, task: str, names: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Every arm's score on a task, and every stream against every control."""
+    from sst_jax import compare
+
+    def side(arm: str) -> str:
+        return ",".join(str(evaluation(workdir, task, arm, seed)) for seed in range(seeds))
+
+    scores: dict[str, Any] = {}
+    for name in names:
+        policies = [
+            read(evaluation(workdir, task, name, seed) / "result.json")["policies"]["1"] for seed in range(seeds)
+        ]
+        scores[name] = {key: [found[key]["value"] for found in policies] for key in ("nats_per_token", "greedy")}
+    against: dict[str, Any] = {}
+    for name in names:
+        for control in names:
+            if name in ARMS and control in CONTROLS:
+                out = workdir / "comparisons" / task.replace(":", "-") / f"{name}-against-{control}"
+                with contextlib.redirect_stdout(io.StringIO()):  # one table below says it all
+                    compare.main([side(name), side(control), "--out", str(out)])
+                against.setdefault(name, {})[control] = read(out / "result.json")["comparisons"][0]
+    return {"scores": scores, "against": against}
+
+
+def report(result: dict[str, Any]) -> None:
+    """Markdown tables, as they stand in docs/findings.md."""
+    for task, found in result["tasks"].items():
+        controls = [name for name in found["scores"] if name in CONTROLS]
+        print(f"\n{task}, {result['seeds']} seeds\n")
+        print("| arm | nats per token | answers right |" + "".join(f" nats, less {name}'s |" for name in controls))
+        print("|---|---|---|" + "---|" * len(controls))
+        for name, scores in found["scores"].items():
+            loss, right = (sum(scores[key]) / len(scores[key]) for key in ("nats_per_token", "greedy"))
+            row = f"| {name} | {loss:.3f} | {right:.1%} |"
+            for control in controls:
+                record = found["against"].get(name, {}).get(control)
+                row += f" {interval(record)} |" if record else " |"
+            print(row)
+
+
+def draw(result: dict[str, Any], target: Path) -> None:
+    """Loss and share of right answers of every arm, a point a seed, for each task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(
+        panels, ("nats_per_token", "greedy"), ("loss (nats per answer token)", "share of answers right"), strict=True
+    ):
+        for number, (task, found) in enumerate(result["tasks"].items()):
+            for place, (name, scores) in enumerate(found["scores"].items()):
+                at = place + 0.16 * (number - (len(result["tasks"]) - 1) / 2)
+                marker = "o" if name in ARMS else "s"
+                axes.plot([at] * len(scores[key]), scores[key], marker, color=f"C{number}", markersize=4)
+            axes.plot([], [], "o", color=f"C{number}", label=task)
+        axes.set_xticks(range(len(result["arms"])), result["arms"], rotation=30, ha="right")
+        axes.set(ylabel=label)
+        axes.grid(alpha=0.3, axis="y")
+    panels[0].legend()
+    figure.savefig(target, dpi=110)
+
+
+def interval(record: dict[str, Any]) -> str:
+    """A difference with its interval over items, and over seeds where there are several."""
+    parts = [record["over_items"], *([record["over_seeds"]] if "over_seeds" in record else [])]
+    return f"{record['difference']:+.3f} " + " ".join(f"[{part['low']:+.3f}, {part['high']:+.3f}]" for part in parts)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
