@@ -29,7 +29,9 @@ def parser() -> Parser:
     parser.add_argument("--dtype", default="float32", metavar="TYPE,...", help="of base and activations")
     parser.add_argument("--forwards", default=",".join(FORWARDS), metavar="F,G:K,...", help="default: %(default)s")
     parser.add_argument("--rank", type=int, default=16, metavar="R", help="of LoRA (default: 16)")
-    parser.add_argument("--remat", action="store_true", help="recompute layers in the backward pass")
+    parser.add_argument(
+        "--remat", nargs="?", const="layer", default="none", metavar="KIND", help="train.remat (alone: layer)"
+    )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
     parser.add_argument("--peer", action="store_true", help="also a plain LoRA step of transformers + PEFT, float32")
     parser.add_argument("--prefill", type=int, metavar="T", help="instead of training: a prompt of T tokens")

@@ -36,7 +36,7 @@ def parser() -> Parser:
 
 def hidden_apart(
     config: Any, params: Any, tokens: Any, *, passes: int = 2, segment_ids: Any = None, dtype: str = "float32",
-    remat: bool = False, attention: str = "xla",
+    remat: str = "none", attention: str = "xla",
 ) -> Any:  # fmt: skip
     """Final hidden states [B, T, D] of k_pass with its passes one after the other: every layer's states wait between.
 
@@ -74,12 +74,14 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
 
     from sst_jax.model import forward
     from sst_jax.model.decoder import head_table
+    from sst_jax.model.sharding import MeshConfig
     from sst_jax.planning import compile as compiling
     from sst_jax.planning.targets import GIB
     from sst_jax.training.loss import answer_losses
 
     config, length = model_config(args.size), args.length or 1024
     attention = compiling.attention_of(target, "auto", "bfloat16", config.backbone.head_dim)
+    alone = compiling.mesh_on(target, MeshConfig())
     ways = {"lockstep": functools.partial(forward.hidden, forward="two_pass"), "apart": hidden_apart}
     records = []
     for rows in batches(args, (4,)):
@@ -88,8 +90,9 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
             def loss(trainable: Any) -> Any:
                 segment_ids, params = jnp.ones_like(tokens), {"base": base, **trainable}
                 hidden = way(
-                    config, params, tokens, segment_ids=segment_ids, dtype="bfloat16", remat=True, attention=attention
-                )
+                    config, params, tokens, segment_ids=segment_ids, dtype="bfloat16", remat="layer",
+                    attention=attention,
+                )  # fmt: skip
                 return answer_losses(hidden, head_table(base), tokens, mask).sum()
 
             return jax.value_and_grad(loss)(trainable)
@@ -100,7 +103,7 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
 
         for name, way in ways.items():
             real, counted = (functools.partial(step, way=way, attention=kind) for kind in (attention, "xla"))
-            plan = compiling.plan_step(target, real, counted, arguments, attention=attention)
+            plan = compiling.plan_step(target, alone, real, counted, arguments, attention=attention)
             records.append(
                 {"target": target.name, "batch": rows, "length": length, "way": name, "temporaries": plan.temporaries,
                  "peak": plan.peak, "flops": plan.work.flops, "compile_seconds": plan.compile_seconds}
@@ -136,7 +139,7 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
                 batch = {**whole, "answer_mask": jnp.zeros((rows, length), bool)}
                 return init_state(trainable, optimizer), base, batch, jax.random.key(0)
 
-            settings = ForwardConfig(name, remat=True, dtype="bfloat16")
+            settings = ForwardConfig(name, remat="layer", dtype="bfloat16")
             step = functools.partial(train_step, config, settings, optimizer, None)
             work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
             times[name] = roofline(work, target)

@@ -15,6 +15,7 @@ Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithme
     27b    1             RTX PRO 6000   nf4    21.3       2.0      (without the accumulator of micro-batches, 0.85 GiB)
     27b    4             RTX PRO 6000   nf4    27.0
     27b    4             RTX PRO 6000   bf16   62.0
+    27b    4             RTX PRO 6000   nf4    22.9                (with --config.train.remat=offload)
     27b    1             RTX 4090       nf4    21.3       5.9      (the same)
     12b    4             RTX 4090       nf4    15.4       2.6      (as 4b)
     4b     8             RTX 4090       nf4     9.9       0.8      (head dim 256: XLA's attention below Hopper)
@@ -25,7 +26,8 @@ Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithme
 
 Nothing here has been measured on an accelerator: neither the speed, nor cuDNN's sliding-window numerics on a card, nor
 the score. Two passes are the published method; --config.stream.forward=exact trains by true backpropagation through
-time, and is planned the same way. The control with the stream off is `configs/baseline.py`.
+time, and is planned the same way. The control with the stream off is `configs/baseline.py`. For several devices, and
+TPU slices, see docs/scaling.md.
 """
 
 from sst_jax.training.recipe import defaults

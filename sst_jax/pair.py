@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         own = arms.overrides(arm, stream, found)
         read = recipe.read(args.config, [*overrides, *own])
         arm_recipe = recipe.resolve(read)
-        resolved[arm] = json.loads(read.to_json_best_effort())
+        resolved[arm] = recipe.recorded(read)
         differences = [
             {"key": key, "stream": there, arm: here}
             for key, there, here in diff(resolved.get("stream", resolved[arm]), resolved[arm])
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         for seed in record["seeds"]:
             whole = [*overrides, *own, f"--config.train.seed={seed}"]
             target = workdir / f"{arm}-{seed}"
-            check_recipe(target, json.loads(recipe.read(args.config, whole).to_json_best_effort()))
+            check_recipe(target, recipe.recorded(recipe.read(args.config, whole)))
             runs.append((arm, target, whole))
     write_json(workdir / "arms.json", record)
     say_arms(record)

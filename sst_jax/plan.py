@@ -3,6 +3,12 @@
   python -m sst_jax.plan --config configs/sst.py --target rtx-pro-6000
   python -m sst_jax.plan --config configs/sst.py:size=4b --target rtx-4090 --search
   python -m sst_jax.plan --config configs/sst.py --target h100,rtx-4090 --decode --depth 4
+  python -m sst_jax.plan --config configs/sst.py --config.data.batch_size=8 --target v5e-8,h100x8
+  python -m sst_jax.plan --config configs/sst.py --target h100x8 --config.mesh.fsdp=2 --config.mesh.tensor=4 ...
+
+Targets: rtx-pro-6000, h100, h200, b200, rtx-5090, rtx-4090, a100-80g, of each also several in one machine, as h100x8;
+TPU slices v5e-8, v5p-8 (4 chips, as Google counts), v5p-16, v6e-8. On several devices the recipe's mesh is compiled,
+by default all along fsdp.
 
 The real train step (or decode step) is compiled for the described hardware on a CPU; its compiler must be installed,
 the hardware and its driver need not: sst-jax[cuda] for GPUs, sst-jax[tpu] for TPU slices. All figures are estimates:
@@ -27,7 +33,7 @@ def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.plan", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as configs/sst.py")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a knob: --config.data.batch_size=4")
-    parser.add_argument("--target", default="rtx-pro-6000", metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument("--target", default="rtx-pro-6000", metavar="NAME,...", help="see above (default: %(default)s)")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits (powers of two)")
     parser.add_argument("--decode", action="store_true", help="plan decoding a token instead of a train step")
     parser.add_argument("--rows", type=int, default=1, help="with --decode: sequences at once (default: 1)")
@@ -103,11 +109,14 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
         "arguments": plan.arguments, "temporaries": plan.temporaries, "peak": plan.peak,
         "fits": plan.peak + reserve <= target.memory, "margin": target.memory - plan.peak - reserve,
         "attention": plan.attention, "compile_seconds": plan.compile_seconds, "flops": plan.work.flops,
-        "bytes": plan.work.bytes, "roofline_seconds": roofline, "assumed_efficiency": args.efficiency,
+        "bytes": plan.work.bytes, "sent": plan.sent, "mesh": plan.mesh, "roofline_seconds": roofline,
+        "assumed_efficiency": args.efficiency,
         "assumed_seconds": assumed, "tokens_per_second": tokens / assumed,
     }  # fmt: skip
     if not args.decode:
         record["hours"] = assumed * recipe.steps / 3600
+    if target.chips > 1:
+        record["sent_seconds"] = sum(plan.sent.values()) / target.link
     return record
 
 
@@ -120,7 +129,7 @@ def search(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, Any]
 
     if args.decode:
         raise InputError("--search looks for a training batch; leave --decode out")
-    batch, best = target.chips, None
+    batch, best = target.chips // recipe.mesh.tensor, None
     while batch <= LARGEST:
         record = at(batch)
         if not record["fits"]:
@@ -139,7 +148,10 @@ def report(record: dict[str, Any], recipe: Any, args: Any) -> str:
         else f"{record['forward']}, {record['batch_size']} x {record['length']}"
     )
     base = record["dtype"] if record["quantize"] == "none" else record["quantize"]
-    lines = [f"{record['title']}: {what}, base {base}   (estimates: compiled for a description, nothing was run)"]
+    several = f"{record['chips']} x " if record["chips"] > 1 else ""
+    lines = [
+        f"{several}{record['title']}: {what}, base {base}   (estimates: compiled for a description, nothing was run)"
+    ]
     if "peak" not in record:
         return "\n".join([*lines, f"  does not fit: {record['compiler']}", ""])
     per = " on each chip" if record["chips"] > 1 else ""
@@ -157,6 +169,13 @@ def report(record: dict[str, Any], recipe: Any, args: Any) -> str:
         f"  assumed      {record['assumed_seconds']:8.3f} s at {args.efficiency:.0%} of peak arithmetic and "
         f"{min(2 * args.efficiency, 1):.0%} of bandwidth: {record['tokens_per_second']:,.0f} tokens/s",
     ]
+    if record["chips"] > 1:
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in record["sent"].items())
+        axes = ", ".join(f"{axis} {size}" for axis, size in record["mesh"].items() if size > 1)
+        lines.append(
+            f"  sent         {record['sent_seconds']:8.3f} s a step at the data sheet's peak; it may overlap with "
+            f"arithmetic: GB from each chip {kinds or 'none'} (mesh {axes})"
+        )
     if args.decode:
         kept = {name: size / 2**20 for name, size in record["cache_per_sequence"].items()}
         lines.append(

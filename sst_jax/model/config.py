@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from sst_jax.errors import InputError
 
+MAX_LAYERS = 4096  # a file may claim any number; beyond this the claim is nonsense, and tables so long are refused
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 # What the families of decoders differ in, as fields of `BackboneConfig`; Gemma 3's are the defaults.
@@ -32,12 +34,21 @@ def _one_of(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> Non
     _require(value in allowed, f"{owner}.{field}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # an int may be beyond every float
+
+
 def _numbers(owner: str, config: Any, *fields: str, positive: bool = False) -> None:
     for field in fields:
         value = getattr(config, field)
-        number = isinstance(value, int | float) and math.isfinite(value)
-        _require(number, f"{owner}.{field}={value!r} must be a finite number")
+        _require(_is_finite(value), f"{owner}.{field}={value!r} must be a finite number")
         _require(not positive or value > 0, f"{owner}.{field}={value!r} must be positive")
+
+
+def _tuple(owner: str, config: Any, field: str) -> None:
+    value = getattr(config, field)
+    _require(isinstance(value, list | tuple), f"{owner}.{field}={value!r} must be a list")
+    object.__setattr__(config, field, tuple(value))
 
 
 def from_mapping(cls: type, mapping: Mapping[str, Any]) -> Any:
@@ -102,20 +113,21 @@ class BackboneConfig:
         for field in whole + ["window"] * (self.window is not None):
             value = getattr(self, field)
             _require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
+        _require(self.num_layers <= MAX_LAYERS, f"backbone.num_layers={self.num_layers} is beyond {MAX_LAYERS}")
         for field in ("post_norms", "qk_norm", "scale_embedding", "tied_head"):
             _one_of("backbone", field, getattr(self, field), (True, False))
         reals = ("query_pre_attn_scalar", "rope_theta_local", "rope_theta_global", "rope_scale_global", "norm_eps")
         _numbers("backbone", self, *reals, "max_positions", positive=True)
         _numbers("backbone", self, "norm_offset")
         if self.rope_llama3 is not None:
-            bands = tuple(self.rope_llama3)
-            real = all(isinstance(part, int | float) and math.isfinite(part) for part in bands)
+            _tuple("backbone", self, "rope_llama3")
+            bands = self.rope_llama3
+            real = all(map(_is_finite, bands))
             _require(
                 real and len(bands) == 3 and 0 < bands[0] < bands[1] and bands[2] > 0,
                 f"backbone.rope_llama3={self.rope_llama3!r} must be (low_freq_factor, high_freq_factor, positions) "
                 "with 0 < low < high",
             )
-            object.__setattr__(self, "rope_llama3", bands)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -125,6 +137,7 @@ class BackboneConfig:
             period = 1 if self.window is None else 6
             kinds = tuple("local" if (layer + 1) % period else "global" for layer in range(self.num_layers))
             object.__setattr__(self, "layer_types", kinds)
+        _tuple("backbone", self, "layer_types")
         _require(
             len(self.layer_types) == self.num_layers,
             f"backbone.layer_types has {len(self.layer_types)} entries for num_layers={self.num_layers}",
@@ -282,7 +295,7 @@ class StreamConfig:
         _one_of("stream", "kv", self.kv, ("overwrite", "first"))
         for field, kind in (("alpha_range", int | float), ("layers", int)):
             value = getattr(self, field)
-            if value is not None:
+            if value is not None or field == "alpha_range":
                 several = isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
                 _require(several, f"stream.{field}={value!r} must be a list of numbers")
                 object.__setattr__(self, field, tuple(value))
@@ -320,8 +333,9 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        _require(isinstance(self.rank, int) and self.rank >= 0, f"adapter.rank={self.rank!r} must be an integer >= 0")
+        _tuple("adapter", self, "targets")
+        whole = isinstance(self.rank, int) and 0 <= self.rank < 2**20
+        _require(whole, f"adapter.rank={self.rank!r} must be an integer >= 0, and below {2**20}")
         _numbers("adapter", self, "alpha", "dropout")
         for target in self.targets:
             _one_of("adapter", "targets", target, LINEARS)
@@ -358,6 +372,7 @@ class ModelConfig:
 
         Raises: InputError, naming the missing or unknown field.
         """
+        _require(isinstance(mapping, Mapping), f"a model config is read from a mapping of its fields, not {mapping!r}")
         _require("backbone" in mapping, "model config lacks the field backbone")
         unknown = sorted(set(mapping) - {"backbone", "stream", "adapter"})
         _require(not unknown, f"model config has no field {', '.join(unknown)}")

@@ -19,15 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, unit_rms, wide
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.nf4 import dequantise
+from sst_jax.model.sharding import constrain, gather
 from sst_jax.model.state import Masks, alpha_and_gain, masks_for
 
 Params = dict[str, Any]
+# What training keeps of a layer until its backward pass: everything that a gradient reads, the layer's inputs and the
+# results of its products with weights, its inputs alone, or those in the host's memory.
+REMAT = ("none", "products", "layer", "offload")
 Streams = tuple[jax.Array, ...]
 
 
@@ -131,12 +136,12 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Para
 
 def run_layers(
     params: Params, rule: Callable[..., tuple[Any, Any]], streams: Any, context: Context, extras: Any = None,
-    *, remat: bool = False,
+    *, remat: str = "none",
 ) -> tuple[Any, Any]:  # fmt: skip
     """Runs `rule` through the stack in one scan over layers.
 
     `streams` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a layer
-    at a time, and what the rule returns beside the streams comes back stacked, [L, ...].
+    at a time, and what the rule returns beside the streams comes back stacked, [L, ...]. `remat` is one of REMAT.
     """
     config, backbone = context.config, context.config.backbone
     dtype = streams[0].dtype if streams else jnp.bfloat16
@@ -158,15 +163,36 @@ def run_layers(
 
     def body(streams: Any, slices: tuple) -> tuple[Any, Any]:
         base, adapter, blend, facts, extra = slices
+        if context.segment_ids is not None:  # a single position has less to send than a layer has
+            base, adapter = gather(base), gather(adapter)
+            streams = tuple(constrain(x, "rows", "sequence", None) for x in streams)
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
         layer = unpack(nnx.merge(graphdef, dequantise(base, dtype), adapter, blend), facts, context)
         return rule(layer, streams, extra, context)
 
-    if remat:
-        # The scan already keeps XLA from undoing the recomputation, so the costly barrier is not needed.
-        body = jax.checkpoint(body, prevent_cse=False)
     xs = (params["base"]["layers"], params["adapter"], blend, facts, extras)
-    return jax.lax.scan(body, streams, xs)
+    return jax.lax.scan(recomputed(body, remat), streams, xs)
+
+
+def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """A layer whose backward pass recomputes what `remat` does not keep of its forward pass."""
+    if remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    policy = {
+        "layer": None,
+        "products": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["streams"], offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]  # fmt: skip
+
+    def named(streams: Any, slices: tuple) -> tuple[Any, Any]:
+        return body(checkpoint_name(streams, "streams"), slices)
+
+    # The scan already keeps XLA from undoing the recomputation, so the costly barrier is not needed.
+    return jax.checkpoint(named, prevent_cse=False, policy=policy)
 
 
 def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer:

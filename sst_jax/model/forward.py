@@ -42,6 +42,13 @@ class Left(NamedTuple):
     sweeps: jax.Array | None = None  # int32 [], what `sweep` took
 
 
+class Summands(NamedTuple):
+    """h as what it is the sum of: together half the bytes of the wide sum in bfloat16, and so what gradients keep."""
+
+    x: jax.Array  # [B, T*I, D], the layer's input
+    out: jax.Array  # [B, T*I, D], what attention adds to it, before its norm
+
+
 # Where a function below is under `jax.checkpoint`, its arguments are kept for its gradients and what lies in between is
 # not. The products with frozen kernels are not repeated for that: no gradient reads their results.
 
@@ -60,13 +67,18 @@ def project(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, ja
     return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v
 
 
-def rejoin(layer: Layer, x: jax.Array, out: jax.Array) -> jax.Array:
-    """h, wide: the residual stream after attention's output [B, T*I, N*H] has gone through o and its norm."""
-    return wide(x) + layer.block.post_attn_norm(layer.block.o(out, layer.drop.get("o")))
+def rejoin(layer: Layer, x: jax.Array, out: jax.Array) -> Summands:
+    """h of a layer's input and attention's output [B, T*I, N*H]."""
+    return Summands(x, layer.block.o(out, layer.drop.get("o")))
 
 
-def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """h [B, T*I, D], wide, and the keys and values that a cache would hold."""
+def total(layer: Layer, h: Summands | jax.Array) -> jax.Array:
+    """h [B, T*I, D], wide: the residual stream after attention; as it is where it has been summed before."""
+    return wide(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, Summands) else h
+
+
+def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[Summands, tuple[jax.Array, jax.Array]]:
+    """h, not yet summed, and the keys and values that a cache would hold."""
     backbone, stream = context.config.backbone, context.config.stream
     keep = "overwrite" if stream is None else stream.kv
     q, k, v = project(layer, x, context)
@@ -79,14 +91,15 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, tup
 
 
 def feed(
-    layer: Layer, h: jax.Array, context: Context, dtype: jnp.dtype, s: jax.Array | None = None,
+    layer: Layer, h: Summands | jax.Array, context: Context, dtype: jnp.dtype, s: jax.Array | None = None,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """o in `dtype` and f wide, [B, T*I, D]: the feed-forward half, with the state s blended in `where` one enters."""
     block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
 
     @jax.checkpoint
-    def widen(h: jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
+    def widen(h: Summands | jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
+        h = total(layer, h)
         mixed = h if s is None else blend(context.config.stream, layer.alpha, layer.gain, h, s, where)
         y = block.pre_ffn_norm(mixed).astype(dtype)
         return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
@@ -125,11 +138,17 @@ def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tupl
 
 
 def pass_once(
-    layer: Layer, x: jax.Array, h: jax.Array, s: jax.Array | None, context: Context, before: jax.Array | None = None
+    layer: Layer,
+    x: jax.Array,
+    h: Summands | jax.Array,
+    s: jax.Array | None,
+    context: Context,
+    before: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
     o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
-    return o, memories(context.config.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks, before)
+    whole = total(layer, h)
+    return o, memories(context.config.stream, layer.alpha, layer.gain, x, whole, f, o, layer.masks, before)
 
 
 def hand_on(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
@@ -152,7 +171,7 @@ def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
     (x,) = streams
     h, kv = attend(layer, x, context)
-    o, memory = walk(layer, x, h, context, before)
+    o, memory = walk(layer, x, total(layer, h), context, before)
     return (o,), Left(*kv, memory)
 
 
@@ -195,7 +214,8 @@ def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
     """
     stream, (x,) = context.config.stream, streams
-    h, kv = attend(layer, x, context)
+    summands, kv = attend(layer, x, context)
+    h = total(layer, summands)
 
     def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
         return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.live, wide(part), 0.0)), axis=(1, 2)))
@@ -245,7 +265,7 @@ def hidden(
     config: ModelConfig, params: Params, tokens: jax.Array, *, forward: str = "two_pass", passes: int = 2,
     depth: int = 1, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
     bos_id: int | None = None, warmth: jax.Array | None = None, dropout_key: jax.Array | None = None,
-    dtype: str = "float32", remat: bool = False, attention: str = "xla",
+    dtype: str = "float32", remat: str = "none", attention: str = "xla",
 ) -> jax.Array:  # fmt: skip
     """Final hidden states [B, T, D] of tokens [B, T], after the last norm.
 
@@ -259,7 +279,7 @@ def hidden(
       warmth: [] in [0, 1], how far alpha's warm-up has come; None is done.
       dropout_key: LoRA dropout on when given.
       dtype: of the activations.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass recomputes of each layer; one of `decoder.REMAT`.
       attention: the kernel, as `kernels.pick` names it.
 
     Raises: InputError on a forward, passes or depth that do not fit together.

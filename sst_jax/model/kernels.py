@@ -7,12 +7,15 @@ of W) at most W - 1 back. The two flash kernels never write the T x T scores out
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
+from sst_jax.model.sharding import on_parts
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in multiples of it
@@ -114,4 +117,17 @@ def compiler_options(platform: str) -> dict[str, int]:
     return {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
-KERNELS = {"cudnn": cudnn, "splash": splash, "splash_interpreted": functools.partial(splash, interpret=True)}
+def on_mesh(kernel: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """A kernel on each device's rows and heads: XLA cannot cut splash, and for cuDNN's it gathers the rows first."""
+    heads = ("rows", None, "heads", None)
+    *arrays, scale, window = arguments
+    return on_parts(
+        functools.partial(kernel, scale=scale, window=window), arrays, (heads, heads, heads, ("rows", None))
+    )
+
+
+KERNELS = {
+    "cudnn": functools.partial(on_mesh, cudnn),
+    "splash": functools.partial(on_mesh, splash),
+    "splash_interpreted": functools.partial(on_mesh, functools.partial(splash, interpret=True)),
+}

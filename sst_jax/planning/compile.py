@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.inference import cache
-from sst_jax.model import decoder, kernels, nf4
+from sst_jax.model import decoder, kernels, nf4, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.model.sharding import MeshConfig
+from sst_jax.planning.collectives import sent
 from sst_jax.planning.count import Work, count
 from sst_jax.planning.targets import Target, config_text
 from sst_jax.training.optimizer import make_optimizer
@@ -26,7 +27,10 @@ BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
 
 
 class Plan(NamedTuple):
-    """What a compiled program needs, bytes of one device; `work` is that of all devices together."""
+    """What a compiled program needs, bytes of one device; `work` is that of all devices together.
+
+    `sent` are the bytes that each device sends to others, by kind of collective; `mesh` the devices along each axis.
+    """
 
     arguments: int
     temporaries: int
@@ -34,6 +38,8 @@ class Plan(NamedTuple):
     work: Work
     attention: str
     compile_seconds: float
+    sent: dict[str, float]
+    mesh: dict[str, int]
 
 
 class TooLarge(RuntimeError):
@@ -50,7 +56,7 @@ def devices_of(target: Target) -> list[Any]:
     try:
         if target.platform == "cuda":
             found = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=config_text(target), topology="1x1x1"
+                platform="cuda", topology_name="", target_config=config_text(target), topology=f"1x1x{target.chips}"
             )
         else:
             found = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
@@ -81,27 +87,31 @@ def described(target: Target) -> Iterator[None]:
 
 
 def attention_of(target: Target, attention: str, dtype: str, head_dim: int) -> str:
-    """The attention kernel on a target; XLA's on slices, as splash would have to be told how it is sharded."""
-    if target.platform == "tpu":
-        return "xla" if target.chips > 1 else kernels.pick(attention, head_dim, dtype, "tpu")
-    return kernels.pick(attention, head_dim, dtype, "gpu", target.capability)
+    """The attention kernel on a target."""
+    backend = "tpu" if target.platform == "tpu" else "gpu"
+    return kernels.pick(attention, head_dim, dtype, backend, target.capability)
 
 
 def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Plan:
     """Compiles the train step of a recipe.
 
-    Raises: InputError as `devices_of`, and when the batch does not divide over the target's chips; TooLarge.
+    Raises: InputError as `mesh_on` and `sharding.check`; TooLarge.
     """
-    data = recipe.data
-    if data.batch_size % target.chips:
-        raise InputError(
-            f"data.batch_size={data.batch_size} does not divide over the {target.chips} chips of {target.name}"
-        )
+    mesh = mesh_on(target, recipe.mesh)
+    sharding.check(mesh, backbone, recipe.data.batch_size)
     pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
     here = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
     step, arguments = training_step(here, backbone)
     counted, _ = training_step(placed(recipe, lambda *_: "xla"), backbone)
-    return plan_step(target, step, counted, arguments, donated=(0,), attention=here.forward.attention)
+    return plan_step(target, mesh, step, counted, arguments, donated=True, attention=here.forward.attention)
+
+
+def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh of a config over a target's devices.
+
+    Raises: InputError as `devices_of`, and where the mesh does not fit them.
+    """
+    return sharding.make_mesh(config, devices_of(target)[: target.chips])
 
 
 def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
@@ -140,9 +150,11 @@ def plan_decoding(
 
     def step(caches: cache.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
         hidden, caches = cache.step(config, params, token, caches, depth, dtype=recipe.dtype)
-        return jnp.argmax(decoder.head(params, hidden), axis=-1), caches
+        return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
 
-    return plan_step(target, step, step, arguments, donated=(0,), attention="xla", trips=depth)
+    mesh = mesh_on(target, recipe.mesh)
+    sharding.check(mesh, backbone)
+    return plan_step(target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth)
 
 
 def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
@@ -153,22 +165,24 @@ def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple
 
 
 def plan_step(
-    target: Target, step: Callable, counted: Callable, arguments: Callable[[], tuple], *, attention: str,
-    donated: tuple[int, ...] = (), trips: int = 1,
+    target: Target, mesh: jax.sharding.Mesh, step: Callable, counted: Callable, arguments: Callable[[], tuple], *,
+    attention: str, donated: bool = False, trips: int = 1,
 ) -> Plan:  # fmt: skip
-    """Compiles `step` for a target on the shapes of `arguments()`, and counts the products of `counted`.
+    """Compiles `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
 
-    They differ in their attention only: a kernel's products cannot be seen. `donated` numbers the arguments given up.
-    Raises: InputError as `devices_of`; TooLarge.
+    They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
+    and the first of two results is what takes its place.
+    Raises: TooLarge.
     """
     shapes = jax.eval_shape(arguments)
     work = count(jax.make_jaxpr(counted)(*shapes), trips)
-    mesh = jax.sharding.Mesh(np.array(devices_of(target)[: target.chips]), ("chips",))
-    abstract = jax.tree_util.tree_map_with_path(functools.partial(_on_mesh, mesh), shapes)
+    places = sharding.shardings(mesh, shapes)
+    abstract = jax.tree.map(_placed, shapes, places)
+    options = {"donate_argnums": 0, "out_shardings": (places[0], None)} if donated else {}
     started = time.monotonic()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):
-            lowered = jax.jit(step, donate_argnums=donated).trace(*abstract).lower()
+            lowered = jax.jit(step, **options).trace(*abstract).lower()
             compiled = lowered.compile(compiler_options=kernels.compiler_options(target.platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -177,19 +191,9 @@ def plan_step(
     memory = compiled.memory_analysis()
     return Plan(
         memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, work, attention,
-        time.monotonic() - started,
+        time.monotonic() - started, sent(compiled.as_text(), mesh.size), dict(mesh.shape),
     )  # fmt: skip
 
 
-def _on_mesh(mesh: jax.sharding.Mesh, path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-    """An argument on the target: rows of the batch and columns of the base spread over chips, all else on every one."""
-    names = [getattr(part, "key", None) for part in path]
-    spec, chips = [None] * len(leaf.shape), mesh.size
-    if chips > 1 and names[-1] in (*ROWS, "answer_mask"):
-        spec[0] = "chips"
-    elif chips > 1 and "layers" in names and leaf.shape[-1] % chips == 0:
-        spec[-1] = "chips"
-    elif chips > 1 and names[-1] == "embedding" and leaf.shape[0] % chips == 0:
-        spec[0] = "chips"
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)

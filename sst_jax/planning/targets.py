@@ -8,6 +8,7 @@ Throughput is dense bfloat16 with float32 accumulation, without sparsity.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from sst_jax.errors import InputError
 
@@ -16,11 +17,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU, or a slice of `chips` TPU chips; figures are those of one device.
+    """A GPU, several in one machine, or a slice of TPU chips: `chips` devices; figures are those of one.
 
     memory     bytes that programs can have: what the driver or the runtime reports, before its own share
     flops      peak dense bfloat16, FLOP/s
     bandwidth  peak of device memory, bytes/s
+    link       what a device sends to others in its machine or slice, bytes/s, all links together
     """
 
     name: str
@@ -35,6 +37,7 @@ class Target:
     cache: int = 0  # L2, bytes
     topology: str = ""  # TPU: the compiler's name of the slice
     chips: int = 1
+    link: float = 0.0
 
     @property
     def extra(self) -> str:
@@ -47,24 +50,33 @@ class Target:
         return 1.0 * GIB if self.platform == "cuda" else 0.5 * GIB
 
 
-def _gpu(name, title, memory, flops, bandwidth, capability, cores, clock, cache) -> Target:
+def _gpu(name, title, memory, flops, bandwidth, capability, cores, clock, cache, link) -> Target:
     return Target(
-        name, title, "cuda", memory * GIB, flops * 1e12, bandwidth * 1e9, capability, cores, clock, cache * 2**20
+        name, title, "cuda", memory * GIB, flops * 1e12, bandwidth * 1e9, capability, cores, clock, cache * 2**20,
+        link=link * 1e9,
+    )  # fmt: skip
+
+
+def _slice(name, title, memory, flops, bandwidth, topology, chips, link) -> Target:
+    return Target(
+        name, title, "tpu", memory * 1e9, flops * 1e12, bandwidth * 1e9, topology=topology, chips=chips, link=link * 1e9
     )
 
 
 _ALL = (
-    # name, title, GiB, TFLOP/s, GB/s, compute capability, SMs, GHz, MiB of L2
-    _gpu("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell", 95.6, 503.8, 1792, (12, 0), 188, 2.617, 128),
-    _gpu("h100", "NVIDIA H100 SXM 80 GB", 79.1, 989.4, 3352, (9, 0), 132, 1.98, 50),
-    _gpu("h200", "NVIDIA H200 SXM 141 GB", 139.8, 989.4, 4800, (9, 0), 132, 1.98, 50),
-    _gpu("b200", "NVIDIA B200 180 GB", 178.3, 2250.0, 7700, (10, 0), 148, 1.965, 126),
-    _gpu("rtx-5090", "NVIDIA GeForce RTX 5090", 31.8, 209.5, 1792, (12, 0), 170, 2.407, 96),
-    _gpu("rtx-4090", "NVIDIA GeForce RTX 4090", 23.6, 165.2, 1008, (8, 9), 128, 2.52, 72),
-    _gpu("a100-80g", "NVIDIA A100 SXM 80 GB", 79.1, 311.9, 2039, (8, 0), 108, 1.41, 40),
-    Target("v5e-8", "8 chips of TPU v5e", "tpu", 16e9, 197e12, 819e9, topology="v5e:2x4", chips=8),
-    Target("v5p-8", "4 chips (8 cores) of TPU v5p", "tpu", 95e9, 459e12, 2765e9, topology="v5p:2x2x1", chips=4),
-    Target("v6e-8", "8 chips of TPU v6e", "tpu", 32e9, 918e12, 1640e9, topology="v6e:2x4", chips=8),
+    # name, title, GiB, TFLOP/s, GB/s, compute capability, SMs, GHz, MiB of L2, GB/s sent (NVLink, else PCIe)
+    _gpu("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell", 95.6, 503.8, 1792, (12, 0), 188, 2.617, 128, 64),
+    _gpu("h100", "NVIDIA H100 SXM 80 GB", 79.1, 989.4, 3352, (9, 0), 132, 1.98, 50, 450),
+    _gpu("h200", "NVIDIA H200 SXM 141 GB", 139.8, 989.4, 4800, (9, 0), 132, 1.98, 50, 450),
+    _gpu("b200", "NVIDIA B200 180 GB", 178.3, 2250.0, 7700, (10, 0), 148, 1.965, 126, 900),
+    _gpu("rtx-5090", "NVIDIA GeForce RTX 5090", 31.8, 209.5, 1792, (12, 0), 170, 2.407, 96, 64),
+    _gpu("rtx-4090", "NVIDIA GeForce RTX 4090", 23.6, 165.2, 1008, (8, 9), 128, 2.52, 72, 32),
+    _gpu("a100-80g", "NVIDIA A100 SXM 80 GB", 79.1, 311.9, 2039, (8, 0), 108, 1.41, 40, 300),
+    # name, title, GB, TFLOP/s, GB/s, the compiler's topology, chips, GB/s sent. Google numbers v5p by its two cores.
+    _slice("v5e-8", "TPU v5e", 16, 197, 819, "v5e:2x4", 8, 200),
+    _slice("v5p-8", "TPU v5p", 95, 459, 2765, "v5p:2x2x1", 4, 600),
+    _slice("v5p-16", "TPU v5p", 95, 459, 2765, "v5p:2x2x2", 8, 600),
+    _slice("v6e-8", "TPU v6e", 32, 918, 1640, "v6e:2x4", 8, 400),
 )
 TARGETS = {target.name: target for target in _ALL}
 
@@ -79,12 +91,15 @@ _LIMITS = {
 
 
 def find(name: str) -> Target:
-    """The target of that name.
+    """The target of that name; of a GPU also several in one machine, as "h100x8".
 
     Raises: InputError listing the names there are.
     """
+    several = re.fullmatch(r"(.+)x([1-9])", name)
+    if several and several.group(1) in TARGETS and TARGETS[several.group(1)].platform == "cuda":
+        return dataclasses.replace(TARGETS[several.group(1)], name=name, chips=int(several.group(2)))
     if name not in TARGETS:
-        raise InputError(f"--target {name} is unknown; described are {', '.join(TARGETS)}")
+        raise InputError(f"--target {name} is unknown; described are {', '.join(TARGETS)}, and GPUs as h100x8")
     return TARGETS[name]
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sst_jax.model.sharding import constrain
+
 CHUNK = 128
 
 
@@ -27,7 +29,7 @@ def _chunked(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
 
     def compute(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        x, y = hidden[index], targets[index]
+        x, y = constrain(hidden[index], "scored", None), targets[index]
         if not with_gradient:
             return losses(x, y), None
         nll, pull = jax.vjp(lambda x: losses(x, y), x)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toys
 
+from sst_jax.model import decoder
 from sst_jax.model.forward import hidden
 
 BACKBONE = dataclasses.replace(toys.BACKBONE, num_layers=2, layer_types=("local", "global"), window=3)
@@ -100,11 +101,12 @@ def test_exact_is_backpropagation_through_time(config, depth, float64):
     assert error <= 1e-10
 
 
+@pytest.mark.parametrize("remat", decoder.REMAT[1:])
 @pytest.mark.parametrize("settings", [{"forward": "two_pass"}, {"forward": "exact", "depth": 1}])
-def test_remat_changes_no_gradient(settings, float64):
+def test_remat_changes_no_gradient(settings, remat, float64):
     base, trainable = split(FFN)
     kept = value_and_gradient(FFN, **settings)(trainable, base)
-    again = value_and_gradient(FFN, **settings, remat=True)(trainable, base)
+    again = value_and_gradient(FFN, **settings, remat=remat)(trainable, base)
     assert largest_difference(again, kept) <= 1e-12
 
 

@@ -12,7 +12,7 @@ from sst_jax.model import forward
 SEGMENTS = np.repeat([1, 2, 0, 3, 0], [9, 5, 2, 6, 2])[None].repeat(2, axis=0)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize(
     ("passes", "fields"),
     [

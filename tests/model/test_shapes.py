@@ -61,7 +61,8 @@ def test_the_two_halves_of_a_layer(depth):
     def rule(layer, streams, extra, context):
         (x,) = streams
         project(x, layer, context)
-        h, _ = forward.attend(layer, x, context)
+        summands, _ = forward.attend(layer, x, context)
+        h = forward.total(layer, summands)
         o, f = feed(h, jnp.zeros_like(h), layer.masks.blends, layer, context)
         s = propagate(x, h, f, o, layer)
         assert h.dtype == f.dtype == s.dtype == jnp.float32

@@ -13,7 +13,12 @@ import pytest
 
 from sst_jax import plan
 from sst_jax.console.command import run
+from sst_jax.model import sharding
+from sst_jax.model.kernels import KERNELS
+from sst_jax.model.sharding import MeshConfig
+from sst_jax.planning import compile as compiling
 from sst_jax.planning import targets
+from sst_jax.planning.collectives import sent
 from sst_jax.planning.count import count
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,6 +69,8 @@ def test_descriptions_of_gpus_are_complete(name):
     ("arguments", "culprit"),
     [
         (["--config", TINY, "--target", "abacus"], "abacus"),
+        (["--config", TINY, "--target", "v5e-8x2"], "v5e-8x2"),
+        (["--config", TINY, "--config.mesh.fsdp=0"], "mesh (data=1, fsdp=0"),
         (["--config", TINY, "--efficiency", "2"], "--efficiency"),
         (["--config", TINY, "--decode", "--depth", "0"], "--depth"),
         (["--config", f"{SST}:size=9b"], "9b"),
@@ -76,6 +83,45 @@ def test_refuses_in_one_line(arguments, culprit, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert culprit in message
+
+
+def test_several_gpus_are_one_of_them_so_many_times():
+    one, eight = targets.find("h100"), targets.find("h100x8")
+    assert eight.chips == 8
+    assert targets.config_text(eight) == targets.config_text(one)
+
+
+@needs_cuda
+def test_cudnn_s_attention_sends_nothing_between_gpus():
+    """Its rows and heads lie on the devices that compute them, forward and backward."""
+    target = targets.find("rtx-pro-6000x8")
+    mesh = compiling.mesh_on(target, MeshConfig(fsdp=4, tensor=2))
+
+    def array(dtype, *shape):
+        spec = sharding.spec(mesh, ("rows", None, "heads", None)[: len(shape)], shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    def loss(*arrays):
+        return KERNELS["cudnn"](*arrays, 0.1, 64).astype(jnp.float32).sum()
+
+    arrays = [array(jnp.bfloat16, 8, 256, heads, 128) for heads in (8, 4, 4)] + [array(jnp.int32, 8, 256)]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), compiling.described(target):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays).lower().compile().as_text()
+    assert text.count("__cudnn") == 2
+    assert sent(text, mesh.size) == {}
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_what_eight_gpus_send_is_what_the_formula_says(tmp_path):
+    """docs/scaling.md: twice the base as it is stored, and LoRA's factors and their gradients."""
+    record = planned(
+        tmp_path, "--config.model.source=google/gemma-3-1b-pt", "--config.data.batch_size=8", "--target", "h100x8"
+    )
+    linears, lora = 1_152 * (1_024 + 512 + 1_024 + 3 * 6_912) * 26, 32 * 26 * (2 * 2_176 + 2 * 1_408 + 3 * 8_064)
+    expected = 2 * 7 / 8 * (linears * 4.25 / 8 + 2 * lora)
+    assert 0.9 * expected < record["sent"]["all-gather"] < 1.3 * expected
+    assert record["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 @pytest.mark.skipif(CUDA, reason="the CUDA wheels are installed")
@@ -129,8 +175,8 @@ PLAIN = "--config.optimizer.accumulate=1"
     ("batch", "quantize", "target", "bar"),
     [
         (1, "nf4", "rtx-pro-6000", 21.5),
-        (4, "nf4", "rtx-pro-6000", 27.01),
-        (4, "none", "rtx-pro-6000", 62.03),
+        (4, "nf4", "rtx-pro-6000", 27.0),
+        (4, "none", "rtx-pro-6000", 62.0),
         (1, "nf4", "rtx-4090", 21.5),
     ],
 )
@@ -141,6 +187,18 @@ def test_the_27b_two_pass_step_fits(tmp_path, batch, quantize, target, bar):
     assert record["fits"]
     assert record["attention"] == "cudnn"
     assert record["host"] <= 2.0
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_inputs_of_layers_can_wait_in_the_hosts_memory(tmp_path):
+    kept, offloaded = (
+        planned(tmp_path, PLAIN, "--config.data.batch_size=4", f"--config.train.remat={remat}")
+        for remat in ("layer", "offload")
+    )
+    streams = 2 * 62 * 4 * 1024 * 5376 * 2 / 2**30  # of both passes, in bfloat16
+    assert kept["temporaries"] - offloaded["temporaries"] >= 0.9 * streams
+    assert kept["flops"] == offloaded["flops"]
 
 
 @needs_cuda

@@ -1,0 +1,201 @@
+"""Where arrays lie on a mesh of devices: a table from logical axes to mesh axes, and the logical axes of every array.
+
+    data     rows of the batch; parameters are repeated
+    fsdp     rows of the batch too; parameters are spread, and gathered a layer at a time (NF4 as it is stored)
+    tensor   heads, feed-forward width, vocabulary; activations are summed over it twice a layer
+
+A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `place` puts arrays on it, `constrain`
+and `gather` say inside a jitted function where they are to lie. Without a mesh all three change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sst_jax.errors import InputError
+from sst_jax.model.config import BackboneConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes, the last of which are left out where they do not divide a dimension.
+RULES = (
+    ("rows", ("data", "fsdp")),  # of a batch
+    ("sequence", ("tensor",)),  # of the residual stream between layers
+    ("scored", ("data",)),  # positions whose losses are computed together
+    ("vocab", ("tensor", "fsdp")),
+    ("width", ("tensor", "fsdp")),  # heads x head dim, or d_ff
+    ("summed", ("tensor",)),  # the same where a kernel contracts it: blocks of NF4 are not cut further
+    ("heads", ("tensor",)),
+    ("model", ("fsdp",)),  # d_model, where no kernel contracts it
+)
+_RULES = dict(RULES)
+
+Axes = tuple[str | None, ...]
+
+# Linears [L, inputs, outputs], in any storage, and their LoRA factors A [L, inputs, R] and B [L, R, outputs].
+_WIDEN = {"kernel": (None, None, "width"), "lora_a": (None, "model", None), "lora_b": (None, None, "width")}
+_NARROW = {"kernel": (None, "summed", "model"), "lora_a": (None, "width", None), "lora_b": (None, None, "model")}
+_LINEARS = {**dict.fromkeys(("q", "k", "v", "gate", "up"), _WIDEN), **dict.fromkeys(("o", "down"), _NARROW)}
+_CACHE = (None, "rows", None, "heads", None)  # [layers, B, S, K, H]
+_OTHERS: dict[str, Axes] = {
+    "embedding": ("vocab", None),
+    **dict.fromkeys(("local_k", "local_v", "global_k", "global_v"), _CACHE),
+    "state": (None, "rows", None),
+    **dict.fromkeys(("live", "length"), ("rows",)),
+    **dict.fromkeys(("tokens", "segment_ids", "positions", "answer_mask"), ("rows", None)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1, on one axis at most, is all that the others leave.
+
+    coordinator, processes, process: HOST:PORT of process 0, how many processes there are and which one this is, where
+    no cluster tells (SLURM, Open MPI, Kubernetes and TPU pods do).
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    coordinator: str = ""
+    processes: int = 1
+    process: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = [getattr(self, name) for name in AXES]
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+            raise InputError(f"mesh ({shown}): each axis must be at least 1, or one of them -1 for all the rest")
+        if not 0 <= self.process < self.processes:
+            raise InputError(f"mesh.process={self.process} must be in [0, mesh.processes={self.processes})")
+        if (self.processes > 1) != bool(self.coordinator):
+            raise InputError("mesh.coordinator=HOST:PORT and mesh.processes=N above 1 go together")
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of a config over the given devices, by default all there are.
+
+    Raises: InputError where they are too few, or some are left over that -1 should take in.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(config, name) for name in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+    count = math.prod(sizes.values())
+    whole = jax.process_count() > 1 or -1 in (config.data, config.fsdp, config.tensor)  # all must be in use
+    if not 0 < count <= len(devices) or (whole and count != len(devices)):
+        asked = ", ".join(f"mesh.{name}={getattr(config, name)}" for name in AXES)
+        raise InputError(f"{asked} does not fit {len(devices)} device(s): the product must be their number")
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:count])
+
+
+def check(mesh: Mesh, backbone: BackboneConfig | None = None, batch_size: int | None = None) -> None:
+    """Raises InputError naming a dimension of a model or batch that a mesh axis does not divide."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size is not None and batch_size % rows:
+        raise InputError(f"data.batch_size={batch_size} does not divide by mesh.data x mesh.fsdp = {rows}")
+    for axis, names in () if backbone is None else (("fsdp", ("d_model",)), ("tensor", ("num_kv_heads", "d_ff"))):
+        for name in names:
+            size = getattr(backbone, name)
+            if size % mesh.shape[axis]:
+                raise InputError(f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} of {size}")
+
+
+def axes_of(path: tuple[Any, ...], rank: int) -> Axes:
+    """Logical axes of an array by its path in a tree: parameters, their gradients and moments, caches, batches."""
+    names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+    linear = _LINEARS.get(names[-2]) if len(names) > 1 else None
+    axes = _OTHERS.get(names[-1]) if linear is None else linear.get(names[-1], linear["kernel"])
+    return (None,) * rank if axes is None else axes[len(axes) - rank :]
+
+
+def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = None) -> PartitionSpec:
+    """The mesh axes of every dimension of a shape."""
+    parts = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = [name for name in _RULES.get(axis, ()) if name != without and mesh.shape[name] > 1]
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names.pop()
+        parts.append(tuple(names) or None)
+    return PartitionSpec(*parts)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every array (or shape) of a tree, by its path."""
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(mesh, axes_of(path, len(leaf.shape)), leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Where an array belongs: on the mesh that is set, or on the first device."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, spec(mesh, axes_of(path, len(shape)), shape))
+
+
+def place(tree: Any) -> Any:
+    """A tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.tree.map(_put, tree, shardings(mesh, tree))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)  # each process puts down its devices' parts
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _mesh_inside() -> Any:
+    """The mesh that a function is being traced for, or None where it has one device or is not ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, told where to lie by the logical axes of its dimensions."""
+    mesh = _mesh_inside()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+
+
+def constrain_tree(tree: Any) -> Any:
+    """A tree of arrays, told to lie where their paths say."""
+    mesh = _mesh_inside()
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def gather(tree: Any) -> Any:
+    """One layer's parameters brought together over `fsdp`, as they are stored; over `tensor` they stay apart."""
+    mesh = _mesh_inside()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return tree
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        axes = axes_of(path, leaf.ndim)
+        return jax.lax.with_sharding_constraint(leaf, spec(mesh, axes, leaf.shape, without="fsdp"))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def on_parts(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]) -> jax.Array:
+    """function(*arrays) on each device's own parts, for kernels that XLA cannot cut; the result lies like the first."""
+    mesh = _mesh_inside()
+    if mesh is None:
+        return function(*arrays)
+    specs = tuple(spec(mesh, each, array.shape) for each, array in zip(axes, arrays, strict=True))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

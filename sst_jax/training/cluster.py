@@ -1,0 +1,61 @@
+"""Several processes as one run: how they find one another, and which of them speaks and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+
+from sst_jax.errors import InputError
+from sst_jax.model.sharding import MeshConfig
+
+
+def join(config: MeshConfig) -> None:
+    """Connects to the run's other processes, named by the recipe or found in the environment; alone it does nothing.
+
+    Before anything else touches a device. On CPUs processes talk by Gloo.
+    Raises: InputError where the others cannot be reached.
+    """
+    if not config.coordinator and not in_cluster(os.environ):
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = (config.coordinator, config.processes, config.process) if config.coordinator else ()
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the other processes of this run cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def in_cluster(environment: os._Environ | dict[str, str]) -> bool:
+    """Whether a launcher has started several processes that `jax.distributed` knows how to bring together.
+
+    SLURM (a step of srun), Open MPI, a TPU pod, or an indexed Kubernetes job (with jax[k8s]).
+    """
+
+    def number(name: str) -> int:
+        value = environment.get(name, "")
+        return int(value) if value.isdigit() else 0
+
+    return (
+        number("SLURM_STEP_NUM_TASKS") > 1
+        or number("OMPI_COMM_WORLD_SIZE") > 1
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or ("KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment)
+    )
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints, logs and draws."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Within this block only the process that speaks prints; errors and warnings stay everybody's."""
+    if speaks():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
