@@ -2,15 +2,17 @@
 
   python -m sst_jax.train --config configs/quickstart.py --workdir runs/quickstart
   python -m sst_jax.train --config configs/sst.py:size=1b --config.data.path=DIR --workdir runs/1b
+  python -m sst_jax.train --config configs/statetrack.py --workdir runs/s3      (tiny models from scratch)
 
-The same command on the same folder goes on where it stopped, to the same numbers. Ctrl-C and SIGTERM save first.
+The same command on the same folder goes on where it stopped, to the same numbers. Ctrl-C, SIGTERM and SIGUSR1 save
+first; a step whose loss or gradient is not finite is skipped, and train.max_skipped of them in a row end the run.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import signal
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +29,14 @@ def parser() -> Parser:
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a knob of the recipe: --config.train.steps=200")
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME-OF-RECIPE)")
     parser.add_argument("--json", metavar="FILE", help="write the summary here too (always in DIR/result.json)")
+    parser.add_argument(
+        "--stop-within", type=float, default=0.0, metavar="S",
+        help="after SIGTERM, SIGINT or SIGUSR1 end in S seconds, saved or not (default: as long as the save takes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stall-minutes", type=float, default=15.0, metavar="M",
+        help="say so and write DIR/stall.txt when no step has finished for M minutes, 0: never (default: %(default)g)",
+    )  # fmt: skip
     return parser
 
 
@@ -35,19 +45,35 @@ def main(argv: Sequence[str]) -> None:
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     args = parser().parse_args([argument for argument in argv if argument not in overrides])
 
-    from sst_jax.training import recipe as recipes
+    import jax
 
+    from sst_jax.model.sharding import make_mesh
+    from sst_jax.training import cluster
+    from sst_jax.training import recipe as recipes
+    from sst_jax.training.watch import Watch
+
+    watch = Watch(args.stop_within, args.stall_minutes)
     recipe_config = recipes.read(args.config, overrides)
-    recipe = recipes.resolve(recipe_config)
     name = Path(args.config.split(":")[0]).stem
     workdir = Path(args.workdir or f"runs/{name}")
-    result = train(recipe, json.loads(recipe_config.to_json_best_effort()), workdir)
-    if args.json:
+    if "kind" in recipe_config:
+        from sst_jax.training import study
+
+        result = study.run(recipe_config, workdir)
+    else:
+        recipe = recipes.resolve(recipe_config)
+        cluster.join(recipe.mesh)
+        with jax.set_mesh(make_mesh(recipe.mesh)), cluster.one_voice():
+            result = train(recipe, recipes.recorded(recipe_config), workdir, watch)
+    if args.json and cluster.speaks():
         write_json(args.json, result)
 
 
-def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """One run, from the folder as it is to the last step. Returns the summary that result.json holds."""
+def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = None) -> dict[str, Any]:
+    """One run, from the folder as it is to the last step. Returns the summary that result.json holds.
+
+    `watch` is a `training.watch.Watch`, None: its defaults.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -55,25 +81,30 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
     from sst_jax.console.progress import bar, say
     from sst_jax.data.loader import fixed_batches, prepare, rows
     from sst_jax.inference.model import Model, count
-    from sst_jax.model import decoder, kernels
+    from sst_jax.model import decoder, kernels, sharding
     from sst_jax.model.config import ModelConfig
     from sst_jax.model.state import alpha_summary
+    from sst_jax.training.cluster import speaks
     from sst_jax.training.figures import learning_curve
     from sst_jax.training.optimizer import make_optimizer
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import placed
     from sst_jax.training.run import RunFolder, check_recipe
     from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step
+    from sst_jax.training.watch import Stalls, StopSignals, Watch
     from sst_jax.weights.checkpoint import Checkpoints
     from sst_jax.weights.models import open_model
 
     # Everything that can be wrong with the input shows before the first long computation.
+    mesh = jax.sharding.get_mesh()
+    sharding.check(mesh, batch_size=recipe.data.batch_size)
     check_recipe(workdir, recipe_json)
     problems, heldout_problems = split_problems(recipe.data, recipe.seed)
     opened = open_model(recipe.model, recipe.dtype, recipe.quantize)
     if opened.config.stream is not None or opened.config.adapter.rank:
         raise InputError(f"model.source={recipe.model} already has a stream or adapter: train from its plain base")
     config = ModelConfig(opened.config.backbone, recipe.stream, recipe.adapter)
+    sharding.check(mesh, config.backbone)
     recipe = placed(recipe, functools.partial(kernels.here, head_dim=config.backbone.head_dim))
     tokenizer, base = opened.tokenizer, opened.params["base"]
     data = recipe.data
@@ -82,7 +113,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
 
     run_config = {"recipe": recipe_json, "model_config": config.to_dict()}
     base_facts = {name: opened.facts[name] for name in ("path", "digest", "dtype", "kind", "quantize")}
-    folder = RunFolder(workdir, run_config, base_facts)
+    folder = RunFolder(workdir, run_config, base_facts, writes=speaks())
     try:
         # 1. State: fresh, then overwritten by the newest good checkpoint where there is one.
         key = jax.random.key(recipe.seed)
@@ -91,38 +122,47 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
             raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
         optimizer = make_optimizer(recipe.optimizer, recipe.steps)
         # Placed as a restored state is, or a resumed run would compile its step anew.
-        state = jax.device_put(init_state(fresh, optimizer), jax.devices()[0])
+        state = sharding.place(init_state(fresh, optimizer))
+        places = sharding.shardings(mesh, state)
         iterator = rows(
             examples, length=data.length, batch_size=data.batch_size, seed=recipe.seed, pack=data.pack,
             pad_id=tokenizer.pad_id,
         )  # fmt: skip
         checkpoints = Checkpoints(workdir, recipe.keep)
-        step, meta = checkpoints.latest_good() or 0, {}
+        step, meta = checkpoints.latest_good() or 0, {"heldout": {}, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
         if step:
-            trainable, optimizer_state, meta = checkpoints.restore(step, state.trainable, state.optimizer, iterator)
-            state = jax.device_put(TrainState(jnp.int32(step), trainable, optimizer_state), jax.devices()[0])
-        folder.start_log(step)
+            trainable, optimizer_state, saved = checkpoints.restore(step, state.trainable, state.optimizer, iterator)
+            meta |= saved
+            state = sharding.place(TrainState(jnp.int32(step), trainable, optimizer_state))
+        unfinished = meta.pop("unfinished", None)  # the metrics of a step that was saved before it was evaluated
+        folder.start_log(step + 1 if step and unfinished is None else step)
+        watch = watch or Watch()
+        stop, stalls = StopSignals(watch.stop_within), Stalls(workdir, watch.stall_minutes)
 
         # 2. The compiled functions: the step (one for each number of passes that is drawn), and the held-out losses.
         @functools.cache
         def train_fn(settings: ForwardConfig) -> Any:
             step = functools.partial(train_step, config, settings, optimizer, tokenizer.bos_id)
             options = kernels.compiler_options(jax.default_backend())
-            return jax.jit(step, donate_argnums=(0,), compiler_options=options or None)
+            return jax.jit(step, donate_argnums=(0,), out_shardings=(places, None), compiler_options=options or None)
 
         eval_fn = jax.jit(functools.partial(batch_losses, config, recipe.heldout_forward, bos_id=tokenizer.bos_id))
         eval_batches = fixed_batches(
             heldout, length=data.length, batch_size=data.batch_size, pack=data.pack, pad_id=tokenizer.pad_id
         )
 
-        def heldout_loss(state: TrainState) -> float:
+        def heldout_loss(state: TrainState) -> float | None:
+            """None where a signal to stop comes first."""
             total, tokens = 0.0, 0
             with bar(len(eval_batches), "held-out loss", "batch") as meter:
                 for batch in eval_batches:
                     arrays = {name: value for name, value in batch.items() if name != "ids"}
-                    total += float(eval_fn(base, state.trainable, arrays).sum())
+                    total += float(eval_fn(base, state.trainable, sharding.place(arrays)).sum())
                     tokens += int(batch["answer_mask"].sum())
                     meter.update()
+                    stalls.beat()
+                    if stop.now():
+                        return None
             return total / tokens
 
         say(
@@ -132,72 +172,88 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path) -> dict[str, 
             f"{len(heldout)} held out" + (f"; resuming at step {step}" if step else "")
         )
         if step == 0:
-            meta = {"heldout": {"0": heldout_loss(state)}, "seconds": 0.0}
+            meta["heldout"]["0"] = heldout_loss(state)
+            if not math.isfinite(meta["heldout"]["0"]):
+                raise InputError(
+                    f"model.source={recipe.model} has a held-out loss that is not finite before any training: its "
+                    f"weights are damaged, or overflow in model.dtype={recipe.dtype}"
+                )
             folder.log(0, {"heldout_loss": meta["heldout"]["0"]})
             say(f"step 0: held-out loss {meta['heldout']['0']:.4f}")
 
         # 3. The loop.
         started, seconds_before = time.monotonic(), meta["seconds"]
 
-        def save(step: int) -> None:
-            meta["seconds"] = seconds_before + time.monotonic() - started
-            checkpoints.save(step, state.trainable, state.optimizer, iterator, meta)
+        def finish(step: int, metrics: dict[str, float]) -> None:
+            """What comes after a step: held-out loss, log, checkpoint, each where it is due; raises Stopped."""
+            last, due = step == recipe.steps, step % recipe.eval_every == 0 or step == recipe.steps
+            loss = heldout_loss(state) if due and not stop.now() else None
+            if due and loss is None:
+                meta["unfinished"] = metrics  # for the run that goes on: now there is only time to save
+            elif due:
+                if not math.isfinite(loss):
+                    raise Stopped(f"step {step}: the held-out loss is not finite; {recover(step)}")
+                metrics["heldout_loss"] = meta["heldout"][str(step)] = loss
+                say(
+                    f"step {step}: loss {metrics['loss']:.4f}, held-out loss {loss:.4f}, "
+                    f"{metrics['tokens_per_second']:.0f} tokens/s"
+                )
+            stopping = stop.now()
+            if "unfinished" not in meta and (step % recipe.log_every == 0 or due):
+                folder.log(step, metrics | alpha_summary(config.stream, state.trainable["blend"]))
+            if step % recipe.save_every == 0 or last or stopping:
+                meta["seconds"] = seconds_before + time.monotonic() - started
+                folder.check_there()
+                checkpoints.save(step, state.trainable, state.optimizer, iterator, meta)
+            if stopping and not (last and "unfinished" not in meta):
+                raise Stopped(f"stopped by {stop.requested} and saved at step {step}; the same command goes on")
 
-        with stop_signals() as stop, bar(recipe.steps, "training", "step", initial=step) as meter:
+        def recover(step: int) -> str:
+            return (
+                f"the newest good checkpoint is {checkpoints.latest_good() or 'the beginning'}. The same command would "
+                "come here again: lower optimizer.learning_rate, or look at the data, in another --workdir"
+            )
+
+        with stop, stalls.watching(), bar(recipe.steps, "training", "step", initial=step) as meter:
+            if unfinished is not None:
+                finish(step, unfinished)
             while step < recipe.steps:
                 before = time.monotonic()
                 batch = next(iterator)
-                state, metrics = train_fn(recipe.forward.at(step, recipe.seed))(state, base, batch, key)
+                rows_here = sharding.place(batch)
+                state, metrics = train_fn(recipe.forward.at(step, recipe.seed))(state, base, rows_here, key)
                 metrics = {name: float(value) for name, value in metrics.items()}
                 step += 1
                 real = int(np.count_nonzero(batch["segment_ids"]))
                 metrics["tokens_per_second"] = real / (time.monotonic() - before)
+                stalls.beat()
                 meter.update()
                 meter.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
-                last = step == recipe.steps
-                if step % recipe.eval_every == 0 or last:
-                    metrics["heldout_loss"] = meta["heldout"][str(step)] = heldout_loss(state)
-                    say(
-                        f"step {step}: loss {metrics['loss']:.4f}, held-out loss {metrics['heldout_loss']:.4f}, "
-                        f"{metrics['tokens_per_second']:.0f} tokens/s"
-                    )
-                if step % recipe.log_every == 0 or "heldout_loss" in metrics:
-                    folder.log(step, metrics | alpha_summary(config.stream, state.trainable["blend"]))
-                if step % recipe.save_every == 0 or last or stop.requested:
-                    save(step)
-                if stop.requested and not last:
-                    raise Stopped(f"stopped by {stop.requested} and saved at step {step}; the same command goes on")
+                meta["in_a_row"] = meta["in_a_row"] + 1 if metrics["skipped"] else 0
+                if metrics["skipped"]:
+                    meta["skipped"] += 1
+                    kept = folder.keep_batch(step, batch, recipe.max_skipped)
+                    what = f"step {step}: loss or gradient is not finite; its batch is kept in {kept}"
+                    if meta["in_a_row"] == recipe.max_skipped:
+                        raise Stopped(f"{what}. So were {recipe.max_skipped} in a row; {recover(step)}")
+                    say(f"{what}, and the step is skipped")
+                finish(step, metrics)
 
         # 4. What the run came to.
         result = summary(recipe, meta, step)
-        figure = learning_curve(workdir, f"{config.backbone.family}, {recipe.forward.forward}")
         model = Model(config, {"base": base, **state.trainable}, tokenizer, opened.facts)
-        result["samples"] = samples(model, heldout_problems[0], data.format, recipe, workdir)
+        result["samples"] = samples(model, heldout_problems[0], data.format, recipe)
+        if not speaks():
+            return result
+        with (workdir / "samples.jsonl").open("w") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in result["samples"])
+        figure = learning_curve(workdir, f"{config.backbone.family}, {recipe.forward.forward}")
         result |= {"figure": str(figure), "checkpoint": str(workdir / "checkpoints" / str(step))}
         write_json(workdir / "result.json", result)
         report(result, workdir, config.stream is not None)
         return result
     finally:
         folder.close()
-
-
-class stop_signals:
-    """Within this block SIGINT and SIGTERM set `requested` to the signal's name; a second SIGINT interrupts at once."""
-
-    requested: str | None = None
-
-    def __enter__(self) -> stop_signals:
-        def note(number: int, frame: Any) -> None:
-            if self.requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.requested = signal.Signals(number).name
-
-        self._before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def summary(recipe: Any, meta: dict[str, Any], step: int) -> dict[str, Any]:
@@ -213,20 +269,17 @@ def summary(recipe: Any, meta: dict[str, Any], step: int) -> dict[str, Any]:
     }
 
 
-def samples(model: Any, problem: Any, format: str, recipe: Any, workdir: Path) -> list[dict[str, Any]]:
+def samples(model: Any, problem: Any, format: str, recipe: Any) -> list[dict[str, Any]]:
     """The model's answers to one held-out problem, at depths 1 and 4 where it has a stream."""
     from sst_jax.data.prompts import prompt_tokens
 
     depths = [1, 4] if model.config.stream else [1]
     prompt = prompt_tokens(problem.question, model.tokenizer, format)
     answers = model.generate([prompt] * len(depths), depth=depths, max_new_tokens=recipe.sample_tokens)
-    found = [
+    return [
         {"question": problem.question, "expected": problem.result, "depth": answer.depth, "answer": answer.text}
         for answer in answers
     ]
-    with (workdir / "samples.jsonl").open("w") as file:
-        file.writelines(json.dumps(sample) + "\n" for sample in found)
-    return found
 
 
 def report(result: dict[str, Any], workdir: Path, streaming: bool) -> None:

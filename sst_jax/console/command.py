@@ -38,7 +38,8 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # One line, and nothing that a terminal would obey: names out of files are part of the message.
+        print("error:", "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
         return 2
     except SystemExit as leaving:  # argparse's --help
         return leaving.code if isinstance(leaving.code, int) else 1

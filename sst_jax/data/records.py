@@ -28,7 +28,7 @@ def read_jsonl(file: Path) -> Iterator[Record]:
         if line.strip():
             try:
                 yield Record(number - 1, f"{file}, line {number}", json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error})") from error
 
 

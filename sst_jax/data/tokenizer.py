@@ -134,7 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last: its own message quotes the bytes
             raise InputError(f"not a SentencePiece model: {error}") from error
         sp = self._processor
         self._model, self.add_bos = model, add_bos
@@ -188,21 +188,22 @@ class HuggingFaceTokenizer(Tokenizer):
         self._files = {name: (folder / name).read_bytes() for name in HF_FILES if (folder / name).is_file()}
         try:
             # Not AutoTokenizer: importing it imports torch where torch is installed.
-            self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+            self._tokenizer = hf = transformers.PreTrainedTokenizerFast.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+            first, bare = hf("a")["input_ids"][0], hf("a", add_special_tokens=False)["input_ids"][0]
+        except BaseException as error:  # the tokenizers library raises bare Exception for a broken file, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
-        hf = self._tokenizer
-        begins = hf("a")["input_ids"][0] != hf("a", add_special_tokens=False)["input_ids"][0]
-        if hf.eos_token_id is None or (hf.bos_token_id is None and begins):
+        if hf.eos_token_id is None or (hf.bos_token_id is None and first != bare):
             raise InputError(f"{folder}: its tokenizer names no eos_token, or puts one in front that is no bos_token")
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
         self.pad_id = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
         # Of the tokens added behind the vocabulary only those that are used (Llama's): Gemma's image token is one, and
         # text models have no row for it.
         self.vocab_size = max(hf.vocab_size, 1 + max(self.eos_id, self.pad_id, self.bos_id or 0))
-        self.add_bos = begins and hf("a")["input_ids"][0] == self.bos_id
+        self.add_bos = first != bare and first == self.bos_id
         self._specials = {str(token): index for index, token in hf.added_tokens_decoder.items() if token.special}
 
     @classmethod
@@ -342,10 +343,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: no such folder to read a tokenizer from")
     if (path / MARKER).is_file():
         try:
-            marker = json.loads((path / MARKER).read_text("utf-8"))
+            marker = json.loads((path / MARKER).read_bytes())
             kind, add_bos = marker["kind"], marker.get("add_bos", True)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path / MARKER}: not a tokenizer marker") from error
+        if not isinstance(add_bos, bool):
+            raise InputError(f"{path / MARKER}: add_bos={add_bos!r} must be true or false")
         if kind == "byte":
             return ByteTokenizer()
         if kind != "sentencepiece":

@@ -67,6 +67,8 @@ def gguf_metadata(path: str | Path) -> dict[str, Any]:
                 if item in _GGUF_NUMBERS:
                     dtype = np.dtype(_GGUF_NUMBERS[item])
                     return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
+                if item == _GGUF_ARRAY:
+                    raise InputError(f"{path}: an array of arrays in the metadata is not read here")
                 return [value(item) for _ in range(count)]
             if kind not in _GGUF_NUMBERS:
                 raise InputError(f"{path}: metadata of unknown type {kind}")
@@ -152,6 +154,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
             shift += 7
             if byte < 0x80:
                 return number
+            if shift > 63:  # the format's limit, and without one the time grows with the square of the length
+                raise InputError("not a SentencePiece model: a number has more than 64 bits")
 
     while at < len(data):
         number, wire = divmod(varint(), 8)

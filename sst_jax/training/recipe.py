@@ -7,6 +7,7 @@ the command line. Nothing below the commands sees a ConfigDict: `resolve` turns 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,16 +16,20 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from sst_jax.data import tracking
+from sst_jax.data.problems import RESULT
 from sst_jax.errors import InputError
 from sst_jax.model import nf4
 from sst_jax.model.config import AdapterConfig, StreamConfig, from_mapping
+from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.step import ForwardConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """name: "gsm8k", "words" (the embedded word problems) or "auto" (gsm8k where a path is given, else words).
+    """name: "gsm8k", "words" (the embedded word problems) or "auto" (gsm8k where a path is given, else words); with
+    ":result" behind it only the result is learned, without the steps. Or a story of `data/tracking.py`, as "boxes:1-4".
 
     path: a folder with GSM8K's JSONL files, or a hub id.
 
@@ -44,10 +49,14 @@ class DataConfig:
     overlong: str = "error"
 
     def __post_init__(self) -> None:
-        if self.name not in ("gsm8k", "words", "auto"):
-            raise InputError(f"data.name={self.name!r} is not one of 'gsm8k', 'words', 'auto'")
-        if self.name == "auto":
-            object.__setattr__(self, "name", "gsm8k" if self.path else "words")
+        kind, colon, part = self.name.partition(":")
+        if tracking.parse(self.name) is None and (
+            kind not in ("gsm8k", "words", "auto") or (colon and part != RESULT)
+        ):  # fmt: skip
+            known = ", ".join(map(repr, ("gsm8k", "words", "auto", *tracking.STORIES)))
+            raise InputError(f"data.name={self.name!r} is not one of {known}, nor one of the first with :{RESULT}")
+        if kind == "auto":
+            object.__setattr__(self, "name", ("gsm8k" if self.path else "words") + colon + part)
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
@@ -66,12 +75,14 @@ class Recipe:
     heldout_forward: ForwardConfig
     optimizer: OptimizerConfig
     data: DataConfig
+    mesh: MeshConfig
     steps: int
     seed: int
     log_every: int
     eval_every: int
     save_every: int
     keep: int
+    max_skipped: int
     sample_tokens: int
 
 
@@ -90,22 +101,35 @@ def defaults() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {"source": "", "dtype": "bfloat16", "quantize": "none", "attention": "auto"}
     )
-    config.stream = ml_collections.ConfigDict(_fields(StreamConfig))
-    config.stream.on = True
-    config.stream.forward = "two_pass"
-    config.stream.passes = 2
-    config.stream.mix_share = 0.0
-    config.stream.mix_passes = 3
+    config.stream = stream_knobs()
     config.adapter = ml_collections.ConfigDict(_fields(AdapterConfig))
     config.optimizer = ml_collections.ConfigDict(_fields(OptimizerConfig))
     config.data = ml_collections.ConfigDict(_fields(DataConfig))
+    config.mesh = ml_collections.ConfigDict(_fields(MeshConfig))
     config.train = ml_collections.ConfigDict(
         {
             "steps": 100, "seed": 0, "log_every": 1, "eval_every": 50, "eval_forward": "exact", "save_every": 50,
-            "keep": 2, "remat": True, "sample_tokens": 64,
+            "keep": 2, "remat": "layer", "max_skipped": 10, "sample_tokens": 64,
         }
     )  # fmt: skip
     return config.lock()
+
+
+def stream_knobs() -> ml_collections.ConfigDict:
+    """The section `stream`: whether it is on, its own fields, and the forward that trains it."""
+    drawn = {"forward": "two_pass", "passes": 2, "mix_share": 0.0, "mix_passes": 3, "depths": (1,)}
+    return ml_collections.ConfigDict({**_fields(StreamConfig), "on": True, **drawn})
+
+
+def stream_settings(knobs: dict[str, Any]) -> tuple[StreamConfig | None, dict[str, Any]]:
+    """The stream of that section, None where it is off, and the fields of ForwardConfig that go with it.
+
+    Raises: InputError naming the field.
+    """
+    knobs = dict(knobs)
+    on = knobs.pop("on")
+    drawn = {name: knobs.pop(name) for name in ("forward", "passes", "mix_share", "mix_passes", "depths")}
+    return (from_mapping(StreamConfig, knobs), drawn) if on else (None, {"forward": "plain"})
 
 
 def _fields(cls: type) -> dict[str, Any]:
@@ -140,14 +164,23 @@ def read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     return values.config
 
 
+def recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A recipe as its run records it, JSON-ready: without the mesh, as a run goes on on any number of devices."""
+    values = json.loads(config.to_json_best_effort())
+    del values["mesh"]
+    return values
+
+
 def resolve(config: ml_collections.ConfigDict) -> Recipe:
     """Checks a recipe and freezes it.
 
     Raises: InputError naming the field.
     """
-    stream, train = config.stream.to_dict(), config.train.to_dict()
-    on, name, passes = (stream.pop(key) for key in ("on", "forward", "passes"))
-    mix = {key: stream.pop(key) for key in ("mix_share", "mix_passes")}
+    if "kind" in config:
+        raise InputError(
+            f"this recipe trains from scratch (kind={config.kind!r}): `python -m sst_jax.train` alone takes it"
+        )
+    (stream, drawn), train = stream_settings(config.stream.to_dict()), config.train.to_dict()
     dtype = config.model.dtype
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype={dtype!r} is not one of 'float32', 'bfloat16'")
@@ -155,27 +188,27 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
         raise InputError(f"model.quantize={config.model.quantize!r} is not one of {', '.join(nf4.KINDS)}")
     if not config.model.source:
         raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
-    for key in ("steps", "log_every", "eval_every", "save_every", "keep"):
+    for key in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped"):
         if train[key] < 1:
             raise InputError(f"train.{key}={train[key]} must be at least 1")
-    attention = {"attention": config.model.attention}
-    trains = ForwardConfig(name, passes, train.pop("remat"), dtype, **mix, **attention)
+    shared = {"dtype": dtype, "attention": config.model.attention}
+    trains = ForwardConfig(remat=train.pop("remat"), **drawn, **shared)
+    judges = ForwardConfig(train.pop("eval_forward"), remat="none", **shared)
+    if stream is None:
+        judges = dataclasses.replace(judges, forward="plain")
     # Measured with the same number of passes where the same kind of forward measures, else with the forward's own.
-    judges = ForwardConfig(train.pop("eval_forward"), 2, remat=False, dtype=dtype, **attention)
     if judges.forward == trains.forward:
-        judges = dataclasses.replace(judges, passes=passes)
-    if not on:
-        off = {"forward": "plain", "passes": 2, "mix_share": 0.0}
-        trains, judges = (dataclasses.replace(part, **off) for part in (trains, judges))
+        judges = dataclasses.replace(judges, passes=trains.passes)
     return Recipe(
         model=config.model.source,
         dtype=dtype,
         quantize=config.model.quantize,
-        stream=from_mapping(StreamConfig, stream) if on else None,
+        stream=stream,
         adapter=from_mapping(AdapterConfig, config.adapter.to_dict()),
         forward=trains,
         heldout_forward=judges,
         optimizer=from_mapping(OptimizerConfig, config.optimizer.to_dict()),
         data=from_mapping(DataConfig, config.data.to_dict()),
+        mesh=from_mapping(MeshConfig, config.mesh.to_dict()),
         **train,
     )

@@ -4,6 +4,7 @@ RUN/config.json       recipe and model config       RUN/metrics.jsonl    a line 
 RUN/base.json         the base it stands on         RUN/samples.jsonl    answers at several depths
 RUN/environment.json  versions                      RUN/figures/         learning curve
 RUN/checkpoints/      see weights/checkpoint.py     RUN/tensorboard/     the metrics again
+RUN/bad_batches/      of steps that were skipped    RUN/stall.txt        stacks, where no step came for long
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import write_json
+import numpy as np
+from safetensors.numpy import save_file
+
+from sst_jax.console.command import Stopped, write_json
 from sst_jax.errors import InputError
 from sst_jax.weights.files import read_json
 
@@ -23,14 +28,20 @@ PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 
 class RunFolder:
-    """An opened run folder, locked against a second process until `close`."""
+    """An opened run folder, locked against a second process until `close`.
 
-    def __init__(self, path: Path, config: dict[str, Any], base: dict[str, Any]):
+    Of the processes of one run the first writes; for the others, `writes=False`, nothing here does anything.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], base: dict[str, Any], writes: bool = True):
         """Opens a new folder, or one that holds a run of the same config on the same base.
 
         Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
         """
-        self.path = path
+        self.path, self.writes = path, writes
+        self._lock = self._metrics = self._board = None
+        if not writes:
+            return
         check(path, config, base)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
@@ -46,27 +57,46 @@ class RunFolder:
             write_json(path / "base.json", base)
             write_json(path / "config.json", config)
         write_json(path / "environment.json", environment())
-        self._metrics: Any = None
-        self._board: Any = None
 
     def start_log(self, step: int) -> None:
-        """Opens metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote beyond `step`."""
+        """Opens metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote of `step` and later."""
+        if not self.writes:
+            return
         from tensorboardX import SummaryWriter
 
         file = self.path / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        kept = [line for line in read_metrics(self.path) if line["step"] < step] if step else []
         temporary = file.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(file)
         self._metrics = file.open("a")
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends a line of metrics."""
+        if not self.writes:
+            return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def check_there(self) -> None:
+        """Raises Stopped where the folder has been removed under the run: saving would make half of it anew."""
+        if self.writes and not (self.path / "config.json").is_file():
+            raise Stopped(f"the run folder {self.path} is gone: put it back, or begin again with the same command")
+
+    def keep_batch(self, step: int, batch: dict[str, np.ndarray], keep: int) -> Path:
+        """Writes the batch of a skipped step to bad_batches/STEP.safetensors, and removes all but the newest `keep`."""
+        folder = self.path / "bad_batches"
+        file = folder / f"{step}.safetensors"
+        if self.writes:
+            folder.mkdir(exist_ok=True)
+            save_file({name: np.ascontiguousarray(value) for name, value in batch.items()}, file)
+            for old in sorted(folder.glob("*.safetensors"), key=lambda old: int(old.stem))[:-keep]:
+                old.unlink()
+        return file
 
     def close(self) -> None:
         """Closes the logs and gives the folder free."""
@@ -122,14 +152,17 @@ def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
     file = run / "metrics.jsonl"
-    texts = file.read_text().splitlines() if file.is_file() else []
+    *whole, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     lines = []
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate([*whole, torn], 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            if number < len(texts):
-                raise InputError(f"{file}:{number} is not JSON") from None
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("needs a step")
+            lines.append(line)
+        except (ValueError, RecursionError) as error:
+            if number <= len(whole):
+                raise InputError(f"{file}, line {number}: not a line of metrics ({error}); remove it") from None
     return lines
 
 

@@ -13,7 +13,7 @@ import optax
 from sst_jax.errors import InputError
 from sst_jax.model import forward
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Params, head_table
+from sst_jax.model.decoder import REMAT, Params, head_table
 from sst_jax.training.loss import answer_losses
 
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
@@ -23,32 +23,47 @@ Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; ans
 class ForwardConfig:
     """Which forward trains: its name, and `passes` for k_pass and local.
 
-    mix_share of the steps, drawn by seed, run mix_passes passes instead: two_pass becomes k_pass for that step.
+    mix_share of the steps, drawn by seed, run mix_passes passes instead: two_pass and exact become k_pass there.
+    remat: what is kept for the backward pass, see `decoder.REMAT`.
+    depths: every step runs one of these iteration depths, drawn by seed, at all positions.
     """
 
     forward: str = "two_pass"
     passes: int = 2
-    remat: bool = True
+    remat: str = "layer"
     dtype: str = "float32"
     mix_share: float = 0.0
     mix_passes: int = 3
     attention: str = "xla"
+    depths: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        forward.check(self.forward, self.passes, depth=1)
+        if not self.depths or not all(isinstance(depth, int) for depth in self.depths):
+            raise InputError(f"stream.depths={self.depths} must be iteration depths, such as (1, 2, 3, 4)")
+        for depth in self.depths:
+            forward.check(self.forward, self.passes, depth)
         if not 0.0 <= self.mix_share <= 1.0:
             raise InputError(f"stream.mix_share={self.mix_share} must be in [0, 1]")
-        if self.mix_share and self.forward not in ("two_pass", "k_pass", "local"):
-            raise InputError(f"stream.mix_share needs a forward with passes, not {self.forward!r}")
+        if self.mix_share and self.forward == "plain":
+            raise InputError("stream.mix_share needs a forward with a stream, not 'plain'")
         forward.check("k_pass", self.mix_passes, depth=1)
+        if self.remat not in REMAT:
+            raise InputError(f"train.remat={self.remat!r} is not one of {', '.join(map(repr, REMAT))}")
 
     def at(self, step: int, seed: int) -> ForwardConfig:
-        """What runs at one step; the same on every resume, as it depends on seed and step alone."""
-        plain = dataclasses.replace(self, mix_share=0.0)
-        if np.random.default_rng((seed, step)).random() >= self.mix_share:
-            return plain
-        name = "k_pass" if self.forward == "two_pass" else self.forward
-        return dataclasses.replace(plain, forward=name, passes=self.mix_passes)
+        """What runs at one step, at one depth; the same on every resume, as it depends on seed and step alone."""
+        rng = np.random.default_rng((seed, step))
+        mixed = rng.random() < self.mix_share
+        one = dataclasses.replace(self, mix_share=0.0, depths=(int(rng.choice(self.depths)),))
+        if not mixed:
+            return one
+        name = "k_pass" if self.forward in ("two_pass", "exact") else self.forward
+        return dataclasses.replace(one, forward=name, passes=self.mix_passes)
+
+    @property
+    def depth(self) -> int:
+        """Of what `at` has drawn."""
+        return self.depths[0]
 
 
 class TrainState(NamedTuple):
@@ -70,6 +85,7 @@ def batch_losses(
     """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
     hidden = forward.hidden(
         config, {"base": base, **trainable}, batch["tokens"], forward=settings.forward, passes=settings.passes,
+        depth=settings.depth,
         segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, warmth=warmth,
         dropout_key=dropout_key, dtype=settings.dtype, remat=settings.remat,
         attention=settings.attention,
@@ -81,7 +97,11 @@ def train_step(
     config: ModelConfig, settings: ForwardConfig, optimizer: optax.GradientTransformation, bos_id: int | None,
     state: TrainState, base: Params, batch: Batch, key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
-    """One optimizer step on the mean loss over the batch's answer tokens. Only `state` changes; `base` is frozen."""
+    """One optimizer step on the mean loss over the batch's answer tokens. Only `state` changes; `base` is frozen.
+
+    Where loss or gradient is not finite the step is skipped: nothing changes but the count of steps, which is what
+    drives dropout and warm-up, and metrics["skipped"] is 1.
+    """
     stream, warmth = config.stream, None
     if stream is not None and stream.alpha_warmup:
         warmth = jnp.minimum(state.step / stream.alpha_warmup, 1.0)
@@ -97,5 +117,11 @@ def train_step(
     loss, gradient = jax.value_and_grad(mean_loss)(state.trainable)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "answer_tokens": count}
+    norm = optax.tree.norm(gradient)
+    # Not optax.apply_if_finite, which looks at the gradient alone, and lets it in after some failures in a row.
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    trainable, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
+    )
+    metrics = {"loss": loss, "gradient_norm": norm, "answer_tokens": count, "skipped": ~good}
     return TrainState(state.step + 1, trainable, optimizer_state), metrics

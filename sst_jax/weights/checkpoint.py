@@ -11,6 +11,7 @@ Orbax restores a flipped byte in silence; the manifest is how a damaged step is 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from sst_jax.console.command import write_json
+from sst_jax.console.command import Stopped, write_json
 from sst_jax.errors import InputError
+from sst_jax.model.sharding import place_of
 from sst_jax.weights.files import read_json, sha256
 
 log = logging.getLogger(__name__)
+TORN = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
 
 
 class Checkpoints:
@@ -34,11 +37,29 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int = 2):
         self.folder = (run / "checkpoints").absolute()
         self.manifests = (run / "manifests").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        self.keep = keep
+        if not jax.process_index():  # what a killed save left behind takes room
+            for torn in self.folder.glob(f"*{TORN}"):
+                shutil.rmtree(torn, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, trainable: Any, optimizer: Any, iterator: Any, meta: dict[str, Any]) -> None:
-        """Writes the step, then its manifest; older steps beyond `keep` go."""
+        """Writes the step, then its manifest; only then older steps beyond `keep` go.
+
+        Raises: Stopped where the disk does not take it; the checkpoints before it stay.
+        """
+        try:
+            self._save(step, trainable, optimizer, iterator, meta)
+        except (OSError, ValueError) as error:  # ValueError is TensorStore's for all that a disk may say
+            shutil.rmtree(self.folder / f"{step}{TORN}", ignore_errors=True)
+            reason = " ".join(str(error).split())[-200:]
+            raise Stopped(
+                f"checkpoint {self.folder / str(step)} cannot be written: {reason}\nThe newest good one is "
+                f"{self.latest_good() or 'the beginning'}; make room or mend the disk, then the same command goes on"
+            ) from error
+
+    def _save(self, step: int, trainable: Any, optimizer: Any, iterator: Any, meta: dict[str, Any]) -> None:
         import grain
 
         if step in self.manager.all_steps():  # a step that had been found damaged
@@ -51,10 +72,14 @@ class Checkpoints:
         }
         self.manager.save(step, args=ocp.args.Composite(**items), force=True)
         self.manager.wait_until_finished()
-        files = {name: sha256(file) for name, file in _files(self.folder / str(step))}
-        write_json(self.manifests / f"{step}.json", {"sha256": files})
+        if not jax.process_index():  # the first process vouches for what all have written
+            files = {name: sha256(file) for name, file in _files(self.folder / str(step))}
+            write_json(self.manifests / f"{step}.json", {"sha256": files})
+        # Not left to Orbax, which would remove the last good step before the manifest makes this one count.
+        for old in sorted(self.manager.all_steps())[: -self.keep]:
+            self.manager.delete(old)
         kept = set(self.manager.all_steps())
-        for manifest in self.manifests.glob("*.json"):
+        for manifest in () if jax.process_index() else self.manifests.glob("*.json"):
             if manifest.stem.isdigit() and int(manifest.stem) not in kept:
                 manifest.unlink()
 
@@ -63,18 +88,18 @@ class Checkpoints:
         return newest_good(self.folder.parent, say=log.warning)
 
     def restore(self, step: int, trainable: Any, optimizer: Any, iterator: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """(trainable, optimizer, meta) in the shapes of the given trees; sets the iterator to its place."""
-        import grain
-
+        """(trainable, optimizer, meta) in the shapes and places of the given trees; sets the iterator to its place."""
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardRestore(_abstract(trainable)),
                 optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
                 meta=ocp.args.JsonRestore(),
-                data=grain.checkpoint.CheckpointRestore(iterator),
             ),
         )
+        # Every process goes through the same batches, so any number of them goes on from the place of the first.
+        (place,) = (self.folder / str(step) / "data").glob("process_0-of-*.json")
+        iterator.set_state(read_json(place))
         return restored["trainable"], restored["optimizer"], restored["meta"]
 
     def close(self) -> None:
@@ -116,9 +141,16 @@ def damage(run: Path, step: int) -> str | None:
 
 
 def restore_trainable(run: Path, step: int, trainable: Any) -> Any:
-    """Adapter and blend of a step, in the shapes of `trainable`, without optimizer or data."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((run / "checkpoints" / str(step) / "trainable").absolute(), _abstract(trainable))
+    """Adapter and blend of a step, in the shapes of `trainable`, without optimizer or data.
+
+    Raises: InputError where the step holds others than those.
+    """
+    folder = (run / "checkpoints" / str(step) / "trainable").absolute()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, _abstract(trainable))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} does not hold what {run / 'config.json'} says was trained") from error
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
@@ -126,8 +158,9 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes, types and this machine's placement: what opens a checkpoint on another topology than it was saved on."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
-    )
+    """Shapes, types and this mesh's placement: what opens a checkpoint on another topology than it was saved on."""
+
+    def one(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or place_of(path, x.shape))
+
+    return jax.tree_util.tree_map_with_path(one, tree)

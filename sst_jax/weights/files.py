@@ -15,7 +15,7 @@ from sst_jax.errors import InputError
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import FAMILIES, BackboneConfig
+from sst_jax.model.config import FAMILIES, MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
 from sst_jax.weights import names
 from sst_jax.weights.source import Source, Tensor
@@ -264,8 +264,8 @@ def backbone_from_metadata(
     if scaling not in ("linear", "none"):
         raise keys.error("rope.scaling.type", "is unsupported; 'linear' is")
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
-    if fields["num_layers"] > names.MAX_LAYERS:
-        raise keys.error("block_count", f"is beyond {names.MAX_LAYERS}")
+    if fields["num_layers"] > MAX_LAYERS:
+        raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
     fields |= _FACTS[keys.architecture](keys, fields)
     if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import FAMILIES, BackboneConfig
-from sst_jax.weights import names
+from sst_jax.model.config import FAMILIES, MAX_LAYERS, BackboneConfig
 
 _KINDS = {"sliding_attention": "local", "full_attention": "global"}
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -225,8 +224,8 @@ def backbone_from_config(config: Mapping[str, Any], where: str = "config.json") 
             fields[name] = derived[name]
         else:
             fields[name] = _number(text, field, 1 if default is None else default, where)
-    if fields["num_layers"] > names.MAX_LAYERS:
-        raise InputError(f"{where}: num_hidden_layers={fields['num_layers']} is beyond {names.MAX_LAYERS}")
+    if fields["num_layers"] > MAX_LAYERS:
+        raise InputError(f"{where}: num_hidden_layers={fields['num_layers']} is beyond {MAX_LAYERS}")
     fields |= dialect.read(text, fields, where)
     try:
         return BackboneConfig(family=dialect.family, **{**FAMILIES[dialect.family], **fields})

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from sst_jax.console.progress import bar
 from sst_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sst_jax.errors import InputError
-from sst_jax.model import decoder, nf4
+from sst_jax.model import decoder, nf4, sharding
 from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
 from sst_jax.weights import gguf, huggingface, names, peft, portable, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
@@ -56,9 +56,11 @@ def source_dtype(model: str | Path) -> str:
     name, path = str(model), Path(model).expanduser()
     if path.is_dir() and store.is_base_folder(path):
         arrays = store.read_header(path)["arrays"]
+        if "base/embed/embedding" not in arrays:
+            raise InputError(f"{path / store.HEADER}: arrays lacks base/embed/embedding")
         return arrays["base/embed/embedding"]["dtype"]
     if path.is_dir() and is_run_folder(path):
-        return source_dtype(read_json(path / "base.json").get("path", ""))
+        return source_dtype(_recorded_base(path)["path"])
     if path.is_dir() and peft.is_adapter_folder(path):
         return source_dtype(peft.base_of(path)["path"])
     if path.is_dir() and (path / "config.json").is_file():
@@ -148,7 +150,7 @@ def open_model(
     for key in [key for key, leaf in layers.items() if "kernel" in leaf]:
         stack = layers.pop(key)["kernel"]
         layers[key] = jax.lax.map(lambda kernel: quantised(kernel, quantize), stack)
-    params["base"]["layers"] = layers
+    params["base"]["layers"] = sharding.place(layers)
     return Opened(config, params, tokenizer, {**facts, "quantize": quantize})
 
 
@@ -192,7 +194,7 @@ def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: boo
     else:
         meter, update = _progress("reading weights")
         with meter:
-            base = jax.tree.map(jnp.asarray, fill_base(source, dtype, update, quantize))
+            base = sharding.place(fill_base(source, dtype, update, quantize))
     meter, update = _progress("hashing weights")
     with meter:
         identity = digest(source.files, update)
@@ -233,7 +235,7 @@ def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> Opened:
 
 
 def _on_device(params: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(jnp.asarray, params)
+    return sharding.place(params)
 
 
 def _random(preset: str, dtype: str) -> Opened:
@@ -244,7 +246,7 @@ def _random(preset: str, dtype: str) -> Opened:
     corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
     identity = hashlib.sha256(corner + repr(config).encode()).hexdigest()
     facts = {"kind": "random", "path": f"random:{preset}", "digest": identity, "dtype": dtype, "layout": None}
-    return Opened(config, params, ByteTokenizer(), facts)
+    return Opened(config, sharding.place(params), ByteTokenizer(), facts)
 
 
 def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
@@ -253,8 +255,9 @@ def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
         header = store.read_header(path)
         config, params, facts = header["config"], {"base": stacks, "adapter": {}, "blend": {}}, header["facts"]
     else:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # no second copy on the host
-        config, params, facts = store.load_base(path, dtype, sharding=here)
+        # Where it belongs at once: no second copy on the host, and of a mesh each process reads its own parts.
+        where = lambda slot, shape: sharding.place_of(tuple(slot.split("/")), shape)  # noqa: E731
+        config, params, facts = store.load_base(path, dtype, sharding=where)
         params = {"adapter": {}, "blend": {}, **params}
     source = {name: facts.get(name) for name in ("kind", "path", "digest")}  # what it was converted from
     facts = {**facts, "kind": "base", "path": str(path.resolve()), "digest": sha256(path / store.MANIFEST)}
@@ -263,14 +266,9 @@ def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
 
 
 def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
-    recorded, content = read_json(path / "base.json"), read_json(path / "config.json")
-    for file, mapping, keys in (
-        ("base.json", recorded, ("path", "digest")),
-        ("config.json", content, ("model_config",)),
-    ):
-        for key in keys:
-            if key not in mapping:
-                raise InputError(f"{path / file} lacks the key {key}")
+    recorded, content = _recorded_base(path), read_json(path / "config.json")
+    if "model_config" not in content:
+        raise InputError(f"{path / 'config.json'} lacks the key model_config")
     step = newest_good(path)
     if step is None:
         raise InputError(f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder")
@@ -282,10 +280,23 @@ def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
         ) from None
     check_base(path, "base.json", recorded, opened.facts)
     config = ModelConfig.from_dict(content["model_config"])
+    if config.backbone != opened.config.backbone:
+        raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded['path']}")
     shapes = decoder.abstract_params(config)
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
     facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": content.get("recipe")}
     return Opened(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
+
+
+def _recorded_base(run: Path) -> dict[str, Any]:
+    """base.json of a run folder; raises InputError unless it names a path and a digest."""
+    recorded = read_json(run / "base.json")
+    for key in ("path", "digest"):
+        if key not in recorded:
+            raise InputError(f"{run / 'base.json'} lacks the key {key}")
+        if not isinstance(recorded[key], str):
+            raise InputError(f"{run / 'base.json'}: {key}={recorded[key]!r} is not text")
+    return recorded
 
 
 def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> Opened:
@@ -336,5 +347,5 @@ def check_base(path: Path, file: str, recorded: dict[str, Any], facts: dict[str,
     if recorded["digest"] != facts["digest"]:
         raise InputError(
             f"{recorded['path']} is not the base that {path} was trained on: its digest is {facts['digest'][:12]}, "
-            f"{file} records {recorded['digest'][:12]}"
+            f"{file} records {str(recorded['digest'])[:12]}"
         )

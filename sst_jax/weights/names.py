@@ -106,9 +106,6 @@ VISION = {
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
 ROPE_FREQUENCIES = "rope_freqs.weight"  # Llama 3's scaling as a tensor of its GGUF files, read with the metadata
 
-# A header may claim any number of layers; beyond this the claim is nonsense, and tables of that length are refused.
-MAX_LAYERS = 4096
-
 
 class Entry(NamedTuple):
     """One tensor on disk: its key (layout "text" for Hugging Face), its shape there, and its place in the tree."""

@@ -149,6 +149,7 @@ def fill_base(source: Source, dtype: str, progress: Progress | None = None, quan
 
     Raises: InputError as `pieces`.
     """
+    names.bind(source.tensors(), source.backbone, source.kind, source.path)  # no memory for shapes that no file has
     base: dict[str, Any] = {}
     for slot, (shape, slot_dtype) in slots(source.backbone, dtype, quantize).items():
         names.set_slot(base, slot, np.empty(shape, slot_dtype))

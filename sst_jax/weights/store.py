@@ -234,6 +234,11 @@ def read_header(directory: str | Path) -> dict[str, Any]:
     for name in ("config", "facts", "arrays"):
         if not isinstance(header.get(name), dict):
             raise InputError(f"{file}: {name} is missing or not an object")
+    for slot, spec in header["arrays"].items():
+        shape = spec.get("shape") if isinstance(spec, dict) else None
+        sizes = isinstance(shape, list) and all(isinstance(size, int) and 0 <= size < 2**40 for size in shape)
+        if not sizes or spec.get("dtype") not in list(_STORED):
+            raise InputError(f"{file}: arrays.{slot} is malformed")
     return header
 
 
@@ -283,10 +288,7 @@ def load_base(
         verify(folder)
     target: dict[str, Any] = {}
     for slot, spec in header["arrays"].items():
-        try:
-            shape, stored = tuple(int(size) for size in spec["shape"]), _STORED[spec["dtype"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / HEADER}: arrays.{slot} is malformed") from error
+        shape, stored = tuple(spec["shape"]), _STORED[spec["dtype"]]
         converted = dtype is not None and slot.startswith("base/") and slot.rpartition("/")[2] not in nf4.LEAVES
         wanted = numpy_dtype(dtype) if converted else stored
         if sharding is None:
@@ -299,6 +301,7 @@ def load_base(
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder / PARAMS, target)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder / PARAMS} cannot be restored: {error}") from error
+    except Exception as error:  # TensorStore and Orbax raise anything, over many lines
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder / PARAMS} cannot be restored: {first_line}") from error
     return header["config"], params, header["facts"]

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from sst_jax import convert, export, generate
 from sst_jax.console.command import run
+from sst_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,14 @@ def test_broken_folders_are_named(good, tmp_path, capsys, damage):
         assert message.count("\n") == 1
         assert culprit in message
     assert not target.exists()
+
+
+def test_a_name_out_of_a_file_cannot_break_the_line_or_steer_the_terminal(capsys):
+    def main(argv):
+        raise InputError("a.gguf: key one\ntwo\x1b[2J\ud800 is missing")
+
+    assert run(main, []) == 2
+    assert capsys.readouterr().err == "error: a.gguf: key one two [2J  is missing\n"
 
 
 def test_the_good_folder_is_good(good, tmp_path):

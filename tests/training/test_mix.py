@@ -1,10 +1,13 @@
-"""Steps with more passes, drawn by seed."""
+"""Steps with more passes or at other depths, drawn by seed."""
 
 import numpy as np
+import optax
 import pytest
+import toys
 
 from sst_jax.errors import InputError
-from sst_jax.training.step import ForwardConfig
+from sst_jax.model import forward
+from sst_jax.training.step import ForwardConfig, batch_losses
 
 
 def test_the_share_is_kept_and_the_draw_depends_on_seed_and_step_alone():
@@ -23,7 +26,46 @@ def test_without_a_share_every_step_is_the_same():
     assert {settings.at(step, seed=0) for step in range(50)} == {settings}
 
 
-@pytest.mark.parametrize("bad", [{"mix_share": 1.5}, {"mix_share": -0.1}, {"forward": "exact", "mix_share": 0.5}])
+def test_depths_are_drawn_evenly_and_independently_of_passes():
+    settings = ForwardConfig("exact", mix_share=0.25, mix_passes=3, depths=(1, 2, 4))
+    drawn = [settings.at(step, seed=3) for step in range(3000)]
+    assert drawn == [settings.at(step, seed=3) for step in range(3000)]
+    for depth in (1, 2, 4):
+        mine = [part for part in drawn if part.depth == depth]
+        assert abs(len(mine) / 3000 - 1 / 3) < 4 * np.sqrt(1 / 3 * 2 / 3 / 3000)
+        more = [part for part in mine if part.forward == "k_pass"]
+        assert all(part.passes == 3 for part in more)
+        assert abs(len(more) / len(mine) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(mine))
+    assert len(set(drawn)) == 6
+
+
+@pytest.mark.parametrize("depths", [(), (0,), (1.5,), (2, "3")])
+def test_bad_depths_are_refused(depths):
+    with pytest.raises(InputError, match="depth"):
+        ForwardConfig("exact", depths=depths)
+
+
+def test_plain_steps_have_no_depth():
+    with pytest.raises(InputError, match="depth=1"):
+        ForwardConfig("plain", depths=(1, 2))
+
+
+@pytest.mark.parametrize("bad", [{"mix_share": 1.5}, {"mix_share": -0.1}, {"forward": "plain", "mix_share": 0.5}])
 def test_bad_mixes_are_refused(bad):
     with pytest.raises(InputError, match="mix_share"):
         ForwardConfig(**bad)
+
+
+def test_a_step_that_drew_a_depth_has_the_loss_of_that_depth(quick_compiles):
+    config = toys.config({"alpha_range": (0.0, 1.0)}, backbone=toys.SHALLOW)
+    params, tokens = toys.params(config), toys.tokens(2, 7)
+    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "answer_mask": np.ones(tokens.shape, bool)}
+    batch["positions"] = np.broadcast_to(np.arange(7), (2, 7))
+    settings = ForwardConfig("exact", remat="none", depths=(2,))
+    found = batch_losses(config, settings.at(0, seed=0), params["base"], params, batch, bos_id=toys.BOS)
+    expected = []
+    for depth in (1, 2):
+        logits = forward.logits(config, params, tokens, forward="exact", depth=depth, bos_id=toys.BOS)[:, :-1]
+        expected.append(optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+    np.testing.assert_allclose(found[:, 1:], expected[1], rtol=1e-4, atol=1e-5)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-2

@@ -103,6 +103,54 @@ def test_a_run_of_steps_compiles_once_learns_and_leaves_the_base_alone(forward):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate):
+    """One token's embedding is not a number; the others come through as if the batch with it had not been."""
+    config = toys.config({}, backbone=toys.LLAMA)  # its head is not its embedding
+    params = toys.params(config)
+    poisoned = params["base"]["embed"]["embedding"].at[7].set(jnp.nan)
+    base = {**params["base"], "embed": {"embedding": poisoned}}
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, accumulate=accumulate), 10)
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("two_pass"), optimizer, None))
+    good = [{**batch, "tokens": np.where(batch["tokens"] == 7, 8, batch["tokens"])} for batch in batches(4)]
+    bad = {**good[0], "tokens": np.full_like(good[0]["tokens"], 7)}
+
+    def run(sequence):
+        state, skipped = init_state(trainable(params), optimizer), []
+        for batch in sequence:
+            state, metrics = step(state, base, batch, jax.random.key(0))
+            skipped.append(bool(metrics["skipped"]))
+        return state, skipped
+
+    wanted, skipped = run(good)
+    assert skipped == [False] * 4
+    state, skipped = run([bad, good[0], bad, bad, good[1], good[2], bad, good[3]])
+    assert skipped == [True, False, True, True, False, False, True, False]
+    assert (int(state.step), int(wanted.step)) == (8, 4)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state[1:], wanted[1:]))
+
+
+@pytest.mark.parametrize("value", [np.inf, 1e30])
+def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(value):
+    """1e30 is finite, and its square, in the clip's norm, is not."""
+    state = {"adapter": {}, "blend": {"theta": jnp.ones(3)}}
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
+    before = init_state(state, optimizer)
+
+    @jax.custom_vjp
+    def steep(x):
+        return x.sum()
+
+    steep.defvjp(lambda x: (x.sum(), x), lambda x, cotangent: (jnp.full_like(x, value),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sst_jax.training.step.batch_losses", lambda *args, **_: steep(args[3]["blend"]["theta"]))
+        batch = {"answer_mask": np.ones((1, 3), bool)}
+        after, metrics = train_step(toys.config(), ForwardConfig("plain"), optimizer, None, before, {}, batch, None)
+    assert np.isfinite(metrics["loss"])
+    assert metrics["skipped"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, after[1:], before[1:]))
+
+
 def test_weight_decay_does_not_touch_the_blend():
     trainable = {"adapter": {"a": jnp.ones(3)}, "blend": {"theta": jnp.ones(3)}}
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, warmup_steps=0), 10)
