@@ -3,7 +3,7 @@
     python benchmarks/findings.py --study scratch          S3 and parity from scratch, also deeper: minutes
     python benchmarks/findings.py --study further          the same with two passes, and at mixed depths from the start
     python benchmarks/findings.py --study rooms            SmolLM2-135M on entity tracking: streams, LoRA, equal compute
-    python benchmarks/findings.py --study hidden --config.data.name=gsm8k:result --config.data.path=DIR --data DIR
+    python benchmarks/findings.py --study hidden --config.data.path=DIR --data DIR       GSM8K, its steps not shown
 
 The pretrained studies go seed by seed, all arms of a seed before the next one, so that what an interruption leaves are
 whole seeds; `--arms` and `--seeds` widen a folder that is there. Their arms are ARMS below and the controls of
@@ -62,7 +62,8 @@ STUDIES: dict[str, Pretrained | Scratch] = {
     "further": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,published,two_pass,depths,mixed")),
     "rooms": Pretrained(("--config.data.name=rooms:1-4",), ("rooms:1-4", "rooms:8"), MAIN),
     "boxes": Pretrained(("--config.data.name=boxes:1-4", "--config.train.steps=400"), ("boxes:1-4", "boxes:8"), MAIN),
-    "hidden": Pretrained(
+    "hidden": Pretrained(("--config.data.name=gsm8k:result", "--config.data.length=256"), ("gsm8k:result",), MAIN),
+    "hidden-words": Pretrained(
         ("--config.data.name=words:result", "--config.data.length=128"), ("words:result",), MAIN
     ),
 }  # fmt: skip
