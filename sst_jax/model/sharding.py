@@ -147,7 +147,12 @@ def place_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Shar
 
 
 def place(tree: Any) -> Any:
-    """A tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set."""
+    """A tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set.
+
+    In a function that is being traced it is `constrain_tree`.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return constrain_tree(tree)
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, tree)
