@@ -3,7 +3,7 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/eight_devices.py CASE ... > differences.json
 
 A case is MESH:FORWARD:STORAGE or MESH:decode:STORAGE with MESH=DATA,FSDP,TENSOR. Printed for each are the largest
-differences from a mesh of one device, relative to the largest number of their kind; so for MESH:kernel:NAME, of a
+differences of an array from that of a mesh of one device, as relative norms; so for MESH:kernel:NAME, of a
 kernel for attention. MESH:restored:MESH is saved on the first mesh and read on the second, MESH:gathered:FORWARD counts
 all-gathers' bytes at two lengths of rows.
 """
@@ -119,8 +119,10 @@ def attended(name):
     q, k, v = (rng.standard_normal((4, 128, heads, 128)).astype(np.float32) for heads in (8, 4, 4))
     segments = np.repeat([[1, 2]], 64, axis=1) * np.ones((4, 1), np.int32)
 
+    documents = sharding.place({"segment_ids": segments})["segment_ids"]
+
     def loss(q, k, v):
-        out = KERNELS[name](q, k, v, sharding.place({"segment_ids": segments})["segment_ids"], 0.1, 20)
+        out = KERNELS[name](q, k, v, documents, 0.1, 20)
         return jnp.square(out).sum(), out
 
     (_, out), gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -185,11 +187,11 @@ def gathered(mesh, forward):
 
 
 def difference(mine, theirs):
-    """Largest difference of two trees, by the largest number in each leaf's counterpart."""
+    """Largest relative norm of the difference between a leaf and its counterpart in two trees."""
 
     def one(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+        return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
 
     return max(jax.tree.leaves(jax.tree.map(one, mine, theirs)))
 

@@ -100,6 +100,9 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
     for name, value in config.items():
         if (name not in _HARMLESS and value) or (name == "bias" and value != "none"):
             raise InputError(f"{where}: {name}={value!r} is unsupported")
+    targets = config.get("target_modules")
+    if not all(isinstance(name, str) for name in (targets if isinstance(targets, list) else [targets or ""])):
+        raise InputError(f"{where}: target_modules={targets!r} must be names of modules, or a pattern")
     file = folder / WEIGHTS
     if not file.is_file():
         raise InputError(f"{file} is missing (pickled .bin adapters are never opened)")
@@ -112,7 +115,7 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
     held = {name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)}
     adapter = AdapterConfig(
         rank=config.get("r"), alpha=config.get("lora_alpha"), dropout=config.get("lora_dropout", 0.0),
-        targets=sorted(held, key=lambda name: _place(config.get("target_modules"), modules[name])),
+        targets=sorted(held, key=lambda name: _place(targets, modules[name])),
     )  # fmt: skip
     stream, blend = None, {}
     if (folder / portable.STREAM_CONFIG).is_file():
@@ -121,7 +124,7 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
     return portable.Carried(found, {"adapter": portable.read_lora(factors, found, file), "blend": blend})
 
 
-def _place(targets: Any, module: str) -> int:
+def _place(targets: list[str] | str | None, module: str) -> int:
     """Where a module stands in target_modules, so that an adapter comes back with its targets in their order."""
     name = module.rpartition(".")[2]
     if isinstance(targets, str):

@@ -150,6 +150,7 @@ def test_a_merged_multimodal_model_loads_with_nothing_missing_or_left_over(tmp_p
         ({"something_new": 3}, "something_new=3"),
         ({"r": 4}, r"has shape \(3, 36\), not \(4, 36\)|has shape \(36, 3\), not \(36, 4\)|has shape \(44, 3\)"),
         ({"r": "many"}, "adapter.rank='many'"),
+        ({"target_modules": 3}, "target_modules=3"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused_by_name(ours, tmp_path, changed, message):
