@@ -5,7 +5,7 @@
 A case is MESH:FORWARD:STORAGE or MESH:decode:STORAGE with MESH=DATA,FSDP,TENSOR. Printed for each are the largest
 differences of an array from that of a mesh of one device, as relative norms; so for MESH:kernel:NAME, of a
 kernel for attention. MESH:restored:MESH is saved on the first mesh and read on the second, MESH:gathered:FORWARD counts
-all-gathers' bytes at two lengths of rows.
+all-gathers' bytes at two lengths of rows. For STORAGE=float64 JAX_ENABLE_X64=1 must be set.
 """
 
 import functools
@@ -54,7 +54,7 @@ def batch():
 
 
 def parameters(storage):
-    params = toys.params(CONFIG, "bfloat16" if storage == "bfloat16" else "float32")
+    params = toys.params(CONFIG, "float32" if storage == "nf4" else storage)
     if storage == "nf4":
         params["base"]["layers"] = nf4.quantise_layers(params["base"]["layers"])
     return params
@@ -65,11 +65,11 @@ def placed(params):
     return params["base"], {name: params[name] for name in ("adapter", "blend")}
 
 
-def gradients(forward, batch):
+def gradients(forward, batch, dtype="float32"):
     """Losses [B, T] and the gradients of their sum, as a function to be jitted."""
 
     def loss(trainable, base):
-        losses = batch_losses(CONFIG, ForwardConfig(forward), base, trainable, batch, bos_id=None)
+        losses = batch_losses(CONFIG, ForwardConfig(forward, dtype=dtype), base, trainable, batch, bos_id=None)
         return losses.sum(), losses
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -93,7 +93,8 @@ def stepped(forward, storage):
 
 def trained(forward, storage):
     base, trainable = placed(parameters(storage))
-    (_, losses), gradient = gradients(forward, sharding.place(batch()))(trainable, base)
+    dtype = "float64" if storage == "float64" else "float32"
+    (_, losses), gradient = gradients(forward, sharding.place(batch()), dtype)(trainable, base)
     return {"losses": losses, "gradient": gradient}
 
 

@@ -20,11 +20,17 @@ from sst_jax.model.sharding import AXES, MeshConfig
 TESTS = pathlib.Path(__file__).parents[1]
 
 
-def on_eight(*cases):
+def on_eight(*cases, float64=False):
     """What tests/eight_devices.py prints for cases, from a process with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": paths,
+        "JAX_ENABLE_X64": str(int(float64)),
+    }
     command = [sys.executable, str(TESTS / "eight_devices.py"), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -46,8 +52,8 @@ MESHES = ("8,1,1", "1,8,1", "1,1,8", "2,2,2")
 @pytest.mark.slow
 @pytest.mark.parametrize("forward", ["two_pass", "exact"])
 def test_every_axis_alone_and_all_mixed(forward):
-    cases = [f"{mesh}:{forward}:{storage}" for storage in ("float32", "nf4") for mesh in MESHES]
-    assert_equal_within(on_eight(*cases), 1e-5)
+    assert_equal_within(on_eight(*[f"{mesh}:{forward}:nf4" for mesh in MESHES]), 1e-5)
+    assert_equal_within(on_eight(*[f"{mesh}:{forward}:float64" for mesh in MESHES], float64=True), 1e-11)
 
 
 @pytest.mark.slow
