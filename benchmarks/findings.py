@@ -8,6 +8,7 @@
 The pretrained studies go seed by seed, all arms of a seed before the next one, so that what an interruption leaves are
 whole seeds; `--arms` and `--seeds` widen a folder that is there. Their arms are ARMS below and the controls of
 `sst_jax/training/arms.py`, matched to `two-range`: `compute` is the baseline with two passes' FLOPs as more steps.
+`--deeper` measures streams at depth 2, 3 and 4 too, at the lengths they were trained at, each against its own depth 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
+from sst_jax.weights.files import read_json
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -38,6 +39,7 @@ ARMS = {
 }  # fmt: skip
 CONTROLS = ("baseline", "compute", "parameters")
 REFERENCE = "two-range"  # what the controls are matched to
+DEEPER = "2,3,4"
 
 
 class Pretrained(NamedTuple):
@@ -64,7 +66,7 @@ STUDIES: dict[str, Pretrained | Scratch] = {
     "boxes": Pretrained(("--config.data.name=boxes:1-4", "--config.train.steps=400"), ("boxes:1-4", "boxes:8"), MAIN),
     "hidden": Pretrained(("--config.data.name=gsm8k:result", "--config.data.length=256"), ("gsm8k:result",), MAIN),
     "hidden-words": Pretrained(
-        ("--config.data.name=words:result", "--config.data.length=128"), ("words:result",), MAIN
+        ("--config.data.name=words:result", "--config.data.length=72"), ("words:result",), MAIN
     ),
 }  # fmt: skip
 
@@ -76,6 +78,7 @@ def parser() -> Parser:
     add("--workdir", metavar="DIR", help="default: runs/findings-STUDY")
     add("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
     add("--arms", metavar="A,B", help=f"of {', '.join((*ARMS, *CONTROLS))} (pretrained studies)")
+    add("--deeper", metavar="A,B", help=f"streams to measure at depth {DEEPER} too (pretrained studies)")
     add(
         "--limit", type=int, default=200, metavar="N", help="items of a task (pretrained studies; default: %(default)s)"
     )
@@ -104,7 +107,7 @@ def from_scratch(args: Any, study: Scratch, overrides: Sequence[str], workdir: P
     for task in study.tasks:
         own = [f"--config.task.name={task}", f"--config.train.seeds={args.seeds}", *study.overrides, *overrides]
         train.main(["--config", str(CONFIGS / "statetrack.py"), *own, "--workdir", str(workdir / task)])
-    return {task: read(workdir / task / "result.json") for task in study.tasks}
+    return {task: read_json(workdir / task / "result.json") for task in study.tasks}
 
 
 def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: Path) -> dict[str, Any]:
@@ -121,12 +124,17 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     for name in names:
         if name not in (*ARMS, *CONTROLS):
             raise InputError(f"--arms {name} is unknown; arms are {', '.join((*ARMS, *CONTROLS))}")
+    deeper = args.deeper.split(",") if args.deeper else []
+    for name in deeper:
+        if name not in names or name in CONTROLS:
+            streams = ", ".join(arm for arm in names if arm in ARMS)
+            raise InputError(f"--deeper {name} is no stream among the arms, which are {streams}")
     shared = [*study.overrides, *overrides]
     reference = recipe.resolve(recipe.read(config, [*shared, *ARMS[REFERENCE]]))
     baseline = recipe.resolve(recipe.read(config, [*shared, arms.OFF]))
     found = arms.costs(reference, baseline, backbone_of(reference.model))
     own = {name: ARMS[name] if name in ARMS else arms.overrides(name, reference, found) for name in names}
-    settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth="1", measure="loss")
+    settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth=DEEPER, measure="loss")
     for seed in range(args.seeds):
         for name in names:
             target = workdir / f"{name}-{seed}"
@@ -134,11 +142,15 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
             for task in study.tasks:
                 settings.task = task
                 pair.evaluate_one(settings, target, evaluation(workdir, task, name, seed), deep=False)
+            if name in deeper:
+                settings.task = study.tasks[0]
+                pair.evaluate_one(settings, target, evaluation(workdir, settings.task, name, seed, True), deep=True)
         result = {
             "study": args.study, "overrides": shared, "arms": {name: list(own[name]) for name in names},
             "step_flops_ratio": found.ratio, "seeds": seed + 1,
             "tasks": {task: compare_all(workdir, task, names, seed + 1) for task in study.tasks},
-            "seconds": {name: [read(workdir / f"{name}-{s}" / "result.json")["seconds"] for s in range(seed + 1)]
+            "deeper": {name: compare_depths(workdir, study.tasks[0], name, seed + 1) for name in deeper},
+            "seconds": {name: [read_json(workdir / f"{name}-{s}" / "result.json")["seconds"] for s in range(seed + 1)]
                         for name in names},
         }  # fmt: skip
         draw(result, workdir / "figure.png")
@@ -147,21 +159,38 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     return result
 
 
-def evaluation(workdir: Path, task: str, arm: str, seed: int) -> Path:
-    return workdir / "evaluations" / task.replace(":", "-") / f"{arm}-{seed}"
+def evaluation(workdir: Path, task: str, arm: str, seed: int, deeper: bool = False) -> Path:
+    return workdir / "evaluations" / f"{task.replace(':', '-')}{'-deeper' * deeper}" / f"{arm}-{seed}"
+
+
+def compare_sides(a: Sequence[Path], b: Sequence[Path], out: Path) -> list[dict[str, Any]]:
+    """The records of `compare` on evaluations of the same seeds."""
+    from sst_jax import compare
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the tables below say it all
+        compare.main([",".join(map(str, a)), ",".join(map(str, b)), "--out", str(out)])
+    return read_json(out / "result.json")["comparisons"]
+
+
+def compare_depths(workdir: Path, task: str, name: str, seeds: int) -> dict[str, Any]:
+    """A stream at each of DEEPER less itself at depth 1."""
+    deep, once = ([evaluation(workdir, task, name, seed, deeper) for seed in range(seeds)] for deeper in (True, False))
+    records = compare_sides(deep, once, workdir / "comparisons" / f"{task.replace(':', '-')}-deeper" / name)
+    policies = [read_json(path / "result.json")["policies"] for path in deep]
+    right = {depth: sum(found[depth]["greedy"]["value"] for found in policies) / seeds for depth in policies[0]}
+    return {record["A"]: {**record, "greedy": right[record["A"]]} for record in records}
 
 
 def compare_all(workdir: Path, task: str, names: Sequence[str], seeds: int) -> dict[str, Any]:
     """Every arm's score on a task, and every stream against every control."""
-    from sst_jax import compare
 
-    def side(arm: str) -> str:
-        return ",".join(str(evaluation(workdir, task, arm, seed)) for seed in range(seeds))
+    def side(arm: str) -> list[Path]:
+        return [evaluation(workdir, task, arm, seed) for seed in range(seeds)]
 
     scores: dict[str, Any] = {}
     for name in names:
         policies = [
-            read(evaluation(workdir, task, name, seed) / "result.json")["policies"]["1"] for seed in range(seeds)
+            read_json(evaluation(workdir, task, name, seed) / "result.json")["policies"]["1"] for seed in range(seeds)
         ]
         scores[name] = {key: [found[key]["value"] for found in policies] for key in ("nats_per_token", "greedy")}
     against: dict[str, Any] = {}
@@ -169,9 +198,7 @@ def compare_all(workdir: Path, task: str, names: Sequence[str], seeds: int) -> d
         for control in names:
             if name in ARMS and control in CONTROLS:
                 out = workdir / "comparisons" / task.replace(":", "-") / f"{name}-against-{control}"
-                with contextlib.redirect_stdout(io.StringIO()):  # one table below says it all
-                    compare.main([side(name), side(control), "--out", str(out)])
-                against.setdefault(name, {})[control] = read(out / "result.json")["comparisons"][0]
+                against.setdefault(name, {})[control] = compare_sides(side(name), side(control), out)[0]
     return {"scores": scores, "against": against}
 
 
@@ -189,15 +216,20 @@ def report(result: dict[str, Any]) -> None:
                 record = found["against"].get(name, {}).get(control)
                 row += f" {interval(record)} |" if record else " |"
             print(row)
+    if result["deeper"]:
+        print(f"\n{next(iter(result['tasks']))}: nats, less the same stream's at depth 1; answers right\n")
+        print("| arm |" + "".join(f" depth {depth} |" for depth in DEEPER.split(",")))
+        print("|---|" + "---|" * len(DEEPER.split(",")))
+        for name, records in result["deeper"].items():
+            cells = (f"{interval(records[depth])}; {records[depth]['greedy']:.1%}" for depth in DEEPER.split(","))
+            print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
     """Loss and share of right answers of every arm, a point a seed, for each task."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from sst_jax.console.figure import new_figure
 
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, 3.4)
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
         panels, ("nats_per_token", "greedy"), ("loss (nats per answer token)", "share of answers right"), strict=True
@@ -219,10 +251,6 @@ def interval(record: dict[str, Any]) -> str:
     """A difference with its interval over items, and over seeds where there are several."""
     parts = [record["over_items"], *([record["over_seeds"]] if "over_seeds" in record else [])]
     return f"{record['difference']:+.3f} " + " ".join(f"[{part['low']:+.3f}, {part['high']:+.3f}]" for part in parts)
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
 
         def finish(step: int, metrics: dict[str, float]) -> None:
             """What comes after a step: held-out loss, log, checkpoint, each where it is due; raises Stopped."""
-            last, due = step == recipe.steps, step % recipe.eval_every == 0 or step == recipe.steps
+            last = step == recipe.steps
+            due = last or step % recipe.eval_every == 0
             loss = heldout_loss(state) if due and not stop.now() else None
             if due and loss is None:
                 meta["unfinished"] = metrics  # for the run that goes on: now there is only time to save

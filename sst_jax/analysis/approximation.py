@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.console.figure import new_figure
 from sst_jax.errors import InputError
 from sst_jax.model import forward as forwards
 from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
@@ -210,12 +211,8 @@ def orders(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def figure(records: Sequence[dict[str, Any]], path: Any, title: str) -> None:
     """Error in the states against alpha, one line a forward, a panel for each depth and length; log-log."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = sorted({(record["depth"], record["length"]) for record in records})
-    canvas = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = new_figure(5.2 * len(panels), 4.4)
     for axes, (depth, length) in zip(np.atleast_1d(canvas.subplots(1, len(panels), sharey=True)), panels, strict=True):
         here = [record for record in records if (record["depth"], record["length"]) == (depth, length)]
         names = list(dict.fromkeys(record["name"] for record in here))

@@ -39,6 +39,7 @@ from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Streams
 from sst_jax.model.forward import exact, plain
+from sst_jax.training.run import diff
 from sst_jax.weights.files import read_json
 
 TOP = 100  # likeliest tokens that are kept
@@ -269,13 +270,11 @@ class Collection:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / MANIFEST, manifest)
             return
-        there, now = read_json(self.path / MANIFEST), json.loads(json.dumps(manifest))
-        for key in sorted(there.keys() | now.keys()):
-            if there.get(key) != now.get(key):
-                raise InputError(
-                    f"{self.path} was collected with {key} = {str(there.get(key))[:80]}, now {str(now.get(key))[:80]}: "
-                    "use its settings or another --out"
-                )
+        for key, there, now in diff(read_json(self.path / MANIFEST), json.loads(json.dumps(manifest))):
+            raise InputError(
+                f"{self.path} was collected with {key} = {str(there)[:80]}, now {str(now)[:80]}: use its settings or "
+                "another --out"
+            )
 
     def folder(self, number: int) -> Path:
         return self.path / f"{number:05d}"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sst_jax.analysis import basins
 from sst_jax.analysis.findings import Findings
+from sst_jax.console.figure import new_figure
 
 CONTROLS = {
     "depth": "the model\nas it is", "shuffled": "states of\nother positions", "random": "random\nstates",
@@ -27,8 +27,7 @@ class Drawn(NamedTuple):
 
 
 def blank(width: float = 7.2, height: float = 3.8) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and no global state as pyplot has
+    figure = new_figure(width, height)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     return figure, axes
@@ -116,20 +115,32 @@ def histogram(found: Findings, first: int, last: int) -> Drawn:
     )
 
 
+def over_layers(axes: Any) -> None:
+    """An x axis that counts layers."""
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def band(axes: Any, low: np.ndarray, middle: np.ndarray, high: np.ndarray, label: str) -> None:
+    """Medians over layers, and what lies around them."""
+    number = np.arange(len(middle))
+    axes.fill_between(number, low, high, alpha=0.3, label=label)
+    axes.plot(number, middle, "o-", markersize=4, label="median")
+    over_layers(axes)
+
+
 def layers(found: Findings) -> Drawn:
     figure, axes = blank()
     records = found.result["modes_by_layer"]
     low, middle, high = np.log10(np.maximum([record["quartiles_moved"] for record in records], basins.FLOOR)).T
     number = np.arange(len(records))
-    axes.fill_between(number, low, high, alpha=0.3, label="middle half of the positions")
-    axes.plot(number, middle, "o-", markersize=4, label="median")
+    band(axes, low, middle, high, "middle half of the positions")
     two = np.array([record["bimodal"] and record["dip_p_holm"] < basins.LEVEL for record in records])
     if two.any():
         axes.plot(number[two], middle[two], "o", color="C3", label="two kinds of position (Holm-adjusted)")
     axes.invert_yaxis()
     axes.yaxis.set_major_formatter(as_overlap)
-    axes.set(xlabel="layer", ylabel="overlap, first and last depth")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(ylabel="overlap, first and last depth")
     axes.legend()
     return Drawn(
         "layers",
@@ -193,8 +204,8 @@ def noise(floor: dict[str, Any]) -> Drawn:
     everywhere = floor["everywhere"]["ratio"]["value"]
     axes.axhline(everywhere, color="C1", linestyle="--", label=f"all layers: {everywhere:.2f}")
     axes.axhline(1.0, color="0.4", linewidth=0.8, label="rounding to bfloat16")
-    axes.set(xlabel="layer", ylabel="depth / rounding", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    over_layers(axes)
+    axes.set(ylabel="depth / rounding", yscale="log")
     axes.legend()
     return Drawn(
         "noise",
@@ -233,11 +244,8 @@ def controls(found: Findings) -> Drawn:
 def alpha(found: Findings) -> Drawn:
     figure, axes = blank()
     low, middle, high = np.array(found.result["alpha"]["by_layer"]).T
-    number = np.arange(len(middle))
-    axes.fill_between(number, low, high, alpha=0.3, label="5% to 95% of the dimensions")
-    axes.plot(number, middle, "o-", markersize=4, label="median")
-    axes.set(xlabel="layer", ylabel="alpha")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    band(axes, low, middle, high, "5% to 95% of the dimensions")
+    axes.set(ylabel="alpha")
     axes.legend()
     return Drawn(
         "alpha",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from sst_jax.data.prompts import prompt_tokens
 from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
-from sst_jax.evaluation.runner import HEADER, ITEMS, read_outcomes
+from sst_jax.evaluation.runner import HEADER, ITEMS, prompt_sha256, read_outcomes
 from sst_jax.weights.files import read_json
 
 
@@ -58,7 +56,7 @@ def items(records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer:
                 )
         pair = [record["outcomes"][str(depth)] for depth in depths]
         prompt = prompt_tokens(record["question"], tokenizer, record["format"])
-        if hashlib.sha256(json.dumps(prompt).encode()).hexdigest() != pair[0]["prompt_sha256"]:
+        if prompt_sha256(prompt) != pair[0]["prompt_sha256"]:
             raise InputError(f"{record['folder']}: the prompt of {record['id']} is not the one that was answered")
         right, output = (tuple(outcome[name] for outcome in pair) for name in ("correct", "output"))
         result.append(Item(record["id"], prompt, right, output))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sst_jax.analysis.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
+from sst_jax.console.figure import new_figure
 from sst_jax.errors import InputError
 from sst_jax.evaluation.runner import HEADER, RESULT, Outcome, by_policy, read_outcomes
 from sst_jax.training.run import diff
@@ -100,7 +101,7 @@ def pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str]]:
     both = [(policy, policy) for policy in a if policy in b]
     only_a = [(policy, b[0]) for policy in a if policy not in b]
     only_b = [(a[0], policy) for policy in b if policy not in a]
-    return [*both, *only_a, *only_b]
+    return list(dict.fromkeys([*both, *only_a, *only_b]))  # with one policy against others, both lists name the first
 
 
 def scores(side: Side) -> dict[str, list[dict[str, Any]]]:
@@ -181,12 +182,8 @@ def differing_items(a: Side, b: Side) -> list[dict[str, Any]]:
 
 def figure(result: dict[str, Any], target: Path) -> None:
     """Scores of both sides by policy, and the differences, each with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     loss = result["measure"] == "loss"
-    picture = Figure(figsize=(9.0, 3.8), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = new_figure(9.0, 3.8)
     left, right = picture.subplots(1, 2)
     names = list(dict.fromkeys([*result["scores"]["A"], *result["scores"]["B"]]))
     for place, side in enumerate("AB"):

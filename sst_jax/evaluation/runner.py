@@ -33,6 +33,11 @@ HEADER, ITEMS, OUTCOMES, RESULT = "evaluation.json", "items.jsonl", "outcomes.js
 VOLATILE = ("environment",)  # recorded, but free to differ when a run goes on
 
 
+def prompt_sha256(tokens: Sequence[int]) -> str:
+    """What an outcome remembers its prompt by."""
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
 class Batch(NamedTuple):
     """Items that are answered together under one policy."""
 
@@ -193,7 +198,7 @@ def answer(
             {
                 "id": item.id,
                 "policy": batch.policy.spelled,
-                "prompt_sha256": hashlib.sha256(json.dumps(prompt[item.id]).encode()).hexdigest(),
+                "prompt_sha256": prompt_sha256(prompt[item.id]),
                 "prompt_tokens": generation.prompt_tokens,
                 "output": text,
                 "new_tokens": len(generation.tokens),
@@ -225,7 +230,7 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
         {
             "id": item.id,
             "policy": batch.policy.spelled,
-            "prompt_sha256": hashlib.sha256(json.dumps(row[: span[0]]).encode()).hexdigest(),
+            "prompt_sha256": prompt_sha256(row[: span[0]]),
             "loss": -float(scored.logprobs.sum(dtype="float64")),
             "answer_tokens": len(span),
             "greedy": bool(scored.greedy.all()),

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from sst_jax.errors import InputError
 from sst_jax.inference.policies import Policy
+from sst_jax.weights.files import sha256
 
 if TYPE_CHECKING:
     from sst_jax.inference.model import Model
@@ -90,7 +91,6 @@ def load(path: str) -> Probe:
     """Raises: InputError naming the file and what is missing, damaged or of another shape."""
     file = Path(path)
     try:
-        content = file.read_bytes()
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
@@ -109,7 +109,7 @@ def load(path: str) -> Probe:
             raise InputError(f"probe {path}: {name} should be finite numbers of shape {list(expected)}")
     if not 0 <= weights["chosen"].min() <= weights["chosen"].max() < facts["d_model"]:
         raise InputError(f"probe {path}: chosen names dimensions that a state of {facts['d_model']} does not have")
-    return Probe(weights, facts, path, hashlib.sha256(content).hexdigest())
+    return Probe(weights, facts, path, sha256(file))
 
 
 def fingerprint(model: Model) -> str:

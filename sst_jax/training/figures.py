@@ -7,17 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from sst_jax.console.figure import new_figure
 from sst_jax.training.run import read_metrics
 
 
 def learning_curve(run: Path, title: str) -> Path:
     """Draws training and held-out loss of a run folder into figures/learning_curve.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = read_metrics(run)
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and no global state as pyplot has
+    figure = new_figure(7.2, 4.2)
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training, each step", "-"), ("heldout_loss", "held out", "o-")):
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -36,12 +33,8 @@ def study_figure(
     result: dict[str, Any], outcomes: dict[str, dict[str, np.ndarray]], losses: dict[str, np.ndarray], target: Path
 ) -> Path:
     """Draws a study: accuracy over length and training loss; with depths, accuracy over depth and overlaps too."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     deep = {name: found["overlap"] for name, found in outcomes.items() if "overlap" in found}
-    figure = Figure(figsize=(9.0, 7.0 if deep else 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 7.0 if deep else 3.6)
     axes = figure.subplots(2 if deep else 1, 2, squeeze=False)
     for number, name in enumerate(outcomes):
         cells, colour = result["arms"][name], f"C{number}"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sst_jax.analysis.statistics import Interval, bootstrap_mean, holm, mcnemar, t_mean
+from sst_jax.analysis.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import say
 from sst_jax.data import statetrack
@@ -34,6 +34,7 @@ from sst_jax.training import scratch
 from sst_jax.training.figures import study_figure
 from sst_jax.training.run import RunFolder, check_recipe
 from sst_jax.training.scratch import Arm, Schedule
+from sst_jax.weights.files import read_json
 
 OVERLAPS = 64  # words whose memories are compared
 TESTS = 1  # the first number of a test's seed; that of training is 0
@@ -89,7 +90,7 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 train_arm(study, name, start, target)
             if not (target / "outcomes.npz").is_file():
                 measure_arm(study, name, target)
-            facts[name] = json.loads((target / "training.json").read_text(encoding="utf-8"))
+            facts[name] = read_json(target / "training.json")
             with np.load(target / "outcomes.npz", allow_pickle=False) as file:
                 outcomes[name] = dict(file)
             say(f"{name}: trained in {facts[name]['seconds']:.0f} s")
@@ -198,11 +199,6 @@ def change(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 def cell(shares: np.ndarray) -> dict[str, Any]:
     """The mean of shares [seeds, rows], with an interval over words, and each seed's."""
     return {**finite(bootstrap_mean(shares.mean(0))), "seeds": shares.mean(1).tolist()}
-
-
-def finite(interval: Interval) -> dict[str, float | None]:
-    """JSON knows no infinity; None says that there is no interval."""
-    return {name: float(value) if np.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
 def summarise(outcomes: dict[str, dict[str, np.ndarray]], times: Sequence[int], length: int) -> dict[str, Any]:
