@@ -35,6 +35,7 @@ TWO = ("--config.stream.forward=two_pass",)
 ARMS = {
     "exact-free": (), "exact-range": RANGE, "exact-gain": (*RANGE, *GAIN),
     "two-free": TWO, "two-range": (*TWO, *RANGE), "two-gain": (*TWO, *RANGE, *GAIN),
+    "exact-faint": ("--config.stream.alpha_init=0.001",),  # begins as LoRA alone, all but
     "mixed-depths": ("--config.stream.depths=(1,2,3,4)",),
 }  # fmt: skip
 CONTROLS = ("baseline", "compute", "parameters")

@@ -1,12 +1,11 @@
 """The runner of the pretrained studies, end to end on the tiny random model."""
 
-import json
-
 import pytest
 
 from benchmarks import findings
 from sst_jax.console.command import run
 from sst_jax.training.run import read_metrics
+from sst_jax.weights.files import read_json
 
 TINY = [
     "--study", "rooms", "--limit", "6", "--config.model.source=random:tiny", "--config.data.length=384",
@@ -20,10 +19,10 @@ def test_a_study_goes_seed_by_seed_and_compares_streams_with_controls(tmp_path, 
     workdir = tmp_path / "rooms"
     arguments = [*TINY, "--arms", "exact-range,baseline,compute", "--workdir", str(workdir)]
     assert run(findings.main, [*arguments, "--seeds", "1"]) == 0
-    one = json.loads((workdir / "result.json").read_text())
+    one = read_json(workdir / "result.json")
     assert one["seeds"] == 1
-    assert run(findings.main, [*arguments, "--seeds", "2"]) == 0
-    result = json.loads((workdir / "result.json").read_text())
+    assert run(findings.main, [*arguments, "--seeds", "2", "--deeper", "exact-range"]) == 0
+    result = read_json(workdir / "result.json")
     assert set(result["tasks"]) == {"rooms:1-4", "rooms:8"}
     for task in result["tasks"].values():
         assert set(task["against"]) == {"exact-range"}
@@ -33,14 +32,29 @@ def test_a_study_goes_seed_by_seed_and_compares_streams_with_controls(tmp_path, 
         difference = task["against"]["exact-range"]["baseline"]["difference"]
         assert difference == pytest.approx((sum(stream) - sum(plain)) / 2)
     assert result["seconds"]["baseline"][0] == one["seconds"]["baseline"][0]  # was not trained again
+    assert list(result["deeper"]) == ["exact-range"]
+    assert list(result["deeper"]["exact-range"]) == ["2", "3", "4"]
+    for depth, record in result["deeper"]["exact-range"].items():
+        deep, once = (
+            [read_json(workdir / "evaluations" / folder / f"exact-range-{seed}" / "result.json") for seed in range(2)]
+            for folder in ("rooms-1-4-deeper", "rooms-1-4")
+        )
+        losses = [[found["policies"][key]["nats_per_token"]["value"] for found in side]
+                  for side, key in ((deep, depth), (once, "1"))]  # fmt: skip
+        assert record["difference"] == pytest.approx((sum(losses[0]) - sum(losses[1])) / 2)
+        assert record["over_seeds"]
     lines = {arm: len(read_metrics(workdir / f"{arm}-0")) for arm in ("exact-range", "baseline", "compute")}
     assert lines["compute"] > lines["baseline"] == lines["exact-range"]
-    assert "| exact-range |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| exact-range |" in out
+    assert "| arm | depth 2 | depth 3 | depth 4 |" in out
     assert (workdir / "figure.png").stat().st_size > 5000
 
 
 def test_bad_arms_are_named():
     with pytest.raises(findings.InputError, match="--arms nothing is unknown; arms are exact-free"):
         findings.main([*TINY, "--arms", "nothing"])
+    with pytest.raises(findings.InputError, match="--deeper compute is no stream among the arms, which"):
+        findings.main([*TINY, "--deeper", "compute"])
     with pytest.raises(findings.InputError, match="--seeds 0"):
         findings.main([*TINY, "--seeds", "0"])

@@ -73,6 +73,14 @@ def test_depths_meet_their_like_and_new_depths_meet_the_baseline(tmp_path):
     assert "over_seeds" not in records[0]
 
 
+def test_depths_without_depth_1_meet_it_once_each(tmp_path):
+    a = write(tmp_path / "a", {"2": "111100", "4": "111111"})
+    b = write(tmp_path / "b", {"1": "101000"})
+    records = compared(a, b)["comparisons"]
+    assert [(r["A"], r["B"]) for r in records] == [("2", "1"), ("4", "1")]
+    assert [r["p_holm"] for r in records] == holm([mcnemar(0, 2), mcnemar(0, 4)])
+
+
 def test_several_seeds_are_paired_in_order(tmp_path):
     sides = {
         name: ",".join(write(tmp_path / name / str(seed), {"1": row}) for seed, row in enumerate(rows))
