@@ -2,6 +2,7 @@
 
 python -m sst_jax.convert --from google/gemma-3-1b-pt --to models/gemma-3-1b
 python -m sst_jax.convert --from model.gguf --to models/base --dtype float32
+python -m sst_jax.convert --from model.gguf --to models/base --quantize nf4 --calibrate data/train.jsonl
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sst_jax.console.command import Parser, new_folder, run, write_json
+from sst_jax.errors import InputError
 
 
 def parser() -> Parser:
@@ -27,6 +29,14 @@ def parser() -> Parser:
         "--quantize", choices=("none", "nf4", "nf4_double"), default="none",
         help="storage of the linears: as they are (default), 4.25 bits a weight, or 4.13 with quantised scales",
     )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", metavar="FILE",
+        help="quantise for what this text feeds the linears (GPTQ): a text file, or .jsonl with text, or question and "
+        "answer; texts like those to be trained on, and never a test",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate-tokens", type=int, default=32_768, metavar="N", help="of FILE (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the base (default: the source's own)")
     parser.add_argument("--text-only", action="store_true", help="leave a multimodal source's vision tower behind")
     parser.add_argument("--json", metavar="FILE", help="write the summary to FILE")
@@ -42,6 +52,13 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     dtype = args.dtype or source_dtype(args.source)
     found = source_of(args.source)
+    if args.calibrate and args.quantize == "none":
+        raise InputError("--calibrate needs --quantize nf4 or nf4_double: nothing else is fitted to texts")
+    if args.calibrate and found is None:
+        raise InputError(
+            f"--calibrate reads a foreign checkpoint layer by layer, and {args.source} is none: give the Hugging Face "
+            "folder or GGUF file that it was made from"
+        )
     if found is None:
         from sst_jax.inference.model import Model
         from sst_jax.weights.models import open_model
@@ -50,14 +67,15 @@ def main(argv: Sequence[str]) -> None:
         model.save(target)
         facts, backbone = model.facts, model.config.backbone
     else:
-        facts, backbone = streamed(*found, target, dtype, args.quantize, args.text_only)
+        facts, backbone = streamed(*found, target, dtype, args)
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(
         f"{backbone.family}: {backbone.num_layers} layers, {backbone.num_params / 1e6:,.0f}M parameters, {dtype}",
         end="",
     )
-    print(f", linears in {facts['quantize']}" if facts.get("quantize", "none") != "none" else "")
+    print(f", linears in {facts['quantize']}" if facts.get("quantize", "none") != "none" else "", end="")
+    print(f", for {facts['calibration']['tokens']:,} tokens of {args.calibrate}" if args.calibrate else "")
     print(f"written to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
     print(f"next: python -m sst_jax.generate --model {target} --prompt 'The capital of France is'")
     if args.json:
@@ -65,22 +83,24 @@ def main(argv: Sequence[str]) -> None:
         write_json(args.json, result)
 
 
-def streamed(
-    source: Any, name: str, target: Path, dtype: str, quantize: str, text_only: bool
-) -> tuple[dict[str, Any], Any]:
+def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> tuple[dict[str, Any], Any]:
     """Converts a foreign checkpoint a tensor at a time; returns its facts and backbone."""
     from safetensors.numpy import save
 
     from sst_jax.console.progress import bar
     from sst_jax.data.tokenizer import load_tokenizer
     from sst_jax.model.config import ModelConfig
-    from sst_jax.weights import store
+    from sst_jax.weights import calibrate, store
     from sst_jax.weights.files import digest
     from sst_jax.weights.models import vision_tensors
 
-    facts = {"kind": source.kind, "path": name, "layout": source.layout, "quantize": quantize}
-    files, config = load_tokenizer(source.path).files(), ModelConfig(source.backbone).to_dict()
-    tower, tower_config = ({}, {}) if text_only else vision_tensors(source)
+    facts = {"kind": source.kind, "path": name, "layout": source.layout, "quantize": args.quantize}
+    tokenizer, config, texts = load_tokenizer(source.path), ModelConfig(source.backbone).to_dict(), None
+    if args.calibrate:
+        texts = calibrate.read_texts(args.calibrate, tokenizer, args.calibrate_tokens)
+        facts["calibration"] = texts.facts
+    files = tokenizer.files()
+    tower, tower_config = ({}, {}) if args.text_only else vision_tensors(source)
     if tower:
         files[store.VISION], facts["vision_config"] = save(tower, metadata={"format": "pt"}), tower_config
         del tower
@@ -96,7 +116,7 @@ def streamed(
             meter.total = total
             meter.update(done - meter.n)
 
-        store.stream_base(target, source, config, finished, files, dtype, quantize, update)
+        store.stream_base(target, source, config, finished, files, dtype, args.quantize, update, texts)
     return facts, source.backbone
 
 

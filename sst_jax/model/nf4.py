@@ -14,10 +14,14 @@ and with double quantisation, where 256 outputs' scales share a range, instead o
 Blocks lie along the contraction axis, as in qwix, whose numbers these are bit for bit; bitsandbytes cuts flat blocks,
 so its codes differ. 4.25 bits a weight, 4.13 with double quantisation. A weight's value is a bfloat16 number by
 definition, LEVELS[code] * scale rounded once, whatever type a program then computes in.
+
+`quantise` takes for every weight the nearest value. `quantise_for` knows what the linear will be fed, and lets later
+weights make up for the errors of earlier ones (GPTQ, arXiv 2210.17323); it is stored and read no differently.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -78,17 +82,31 @@ def quantise(kernel: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
     if kind not in KINDS[1:]:
         raise InputError(f"quantize={kind!r} is not one of {', '.join(KINDS)}")
     blocks = kernel.astype(jnp.float32).reshape(*lead, inputs // BLOCK, BLOCK, outputs)
+    scales = _largest(blocks)
+    codes = _codes(blocks / scales[..., None, :])
+    return {"codes": _packed(codes.reshape(*lead, inputs, outputs)), **_stored_scales(scales, kind)}
+
+
+def _largest(blocks: jax.Array) -> jax.Array:
+    """The scales [..., out] of blocks [..., 64, out]."""
     scales = jnp.max(jnp.abs(blocks), axis=-2)
     # A block of zeros, or of numbers so small that squares of them vanish, keeps its numbers' signs and nothing else.
-    scales = jnp.where(scales < np.sqrt(np.finfo(np.float32).tiny), 1.0, scales)
-    unit = blocks / scales[..., None, :]
-    codes = sum((unit > threshold).astype(jnp.uint8) for threshold in THRESHOLDS)
+    return jnp.where(scales < np.sqrt(np.finfo(np.float32).tiny), 1.0, scales)
+
+
+def _codes(unit: jax.Array) -> jax.Array:
+    return sum((unit > threshold).astype(jnp.uint8) for threshold in THRESHOLDS)
+
+
+def _packed(codes: jax.Array) -> jax.Array:
+    *lead, inputs, outputs = codes.shape
     pairs = codes.reshape(*lead, inputs // 2, 2, outputs)
-    leaf = {"codes": pairs[..., 0, :] | pairs[..., 1, :] << 4}
-    return leaf | ({"scales": scales.astype(jnp.bfloat16)} if kind == "nf4" else _quantise_scales(scales))
+    return pairs[..., 0, :] | pairs[..., 1, :] << 4
 
 
-def _quantise_scales(scales: jax.Array) -> dict[str, jax.Array]:
+def _stored_scales(scales: jax.Array, kind: str) -> dict[str, jax.Array]:
+    if kind == "nf4":
+        return {"scales": scales.astype(jnp.bfloat16)}
     *lead, outputs = scales.shape
     groups = -(-outputs // GROUP)
     padding = [(0, 0)] * len(lead) + [(0, groups * GROUP - outputs)]
@@ -106,6 +124,69 @@ def _scales(leaf: Mapping[str, jax.Array]) -> jax.Array:
     outputs = leaf["scale_codes"].shape[-1]
     low, step = (jnp.repeat(leaf[name], GROUP, axis=-1)[..., :outputs] for name in ("scale_low", "scale_step"))
     return jax.lax.reduce_precision(low + step * leaf["scale_codes"].astype(jnp.float32), 8, 7)
+
+
+DAMPING = (0.01, 0.1, 1.0)  # of a Gram matrix's mean square, added to its diagonal: GPTQ's, and more where that fails
+
+
+def compensation(gram: jax.Array) -> jax.Array:
+    """The upper triangular U [in, in], float32, of GPTQ: transpose(U) U is the inverse of the damped Gram matrix.
+
+    `gram` [in, in] is the sum of x^T x over a linear's inputs x [..., in]. An error e in the weights of input i is best
+    made up for by taking e U[i, j] / U[i, i] from those of every later input j.
+
+    Raises: InputError when no damping makes it positive definite, as when an input was not finite.
+    """
+    gram = gram.astype(jnp.float32)
+    mean = jnp.mean(jnp.diagonal(gram))
+    for damping in DAMPING:
+        factor = _compensation(gram, jnp.where(mean > 0, damping * mean, 1.0))
+        if bool(jnp.isfinite(factor).all()):
+            return factor
+    raise InputError("what a linear is fed by the calibration's texts is not finite, or not numerically positive")
+
+
+@jax.jit
+def _compensation(gram: jax.Array, damping: jax.Array) -> jax.Array:
+    # With the axes reversed a Cholesky factor is an upper one, whose inverse is what is wanted: no inverse of a matrix.
+    eye = jnp.eye(len(gram), dtype=gram.dtype)
+    upper = jnp.linalg.cholesky((gram + damping * eye)[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(upper, eye)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def quantise_for(kernel: jax.Array, factor: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
+    """The NF4 leaf of a kernel [in, out], fitted to inputs by their `compensation` [in, in]: GPTQ, in float32.
+
+    Inputs are taken in order; each one's weights get their nearest values, and what is left of the error goes to the
+    inputs that come after it. A diagonal factor, inputs that have nothing to do with each other, gives `quantise`'s.
+    """
+    inputs, outputs = kernel.shape
+    levels, order = jnp.asarray(LEVELS).astype(jnp.bfloat16).astype(jnp.float32), jnp.arange(inputs)
+
+    def block(kernel: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+        rows = jax.lax.dynamic_slice_in_dim(kernel, start, BLOCK)
+        right = jax.lax.dynamic_slice_in_dim(factor, start, BLOCK)
+        own = jax.lax.dynamic_slice_in_dim(right, start, BLOCK, axis=1)
+        scales = _largest(rows)
+        stored = _stored_scales(scales[None], kind)
+        read = _scales(stored)[0]
+
+        def one(j: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            rows, codes, errors = state
+            code = _codes(rows[j] / scales)
+            value = jax.lax.reduce_precision(levels[code] * read, 8, 7)  # as `kernel_of` reads it
+            error = (rows[j] - value) / own[j, j]
+            return rows - own[j][:, None] * error, codes.at[j].set(code), errors.at[j].set(error)
+
+        empty = jnp.zeros((BLOCK, outputs), jnp.uint8), jnp.zeros((BLOCK, outputs))
+        _, codes, errors = jax.lax.fori_loop(0, BLOCK, one, (rows, *empty))
+        later = jnp.where(order >= start + BLOCK, right, 0.0)
+        return kernel - later.T @ errors, (codes, jax.tree.map(lambda part: part[0], stored))
+
+    starts = jnp.arange(0, inputs, BLOCK)
+    _, (codes, scales) = jax.lax.scan(block, kernel.astype(jnp.float32), starts)
+    return {"codes": _packed(codes.reshape(inputs, outputs)), **scales}
 
 
 def kernel_of(leaf: Mapping[str, jax.Array], dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:

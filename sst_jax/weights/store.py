@@ -21,6 +21,7 @@ import numpy as np
 from sst_jax.errors import InputError
 from sst_jax.model import nf4
 from sst_jax.weights import names
+from sst_jax.weights.calibrate import Texts, calibrated
 from sst_jax.weights.files import Progress, is_plain_name, read_json, sha256, staged_folder
 from sst_jax.weights.names import set_slot
 from sst_jax.weights.source import DTYPES, Source, numpy_dtype, pieces, slots
@@ -95,14 +96,17 @@ def stream_base(
     dtype: str,
     quantize: str = "none",
     progress: Progress | None = None,
+    texts: Texts | None = None,
 ) -> Path:
     """Writes a source of weights as a base folder, one tensor in memory at a time.
 
     The arrays are put where Orbax looks for them, a file a layer, uncompressed, in a folder beside `directory` that
     gets its name when it is complete. Interrupted and called again with the same arguments it goes on where it was.
-    `facts` is called at the end, so that the source may be hashed meanwhile.
+    `facts` is called at the end, so that the source may be hashed meanwhile. With `texts` linears are quantised for
+    what these feed them.
 
-    Raises: InputError as `pieces`, when `directory` is not empty, or holds the beginning of another conversion.
+    Raises: InputError as `pieces` or `calibrated`, when `directory` is not empty, or holds the beginning of another
+    conversion.
     """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -111,7 +115,7 @@ def stream_base(
     shapes = {f"base/{slot}": spec for slot, spec in slots(source.backbone, dtype, quantize).items()}
     arrays = {slot: {"shape": list(shape), "dtype": str(kind)} for slot, (shape, kind) in shapes.items()}
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
-    begun = {"arrays": arrays, "source": stamps}
+    begun = {"arrays": arrays, "source": stamps, "texts": texts.facts if texts else None}
     if (stage / _BEGUN).is_file():
         if read_json(stage / _BEGUN) != begun:
             raise InputError(f"{stage} is the beginning of another conversion: remove it, or choose another folder")
@@ -127,7 +131,11 @@ def stream_base(
         return _chunk(stage / PARAMS, f"base/{stored}", shapes, layer).is_file()  # the last file of a tensor
 
     bound = len(names.bind(source.tensors(), source.backbone, source.kind, source.path).tensors)
-    for number, piece in enumerate(pieces(source, dtype, quantize, written), 1):
+    if texts is None:
+        found = pieces(source, dtype, quantize, written)
+    else:
+        found = calibrated(source, dtype, quantize, texts, written)
+    for number, piece in enumerate(found, 1):
         for slot, value in () if piece is None else piece.arrays.items():
             _write(_chunk(stage / PARAMS, f"base/{slot}", shapes, piece.layer), value)
         if progress is not None:

@@ -1,0 +1,182 @@
+"""Calibrated NF4: codes that fit what texts feed the linears (GPTQ, arXiv 2210.17323), a layer in memory at a time.
+
+The texts run through the unquantised backbone, layer by layer as it is read. On the way each linear's inputs x leave
+their Gram matrix, the sum of x^T x; the layer's linears are quantised for it, written, and forgotten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.data.records import read_jsonl
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+from sst_jax.model import decoder, forward, nf4
+from sst_jax.model.config import ModelConfig
+from sst_jax.model.layers import Block, embed, wide
+from sst_jax.weights import names
+from sst_jax.weights.files import sha256
+from sst_jax.weights.source import Piece, Source, lazy_base, pieces
+
+ROW = 256  # tokens of a row
+ROWS = 8  # rows that run at once
+OBSERVED = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}  # who shares inputs
+
+
+class Texts(NamedTuple):
+    """Rows of texts back to back, without padding."""
+
+    tokens: np.ndarray  # int32 [rows, 256]
+    segment_ids: np.ndarray  # int32 [rows, 256], a number a text
+    facts: dict[str, Any]  # what a base folder says of them
+
+
+def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
+    """About so many tokens of a file: a text file is one text; in JSON lines each record's `text`, or its `question`
+    and `answer` as the plain format puts them.
+
+    Raises: InputError naming the file, and the line without any of these; when it does not fill a row of 256 tokens.
+    """
+    file = Path(path)
+    if tokens < ROW:
+        raise InputError(f"--calibrate-tokens {tokens} must be at least {ROW}")
+    rows, segments = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for number, text in enumerate(_texts(file), start=1):
+        rows.append(np.asarray(tokenizer.encode(text), np.int32))
+        segments.append(np.full(len(rows[-1]), number, np.int32))
+        if sum(map(len, rows)) >= tokens:
+            break
+    found = min(sum(map(len, rows)), tokens) // ROW * ROW
+    if not found:
+        raise InputError(f"--calibrate {file} holds {sum(map(len, rows))} tokens; a row of {ROW} is the least")
+    laid = [np.concatenate(part)[:found].reshape(-1, ROW) for part in (rows, segments)]
+    return Texts(*laid, {"file": file.name, "sha256": sha256(file), "tokens": found})
+
+
+def _texts(file: Path) -> Iterator[str]:
+    if file.suffix != ".jsonl":
+        try:
+            yield file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--calibrate {file} cannot be read: {error}") from None
+        return
+    for _, where, record in read_jsonl(file):
+        fields = record if isinstance(record, dict) else {}
+        if isinstance(fields.get("text"), str):
+            yield fields["text"]
+        elif isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
+            yield f"Question: {fields['question'].strip()}\nAnswer: {fields['answer'].strip()}"
+        else:
+            raise InputError(f"{where}: needs text under the key text, or under question and answer")
+
+
+@jax.custom_vjp
+def observe(x: jax.Array, gram: jax.Array) -> jax.Array:
+    """x [..., K] as it is. The gradient of `gram` [K, K], whatever the loss, is the sum of x^T x in float32."""
+    return x
+
+
+def _observe_forward(x: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, x
+
+
+def _observe_backward(x: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # No gradient goes further down: nothing but Gram matrices is wanted, and XLA drops all that only led there.
+    return jnp.zeros_like(x), jnp.einsum("...i,...j->ij", wide(x), wide(x))
+
+
+observe.defvjp(_observe_forward, _observe_backward)
+
+
+class _Observed:
+    """A block whose linears in `grams` observe what they are fed."""
+
+    def __init__(self, block: Block, grams: dict[str, jax.Array]):
+        self._block, self._grams = block, grams
+
+    def __getattr__(self, name: str) -> Any:
+        part = getattr(self._block, name)
+        if name not in self._grams:
+            return part
+        return lambda x, drop=None: part(observe(x, self._grams[name]), drop)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def through(
+    config: ModelConfig, layer: dict[str, Any], x: jax.Array, tokens: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """x [B, T, D] behind a layer (kernels and norms, unstacked), and the Gram matrices [K, K] of OBSERVED."""
+    context = decoder.row_context(config, tokens, segment_ids)
+    stacked = jax.tree.map(lambda part: part[None], layer)
+
+    def rule(layer: decoder.Layer, streams: decoder.Streams, grams: Any, context: decoder.Context) -> tuple[Any, None]:
+        observed = layer._replace(block=_Observed(layer.block, grams))
+        return forward.plain(observed, streams, None, context)[0], None
+
+    def run(grams: dict[str, jax.Array]) -> jax.Array:
+        params = {"base": {"layers": stacked}, "adapter": {}, "blend": {}}
+        return decoder.run_layers(params, rule, (x,), context, grams)[0][0]
+
+    sizes = {name: config.backbone.linear_shapes[name][0] for name in set(OBSERVED.values())}
+    behind, gradient = jax.vjp(run, {name: jnp.zeros((1, size, size)) for name, size in sizes.items()})
+    return behind, {name: gram[0] for name, gram in gradient(jnp.zeros_like(behind))[0].items()}
+
+
+def calibrated(
+    source: Source, dtype: str, quantize: str, texts: Texts, done: Callable[[str, int | None], bool]
+) -> Iterator[Piece | None]:
+    """`source.pieces` with every linear quantised for the inputs that the texts give it, in the order of layers.
+
+    Computes in float32. Memory: the texts' states [rows, 256, D], a layer, and a few times its largest Gram matrix.
+
+    Raises: InputError as `source.pieces` and `nf4.compensation`.
+    """
+    backbone = source.backbone
+    bound = names.bind(source.tensors(), backbone, source.kind, source.path)
+
+    def is_linear(slot: str, layer: int | None) -> bool:
+        return layer is not None and slot.endswith("/kernel")
+
+    def elsewhere(slot: str, layer: int | None) -> bool:
+        return is_linear(slot, layer) or done(slot, layer)
+
+    rest = pieces(source, dtype, "none", elsewhere)
+    for piece, (_, entry) in zip(rest, bound.tensors, strict=True):
+        if not is_linear(entry.row.slot, entry.layer):
+            yield piece
+
+    base = lazy_base(source)
+    used, tokens = np.unique(texts.tokens, return_inverse=True)
+    table, layers = jnp.asarray(base["embed"]["embedding"][used]), base["layers"]
+    del base  # the tables, of which a few rows are used
+    rows, cuts = tokens.reshape(-1, ROW), range(ROWS, len(texts.tokens), ROWS)
+    states = [embed(backbone, table, jnp.asarray(part), jnp.float32) for part in np.split(rows, cuts)]
+    batches = [np.split(part, cuts) for part in (texts.tokens, texts.segment_ids)]
+    for number, kind in enumerate(backbone.layer_types):
+        config = ModelConfig(dataclasses.replace(backbone, num_layers=1, layer_types=(kind,)))
+        layer = {
+            name: {part: jnp.asarray(stack[number], jnp.float32) for part, stack in leaf.items()}
+            for name, leaf in layers.items()
+        }
+        grams: dict[str, jax.Array] = {}
+        for at, (x, rows, segment_ids) in enumerate(zip(states, *batches, strict=True)):
+            states[at], found = through(config, layer, x, rows, segment_ids)
+            grams = {name: gram + grams.get(name, 0.0) for name, gram in found.items()}
+        factors: dict[str, jax.Array] = {}
+        for name, observed in OBSERVED.items():
+            slot = f"layers/{name}/kernel"
+            if done(slot, number):
+                yield None
+                continue
+            if observed not in factors:
+                factors = {observed: nf4.compensation(grams.pop(observed))}  # one at a time, they are large
+            leaf = nf4.quantise_for(layer[name]["kernel"], factors[observed], quantize)
+            yield Piece(number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()})
