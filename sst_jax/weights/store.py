@@ -11,6 +11,7 @@ An array's shape and dtype are always told to Orbax on restore, so a folder writ
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -163,8 +164,14 @@ def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.d
     tree: dict[str, Any] = {}
     for slot, (_, dtype) in shapes.items():
         set_slot(tree, slot, np.zeros(1, dtype))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-        checkpointer.save(folder, tree)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that there is nothing to merge without OCDBT, Orbax finds worth a warning
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(folder, tree)
+    finally:
+        logger.setLevel(level)
     for slot, (shape, _) in shapes.items():
         array = folder / slot.replace("/", ".")
         spec = json.loads((array / ".zarray").read_text())
