@@ -36,6 +36,7 @@ ARMS = {
     "exact-free": (), "exact-range": RANGE, "exact-gain": (*RANGE, *GAIN),
     "two-free": TWO, "two-range": (*TWO, *RANGE), "two-gain": (*TWO, *RANGE, *GAIN),
     "exact-faint": ("--config.stream.alpha_init=0.001",),  # begins as LoRA alone, all but
+    "exact-warm": ("--config.stream.alpha_warmup=40",),  # alpha rises from 0 to where it would begin
     "mixed-depths": ("--config.stream.depths=(1,2,3,4)",),
 }  # fmt: skip
 CONTROLS = ("baseline", "compute", "parameters")

@@ -54,8 +54,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     raise InputError(f"{folder} has no safetensors weights (pickled .bin checkpoints are never opened)")
 
 
-def _check_length(file: Path) -> None:
-    """Compares a safetensors header with the size of its file, so that a cut-off download is called by its name."""
+def _check_length(file: Path) -> dict[str, int]:
+    """Where each tensor begins, in bytes, by the header of a safetensors file.
+
+    The header is compared with the size of its file, so that a cut-off download is called by its name.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -65,11 +68,14 @@ def _check_length(file: Path) -> None:
     end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     if 8 + length + end > size:
         raise InputError(f"{file} is truncated: its header promises {8 + length + end} bytes, the file has {size}")
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
-def _read(file: Path, name: str) -> np.ndarray:
-    # Opened anew for each tensor: the pages of a long-lived map would all count as this process's memory.
+def _read(file: Path, name: str, dtype: str, shape: tuple[int, ...], start: int) -> np.ndarray:
+    # Mapped anew for each tensor: the pages of a long-lived map would all count as this process's memory.
     try:
+        if dtype in _FLOATS and math.prod(shape):  # a view of the file, where the library makes a copy
+            return np.memmap(file, np.dtype(_FLOATS[dtype]), "r", start, shape)
         with safe_open(file, framework="numpy") as reader:
             return reader.get_tensor(name)
     except Exception as error:
@@ -82,13 +88,14 @@ def headers(file: Path) -> list[Tensor]:
     Raises: InputError naming the file, whatever is wrong with it.
     """
     try:
-        _check_length(file)
+        starts = _check_length(file)
         with safe_open(file, framework="numpy") as reader:
-            slices = [(name, reader.get_slice(name)) for name in reader.offset_keys()]
-            tensors = [
-                Tensor(name, tuple(part.get_shape()), part.get_dtype(), file, functools.partial(_read, file, name))
-                for name, part in slices
-            ]
+            tensors = []
+            for name in reader.offset_keys():
+                part = reader.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                read = functools.partial(_read, file, name, dtype, shape, starts[name])
+                tensors.append(Tensor(name, shape, dtype, file, read))
     except InputError:
         raise
     except Exception as error:  # untrusted bytes: the parsers below may raise anything

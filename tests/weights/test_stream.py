@@ -68,7 +68,9 @@ def test_an_interrupted_conversion_goes_on_where_it_was(folder, tmp_path, monkey
     assert not (tmp_path / "out").exists()
     reads = []
     original = huggingface._read
-    monkeypatch.setattr(huggingface, "_read", lambda file, name: reads.append(name) or original(file, name))
+    monkeypatch.setattr(
+        huggingface, "_read", lambda file, name, *rest: reads.append(name) or original(file, name, *rest)
+    )
     source = huggingface.open_folder(folder)
     stream(folder, tmp_path / "out", "nf4")
     assert len(reads) == len(source.headers) - 40
