@@ -15,7 +15,7 @@ from sst_jax.errors import InputError
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # stays in the cache, between being read and being hashed
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,13 +53,14 @@ def digest(files: Iterable[Path], progress: Progress | None = None) -> str:
     ordered = sorted((Path(file) for file in files), key=lambda file: file.name)
     sizes = [file.stat().st_size for file in ordered]
     total, done, state = sum(sizes), 0, hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
     for file, size in zip(ordered, sizes, strict=True):
         # Name and length delimit each file, so that bytes cannot move from one to the next unseen.
         state.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                state.update(chunk)
-                done += len(chunk)
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                state.update(buffer[:count])
+                done += count
                 if progress is not None:
                     progress(done, total)
     return state.hexdigest()

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ from sst_jax.weights.source import DTYPES, Piece, Source, numpy_dtype, pieces, s
 
 FORMAT, VERSION = "sst_jax", 1
 HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"
+WRITERS = 2  # tensors that `stream_base` writes at once
 VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8)}  # uint8: packed NF4 codes
@@ -101,7 +103,7 @@ def stream_base(
     progress: Progress | None = None,
     texts: Texts | None = None,
 ) -> Path:
-    """Writes a source of weights as a base folder, two tensors in memory at a time.
+    """Writes a source of weights as a base folder, no more than WRITERS + 1 tensors in memory at a time.
 
     The arrays are put where Orbax looks for them, a file a layer, uncompressed, in a folder beside `directory` that
     gets its name when it is complete. Interrupted and called again with the same arguments it goes on where it was.
@@ -146,17 +148,17 @@ def stream_base(
             file = _chunk(stage / PARAMS, f"base/{slot}", shapes, piece.layer)
             manifest[file.relative_to(stage).as_posix()] = _write(file, value)
 
-    with ThreadPoolExecutor(1) as pool:  # a tensor is written and hashed while the next one is read
-        last: Future | None = None
+    with ThreadPoolExecutor(WRITERS) as pool:  # tensors are written and hashed while the next one is read
+        pending: deque[Future] = deque()
         for number, piece in enumerate(found, 1):
             if piece is not None:
-                if last is not None:
-                    last.result()
-                last = pool.submit(write, piece)
+                if len(pending) == WRITERS:
+                    pending.popleft().result()
+                pending.append(pool.submit(write, piece))
             if progress is not None:
                 progress(number, bound)
-        if last is not None:
-            last.result()
+        for future in pending:
+            future.result()
     for name, content in files.items():
         (stage / name).write_bytes(content)
     header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts(), "arrays": arrays}
@@ -216,9 +218,10 @@ def _write(file: Path, value: np.ndarray) -> str:
 
 
 def _contiguous(value: np.ndarray) -> np.ndarray:
-    """As `np.ascontiguousarray`; a large transpose in strips that stay in the cache, which is five times as fast."""
+    """The same bytes, row by row; a large transpose in strips that stay in the cache, which is five times as fast."""
     if value.ndim != 2 or value.flags.c_contiguous:
         return np.ascontiguousarray(value)
+    value = value.view(f"u{value.itemsize}")  # which NumPy moves faster than a bfloat16
     found = np.empty(value.shape, value.dtype)
     for at in range(0, value.shape[1], 32):
         found[:, at : at + 32] = value[:, at : at + 32]
