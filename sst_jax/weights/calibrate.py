@@ -48,15 +48,16 @@ def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
     file = Path(path)
     if tokens < ROW:
         raise InputError(f"--calibrate-tokens {tokens} must be at least {ROW}")
-    rows, segments = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    rows, segments, total = [], [], 0
     for number, text in enumerate(_texts(file), start=1):
         rows.append(np.asarray(tokenizer.encode(text), np.int32))
         segments.append(np.full(len(rows[-1]), number, np.int32))
-        if sum(map(len, rows)) >= tokens:
+        total += len(rows[-1])
+        if total >= tokens:
             break
-    found = min(sum(map(len, rows)), tokens) // ROW * ROW
+    found = min(total, tokens) // ROW * ROW
     if not found:
-        raise InputError(f"--calibrate {file} holds {sum(map(len, rows))} tokens; a row of {ROW} is the least")
+        raise InputError(f"--calibrate {file} holds {total} tokens; a row of {ROW} is the least")
     laid = [np.concatenate(part)[:found].reshape(-1, ROW) for part in (rows, segments)]
     return Texts(*laid, {"file": file.name, "sha256": sha256(file), "tokens": found})
 
