@@ -66,7 +66,10 @@ STUDIES: dict[str, Pretrained | Scratch] = {
     "further": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,published,two_pass,depths,mixed")),
     "rooms": Pretrained(("--config.data.name=rooms:1-4",), ("rooms:1-4", "rooms:8"), MAIN),
     "boxes": Pretrained(("--config.data.name=boxes:1-4", "--config.train.steps=400"), ("boxes:1-4", "boxes:8"), MAIN),
-    "hidden": Pretrained(("--config.data.name=gsm8k:result", "--config.data.length=256"), ("gsm8k:result",), MAIN),
+    "hidden": Pretrained(
+        ("--config.data.name=gsm8k:result", "--config.data.length=128", "--config.data.overlong=drop"),
+        ("gsm8k:result",), MAIN,
+    ),
     "hidden-words": Pretrained(
         ("--config.data.name=words:result", "--config.data.length=72"), ("words:result",), MAIN
     ),

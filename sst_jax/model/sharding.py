@@ -172,6 +172,11 @@ def _mesh_inside() -> Any:
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
+def on_a_mesh() -> bool:
+    """Whether a function is being traced for more than one device."""
+    return _mesh_inside() is not None
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, told where to lie by the logical axes of its dimensions."""
     mesh = _mesh_inside()

@@ -1,7 +1,10 @@
-"""The loss: cross-entropy on answer tokens only, a chunk of the vocabulary's rows at a time.
+"""The loss: cross-entropy on answer tokens only, a tile of positions and vocabulary entries at a time.
 
 Logits of a whole batch would be B*T*V numbers, 2 GiB at 2,048 positions of Gemma. Here the scored positions are moved
-to the front, and a scan over chunks of positions computes logits for those chunks that hold any.
+to the front; for every block of ROWS of them that holds any, a scan walks the vocabulary, COLUMNS entries at a time,
+and keeps a running softmax: its largest logit, its sum, and the mean embedding under it, which is the gradient
+(as attention does in arXiv 2205.14135). What exists at one time is a tile of logits, whatever the vocabulary's size,
+and a block reads the table once, where blocks of whole rows of logits read and repack it for each of two products.
 """
 
 from __future__ import annotations
@@ -10,43 +13,83 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sst_jax.model.sharding import constrain
+from sst_jax.model.sharding import constrain, on_a_mesh
 
-CHUNK = 128
+ROWS = 256
+COLUMNS = 8192
+MESH_ROWS = 128  # with whole rows of logits: a table that is cut over devices is not walked in turn
 
 
 def _chunked(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored: jax.Array, with_gradient: bool):
     """Per-position losses [M], and where asked their gradients with respect to hidden, [M, D]."""
     count, width = hidden.shape
-    chunk = min(CHUNK, count)
+    whole = on_a_mesh() or len(embedding) <= COLUMNS
+    rows = min(MESH_ROWS if whole else ROWS, count)
     order = jnp.argsort(~scored, stable=True)
-    padded = jnp.pad(order, (0, -count % chunk))
-    table = embedding.astype(hidden.dtype)
+    padded = jnp.pad(order, (0, -count % rows))
     out = jnp.promote_types(hidden.dtype, jnp.float32)
-
-    def losses(x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+    block = _whole_block if whole else _tiled_block
 
     def compute(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        x, y = constrain(hidden[index], "scored", None), targets[index]
-        if not with_gradient:
-            return losses(x, y), None
-        nll, pull = jax.vjp(lambda x: losses(x, y), x)
-        return nll, pull(jnp.ones_like(nll))[0]
+        return block(constrain(hidden[index], "scored", None), embedding, targets[index], out, with_gradient)
 
     def skip(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        return jnp.zeros(chunk, out), jnp.zeros((chunk, width), hidden.dtype) if with_gradient else None
+        return jnp.zeros(rows, out), jnp.zeros((rows, width), hidden.dtype) if with_gradient else None
 
     def body(_: None, index: jax.Array) -> tuple[None, tuple]:
         return None, jax.lax.cond(scored[index].any(), compute, skip, index)
 
-    _, (nll, gradient) = jax.lax.scan(body, None, padded.reshape(-1, chunk))
+    _, (nll, gradient) = jax.lax.scan(body, None, padded.reshape(-1, rows))
     back = jnp.argsort(order)
     nll = jnp.where(scored, nll.reshape(-1)[back], 0.0)
     if with_gradient:
         gradient = jnp.where(scored[:, None], gradient.reshape(-1, width)[back], 0.0).astype(hidden.dtype)
     return nll, gradient
+
+
+def _whole_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtype, with_gradient: bool):
+    """Losses [R] of x [R, D] and their gradients from all logits [R, V]."""
+    table = embedding.astype(x.dtype)
+
+    def losses(x: jax.Array) -> jax.Array:
+        logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    if not with_gradient:
+        return losses(x), None
+    nll, pull = jax.vjp(losses, x)
+    return nll, pull(jnp.ones_like(nll))[0]
+
+
+def _tiled_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtype, with_gradient: bool):
+    """`_whole_block` from tiles of logits, [R, COLUMNS] each."""
+    size = len(embedding)
+    tiles = -(-size // COLUMNS)
+
+    def tile(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+        top, total, rounded_total, mean = carry
+        # The last tile begins early enough to be whole, and passes over what the one before has had.
+        start = jnp.minimum(number * COLUMNS, size - COLUMNS)
+        table = jax.lax.dynamic_slice_in_dim(embedding, start, COLUMNS).astype(x.dtype)
+        logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
+        if size % COLUMNS:
+            logits = jnp.where(start + jnp.arange(COLUMNS) >= number * COLUMNS, logits, -jnp.inf)
+        highest = jnp.maximum(top, logits.max(axis=1))
+        fade, weights = jnp.exp(top - highest), jnp.exp(logits - highest[:, None])
+        total = total * fade + weights.sum(axis=1)
+        if with_gradient:
+            # The mean divides by the sum of the weights as rounded, so that it is one of embeddings whatever the type.
+            weights = weights.astype(x.dtype)
+            rounded_total = rounded_total * fade + weights.sum(axis=1, dtype=out)
+            mean = mean * fade[:, None] + jnp.einsum("mv,vd->md", weights, table, preferred_element_type=out)
+        return (highest, total, rounded_total, mean), None
+
+    zeros = jnp.zeros(len(x), out)
+    start = (jnp.full(len(x), -jnp.inf, out), zeros, zeros, jnp.zeros(x.shape, out))
+    (top, total, rounded_total, mean), _ = jax.lax.scan(tile, start, jnp.arange(tiles))
+    own = embedding[y].astype(x.dtype)
+    nll = jnp.log(total) + top - jnp.einsum("md,md->m", x, own, preferred_element_type=out)
+    return nll, (mean / rounded_total[:, None] - own).astype(x.dtype) if with_gradient else None
 
 
 @jax.custom_vjp

@@ -9,16 +9,27 @@ import optax
 import pytest
 import toys
 
-from sst_jax.training.loss import CHUNK, answer_losses, token_losses
+from sst_jax.training import loss
+from sst_jax.training.loss import answer_losses, token_losses
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
 
 
+@pytest.fixture(params=[(128, 64), (8, 16), (5, 25), (7, 49)], ids=str)
+def tiles(request, monkeypatch):
+    """Positions and vocabulary entries of a tile, for a vocabulary of 50: whole rows, a broken last tile, even ones."""
+    rows, columns = request.param
+    for name, value in (("ROWS", rows), ("MESH_ROWS", rows), ("COLUMNS", columns)):
+        monkeypatch.setattr(loss, name, value)
+    return rows
+
+
 @pytest.mark.parametrize(
-    ("positions", "share"), [(7, 1.0), (CHUNK, 0.5), (CHUNK + 1, 0.3), (3 * CHUNK - 5, 0.02), (2 * CHUNK, 0.0)]
+    ("blocks", "more", "share"), [(1, -1, 1.0), (1, 0, 0.5), (1, 1, 0.3), (3, -2, 0.02), (2, 0, 0.0)]
 )
-def test_chunked_loss_equals_full_logits(positions, share):
-    """Value and gradient within 1e-6, for whole and broken chunks and for chunks with nothing to score."""
+def test_tiled_loss_equals_full_logits(tiles, blocks, more, share):
+    """Value and gradient within 1e-6, for whole and broken blocks and for blocks with nothing to score."""
+    positions = blocks * tiles + more
     rng = np.random.default_rng(positions)
     hidden = jnp.asarray(rng.normal(size=(positions, 16)), jnp.float32)
     table = jnp.asarray(rng.normal(size=(50, 16)), jnp.float32)
@@ -38,6 +49,31 @@ def test_chunked_loss_equals_full_logits(positions, share):
     np.testing.assert_allclose(gradient, wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("confidence", [1.0, 30.0])
+def test_tiled_loss_in_bfloat16_is_as_close_as_its_types_allow(tiles, confidence):
+    """Against float64 on the same rounded numbers: also where a token is all but certain, whose gradient is small."""
+    rng = np.random.default_rng(3)
+    table = jnp.asarray(rng.normal(size=(50, 16)) / 4, jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(0, 50, 20), jnp.int32)
+    hidden = (table[targets] * confidence).astype(jnp.bfloat16)
+    scored = jnp.ones(20, bool)
+    losses, pull = jax.vjp(lambda hidden: token_losses(hidden, table, targets, scored), hidden)
+    (gradient,) = pull(jnp.ones(20, losses.dtype))
+    x, e = np.asarray(hidden, np.float64), np.asarray(table, np.float64)
+    logits = x @ e.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    own = p[np.arange(20), targets]
+    np.testing.assert_allclose(losses, -np.log(own), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), p @ e - e[targets], rtol=0.02, atol=2e-4)
+
+
+def test_a_number_that_is_none_in_the_table_shows_in_the_loss(tiles):
+    table = jnp.ones((50, 4)).at[33, 2].set(jnp.nan)
+    losses = token_losses(jnp.ones((20, 4)), table, jnp.zeros(20, jnp.int32), jnp.ones(20, bool))
+    assert np.isnan(losses).all()
+
+
 def test_answer_losses_are_those_of_the_next_token():
     tokens = jnp.asarray(toys.tokens(2, 9))
     mask = jnp.zeros(tokens.shape, bool).at[0, 5:].set(True).at[1, 0].set(True)
@@ -51,15 +87,17 @@ def test_answer_losses_are_those_of_the_next_token():
     assert float(losses[1].sum()) == 0.0  # nothing comes before a row's first token
 
 
-def test_logits_of_a_whole_batch_are_never_made():
-    """No array of the compiled loss is as large as positions x vocabulary."""
-    shape = jax.ShapeDtypeStruct
-    arguments = shape((4096, 8), jnp.float32), shape((5000, 8), jnp.float32)
-    rest = shape((4096,), jnp.int32), shape((4096,), bool)
-    gradient = jax.jit(jax.grad(lambda *given: token_losses(*given).sum()))
-    memory = gradient.lower(*arguments, *rest).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * CHUNK * 5000 * 4
-    assert 4 * CHUNK * 5000 * 4 < 4096 * 5000 * 4 / 4
+def test_memory_of_the_loss_does_not_grow_with_the_vocabulary():
+    def temporaries(vocabulary):
+        shape = jax.ShapeDtypeStruct
+        arguments = shape((4096, 8), jnp.float32), shape((vocabulary, 8), jnp.float32)
+        rest = shape((4096,), jnp.int32), shape((4096,), bool)
+        gradient = jax.jit(jax.grad(lambda *given: token_losses(*given).sum()))
+        return gradient.lower(*arguments, *rest).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(3 * loss.COLUMNS + 5), temporaries(30 * loss.COLUMNS + 5)
+    assert large < 1.05 * small
+    assert large < 4 * loss.ROWS * loss.COLUMNS * 4  # a few tiles, where a block of whole rows of logits would be 30
 
 
 def trainable(params):
