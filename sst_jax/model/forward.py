@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
@@ -30,7 +31,7 @@ from sst_jax.model.layers import ACTIVATIONS, wide
 from sst_jax.model.state import Masks, blend, initial, memories, move, remember, thought
 
 FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
-CHUNK = 16  # positions of `exact` between checkpoints
+CHUNK = 32  # positions of `exact` between checkpoints, at most
 
 
 class Left(NamedTuple):
@@ -180,7 +181,9 @@ def walk(
 ) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, [B, T*I, D], of one layer: its feed-forward run step after step.
 
-    In chunks that are recomputed in the backward pass, so that only every CHUNK-th memory is kept until then.
+    In chunks that are recomputed in the backward pass, so that about every CHUNK-th memory is kept until then; where
+    the whole layer is recomputed first, only under remat="memories" and "offload", or the positions are walked once
+    more for them.
     """
     stream = context.config.stream
     rows, steps, _ = h.shape
@@ -188,20 +191,28 @@ def walk(
     def step(m: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
         h_t, s0, live, begins = inputs
         masks = Masks(live, begins)
-        s = jnp.where(live, m, s0)
+        s = jnp.where(live, m, 0.0 if s0 is None else s0)
         o, f = feed(layer, h_t[:, None], context, x.dtype, s[:, None], masks.blends[:, None])
         m = remember(stream, s, thought(stream, o, f)[:, 0], masks.blends)
         return m, (o[:, 0], m)
 
-    chunk = min(CHUNK, steps)
+    chunk = -(-steps // -(-steps // CHUNK))  # chunks of about one size, so that hardly a step is padding
     padding = -steps % chunk
 
     def chunked(part: jax.Array) -> jax.Array:  # [B, T*I, ...] -> [chunks, chunk, B, ...]
         part = jnp.pad(part, ((0, 0), (0, padding), (0, 0)))
         return jnp.moveaxis(part, 1, 0).reshape(-1, chunk, rows, part.shape[-1])
 
-    inputs = jax.tree.map(chunked, (h, initial(stream, x), layer.masks.live, layer.masks.begins))
-    inner = jax.checkpoint(lambda m, part: jax.lax.scan(step, m, part), prevent_cse=False)
+    s0 = initial(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
+    inputs = jax.tree.map(chunked, (h, s0, layer.masks.live, layer.masks.begins))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def through(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
+        return jax.lax.scan(step, m, part)
+
+    def inner(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
+        return through(checkpoint_name(m, decoder.KEPT), part)
+
     first = jnp.zeros_like(thought(stream, x[:, 0], wide(x[:, 0]))) if before is None else before
     _, (o, memory) = jax.lax.scan(inner, first, inputs)
     o, memory = (jnp.moveaxis(part.reshape(-1, *part.shape[2:])[:steps], 0, 1) for part in (o, memory))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import toys
 
-from sst_jax.model import decoder
+from sst_jax.model import decoder, forward
 from sst_jax.model.forward import hidden
+from sst_jax.planning.count import count
 
 BACKBONE = dataclasses.replace(toys.BACKBONE, num_layers=2, layer_types=("local", "global"), window=3)
 FFN = toys.config(
@@ -108,6 +110,33 @@ def test_remat_changes_no_gradient(settings, remat, float64):
     kept = value_and_gradient(FFN, **settings)(trainable, base)
     again = value_and_gradient(FFN, **settings, remat=remat)(trainable, base)
     assert largest_difference(again, kept) <= 1e-12
+
+
+@pytest.mark.parametrize("remat", decoder.REMAT)
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_chunks_of_exact_change_no_gradient(chunk, remat, float64, monkeypatch):
+    """Eight positions in three chunks of three (one of them padding) and in two of four."""
+    base, trainable = split(FFN)
+    whole = value_and_gradient(FFN, forward="exact", depth=1)(trainable, base)
+    monkeypatch.setattr(forward, "CHUNK", chunk)
+    jax.clear_caches()
+    cut = value_and_gradient.__wrapped__(FFN, forward="exact", depth=1, remat=remat)(trainable, base)
+    jax.clear_caches()
+    assert largest_difference(cut, whole) <= 1e-12
+
+
+@pytest.mark.parametrize(("name", "spared"), [("exact", True), ("two_pass", False)])
+def test_kept_memories_spare_exact_a_walk(name, spared, float64):
+    """Forward, backward, and one feed-forward again for a chunk's gradients, without a second for the whole layer's."""
+    base, trainable = split(FFN)
+
+    def work(remat):
+        return count(value_and_gradient(FFN, forward=name, remat=remat).trace(trainable, base).jaxpr).flops
+
+    shapes = BACKBONE.linear_shapes
+    walk = BACKBONE.num_layers * len(TOKENS) * sum(2 * math.prod(shapes[part]) for part in ("gate", "up", "down"))
+    fewer = work("layer") - work("memories")
+    assert walk <= fewer <= 1.5 * walk if spared else fewer == 0  # LoRA's products are spared too
 
 
 def test_pass1_grad_changes_gradients_but_no_values(float64):
