@@ -139,7 +139,7 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
                 batch = {**whole, "answer_mask": jnp.zeros((rows, length), bool)}
                 return init_state(trainable, optimizer), base, batch, jax.random.key(0)
 
-            settings = ForwardConfig(name, remat="layer", dtype="bfloat16")
+            settings = ForwardConfig(name, remat="memories", dtype="bfloat16")
             step = functools.partial(train_step, config, settings, optimizer, None)
             work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
             times[name] = roofline(work, target)

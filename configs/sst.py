@@ -12,11 +12,12 @@ Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-
 Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
     size   rows x 1024   card           base   peak GiB   hours for all steps
-    27b    1             RTX PRO 6000   nf4    21.3       2.0      (without the accumulator of micro-batches, 0.85 GiB)
+    27b    1             RTX PRO 6000   nf4    21.2       2.0      (without the accumulator of micro-batches, 0.85 GiB)
     27b    4             RTX PRO 6000   nf4    27.0
     27b    4             RTX PRO 6000   bf16   62.0
     27b    4             RTX PRO 6000   nf4    22.9                (with --config.train.remat=offload)
-    27b    1             RTX 4090       nf4    21.3       5.9      (the same)
+    27b    32 x 256      RTX PRO 6000   nf4    26.2                (exact, with --config.train.remat=memories)
+    27b    1             RTX 4090       nf4    21.2       5.9      (the same)
     12b    4             RTX 4090       nf4    15.4       2.6      (as 4b)
     4b     8             RTX 4090       nf4     9.9       0.8      (head dim 256: XLA's attention below Hopper)
     1b     16            RTX 4090       nf4     6.5       0.2
@@ -26,7 +27,7 @@ Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithme
 
 Nothing here has been measured on an accelerator: neither the speed, nor cuDNN's sliding-window numerics on a card, nor
 the score. Two passes are the published method; --config.stream.forward=exact trains by true backpropagation through
-time, and is planned the same way. The control with the stream off is `configs/baseline.py`. For several devices, and
+time, and is planned the same way; with --config.train.remat=memories it walks the positions three times, not four. The control with the stream off is `configs/baseline.py`. For several devices, and
 TPU slices, see docs/scaling.md.
 """
 

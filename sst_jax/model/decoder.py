@@ -63,6 +63,7 @@ class Context:
     dropout_key: jax.Array | None = None
     options: Any = None  # a forward's own settings
     attention: str = "xla"  # the kernel that attends over whole rows, see `model/kernels.py`
+    recompute: bool = False  # whether `exact` walks its chunks again for their gradients, or keeps what these read
     past: Past | None = None  # what caches hold of earlier positions, where rows go on from them
 
 

@@ -181,9 +181,9 @@ def walk(
 ) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, [B, T*I, D], of one layer: its feed-forward run step after step.
 
-    In chunks that are recomputed in the backward pass, so that about every CHUNK-th memory is kept until then; where
-    the whole layer is recomputed first, only under remat="memories" and "offload", or the positions are walked once
-    more for them.
+    With `context.recompute` in chunks that the backward pass walks again, so that about every CHUNK-th memory is kept
+    until then; where the whole layer is recomputed first, only under remat="memories" and "offload", or the positions
+    are walked once more for them.
     """
     stream = context.config.stream
     rows, steps, _ = h.shape
@@ -206,9 +206,11 @@ def walk(
     s0 = initial(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
     inputs = jax.tree.map(chunked, (h, s0, layer.masks.live, layer.masks.begins))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
     def through(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         return jax.lax.scan(step, m, part)
+
+    if context.recompute:
+        through = jax.checkpoint(through, prevent_cse=False)
 
     def inner(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         return through(checkpoint_name(m, decoder.KEPT), part)
@@ -301,7 +303,7 @@ def hidden(
         forward, depth = "plain", 1
     context = decoder.row_context(
         config, tokens, segment_ids, positions, depth=depth, bos_id=bos_id, warmth=warmth, dropout_key=dropout_key,
-        options={"passes": passes}, attention=attention,
+        options={"passes": passes}, attention=attention, recompute=remat != "none",
     )  # fmt: skip
 
     def rule(*arguments: Any) -> tuple[Streams, None]:
