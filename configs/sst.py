@@ -27,8 +27,8 @@ Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithme
 
 Nothing here has been measured on an accelerator: neither the speed, nor cuDNN's sliding-window numerics on a card, nor
 the score. Two passes are the published method; --config.stream.forward=exact trains by true backpropagation through
-time, and is planned the same way; with --config.train.remat=memories it walks the positions three times, not four. The control with the stream off is `configs/baseline.py`. For several devices, and
-TPU slices, see docs/scaling.md.
+time, and is planned the same way; with --config.train.remat=memories it walks the positions three times, not four. The
+control with the stream off is `configs/baseline.py`. For several devices, and TPU slices, see docs/scaling.md.
 """
 
 from sst_jax.training.recipe import defaults

@@ -25,6 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .configuration_sst import FORWARDS
 
 EPS = 1e-6
+# What transformers calls a cache, as argument and in outputs: "past_key_values" before 5.24. Both are taken here.
+CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 LINEARS = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
@@ -272,18 +274,18 @@ class StreamModel:
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, depth=1, forward=None, passes=2, **kwargs,
+        use_cache=None, depth=1, forward=None, passes=2, cache=None, **kwargs,
     ):  # fmt: skip
         """Final hidden states [B, T, D] after each position's last iteration; arguments as for the causal LM."""
         config, stream = self.config, self.config.stream
         forward = forward or config.sst.get("forward") or "exact"
-        self.check(forward, passes, depth, attention_mask, past_key_values, input_ids, kwargs)
+        cache = past_key_values if cache is None else cache
+        self.check(forward, passes, depth, attention_mask, cache, input_ids, kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:  # without being asked, only where nothing is trained and the forward has one
             use_cache = config.use_cache and forward in ("plain", "exact") and not torch.is_grad_enabled()
-        if (use_cache or past_key_values is not None) and forward not in ("plain", "exact"):
+        if (use_cache or cache is not None) and forward not in ("plain", "exact"):
             raise ValueError(f"forward={forward!r} has no cache: pass use_cache=False, or forward='exact'")
-        cache = past_key_values
         if not isinstance(cache, StreamCache):  # none, or an empty one of another kind that a caller made by habit
             cache = StreamCache(config) if use_cache else None
 
@@ -311,7 +313,7 @@ class StreamModel:
             alpha, gain = self.stream.of(stream, index, device)
             streams = layer(alpha, gain, *streams, steps=steps, past_key_values=cache)
         hidden = self.norm(streams[-1][:, last])
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache if use_cache else None})
 
     def check(self, forward, passes, depth, attention_mask, cache, input_ids, rest):
         """Raises ValueError on arguments that do not fit together, or ask for what is not here."""
@@ -410,7 +412,7 @@ class StreamLayerMixin:
         kind = layer_kinds(self.self_attn.config)[self.self_attn.layer_idx]
         out, _ = self.self_attn(
             hidden_states=self.input_layernorm(x), position_embeddings=steps.rotations[kind],
-            attention_mask=steps.masks[kind], past_key_values=cache,
+            attention_mask=steps.masks[kind], **{CACHE: cache},
         )  # fmt: skip
         return self.rejoin(x, out)
 
@@ -514,7 +516,7 @@ class StreamForCausalLM:
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, logits_to_keep=0, depth=1, forward=None, passes=2, **kwargs,
+        labels=None, use_cache=None, logits_to_keep=0, depth=1, forward=None, passes=2, cache=None, **kwargs,
     ):  # fmt: skip
         """Logits [B, T, V], with `labels` the loss, differentiable in every parameter.
 
@@ -528,8 +530,8 @@ class StreamForCausalLM:
         """
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
-            logits_to_keep=logits_to_keep, depth=depth, forward=forward, passes=passes, **kwargs,
+            inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, depth=depth,
+            forward=forward, passes=passes, **{CACHE: past_key_values if cache is None else cache}, **kwargs,
         )  # fmt: skip
 
     def prepare_inputs_for_generation(
@@ -552,5 +554,5 @@ class StreamForCausalLM:
         for name, allowed in (("cache_implementation", (None, "dynamic")), ("prefill_chunk_size", (None,))):
             if getattr(generation_config, name, None) not in allowed:
                 raise ValueError(f"{name}={getattr(generation_config, name)!r} is not supported: leave it out")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StreamCache(self.config)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = StreamCache(self.config)
