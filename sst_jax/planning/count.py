@@ -1,7 +1,7 @@
 """Counting a program's arithmetic from its jaxpr: the compilers report none for CUDA, and scan bodies once on TPU.
 
 Only matrix products count; everything else is assumed to be fused into them. A branch counts as its costlier side, so
-the chunks of the loss that hold no answer count too, and masked attention counts in full. A product with an NF4 linear
+the blocks of the loss that hold no answer count too, and masked attention counts in full. A product with an NF4 linear
 reads the bfloat16 kernel that is unpacked for it; the unpacking itself is not counted.
 """
 
