@@ -12,15 +12,15 @@ Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-
 Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
     size   rows x 1024   card           base   peak GiB   hours for all steps
-    27b    1             RTX PRO 6000   nf4    21.2       2.0      (without the accumulator of micro-batches, 0.85 GiB)
-    27b    4             RTX PRO 6000   nf4    27.0
+    27b    1             RTX PRO 6000   nf4    22.1       2.0      (21.2 without its accumulator of micro-batches,
+    27b    4             RTX PRO 6000   nf4    27.0                 as these: --config.optimizer.accumulate=1)
     27b    4             RTX PRO 6000   bf16   62.0
     27b    4             RTX PRO 6000   nf4    22.9                (with --config.train.remat=offload)
     27b    32 x 256      RTX PRO 6000   nf4    26.2                (exact, with --config.train.remat=memories)
-    27b    1             RTX 4090       nf4    21.2       5.9      (the same)
-    12b    4             RTX 4090       nf4    15.4       2.6      (as 4b)
-    4b     8             RTX 4090       nf4     9.9       0.8      (head dim 256: XLA's attention below Hopper)
-    1b     16            RTX 4090       nf4     6.5       0.2
+    27b    1             RTX 4090       nf4    22.1       5.9      (22.6 may be used)
+    12b    4             RTX 4090       nf4    15.3       2.6      (as 4b)
+    4b     8             RTX 4090       nf4     9.5       0.8      (head dim 256: XLA's attention below Hopper)
+    1b     16            RTX 4090       nf4     6.3       0.2
     270m   32            RTX 4090       nf4     6.5       0.05
     llama-3.1-8b, 4      RTX 4090       nf4    10.9       1.6
     smollm2-135m, 32     RTX 4090       nf4     4.0       0.04

@@ -13,6 +13,7 @@ by default all along fsdp.
 The real train step (or decode step) is compiled for the described hardware on a CPU; its compiler must be installed,
 the hardware and its driver need not: sst-jax[cuda] for GPUs, sst-jax[tpu] for TPU slices. All figures are estimates:
 nothing is run, and the CUDA context, kernels' workspaces and fragmentation are in no plan (a reserve stands for them).
+Of a recipe that draws depths or passes the costliest step is compiled, and the average counted.
 """
 
 from __future__ import annotations
@@ -88,17 +89,19 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
         "target": target.name, "title": target.title, "chips": target.chips, "memory": target.memory,
         "reserve": reserve, "quantize": recipe.quantize, "dtype": recipe.dtype,
     }  # fmt: skip
+    if args.decode:
+        record |= {
+            "rows": args.rows, "capacity": args.capacity, "depth": args.depth,
+            "cache_per_sequence": bytes_per_sequence(config, args.capacity, recipe.dtype),
+        }  # fmt: skip
+    else:
+        forward = recipe.forward.forward
+        record |= {"batch_size": data.batch_size, "length": data.length, "forward": forward, "steps": recipe.steps}
     try:
         if args.decode:
             plan = compiling.plan_decoding(recipe, backbone, target, args.rows, args.capacity, args.depth)
-            record |= {
-                "rows": args.rows, "capacity": args.capacity, "depth": args.depth,
-                "cache_per_sequence": bytes_per_sequence(config, args.capacity, recipe.dtype),
-            }  # fmt: skip
         else:
             plan = compiling.plan_training(recipe, backbone, target)
-            forward = recipe.forward.forward
-            record |= {"batch_size": data.batch_size, "length": data.length, "forward": forward, "steps": recipe.steps}
     except compiling.TooLarge as error:
         return record | {"fits": False, "compiler": str(error)}
     flops, bandwidth = target.flops * target.chips, target.bandwidth * target.chips

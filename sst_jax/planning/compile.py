@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -93,10 +94,15 @@ def attention_of(target: Target, attention: str, dtype: str, head_dim: int) -> s
 
 
 def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Plan:
-    """Compiles the train step of a recipe.
+    """Compiles the train step of a recipe: of one that draws passes or depths the costliest, and counts the average.
 
     Raises: InputError as `mesh_on` and `sharding.check`; TooLarge.
     """
+    draws = [dataclasses.replace(recipe, forward=drawn) for _, drawn in recipe.forward.draws()]
+    if len(draws) > 1:
+        costliest = max(draws, key=lambda one: training_work(one, backbone).flops)
+        plan = plan_training(costliest, backbone, target)
+        return plan._replace(work=training_work(recipe, backbone))
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone, recipe.data.batch_size)
     pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
@@ -129,9 +135,14 @@ def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, C
 
 
 def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
-    """What one train step of a recipe computes, whatever it runs on; nothing is compiled."""
-    step, arguments = training_step(placed(recipe, lambda *_: "xla"), backbone)
-    return count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
+    """What a train step of a recipe computes on average, whatever it runs on; nothing is compiled."""
+    products = []
+    for share, drawn in recipe.forward.draws():
+        one = placed(dataclasses.replace(recipe, forward=drawn), lambda *_: "xla")
+        step, arguments = training_step(one, backbone)
+        work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
+        products += [product._replace(times=share * product.times) for product in work.products]
+    return Work(products)
 
 
 ROWS = ("tokens", "segment_ids", "positions")
@@ -154,7 +165,7 @@ def plan_decoding(
 
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone)
-    return plan_step(target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth)
+    return plan_step(target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth, flash=False)
 
 
 def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
@@ -166,16 +177,16 @@ def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple
 
 def plan_step(
     target: Target, mesh: jax.sharding.Mesh, step: Callable, counted: Callable, arguments: Callable[[], tuple], *,
-    attention: str, donated: bool = False, trips: int = 1,
+    attention: str, donated: bool = False, trips: int = 1, flash: bool = True,
 ) -> Plan:  # fmt: skip
     """Compiles `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
 
     They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
-    and the first of two results is what takes its place.
+    and the first of two results is what takes its place. `trips`, `flash`: as `count` takes them.
     Raises: TooLarge.
     """
     shapes = jax.eval_shape(arguments)
-    work = count(jax.make_jaxpr(counted)(*shapes), trips)
+    work = count(jax.make_jaxpr(counted)(*shapes), trips, flash)
     places = sharding.shardings(mesh, shapes)
     abstract = jax.tree.map(_placed, shapes, places)
     options = {"donate_argnums": 0, "out_shardings": (places[0], None)} if donated else {}

@@ -40,36 +40,39 @@ class Work(NamedTuple):
         return sum(max(p.flops / flops, p.bytes / bandwidth) * p.times for p in self.products)
 
 
-def count(jaxpr: Any, trips: int = 1) -> Work:
-    """The work of a (closed) jaxpr; `trips` is how often each `while` loop runs, which no jaxpr says."""
-    return Work(list(_walk(getattr(jaxpr, "jaxpr", jaxpr), 1.0, trips)))
+def count(jaxpr: Any, trips: int = 1, flash: bool = True) -> Work:
+    """The work of a (closed) jaxpr; `trips` is how often each `while` loop runs, which no jaxpr says.
+
+    flash: attention keeps its scores on the chip. Not of a decode step, whose caches are larger than its scores.
+    """
+    return Work(list(_walk(getattr(jaxpr, "jaxpr", jaxpr), 1.0, trips, flash)))
 
 
-def _walk(jaxpr: Any, times: float, trips: int) -> Iterator[Product]:
+def _walk(jaxpr: Any, times: float, trips: int, flash: bool) -> Iterator[Product]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name in ("dot_general", "ragged_dot"):
-            yield _product(equation, times)
+            yield _product(equation, times, flash)
         elif name == "scan":
-            yield from _walk(params["jaxpr"].jaxpr, times * params["length"], trips)
+            yield from _walk(params["jaxpr"].jaxpr, times * params["length"], trips, flash)
         elif name == "while":
-            yield from _walk(params["body_jaxpr"].jaxpr, times * trips, trips)
+            yield from _walk(params["body_jaxpr"].jaxpr, times * trips, trips, flash)
         elif name == "cond":
-            sides = [list(_walk(branch.jaxpr, times, trips)) for branch in params["branches"]]
+            sides = [list(_walk(branch.jaxpr, times, trips, flash)) for branch in params["branches"]]
             yield from max(sides, key=lambda side: Work(side).flops)
         else:
             for value in params.values():
                 for part in value if isinstance(value, list | tuple) else (value,):
                     inner = getattr(part, "jaxpr", part)
                     if hasattr(inner, "eqns"):
-                        yield from _walk(inner, times, trips)
+                        yield from _walk(inner, times, trips, flash)
 
 
-def _product(equation: Any, times: float) -> Product:
+def _product(equation: Any, times: float, flash: bool) -> Product:
     arrays = [variable.aval for variable in (*equation.invars[:2], *equation.outvars)]
     (contracted, _), (batched, _) = equation.params["dimension_numbers"]
     depth = math.prod(arrays[0].shape[axis] for axis in contracted)
     sizes = [array.size * np.dtype(array.dtype).itemsize for array in arrays]
-    # Batched products are attention's, whose largest array is the scores: a flash kernel keeps those on the chip.
-    moved = sum(sizes) - (max(sizes) if batched else 0)
+    # Batched products are attention's, whose largest array is the scores.
+    moved = sum(sizes) - (max(sizes) if batched and flash else 0)
     return Product(2.0 * arrays[2].size * depth, float(moved), times)

@@ -16,10 +16,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from sst_jax.errors import InputError
 from sst_jax.inference.model import count
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import abstract_params
+from sst_jax.model.state import carriers
 from sst_jax.planning.compile import training_work
 from sst_jax.training.recipe import Recipe
 
@@ -48,11 +52,16 @@ def costs(stream: Recipe, baseline: Recipe, backbone: BackboneConfig) -> Costs:
     def trained(adapter: AdapterConfig, stream: StreamConfig | None) -> dict[str, Any]:
         return abstract_params(ModelConfig(backbone, stream, adapter))
 
+    def blend() -> dict[str, Any]:
+        """What the stream learns: parameters of layers that carry no state are there, and do nothing."""
+        whole = trained(stream.adapter, stream.stream)["blend"]
+        return jax.eval_shape(lambda: {name: carriers(stream.stream, jnp.zeros(x.shape)) for name, x in whole.items()})
+
     one = trained(dataclasses.replace(baseline.adapter, rank=1), None)
     return Costs(
         training_work(stream, backbone).flops,
         training_work(baseline, backbone).flops,
-        count(trained(stream.adapter, stream.stream)["blend"]),
+        count(blend()),
         count(one["adapter"]),
     )
 

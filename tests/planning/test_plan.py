@@ -57,6 +57,27 @@ def test_scores_of_attention_are_not_moved():
     assert found.bytes == 2 * 4 * 2 * 64 * 4 * 16
 
 
+def test_a_decode_step_reads_its_caches():
+    """Of one query a row the largest array is no score but the cache."""
+    function, shapes = (lambda q, k: jnp.einsum("bnh,bsnh->bns", q, k)), ((2, 4, 16), (2, 64, 4, 16))
+    jaxpr = jax.make_jaxpr(function)(*[jnp.zeros(shape) for shape in shapes])
+    assert count(jaxpr, flash=False).bytes == 4 * (2 * 4 * 16 + 2 * 64 * 4 * 16 + 2 * 4 * 64)
+
+
+@pytest.mark.parametrize("more", [[], ["--decode"]], ids=["training", "decoding"])
+def test_what_the_compiler_finds_too_large_is_said_not_to_fit(more, tmp_path, capsys, monkeypatch):
+    def too_large(*_, **__):
+        raise compiling.TooLarge("RESOURCE_EXHAUSTED: 99 GiB of 32")
+
+    monkeypatch.setattr(compiling, "plan_training", too_large)
+    monkeypatch.setattr(compiling, "plan_decoding", too_large)
+    written = tmp_path / "plan.json"
+    assert run(plan.main, ["--config", TINY, "--target", "rtx-5090", *more, "--json", str(written)]) == 0
+    assert "does not fit: RESOURCE_EXHAUSTED: 99 GiB of 32" in capsys.readouterr().out
+    (record,) = json.loads(written.read_text())["plans"]
+    assert record["fits"] is False
+
+
 @pytest.mark.parametrize("name", [name for name, target in targets.TARGETS.items() if target.platform == "cuda"])
 def test_descriptions_of_gpus_are_complete(name):
     text = targets.config_text(targets.find(name))
