@@ -5,7 +5,8 @@
   python -m sst_jax.train --config configs/statetrack.py --workdir runs/s3      (tiny models from scratch)
 
 The same command on the same folder goes on where it stopped, to the same numbers. Ctrl-C, SIGTERM and SIGUSR1 save
-first; a step whose loss or gradient is not finite is skipped, and train.max_skipped of them in a row end the run.
+first; a step whose loss or gradient is not finite is skipped, and train.max_skipped such in a row end the run.
+From scratch nothing is saved before an arm is done: --stop-within and --stall-minutes do nothing there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import placed
     from sst_jax.training.run import RunFolder, check_recipe
-    from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step
+    from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step, warmth_at
     from sst_jax.training.watch import Stalls, StopSignals, Watch
     from sst_jax.weights.checkpoint import Checkpoints
     from sst_jax.weights.models import open_model
@@ -105,6 +106,10 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         raise InputError(f"model.source={recipe.model} already has a stream or adapter: train from its plain base")
     config = ModelConfig(opened.config.backbone, recipe.stream, recipe.adapter)
     sharding.check(mesh, config.backbone)
+    if not jax.tree.leaves({k: v for k, v in decoder.abstract_params(config).items() if k != "base"}):
+        raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
+    if recipe.stream is not None and recipe.stream.initial == "skip_bos" and opened.tokenizer.bos_id is None:
+        raise InputError(f"stream.initial='skip_bos': the vocabulary of {recipe.model} has no BOS")
     recipe = placed(recipe, functools.partial(kernels.here, head_dim=config.backbone.head_dim))
     tokenizer, base = opened.tokenizer, opened.params["base"]
     data = recipe.data
@@ -118,8 +123,6 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         # 1. State: fresh, then overwritten by the newest good checkpoint where there is one.
         key = jax.random.key(recipe.seed)
         fresh = jax.jit(lambda key: {k: v for k, v in decoder.init_params(config, key).items() if k != "base"})(key)
-        if not jax.tree.leaves(fresh):
-            raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
         optimizer = make_optimizer(recipe.optimizer, recipe.steps)
         # Placed as a restored state is, or a resumed run would compile its step anew.
         state = sharding.place(init_state(fresh, optimizer))
@@ -184,8 +187,11 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         # 3. The loop.
         started, seconds_before = time.monotonic(), meta["seconds"]
 
-        def finish(step: int, metrics: dict[str, float]) -> None:
-            """What comes after a step: held-out loss, log, checkpoint, each where it is due; raises Stopped."""
+        def finish(step: int, metrics: dict[str, float], saved: bool = False) -> None:
+            """What comes after a step: held-out loss, log, checkpoint, each where it is due; raises Stopped.
+
+            saved: its checkpoint is there, and stays as it is: to write it again would put the newest good one at risk.
+            """
             last = step == recipe.steps
             due = last or step % recipe.eval_every == 0
             loss = heldout_loss(state) if due and not stop.now() else None
@@ -201,8 +207,9 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 )
             stopping = stop.now()
             if "unfinished" not in meta and (step % recipe.log_every == 0 or due):
-                folder.log(step, metrics | alpha_summary(config.stream, state.trainable["blend"]))
-            if step % recipe.save_every == 0 or last or stopping:
+                alphas = alpha_summary(config.stream, state.trainable["blend"], warmth_at(config, state))
+                folder.log(step, metrics | alphas)
+            if not saved and (step % recipe.save_every == 0 or last or stopping):
                 meta["seconds"] = seconds_before + time.monotonic() - started
                 folder.check_there()
                 checkpoints.save(step, state.trainable, state.optimizer, iterator, meta)
@@ -217,7 +224,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
 
         with stop, stalls.watching(), bar(recipe.steps, "training", "step", initial=step) as meter:
             if unfinished is not None:
-                finish(step, unfinished)
+                finish(step, unfinished, saved=True)
             while step < recipe.steps:
                 before = time.monotonic()
                 batch = next(iterator)
@@ -234,7 +241,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 if metrics["skipped"]:
                     meta["skipped"] += 1
                     kept = folder.keep_batch(step, batch, recipe.max_skipped)
-                    what = f"step {step}: loss or gradient is not finite; its batch is kept in {kept}"
+                    what = f"step {step}: loss, gradient or update is not finite; its batch is kept in {kept}"
                     if meta["in_a_row"] == recipe.max_skipped:
                         raise Stopped(f"{what}. So were {recipe.max_skipped} in a row; {recover(step)}")
                     say(f"{what}, and the step is skipped")

@@ -22,6 +22,7 @@ import numpy as np
 from sst_jax.data.problems import SPLITS
 from sst_jax.errors import InputError
 
+SHORTEST = 8  # symbols of a word
 QUERIES = 0.25  # share of "=" among the symbols of arithmetic
 RESIDUES = sum(map(len, SPLITS.values()))
 
@@ -101,8 +102,8 @@ def draw(task: Automaton, split: str, rows: int, length: int, seed: tuple[int, .
     """
     if split not in SPLITS:
         raise InputError(f"{task.name} has no split {split!r}; it has {', '.join(SPLITS)}")
-    if length < 8:
-        raise InputError(f"words of length {length}: needs at least 8, so that every split has many")
+    if length < SHORTEST:
+        raise InputError(f"words of length {length}: needs at least {SHORTEST}, so that every split has many")
     rng, symbols = np.random.default_rng(seed), np.zeros((0, length), np.int32)
     while len(symbols) < rows:
         fresh = _symbols(task, rng, 2 * rows, length)

@@ -299,6 +299,7 @@ class StreamConfig:
                 several = isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
                 _require(several, f"stream.{field}={value!r} must be a list of numbers")
                 object.__setattr__(self, field, tuple(value))
+        _require(self.layers is None or self.layers, "stream.layers is empty: a stream needs a layer that carries it")
         _numbers("stream", self, "alpha_init", "alpha_warmup", "gain", "decay", "sweep_tolerance", "sweep_cap")
         _require(len(self.alpha_range) == 2, f"stream.alpha_range={self.alpha_range} must be two numbers")
         lo, hi = self.alpha_range
@@ -339,6 +340,7 @@ class AdapterConfig:
         _numbers("adapter", self, "alpha", "dropout")
         for target in self.targets:
             _one_of("adapter", "targets", target, LINEARS)
+        _require(not self.rank or self.targets, f"adapter.rank={self.rank} needs linears: adapter.targets is empty")
         _require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout} must be in [0, 1)")
 
     @property

@@ -15,10 +15,11 @@ initial state. Neither holds on padding, and `live` is off where a document begi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sst_jax.model.config import StreamConfig
 from sst_jax.model.layers import Block, unit_rms, wide
@@ -145,10 +146,20 @@ def masks_for(stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, d
     return Masks(live.reshape(rows, -1, 1), begins.reshape(rows, -1, 1))
 
 
-def alpha_summary(stream: StreamConfig | None, blend: dict[str, jax.Array]) -> dict[str, float]:
-    """Mean, smallest and largest learned alpha, for logs; empty where none is learned."""
+def carriers(stream: StreamConfig, stack: Any) -> Any:
+    """Of a blend parameter of all layers, stacked, the rows of layers that carry a state; of one for all that one."""
+    if stream.layers is None or len(stack) == 1:
+        return stack
+    return stack[np.array(sorted(set(stream.layers)))]
+
+
+def alpha_summary(
+    stream: StreamConfig | None, blend: dict[str, jax.Array], warmth: jax.Array | float | None = None
+) -> dict[str, float]:  # fmt: skip
+    """Mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
     if stream is None or "theta" not in blend:
         return {}
     lo, hi = stream.alpha_range
-    alpha = lo + (hi - lo) * jax.nn.sigmoid(blend["theta"])
+    alpha = (hi - lo) * jax.nn.sigmoid(carriers(stream, blend["theta"]))
+    alpha = lo + (alpha if warmth is None else alpha * warmth)
     return {"alpha_mean": float(alpha.mean()), "alpha_min": float(alpha.min()), "alpha_max": float(alpha.max())}

@@ -20,7 +20,7 @@ def learning_curve(run: Path, title: str) -> Path:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, alpha=0.5 if name == "loss" else 1.0)
-    axes.set(xlabel="optimizer step", ylabel="loss on answer tokens (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss on answer tokens (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     target = run / "figures" / "learning_curve.png"

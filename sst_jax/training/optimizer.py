@@ -30,6 +30,13 @@ class OptimizerConfig:
         for field in ("learning_rate", "blend_learning_rate", "clip"):
             if not getattr(self, field) > 0:
                 raise InputError(f"optimizer.{field}={getattr(self, field)} must be positive")
+        for field in ("b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"optimizer.{field}={getattr(self, field)} must be in [0, 1)")
+        if not self.weight_decay >= 0:
+            raise InputError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        if not 0 <= self.final_factor <= 1:
+            raise InputError(f"optimizer.final_factor={self.final_factor} must be in [0, 1]")
         if self.warmup_steps < 0 or self.accumulate < 1:
             raise InputError("optimizer.warmup_steps must be >= 0 and optimizer.accumulate >= 1")
 

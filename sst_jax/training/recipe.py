@@ -18,8 +18,9 @@ from ml_collections import config_dict, config_flags
 
 from sst_jax.data import tracking
 from sst_jax.data.problems import RESULT
+from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
-from sst_jax.model import nf4
+from sst_jax.model import forward, nf4
 from sst_jax.model.config import AdapterConfig, StreamConfig, from_mapping
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
@@ -60,6 +61,10 @@ class DataConfig:
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
+        if self.limit < 0:
+            raise InputError(f"data.limit={self.limit} must not be negative; 0 is all")
+        if self.format not in FORMATS:
+            raise InputError(f"data.format={self.format!r} is not one of {', '.join(map(repr, FORMATS))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +193,25 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
         raise InputError(f"model.quantize={config.model.quantize!r} is not one of {', '.join(nf4.KINDS)}")
     if not config.model.source:
         raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
-    for key in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped"):
+    for key in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "sample_tokens"):
         if train[key] < 1:
             raise InputError(f"train.{key}={train[key]} must be at least 1")
+    if train["seed"] < 0:
+        raise InputError(f"train.seed={train['seed']} must not be negative")
+    optimizer = from_mapping(OptimizerConfig, config.optimizer.to_dict())
+    if train["steps"] % optimizer.accumulate:
+        raise InputError(
+            f"train.steps={train['steps']} must be a multiple of optimizer.accumulate={optimizer.accumulate}: the "
+            "micro-batches left over would change nothing"
+        )
+    if stream is not None and stream.alpha is not None and stream.alpha_warmup:
+        raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a learned alpha; stream.alpha fixes it")
     shared = {"dtype": dtype, "attention": config.model.attention}
     trains = ForwardConfig(remat=train.pop("remat"), **drawn, **shared)
-    judges = ForwardConfig(train.pop("eval_forward"), remat="none", **shared)
+    judge = train.pop("eval_forward")
+    if judge not in forward.FORWARDS:
+        raise InputError(f"train.eval_forward={judge!r} is not one of {', '.join(forward.FORWARDS)}")
+    judges = ForwardConfig(judge, remat="none", **shared)
     if stream is None:
         judges = dataclasses.replace(judges, forward="plain")
     # Measured with the same number of passes where the same kind of forward measures, else with the forward's own.
@@ -207,7 +225,7 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
         adapter=from_mapping(AdapterConfig, config.adapter.to_dict()),
         forward=trains,
         heldout_forward=judges,
-        optimizer=from_mapping(OptimizerConfig, config.optimizer.to_dict()),
+        optimizer=optimizer,
         data=from_mapping(DataConfig, config.data.to_dict()),
         mesh=from_mapping(MeshConfig, config.mesh.to_dict()),
         **train,

@@ -52,8 +52,7 @@ class RunFolder:
             raise InputError(
                 f"another process is training in {path}: wait for it, or choose another --workdir"
             ) from None
-        self.resumed = (path / "config.json").is_file()
-        if not self.resumed:
+        if not (path / "config.json").is_file():
             write_json(path / "base.json", base)
             write_json(path / "config.json", config)
         write_json(path / "environment.json", environment())

@@ -106,12 +106,16 @@ class Schedule:
 def make_arm(backbone: BackboneConfig, knobs: dict[str, Any]) -> Arm:
     """An arm from the knobs of a section `stream`. Raises: InputError naming the knob."""
     stream, drawn = stream_settings(knobs)
+    if stream is not None and stream.alpha_warmup:
+        raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a backbone that a fresh stream disturbs")
+    if stream is not None and stream.initial == "skip_bos":
+        raise InputError("stream.initial='skip_bos': the words of these tasks have no BOS")
     return Arm(ModelConfig(backbone, stream), ForwardConfig(remat="none", **drawn))
 
 
 def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: int) -> BackboneConfig:
     """A small Gemma whose layers all see the whole word."""
-    if d_model % (2 * heads):
+    if heads < 1 or d_model < 1 or d_model % (2 * heads):
         raise InputError(f"model.d_model={d_model} must be an even number for each of model.heads={heads}")
     return BackboneConfig(
         num_layers=layers, d_model=d_model, d_ff=d_ff, num_heads=heads, num_kv_heads=heads, head_dim=d_model // heads,

@@ -55,10 +55,21 @@ class ForwardConfig:
         rng = np.random.default_rng((seed, step))
         mixed = rng.random() < self.mix_share
         one = dataclasses.replace(self, mix_share=0.0, depths=(int(rng.choice(self.depths)),))
-        if not mixed:
-            return one
+        return one._mixed() if mixed else one
+
+    def draws(self) -> list[tuple[float, ForwardConfig]]:
+        """Everything that `at` may draw, with its probability."""
+        found = []
+        for mixed, share in ((False, 1.0 - self.mix_share), (True, self.mix_share)):
+            for depth in dict.fromkeys(self.depths) if share else ():
+                one = dataclasses.replace(self, mix_share=0.0, depths=(depth,))
+                found.append((share * self.depths.count(depth) / len(self.depths), one._mixed() if mixed else one))
+        return found
+
+    def _mixed(self) -> ForwardConfig:
+        """With mix_passes passes."""
         name = "k_pass" if self.forward in ("two_pass", "exact") else self.forward
-        return dataclasses.replace(one, forward=name, passes=self.mix_passes)
+        return dataclasses.replace(self, forward=name, passes=self.mix_passes)
 
     @property
     def depth(self) -> int:
@@ -93,18 +104,25 @@ def batch_losses(
     return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
 
 
+def warmth_at(config: ModelConfig, state: TrainState) -> jax.Array | None:
+    """How far alpha has been warmed up, in [0, 1], counted in updates; None where it is not."""
+    if config.stream is None or not config.stream.alpha_warmup:
+        return None
+    accumulating = isinstance(state.optimizer, optax.MultiStepsState)
+    updates = state.optimizer.gradient_step if accumulating else state.step
+    return jnp.minimum(updates / config.stream.alpha_warmup, 1.0)
+
+
 def train_step(
     config: ModelConfig, settings: ForwardConfig, optimizer: optax.GradientTransformation, bos_id: int | None,
     state: TrainState, base: Params, batch: Batch, key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
     """One optimizer step on the mean loss over the batch's answer tokens. Only `state` changes; `base` is frozen.
 
-    Where loss or gradient is not finite the step is skipped: nothing changes but the count of steps, which is what
-    drives dropout and warm-up, and metrics["skipped"] is 1.
+    Where loss, gradient or update is not finite the step is skipped: nothing changes but the count of steps, and
+    metrics["skipped"] is 1.
     """
-    stream, warmth = config.stream, None
-    if stream is not None and stream.alpha_warmup:
-        warmth = jnp.minimum(state.step / stream.alpha_warmup, 1.0)
+    warmth = warmth_at(config, state)
     dropout_key = jax.random.fold_in(key, state.step) if config.adapter.dropout else None
     count = jnp.maximum(batch["answer_mask"].sum(), 1)
 
@@ -120,6 +138,7 @@ def train_step(
     norm = optax.tree.norm(gradient)
     # Not optax.apply_if_finite, which looks at the gradient alone, and lets it in after some failures in a row.
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good &= jnp.stack([jnp.isfinite(update).all() for update in jax.tree.leaves(updates)]).all()
     trainable, optimizer_state = jax.tree.map(
         lambda new, old: jnp.where(good, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
     )

@@ -64,8 +64,10 @@ def resolve(recipe: ml_collections.ConfigDict) -> Study:
         if name in scratch.CONTINUED and "stream" not in names[:number]:
             raise InputError(f"arms={recipe.arms}: {name} goes on from stream, which must stand before it")
     for key, low in (("times", 1), ("depths", 1)):
-        if not test[key] or min(test[key]) < low:
+        if not test[key] or not all(isinstance(value, int) and value >= low for value in test[key]):
             raise InputError(f"test.{key}={test[key]} must be whole numbers of at least {low}")
+    if recipe.task.length < statetrack.SHORTEST:
+        raise InputError(f"task.length={recipe.task.length} must be at least {statetrack.SHORTEST}")
     if 1 not in test.depths or test.rows < 2:
         raise InputError(f"test.depths={test.depths} must hold 1, and test.rows={test.rows} be at least 2")
     backbone = scratch.make_backbone(task, **recipe.model.to_dict())
@@ -222,7 +224,7 @@ def summarise(outcomes: dict[str, dict[str, np.ndarray]], times: Sequence[int], 
                 own = {"arm": name, "length": length * int(factor), "depth": int(depth)}
                 result["trained_deeper"].append({**own, **moved})
     if "stream" in outcomes:
-        for name in outcomes.keys() - {"stream"}:
+        for name in (arm for arm in outcomes if arm != "stream"):
             result["stream_against"][name] = {
                 str(length * factor): change(outcomes[name][f"last {factor}/1"], outcomes["stream"][f"last {factor}/1"])
                 for factor in times

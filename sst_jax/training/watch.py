@@ -41,11 +41,14 @@ class Watch:
 
 
 class StopSignals:
-    """Within `with`, a signal of SIGNALS sets `requested` to its name; a second SIGINT interrupts at once."""
+    """Within `with`, a signal of SIGNALS sets `requested` to its name; a second SIGINT interrupts at once.
+
+    A signal to another process of the run is none of this one's: its own first SIGINT still asks for a save.
+    """
 
     def __init__(self, within: float = 0.0):
         self.requested: str | None = None
-        self._within, self._timer = within, None
+        self._within, self._timer, self._interrupts = within, None, 0
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -58,9 +61,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
-        if self.requested is None and self._within:
+        if self._timer is None and self._within:
             self._timer = threading.Timer(self._within, self._give_up)
             self._timer.daemon = True
             self._timer.start()

@@ -31,7 +31,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_batches(tmp_path, capsys):
     for attempt in range(2):  # the second goes on from the newest checkpoint, and comes to the same end
         assert train_small(run, *DIVERGES, "--config.train.eval_every=99", "--config.train.max_skipped=2") == 1
         message = capsys.readouterr().err
-        assert "step 3: loss or gradient is not finite" in message
+        assert "step 3: loss, gradient or update is not finite" in message
         assert "bad_batches/3.safetensors. So were 2 in a row; the newest good checkpoint is 2" in message
         assert "Traceback" not in message
         assert newest_good(run) == 2, attempt
@@ -94,6 +94,27 @@ def test_a_signal_at_any_moment_is_saved_and_resumed_from(finished, tmp_path, mo
     assert not (tmp_path / "run" / "result.json").exists()
     assert train_small(tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_going_on_with_a_held_out_loss_does_not_write_its_checkpoint_again(tmp_path, monkeypatch):
+    """The newest good one would be gone while it is written, and it may be the only one."""
+    from sst_jax.weights.checkpoint import Checkpoints
+
+    count, beat, save, steps = [0], Stalls.beat, Checkpoints.save, []
+
+    def counted(self):
+        count[0] += 1
+        if count[0] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        beat(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stalls, "beat", counted)
+        assert train_small(tmp_path / "run") == 1
+    newest = max(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir() if folder.name.isdigit())
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: steps.append(step) or save(self, step, *rest))
+    assert train_small(tmp_path / "run") == 0
+    assert steps == list(range(newest + 1, 5))
 
 
 @pytest.mark.slow

@@ -126,6 +126,19 @@ def test_killed_for_real_and_restarted(finished, tmp_path, sent):
         ("--config.data.overlong=error", "data.length"),
         ("--config.data.heldout=0", "data.heldout"),
         ("--config.data.length=4", "data.length"),
+        ("--config.data.limit=-5", "data.limit=-5"),
+        ("--config.train.sample_tokens=0", "train.sample_tokens=0"),
+        ("--config.train.seed=-1", "train.seed=-1"),
+        ("--config.train.eval_forward=foo", "train.eval_forward='foo'"),
+        ("--config.optimizer.accumulate=3", "train.steps=4 must be a multiple of optimizer.accumulate=3"),
+        ("--config.optimizer.accumulate=64", "train.steps=4 must be a multiple of optimizer.accumulate=64"),
+        ("--config.optimizer.b1=1.0", "optimizer.b1=1.0"),
+        ("--config.optimizer.b2=-3.0", "optimizer.b2=-3.0"),
+        ("--config.optimizer.weight_decay=-1.0", "optimizer.weight_decay=-1.0"),
+        ("--config.optimizer.final_factor=-1.0", "optimizer.final_factor=-1.0"),
+        ("--config.adapter.targets=()", "adapter.targets is empty"),
+        ("--config.stream.layers=()", "stream.layers is empty"),
+        ("--config.stream.alpha=0.03", "stream.alpha_warmup=3 is for a learned alpha"),
     ],
 )
 def test_bad_knobs_are_named_and_nothing_is_written(tmp_path, capsys, override, culprit):
@@ -134,6 +147,22 @@ def test_bad_knobs_are_named_and_nothing_is_written(tmp_path, capsys, override, 
     assert message.startswith("error: ")
     assert message.count("\n") == 1
     assert culprit in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_train_is_said_before_the_folder_is_taken(tmp_path, capsys):
+    fixed = ["--config.stream.alpha=0.1", "--config.stream.alpha_warmup=0"]
+    assert train_small(tmp_path / "run", *fixed, "--config.adapter.rank=0") == 2
+    assert "nothing to train" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_without_bos_has_none_to_skip(tmp_path, capsys, monkeypatch):
+    from sst_jax.data.tokenizer import ByteTokenizer
+
+    monkeypatch.setattr(ByteTokenizer, "bos_id", None)
+    assert train_small(tmp_path / "run", "--config.stream.initial=skip_bos") == 2
+    assert "stream.initial='skip_bos': the vocabulary of random:tiny has no BOS" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -39,6 +39,24 @@ def test_depths_are_drawn_evenly_and_independently_of_passes():
     assert len(set(drawn)) == 6
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ForwardConfig("exact", mix_share=0.25, mix_passes=3, depths=(1, 2, 2, 4)),
+        ForwardConfig("local", passes=2, mix_share=1.0, mix_passes=5),
+        ForwardConfig("two_pass", depths=(2,)),
+    ],
+    ids=str,
+)
+def test_draws_are_what_is_drawn_as_often_as_they_say(settings):
+    draws = settings.draws()
+    assert sum(share for share, _ in draws) == pytest.approx(1.0)
+    drawn = [settings.at(step, seed=4) for step in range(2000)]
+    assert {one for _, one in draws} == set(drawn)
+    for share, one in draws:
+        assert abs(drawn.count(one) / 2000 - share) <= 4 * np.sqrt(share * (1 - share) / 2000)
+
+
 @pytest.mark.parametrize("depths", [(), (0,), (1.5,), (2, "3")])
 def test_bad_depths_are_refused(depths):
     with pytest.raises(InputError, match="depth"):

@@ -9,10 +9,11 @@ import optax
 import pytest
 import toys
 
+from sst_jax.model.state import alpha_summary
 from sst_jax.training import loss
 from sst_jax.training.loss import answer_losses, token_losses
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
-from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
+from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step, warmth_at
 
 
 @pytest.fixture(params=[(128, 64), (8, 16), (5, 25), (7, 49)], ids=str)
@@ -215,6 +216,50 @@ def test_accumulated_micro_batches_make_the_step_of_their_mean():
         results.append(state.trainable)
     for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_alpha_warms_up_by_updates_and_is_logged_as_it_is_in_use(accumulate):
+    config = toys.config({"alpha_warmup": 2, "alpha_range": (0.0, 0.5), "alpha_init": 0.3})
+    params = toys.params(config)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, accumulate=accumulate), 8)
+    state = init_state(trainable(params), optimizer)
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("exact"), optimizer, None))
+    seen = []
+    for batch in batches(3 * accumulate):
+        warmth = warmth_at(config, state)
+        seen.append(float(warmth))
+        logged, full = (
+            alpha_summary(config.stream, state.trainable["blend"], at)["alpha_mean"] for at in (warmth, None)
+        )
+        assert logged == pytest.approx(float(warmth) * full)
+        state, _ = step(state, params["base"], batch, jax.random.key(0))
+    assert seen == [at for at in (0.0, 0.5, 1.0) for _ in range(accumulate)]
+    assert warmth_at(toys.config({}), state) is None
+
+
+def test_an_update_that_is_not_finite_is_skipped_though_loss_and_gradient_are():
+    """The weights would be lost, and every later step with them."""
+    config = toys.config({})
+    params, (batch,) = toys.params(config), batches(1)
+    optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
+    state = init_state(trainable(params), optimizer)
+    after, metrics = jax.jit(functools.partial(train_step, config, ForwardConfig("plain"), optimizer, None))(
+        state, params["base"], batch, jax.random.key(0)
+    )
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["gradient_norm"])
+    assert bool(metrics["skipped"])
+    jax.tree.map(np.testing.assert_array_equal, after.trainable, state.trainable)
+
+
+def test_only_layers_that_carry_a_state_are_logged():
+    stream = toys.config({"layers": (1,)}).stream
+    theta = jnp.zeros((3, 4)).at[1].set(2.0)
+    summary = alpha_summary(stream, {"theta": theta})
+    lo, hi = stream.alpha_range
+    assert summary["alpha_min"] == summary["alpha_max"] == pytest.approx(float(lo + (hi - lo) * jax.nn.sigmoid(2.0)))
+    assert alpha_summary(stream, {"theta": theta[1:2]}) == summary  # one for all layers
 
 
 def test_alpha_warms_up_from_the_lower_end():

@@ -31,6 +31,26 @@ def test_a_second_interrupt_does_not_wait():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_another_signal_does_not_make_the_first_interrupt_the_second():
+    """Of another process of the run, or the scheduler's: Ctrl-C still asks for a save."""
+    with StopSignals() as stop:
+        stop.requested = "a signal to another process"
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.now()
+
+
+def test_the_deadline_runs_for_a_process_that_another_one_told_to_stop():
+    with StopSignals(within=60.0) as stop:
+        stop.requested = "a signal to another process"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop._timer is not None
+
+
 PROGRAM = """
     import os, signal, sys, time
     from sst_jax.training.watch import StopSignals
