@@ -117,14 +117,17 @@ def from_scratch(args: Any, study: Scratch, overrides: Sequence[str], workdir: P
 
 def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: Path) -> dict[str, Any]:
     """Trains and measures seed by seed, and compares what is whole after each."""
-    from sst_jax import pair
-    from sst_jax.evaluation import tasks
+    from sst_jax import evaluate, pair
+    from sst_jax.inference.policies import flat
     from sst_jax.training import arms, recipe
+    from sst_jax.training.run import check_recipe
     from sst_jax.weights.models import backbone_of
 
     # Everything that can be wrong with the input shows before the first run.
-    for task in study.tasks:
-        tasks.find(task)
+    settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth=DEEPER, measure="loss")
+    evaluate.check_sizes(settings)
+    for settings.task in study.tasks:
+        evaluate.asked(settings, [flat(1)])
     names, config = args.arms.split(",") if args.arms else list(study.arms), str(CONFIGS / "tracking.py")
     for name in names:
         if name not in (*ARMS, *CONTROLS):
@@ -139,11 +142,16 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     baseline = recipe.resolve(recipe.read(config, [*shared, arms.OFF]))
     found = arms.costs(reference, baseline, backbone_of(reference.model))
     own = {name: ARMS[name] if name in ARMS else arms.overrides(name, reference, found) for name in names}
-    settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth=DEEPER, measure="loss")
+    runs = {
+        (name, seed): [*shared, *own[name], f"--config.train.seed={seed}"]
+        for seed in range(args.seeds) for name in names
+    }  # fmt: skip
+    for (name, seed), whole in runs.items():
+        check_recipe(workdir / f"{name}-{seed}", recipe.recorded(recipe.read(config, whole)))
     for seed in range(args.seeds):
         for name in names:
             target = workdir / f"{name}-{seed}"
-            pair.train_one(config, [*shared, *own[name], f"--config.train.seed={seed}"], target)
+            pair.train_one(config, runs[name, seed], target)
             for task in study.tasks:
                 settings.task = task
                 pair.evaluate_one(settings, target, evaluation(workdir, task, name, seed), deep=False)

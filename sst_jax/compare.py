@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, folder_for, run, write_json
+from sst_jax.errors import InputError
 
 
 def parser() -> Parser:
@@ -33,12 +34,13 @@ def main(argv: Sequence[str]) -> None:
 
     from sst_jax.evaluation import pairing
 
+    if args.out and (Path(args.out) / pairing.HEADER).is_file():
+        raise InputError(f"--out {args.out} holds an evaluation, whose result would be lost: choose another folder")
+    out = folder_for("--out", args.out) if args.out else None
     a, b = (pairing.read_side(text) for text in (args.a, args.b))
     result = pairing.compare(a, b)
     report(result)
-    if args.out:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
         pairing.figure(result, out / "compare.png")
         if result["measure"] == "answers":
             with (out / "differing_items.jsonl").open("w", encoding="utf-8") as file:

@@ -17,9 +17,9 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, folder_for, run, write_json
 from sst_jax.errors import InputError
 
 
@@ -48,10 +48,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < (name != "limit"):
-            raise InputError(f"--{name.replace('_', '-')} {value} is too small")
+    check_sizes(args)
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} is too small")
 
     from sst_jax.inference.policies import parse_list
 
@@ -59,6 +58,48 @@ def main(argv: Sequence[str]) -> None:
     result = through_harness(args, policies) if args.tasks else own_task(args, policies)
     if args.json:
         write_json(args.json, result)
+
+
+def check_sizes(args: Any) -> None:
+    """Raises: InputError."""
+    for name, least in (("limit", 0), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+
+
+class Asked(NamedTuple):
+    """A task with all its items, those that are to be measured, and what of the settings no model has a part in."""
+
+    task: Any
+    every: list[Any]
+    items: list[Any]
+    settings: dict[str, Any]
+
+
+def asked(args: Any, policies: Sequence[Any]) -> Asked:
+    """What --task, --data, --limit, --measure and --batch-size ask for, before any model is read.
+
+    Raises: InputError where they do not go together, or the items cannot be read.
+    """
+    from sst_jax.evaluation import tasks
+
+    task = tasks.find(args.task)
+    if args.measure == "loss" and not task.worked:
+        raise InputError(f"--measure loss needs worked answers, which {task.name} has none of")
+    if args.measure == "loss" and not all(policy.is_flat for policy in policies):
+        raise InputError(f"--depth {args.depth}: a known text is scored at flat depths, such as 1,2,4")
+    every = task.read(args.data)
+    items = every[: args.limit or None]
+    settings = {
+        "task": task.name,
+        "measure": args.measure,
+        "policies": [policy.spelled for policy in policies],
+        "items": len(items),
+        "items_sha256": tasks.items_digest(items),
+        "data": args.data,
+        "batch_size": args.batch_size,
+    }
+    return Asked(task, every, items, settings)
 
 
 def open_model(args: Any, policies: Sequence[Any]) -> tuple[Any, str]:
@@ -88,19 +129,11 @@ def identity(model: Any) -> dict[str, Any]:
 
 def own_task(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
     """One of this project's tasks."""
-    from sst_jax.evaluation import tasks
-
     # Everything that can be wrong with the input shows before the model is read.
-    task = tasks.find(args.task)
     for flag in ("fewshot", "include"):
         if getattr(args, flag) is not None:
             raise InputError(f"--{flag} goes with --tasks")
-    if args.measure == "loss" and not task.worked:
-        raise InputError(f"--measure loss needs worked answers, which {task.name} has none of")
-    if args.measure == "loss" and not all(policy.is_flat for policy in policies):
-        raise InputError(f"--depth {args.depth}: a known text is scored at flat depths, such as 1,2,4")
-    every = task.read(args.data)
-    items = every[: args.limit or None]
+    task, every, items, settings = asked(args, policies)
 
     from sst_jax.console.progress import bar
     from sst_jax.evaluation import leaks, runner
@@ -117,17 +150,11 @@ def own_task(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
     stop = ["Question:"] if answering and format == "plain" else []
     prompt = runner.prompts(model, items, format, room)
     header = {
-        "task": task.name,
-        "measure": args.measure,
+        **settings,
         "model": identity(model),
-        "policies": [policy.spelled for policy in policies],
-        "items": len(items),
-        "items_sha256": tasks.items_digest(items),
-        "data": args.data,
         "format": format,
         "stop": stop,
         "max_new_tokens": room,
-        "batch_size": args.batch_size,
         "first_prompt": model.tokenizer.decode(prompt[items[0].id]),
         "first_prompt_tokens": prompt[items[0].id],
         "second_opinion_by": second_opinion_by() if answering and task.checkable else None,
@@ -156,8 +183,9 @@ def report(result: dict[str, Any], out: Path) -> None:
     for policy, found in result["policies"].items():
         if result["measure"] == "loss":
             loss = found["nats_per_token"]
+            low, high = ("-" if loss[end] is None else f"{loss[end]:.4f}" for end in ("low", "high"))
             print(
-                f"depth {policy:<20} loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] nats per token; "
+                f"depth {policy:<20} loss {loss['value']:.4f} [{low}, {high}] nats per token; "
                 f"written greedily {found['greedy']['value']:.1%}"
             )
             continue
@@ -203,6 +231,11 @@ def through_harness(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
         from sst_jax.evaluation import harness
     except ImportError as error:
         raise InputError(f"--tasks needs lm-evaluation-harness: pip install 'sst-jax[eval]' ({error})") from None
+    from sst_jax.evaluation import runner
+
+    out = folder_for("--out", args.out)
+    if (out / runner.HEADER).is_file():
+        raise InputError(f"--out {out} holds an evaluation of --task: choose another folder")
     names = [name for name in args.tasks.split(",") if name]
     manager = harness.task_manager(args.include)
     harness.check_names(manager, names)
@@ -211,15 +244,18 @@ def through_harness(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
         "tasks": names,
         "model": identity(model),
         "format": format, "limit": args.limit, "fewshot": args.fewshot, "batch_size": args.batch_size,
+        "include": harness.definitions(args.include),
     }  # fmt: skip
     found = {}
-    for policy in policies:
-        found[policy.spelled] = harness.measure(
-            model, policy.first, names, manager, Path(args.out), header, chat=format == "chat",
-            limit=args.limit or None, fewshot=args.fewshot, batch_size=args.batch_size,
-        )  # fmt: skip
-    result = {**header, "policies": found}
-    write_json(Path(args.out) / "result.json", result)
+    with runner.locked(out):
+        for policy in policies:
+            found[policy.spelled] = harness.measure(
+                model, policy.first, names, manager, out, header, chat=format == "chat", limit=args.limit or None,
+                fewshot=args.fewshot, batch_size=args.batch_size,
+            )  # fmt: skip
+        # What other depths came to earlier, under the same settings, stays in the result.
+        result = {**header, "policies": {**harness.measured(out, header), **found}}
+        write_json(out / "result.json", result)
     for policy, results in found.items():
         for task, metrics in results.items():
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))

@@ -23,6 +23,7 @@ from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
+from sst_jax.weights.files import read_json
 
 
 def parser() -> Parser:
@@ -49,14 +50,16 @@ def main(argv: Sequence[str]) -> None:
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds} must be at least 1")
 
-    from sst_jax.evaluation import tasks
+    from sst_jax import evaluate
+    from sst_jax.inference.policies import parse_list
     from sst_jax.training import arms, recipe
     from sst_jax.training.run import check_recipe, diff
     from sst_jax.weights.models import backbone_of
 
     # Everything that can be wrong with the input shows before the first run.
     if args.task:
-        tasks.find(args.task)
+        evaluate.check_sizes(args)
+        evaluate.asked(args, parse_list(args.depth, files=True))
     chosen = args.arms.split(",") if args.arms else list(arms.DEFAULT)
     stream = recipe.resolve(recipe.read(args.config, overrides))
     arms.check(chosen, stream)
@@ -127,13 +130,17 @@ def train_one(config: str, overrides: Sequence[str], target: Path) -> None:
 
 
 def evaluate_one(args: Any, target: Path, out: Path, deep: bool) -> None:
-    """Measures one run; `evaluate` itself goes on where it stopped, and costs a moment where it had finished."""
+    """Measures one run, unless it has been before. `evaluate` goes on where it stopped, and refuses other settings."""
     from sst_jax import evaluate
+    from sst_jax.evaluation.runner import HEADER, RESULT
+    from sst_jax.inference.policies import parse_list
 
-    if (out / "result.json").is_file():
-        return
-    data = ["--data", args.data] if args.data else []
-    depth = args.depth if deep else "1"
+    data, depth = ["--data", args.data] if args.data else [], args.depth if deep else "1"
+    if (out / RESULT).is_file():
+        there = read_json(out / HEADER)
+        settings = evaluate.asked(args, parse_list(depth, files=True)).settings
+        if all(there.get(key) == value for key, value in settings.items()):
+            return  # without reading the model
     evaluate.main(
         ["--model", str(target), "--task", args.task, "--measure", args.measure, "--depth", depth, *data,
          "--limit", str(args.limit), "--batch-size", str(args.batch_size), "--out", str(out)]

@@ -28,6 +28,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see {self.prog} --help)")
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        """Raises: InputError as usual, and where the file of --json, which is written last, could not be."""
+        found = super().parse_args(*args, **kwargs)
+        if file := getattr(found, "json", None):
+            if pathlib.Path(file).is_dir():
+                raise InputError(f"--json {file} is a folder: give the name of a file")
+            folder_for("--json", pathlib.Path(file).parent)
+        return found
+
 
 class Stopped(RuntimeError):
     """Work that was ended in good order before it was done; the message says how to go on. Exit code 1."""
@@ -74,6 +83,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     except BaseException:
         pathlib.Path(name).unlink(missing_ok=True)
         raise
+
+
+def folder_for(flag: str, path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder that a flag names, made where it is not there.
+
+    Raises: InputError where it cannot be one, or cannot be written to.
+    """
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag}: {path} cannot be a folder: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{flag}: {path} cannot be written to")
+    return pathlib.Path(path)
 
 
 def new_folder(path: str) -> pathlib.Path:

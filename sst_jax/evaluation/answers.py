@@ -10,7 +10,8 @@ import re
 
 from sst_jax.data.grading import canonical, extract_result
 
-_STATED = re.compile(r"answer\s+is:?\s*\**\(?([A-Z])\b\)?", re.IGNORECASE)
+# In brackets a letter of either case; bare, no "a" or "I" that begins a phrase: "the answer is a mixture".
+_STATED = re.compile(r"(?i:answer\s+is):?\s*\**(?:\(([A-Za-z])\)|\(?([A-HJ-Z])\b|\(?([a-zI])\b(?![’']|[ \t]+\w))")
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _BEGINS = re.compile(r"\s*([-$]{0,2}\d[\d,]*(?:\.\d+)?)")
 _ALONE = re.compile(r"^\W*([A-Z])\W*$|^\W*([A-Z])[).:]", re.MULTILINE)
@@ -30,8 +31,10 @@ def first_number(text: str, strict: bool) -> str | None:
 
 
 def word(text: str, strict: bool) -> str | None:
-    """The word that the text begins with, in small letters; not strict: after "in the", "the", "a" or "an" too."""
-    found = re.match(r"\W*(\w+)" if strict else r"\W*(?:(?:in|on)\s+)?(?:(?:the|an?)\s+)?(\w+)", text.lower())
+    """The word that the text begins with, in small letters; not strict: after "in", "on the", "the" or "a" too."""
+    # "on" alone may be the answer.
+    lead = "" if strict else r"(?:in\s+|on\s+(?=(?:the|an?)\b))?(?:(?:the|an?)\s+)?"
+    found = re.match(rf"\W*{lead}(\w+)", text.lower())
     return found[1] if found else None
 
 
@@ -39,8 +42,8 @@ def letter(text: str, strict: bool) -> str | None:
     """The last letter in "the answer is (X)"; not strict: else the last "(X)", else one that stands alone on a line."""
     found = _STATED.findall(text)
     if not strict:
-        found = found or _BRACKETED.findall(text) or [one or other for one, other in _ALONE.findall(text)]
-    return found[-1].upper() if found else None
+        found = found or _BRACKETED.findall(text) or _ALONE.findall(text)
+    return "".join(found[-1]).upper() if found else None
 
 
 def formula(text: str, strict: bool) -> str | None:
@@ -60,7 +63,9 @@ def formula(text: str, strict: bool) -> str | None:
 
 def plain_formula(text: str) -> str:
     """A formula without what changes only its looks: spaces, sizes of brackets, dollar signs, a full stop."""
-    text = re.sub(r"\\(left|right|!|,|;|:|quad|displaystyle)(?![a-zA-Z])|\$|\s", "", text)
+    text = re.sub(r"\\(?:(?:left|right|quad|displaystyle)(?![a-zA-Z])|[!,;:])|\$|\s", " ", text)
+    # Only the space that ends a command's name says something: \pi r is not \pir.
+    text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])| ", lambda found: f"{found[1]} " if found[1] else "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 

@@ -28,7 +28,7 @@ from sst_jax.data.tokenizer import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN
 from sst_jax.errors import InputError
 from sst_jax.evaluation.scoring import Scores, score
 from sst_jax.inference.model import Model
-from sst_jax.weights.files import read_json
+from sst_jax.weights.files import digest, read_json
 
 BOS = "<bos>"
 BOOTSTRAPS = 1000  # for the few metrics whose standard error the harness finds by resampling
@@ -183,13 +183,10 @@ def measure(
 
     Raises: InputError where OUT holds results of other settings.
     """
-    file = out / f"depth-{depth}.json"
+    there = measured(out, header)
+    if str(depth) in there:
+        return there[str(depth)]
     header = {**header, "depth": depth}
-    if file.is_file():
-        there = read_json(file)
-        if there.get("settings") != json.loads(json.dumps(header)):
-            raise InputError(f"{file} holds results of other settings: choose another --out")
-        return there["results"]
     found = simple_evaluate(
         model=HarnessModel(model, depth, batch_size), tasks=list(names), task_manager=manager, limit=limit,
         num_fewshot=fewshot, apply_chat_template=chat, torch_random_seed=None, bootstrap_iters=BOOTSTRAPS,
@@ -199,5 +196,29 @@ def measure(
     for task, samples in found["samples"].items():
         with (out / f"samples-{task}-depth-{depth}.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(sample, default=utils.handle_non_serializable) + "\n" for sample in samples)
+    file = out / f"depth-{depth}.json"
     write_json(file, {"settings": header, "versions": found["versions"], "results": results})
     return results
+
+
+def measured(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The results that stand in OUT, by depth.
+
+    Raises: InputError where they are of other settings.
+    """
+    found = {}
+    for file in out.glob("depth-*.json"):
+        there = read_json(file)
+        settings = there.get("settings") or {}
+        if settings != json.loads(json.dumps({**header, "depth": settings.get("depth")})):
+            raise InputError(f"{file} holds results of other settings: choose another --out")
+        found[str(settings["depth"])] = there["results"]
+    return {depth: found[depth] for depth in sorted(found, key=int)}
+
+
+def definitions(include: str | None) -> str | None:
+    """sha256 over the files of a folder of task definitions: other ones are another test."""
+    if include is None:
+        return None
+    files = sorted(file for file in Path(include).rglob("*") if file.is_file())
+    return digest(files)

@@ -16,7 +16,8 @@ from sst_jax.weights.files import read_json
 
 
 def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]]:
-    """Records with id, question, format, model and the two outcomes of every item that has both.
+    """Records with id, question and the two outcomes of every item that has both; an outcome says of which format,
+    model and folder it is.
 
     Raises: InputError naming the folder that is no evaluation of answers, or the depth that none of them has.
     """
@@ -29,9 +30,9 @@ def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]
         for record in read_jsonl(folder / ITEMS):
             item = found.setdefault(record.value["id"], {"outcomes": {}})
             item |= {"id": record.value["id"], "question": record.value["question"]}
-            item |= {"format": header["format"], "model": header["model"], "folder": str(folder)}
+        facts = {"format": header["format"], "model": header["model"], "folder": str(folder)}
         for outcome in read_outcomes(folder):
-            found[outcome["id"]]["outcomes"][outcome["policy"]] = outcome
+            found[outcome["id"]]["outcomes"][outcome["policy"]] = {**outcome, **facts}
             seen.add(outcome["policy"])
     for depth in depths:
         if str(depth) not in seen:
@@ -48,16 +49,18 @@ def items(records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer:
     """
     result = []
     for record in records:
-        for key in ("digest", "run", "step"):
-            if record["model"].get(key) != facts.get(key):
-                raise InputError(
-                    f"{record['folder']} has the outcomes of another model: its {key} is {record['model'].get(key)}, "
-                    f"--model's is {facts.get(key)}"
-                )
         pair = [record["outcomes"][str(depth)] for depth in depths]
-        prompt = prompt_tokens(record["question"], tokenizer, record["format"])
-        if prompt_sha256(prompt) != pair[0]["prompt_sha256"]:
-            raise InputError(f"{record['folder']}: the prompt of {record['id']} is not the one that was answered")
+        prompt = prompt_tokens(record["question"], tokenizer, pair[0]["format"])
+        for outcome in pair:
+            folder, model = outcome["folder"], outcome["model"]
+            for key in ("digest", "run", "step"):
+                if model.get(key) != facts.get(key):
+                    raise InputError(
+                        f"{folder} has the outcomes of another model: its {key} is {model.get(key)}, --model's is "
+                        f"{facts.get(key)}"
+                    )
+            if prompt_sha256(prompt) != outcome["prompt_sha256"]:
+                raise InputError(f"{folder}: the prompt of {record['id']} is not the one that was answered")
         right, output = (tuple(outcome[name] for outcome in pair) for name in ("correct", "output"))
         result.append(Item(record["id"], prompt, right, output))
     return result

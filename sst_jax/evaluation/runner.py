@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.data.prompts import prompt_tokens, render
@@ -65,14 +65,7 @@ class Folder:
         self.path = path
         check_folder(path, header)
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise InputError(
-                f"another process is evaluating into {path}: wait for it, or choose another --out"
-            ) from None
+        self._lock = locked(path)
         with (path / ITEMS).open("w", encoding="utf-8") as file:
             for item in items:
                 problem = item.problem
@@ -103,6 +96,20 @@ class Folder:
         for file in (self._file, self._lock):
             if file is not None:
                 file.close()
+
+
+def locked(path: Path) -> IO[str]:
+    """A lock on the folder `path`, for as long as the file that is returned is open.
+
+    Raises: InputError when another process has it.
+    """
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise InputError(f"another process is evaluating into {path}: wait for it, or choose another --out") from None
+    return lock
 
 
 def check_folder(path: Path, header: dict[str, Any]) -> None:

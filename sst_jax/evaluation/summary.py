@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sst_jax.analysis.statistics import bootstrap_mean, holm, mcnemar, redraw_union, wilson
+from sst_jax.analysis.statistics import bootstrap_mean, finite, holm, mcnemar, redraw_union, wilson
 from sst_jax.evaluation.runner import Outcome, by_policy
 from sst_jax.evaluation.tasks import Item
 
@@ -63,7 +63,7 @@ def loss_summary(group: Sequence[Outcome]) -> dict[str, Any]:
     decoding would have written."""
     per_token, greedy = token_weighted(group), sum(outcome["greedy"] for outcome in group)
     return {
-        "nats_per_token": bootstrap_mean(per_token)._asdict(),
+        "nats_per_token": finite(bootstrap_mean(per_token)),
         "greedy": {"right": greedy, **wilson(greedy, len(group))._asdict()},
         "answer_tokens": sum(outcome["answer_tokens"] for outcome in group),
         "of": len(group),

@@ -27,6 +27,7 @@ from sst_jax.errors import InputError
 from sst_jax.evaluation import answers
 
 GENERATED = 500
+DRAWN = 10 * GENERATED  # stories drawn for as many different ones
 SHORT = 12  # tokens for an answer that is a word or a number
 HIDEABLE = ("gsm8k", "words")
 LETTERS = "ABCDEFGHIJ"
@@ -103,7 +104,13 @@ def _read_words(source: str | None) -> list[Item]:
 def _read_stories(spec: tracking.Spec, source: str | None) -> list[Item]:
     if source is not None:
         raise InputError(f"--data {source}: the task {spec.kind} is generated and takes no data")
-    return [Item(problem) for problem in tracking.Stories(spec, "test", GENERATED)]
+    # No story twice: of short ones there are few, and intervals take items for independent.
+    found: dict[str, Problem] = {}
+    for problem in tracking.Stories(spec, "test", DRAWN):
+        found.setdefault(problem.question, problem)
+        if len(found) == GENERATED:
+            break
+    return [Item(problem) for problem in found.values()]
 
 
 def _read_results(read: Callable[[str | None], list[Item]], source: str | None) -> list[Item]:

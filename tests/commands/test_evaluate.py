@@ -129,6 +129,30 @@ def test_compare_prints_and_writes_what_differs(evaluated, tmp_path, capsys):
     assert (tmp_path / "out" / "differing_items.jsonl").read_text() == ""
 
 
+def test_a_single_item_has_no_interval(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--model", str(finished), "--task", "words", "--limit", "1", "--measure", "loss", "--out", str(out)]
+    assert run(evaluate.main, arguments) == 0
+    assert "[-, -] nats per token" in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text())["policies"]["1"]["nats_per_token"]["low"] is None
+    assert run(compare.main, [str(out), str(out)]) == 0
+
+
+def test_a_comparison_is_not_written_over_an_evaluation(losses, capsys):
+    before = (losses / "result.json").read_bytes()
+    assert run(compare.main, [str(losses), str(losses), "--out", str(losses)]) == 2
+    assert "holds an evaluation" in capsys.readouterr().err
+    assert (losses / "result.json").read_bytes() == before
+
+
+def test_the_file_for_the_result_is_looked_at_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for where, says in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "cannot be a folder")):
+        arguments = ["--model", "/no/model", "--task", "words", "--out", str(tmp_path / "out"), "--json", str(where)]
+        assert run(evaluate.main, arguments) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_compare_refuses_in_one_line(evaluated, losses, capsys):
     for arguments, culprit in (
         ([str(evaluated), "nowhere"], "nowhere is not an evaluation"),

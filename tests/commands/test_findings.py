@@ -49,6 +49,13 @@ def test_a_study_goes_seed_by_seed_and_compares_streams_with_controls(tmp_path, 
     assert "| exact-range |" in out
     assert "| arm | depth 2 | depth 3 | depth 4 |" in out
     assert (workdir / "figure.png").stat().st_size > 5000
+    # What is there is not taken for runs of another recipe, nor for an evaluation of other items.
+    before = (workdir / "result.json").read_bytes()
+    assert run(findings.main, [*arguments, "--seeds", "2", "--config.train.steps=3"]) == 2
+    assert "holds a run of another config" in capsys.readouterr().err
+    assert run(findings.main, [*arguments, "--seeds", "2", "--limit", "5"]) == 2
+    assert "holds another evaluation" in capsys.readouterr().err
+    assert (workdir / "result.json").read_bytes() == before
 
 
 def test_bad_arms_are_named():
@@ -56,5 +63,9 @@ def test_bad_arms_are_named():
         findings.main([*TINY, "--arms", "nothing"])
     with pytest.raises(findings.InputError, match="--deeper compute is no stream among the arms, which"):
         findings.main([*TINY, "--deeper", "compute"])
+    with pytest.raises(findings.InputError, match="--limit -1"):
+        findings.main([*TINY, "--limit", "-1"])
+    with pytest.raises(findings.InputError, match="nowhere: no such folder"):
+        findings.main(["--study", "hidden", "--data", "nowhere"])
     with pytest.raises(findings.InputError, match="--seeds 0"):
         findings.main([*TINY, "--seeds", "0"])

@@ -1,5 +1,6 @@
 """pair: the arms of a matched comparison, trained and measured with one command."""
 
+import dataclasses
 import json
 
 import pytest
@@ -81,6 +82,30 @@ def test_more_steps_for_the_baseline_cost_what_the_stream_costs():
     assert spent == pytest.approx(stream.steps * costs.stream_flops, rel=0.5 / stream.steps)
 
 
+@pytest.mark.parametrize(
+    ("drawn", "low", "high"),
+    [
+        (["--config.stream.depths=(1,2,3,4)"], 2.2, 20.0),
+        (["--config.stream.mix_share=1.0", "--config.stream.mix_passes=6"], 4.0, 7.0),
+        (["--config.stream.mix_share=0.5", "--config.stream.mix_passes=6"], 3.0, 4.5),
+    ],
+)
+def test_the_control_of_a_stream_with_drawn_depths_or_passes_has_their_average_flops(drawn, low, high):
+    stream, baseline, backbone = resolved(*drawn), resolved(arms.OFF), backbone_of("random:tiny")
+    ratio = arms.costs(stream, baseline, backbone).ratio
+    assert low < ratio < high
+    each = [
+        share * training_work(dataclasses.replace(stream, forward=one), backbone).flops
+        for share, one in stream.forward.draws()
+    ]
+    assert ratio == pytest.approx(sum(each) / training_work(baseline, backbone).flops)
+
+
+def test_parameters_of_layers_without_a_state_are_not_matched():
+    costs = arms.costs(resolved("--config.stream.layers=(0,3)"), resolved(arms.OFF), backbone_of("random:tiny"))
+    assert costs.blend_parameters == 2 * 64
+
+
 def test_a_larger_rank_has_at_least_the_streams_parameters_and_the_same_scale():
     stream = resolved()
     costs = arms.costs(stream, resolved(arms.OFF), backbone_of("random:tiny"))
@@ -119,6 +144,12 @@ def test_the_memoryless_arm_computes_the_same_whatever_came_before():
         (["--arms", "stream,stream"], "names stream twice"),
         (["--seeds", "0"], "--seeds 0"),
         (["--task", "gsm9k"], "--task gsm9k is unknown"),
+        (["--task", "words", "--limit", "-3"], "--limit -3"),
+        (["--task", "words", "--batch-size", "0"], "--batch-size 0"),
+        (["--task", "words", "--depth", "deep"], "deep"),
+        (["--task", "words", "--depth", "first_token:4"], "scored at flat depths"),
+        (["--task", "gsm8k", "--data", "nowhere"], "nowhere"),
+        (["--task", "gpqa_diamond"], "--measure loss needs worked answers"),
         (["--config.stream.on=False"], "the recipe has its stream off"),
         (["--config.adapter.rank=0"], "adapter.rank=0"),
         (["--config.stream.alpha=0.03", "--arms", "stream,parameters"], "the arm parameters has nothing to match"),
@@ -140,3 +171,14 @@ def test_a_folder_of_another_pair_is_refused_before_anything_is_trained(paired, 
     assert run(pair.main, [*ARGUMENTS, "--config.optimizer.learning_rate=0.5", "--workdir", str(paired)]) == 2
     assert "holds a run of another config" in capsys.readouterr().err
     assert (paired / "arms.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other", [["--limit", "2"], ["--task", "boxes"], ["--measure", "answers"]], ids=lambda part: part[0]
+)
+def test_other_settings_of_an_evaluation_are_not_answered_with_the_old_one(paired, capsys, other):
+    before = (paired / "result.json").read_bytes()
+    assert run(pair.main, [*ARGUMENTS, *other, "--workdir", str(paired)]) == 2
+    assert "holds another evaluation" in capsys.readouterr().err
+    assert (paired / "result.json").read_bytes() == before

@@ -15,6 +15,9 @@ from sst_jax.evaluation import answers
         (" the key", "the", "key"),
         (" in the Red box", "in", "red"),
         ("**on**", "on", "on"),
+        (" on and bright", "on", "on"),
+        (" on the shelf", "on", "shelf"),
+        (" in Paris", "in", "paris"),
         ("", None, None),
         (" ...", None, None),
     ],
@@ -53,6 +56,13 @@ def test_first_number(text, strict, flexible):
         ("A dog barks at the answer", None, None),
         ("The answer is unclear", None, None),
         ("The answer is Apples", None, None),
+        ("The answer is (C). I think the answer is a bit surprising.", "C", "C"),
+        ("The answer is a mixture of esters", None, None),
+        ("the answer is I think (B)", None, "B"),
+        ("The answer is I’d say (B)", None, "B"),
+        ("the answer is (b).", "B", "B"),
+        ("The answer is A because of it", "A", "A"),
+        ("the answer is a.", "A", "A"),
         ("", None, None),
     ],
 )
@@ -80,6 +90,9 @@ def test_formula(text, strict, flexible):
 def test_layout_does_not_eat_names():
     assert answers.plain_formula(r"\leftarrow") == r"\leftarrow"
     assert answers.plain_formula(r"\left[ 1 \right]. ") == "[1]"
+    assert answers.plain_formula(r"3\,x + 1\!2") == "3x+12"
+    assert answers.plain_formula(r"2\pi r") == answers.plain_formula(r"2 \pi\,r") == r"2\pi r"
+    assert answers.plain_formula(r"2 \pi + 1") == r"2\pi+1"
 
 
 @given(st.text("()ABC answer is:.\n", max_size=60))

@@ -1,10 +1,13 @@
 """The adapter for lm-evaluation-harness: against the harness's own Hugging Face backend, and against our logits."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from sst_jax import evaluate
+from sst_jax.console.command import run
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.weights.huggingface import write_folder
@@ -181,6 +184,30 @@ def test_tasks_run_through_the_harness_and_stand_when_run_again(streaming, manag
     assert harness.measure(streaming, 2, names, manager, tmp_path, {"tasks": names}, **settings) == results
     with pytest.raises(InputError, match="results of other settings"):
         harness.measure(streaming, 2, names, manager, tmp_path, {"tasks": ["other"]}, **settings)
+    assert harness.measured(tmp_path, {"tasks": names}) == {"2": results}
+
+
+def test_other_definitions_of_a_task_are_another_test(own_tasks, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(own_tasks, copy)
+    assert harness.definitions(None) is None
+    assert harness.definitions(str(own_tasks)) == harness.definitions(str(copy))
+    (copy / "sums.yaml").write_text((copy / "sums.yaml").read_text().replace("num_fewshot: 0", "num_fewshot: 1"))
+    assert harness.definitions(str(own_tasks)) != harness.definitions(str(copy))
+
+
+def test_the_command_keeps_the_depths_that_were_measured_before(plain, own_tasks, tmp_path, capsys):
+    folder = str(plain.with_stream(alpha=0.5).save(tmp_path / "model"))
+    out = tmp_path / "out"
+    arguments = ["--model", folder, "--tasks", "sst_sums", "--include", str(own_tasks), "--out", str(out)]
+    assert run(evaluate.main, [*arguments, "--depth", "2"]) == 0
+    assert run(evaluate.main, [*arguments, "--depth", "1"]) == 0
+    assert list(json.loads((out / "result.json").read_text())["policies"]) == ["1", "2"]
+    assert run(evaluate.main, [*arguments, "--limit", "2"]) == 2
+    assert "results of other settings" in capsys.readouterr().err
+    (out / "evaluation.json").write_text("{}")
+    assert run(evaluate.main, arguments) == 2
+    assert "holds an evaluation of --task" in capsys.readouterr().err
 
 
 def test_unknown_names_and_missing_data_are_named(manager, own_tasks, tmp_path):

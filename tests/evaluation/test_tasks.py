@@ -106,6 +106,12 @@ def test_stories_are_tasks_and_no_training_question_is_among_them():
         tasks.find("rooms:none")
 
 
+@pytest.mark.parametrize(("name", "fewest"), [("rooms:1-4", 500), ("boxes", 500), ("lamp", 400), ("lamp:1", 10)])
+def test_no_story_is_asked_twice(name, fewest):
+    questions = [item.problem.question for item in tasks.find(name).read(None)]
+    assert fewest <= len(questions) == len(set(questions)) <= tasks.GENERATED
+
+
 @pytest.mark.parametrize("name", ["gsm8k", "words"])
 def test_results_alone(name, gsm8k):
     folder = str(gsm8k) if name == "gsm8k" else None
