@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, folder_for, run, write_json
 from sst_jax.errors import InputError
 
 FORWARDS = "two_pass,k_pass:3,k_pass:4,local:2,local:3"
@@ -88,7 +88,7 @@ def basins(args: Any) -> None:
     depths = tuple(numbers(args.depths, int, "--depths"))
     if len(depths) < 2 or list(depths) != sorted(set(depths)):
         raise InputError(f"--depths {args.depths}: give two or more depths in ascending order, such as 1,4")
-    asked = read_asked(args)
+    asked, out = read_asked(args), folder_for("--out", args.out)
     for package in ("sklearn", "diptest", "tensorstore"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"the analysis needs {package}, which is not installed: pip install 'sst-jax[analysis]'")
@@ -110,7 +110,7 @@ def basins(args: Any) -> None:
     settings = collect.Settings(
         depths, args.between, args.what, not args.no_rounding, args.controls, args.max_new_tokens, args.batch_size
     )
-    out, texts = Path(args.out), texts_of(args, asked, model)
+    texts = texts_of(args, asked, model)
     with bar(len(texts), f"walking texts at depths {args.depths}", "problem") as meter:
         collection = collect.collect(model, texts, settings, out / "collected", meter.update)
     with bar(len(texts), "measuring", "problem") as meter:
@@ -129,13 +129,18 @@ def read_asked(args: Any) -> list[Any]:
     if args.prompts:
         from sst_jax.data.prompts import read_prompts
 
-        for flag, value in (("--data", args.data), ("--format", args.format)):
-            if value is not None:
+        for flag, value, usual in (
+            ("--data", args.data, None), ("--format", args.format, None), ("--text", args.text, "generated")
+        ):  # fmt: skip
+            if value != usual:
                 raise InputError(f"{flag} goes with --task")
         asked = read_prompts(args.prompts)
         given = [isinstance(record.get("text"), str) for record in asked]
-        if any(given) and not all(given):
-            raise InputError(f"--prompts {args.prompts}, prompt {given.index(False) + 1}, has no text, but others have")
+        if any("text" in record for record in asked) and not all(given):
+            raise InputError(
+                f"--prompts {args.prompts}, prompt {given.index(False) + 1}, has no text under the key text; give one "
+                "to every prompt or to none"
+            )
     else:
         from sst_jax.evaluation import tasks
 
@@ -196,28 +201,36 @@ def approximation(args: Any) -> None:
     from sst_jax.analysis import approximation as room
     from sst_jax.console.progress import bar
     from sst_jax.inference.model import load
+    from sst_jax.model import nf4
     from sst_jax.model.config import StreamConfig
 
     alphas = numbers(args.alphas, float, "--alphas")
     if max(alphas) >= 1:
         raise InputError(f"--alphas {args.alphas}: must be below 1")
+    lengths = numbers(args.lengths, int, "--lengths")
+    if min(lengths) < 2:
+        raise InputError(f"--lengths {args.lengths}: at a single position no state has come from anywhere; 2 at least")
     todo = list(
         room.cases(
             [room.parse_forward(part) for part in args.forwards.split(",")],
             alphas,
             numbers(args.depths, int, "--depths"),
-            numbers(args.lengths, int, "--lengths"),
+            lengths,
         )
     )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for("--out", args.out)
     model = load(args.model, "float32")
     longest = max(case.length for case in todo)
     tokens = text_tokens(model.tokenizer, args.text, args.batch, longest)
     chosen = {name: getattr(args, name) for name in ("state", "norm", "propagate") if getattr(args, name)}
     stream = dataclasses.replace(model.config.stream or StreamConfig(), **chosen)
     config = dataclasses.replace(model.config, stream=stream)
-    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), args.dtype), model.params)
+
+    def converted(leaf: Any) -> Any:
+        # A linear in NF4 stays: its codes and scales say what its weights are, whatever type is computed in.
+        return leaf if nf4.is_quantised(leaf) else jnp.asarray(np.asarray(leaf), args.dtype)
+
+    params = jax.tree.map(converted, model.params, is_leaf=nf4.is_quantised)
     with bar(len(todo), "measuring", "case") as meter:
         records = room.measure(
             config, params, tokens, todo, args.dtype, model.tokenizer.bos_id, not args.no_gradients, meter.update

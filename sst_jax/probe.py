@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, folder_for, run, write_json
 from sst_jax.errors import InputError
 
 
@@ -78,13 +77,12 @@ def fit(args: Any) -> None:
         raise InputError(f"--model {args.model} has no stream, and so no memory to read")
     if not 0 <= layer < layers:
         raise InputError(f"--layer {layer}: the model has layers 0 to {layers - 1}")
+    out = folder_for("--out", args.out)  # before the hours
     items = outcomes.items(records, depths, model.tokenizer, model.facts)
     settings = room.Settings(args.inputs, args.hidden, permutations=args.permutations, seed=args.seed)
     room.asked_about(items, args.label)  # before the states are computed
     states = room.first_states(model, [item.prompt for item in items], args.first)
     fitted = room.fit_probe(model, items, states, depths, args.label, layer, args.first, settings, args.sweep)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     room.save(fitted, out / "probe.safetensors")
     scores = fitted.facts["scores"]
     figures.save(figures.roc(scores["roc"], scores["auc"]["value"]), out)

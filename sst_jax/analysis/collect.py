@@ -35,7 +35,7 @@ from sst_jax.inference.decode import prompt_mode
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import capacity_for, going_on, padded, prefill
 from sst_jax.inference.probe import fingerprint
-from sst_jax.model import decoder
+from sst_jax.model import decoder, nf4
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Streams
 from sst_jax.model.forward import exact, plain
@@ -205,13 +205,16 @@ class Walker:
     def _params(self, config: ModelConfig, dtype: str) -> Params:
         """The model's parameters as `config` takes them, the base in `dtype`."""
         if dtype not in self._bases:
-            self._bases[dtype] = jax.tree.map(lambda leaf: _as(leaf, dtype), self.model.params["base"])
+            self._bases[dtype] = jax.tree.map(
+                lambda leaf: _as(leaf, dtype), self.model.params["base"], is_leaf=nf4.is_quantised
+            )
         blend = {name: self.model.params["blend"][name] for name in decoder.abstract_params(config)["blend"]}
         return {**self.model.params, "base": self._bases[dtype], "blend": blend}
 
 
-def _as(leaf: jax.Array, dtype: str) -> jax.Array:
-    return leaf.astype(dtype) if leaf.dtype in (jnp.float32, jnp.bfloat16) else leaf
+def _as(leaf: Any, dtype: str) -> Any:
+    """Not of a linear in NF4: its weights are bfloat16 numbers already, and its scales say which."""
+    return leaf if nf4.is_quantised(leaf) or leaf.dtype not in (jnp.float32, jnp.bfloat16) else leaf.astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- On disk

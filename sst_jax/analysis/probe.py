@@ -176,11 +176,12 @@ def choose_strengths(x: np.ndarray, labels: np.ndarray, used: np.ndarray, settin
     grid = len(settings.strengths)
     if grid == 1:
         return np.full(count, settings.strengths[0])
-    # Folds within each class, so that none is without one.
-    fold = np.empty((count, items), int)
+    # Folds within each class, so that none is without one; what is not used does not shift the others' by its label.
+    fold = np.zeros((count, items), int)
     for row, label in enumerate(labels):
         for kind in (False, True):
-            fold[row, label == kind] = np.arange((label == kind).sum()) % INNER
+            members = (label == kind) & (used[row] > 0)
+            fold[row, members] = np.arange(members.sum()) % INNER
     inside = used[:, None] * (fold[:, None] != np.arange(INNER)[None, :, None])  # [F, INNER, n]
     outside = used[:, None] * (1 - inside)
     flat = np.repeat(labels, INNER * grid, axis=0), np.repeat(inside.reshape(-1, items), grid, axis=0)
@@ -306,7 +307,9 @@ def sweep(states: np.ndarray, labels: np.ndarray, settings: Settings) -> list[di
     settings = dataclasses.replace(settings, strengths=settings.strengths[:1])
     every = np.concatenate([labels[None], shuffles(labels, settings.permutations, settings.seed + 2)])
     layers = range(states.shape[1])
-    areas = np.stack([auc(out_of_fold(states[:, layer], every, settings), every) for layer in layers])  # [L, 1 + P]
+    areas = np.stack(  # [L, 1 + P]; variances of large states vanish in float32
+        [auc(out_of_fold(states[:, layer].astype(np.float64), every, settings), every) for layer in layers]
+    )
     best = areas[:, 1:].max(axis=0)
     return [
         {

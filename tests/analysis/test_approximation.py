@@ -103,6 +103,7 @@ def test_command_writes_a_report(tmp_path, capsys):
         (["--depths", "-1"], "--depths -1"),
         (["--text", "/no/text"], "/no/text"),
         (["--lengths", "99999999"], "tokens"),
+        (["--lengths", "24,1"], "--lengths 24,1"),
     ],
 )
 def test_command_names_bad_flags(tmp_path, capsys, flags, culprit):

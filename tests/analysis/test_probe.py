@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from sst_jax import probe as command
 from sst_jax.analysis import probe as room
 from sst_jax.console.command import run
 from sst_jax.errors import InputError
+from sst_jax.evaluation import outcomes as room_of_outcomes
 from sst_jax.inference import probe as probes
 from sst_jax.inference.policies import Policy, parse, parse_list
 
@@ -112,6 +114,27 @@ def test_shuffled_labels_are_called_a_signal_as_often_as_the_level_says():
     # 10 are expected of the permutation test, which is exact: 3 to 19 in 99.7% of all repetitions.
     assert 3 <= false["permutation"] <= 19
     assert false["binomial"] <= 19
+
+
+def test_the_penalty_is_chosen_without_the_label_that_is_left_out():
+    """Its label is not used in any fit, and must not move the others from one inner fold to the next either."""
+    x, labels = planted(np.random.default_rng(9), items=24, positive=12, shift=0.0, dimensions=30)
+    settings = dataclasses.replace(QUICK, strengths=(0.1, 0.5))
+    used = 1.0 - np.eye(24)
+    flipped = np.where(np.eye(24, dtype=bool), ~labels, labels)
+    chosen = [room.choose_strengths(x, each, used, settings) for each in (np.tile(labels, (24, 1)), flipped)]
+    np.testing.assert_array_equal(*chosen)
+
+
+def test_the_sweep_reads_large_states_as_the_probe_does():
+    """Variances as differences of squares have no digits left in float32."""
+    rng = np.random.default_rng(10)
+    x, labels = planted(rng, items=30, positive=16, dimensions=40)
+    far = (x + 1e5).astype(np.float32)
+    found = room.sweep(far[:, None], labels, QUICK)[0]["auc"]
+    settings = dataclasses.replace(QUICK, permutations=1)
+    assert found == pytest.approx(room.judge(far.astype(np.float64), labels, settings)[0]["auc"]["value"])
+    assert found > 0.8
 
 
 def test_the_sweep_pays_for_looking_at_every_layer():
@@ -347,3 +370,30 @@ def test_outcomes_of_another_model_are_refused(outcomes, tmp_path, capsys):
     arguments = ["fit", "--model", other, "--outcomes", outcomes, "--out", str(tmp_path / "out"), "--depths", "1,2"]
     assert run(command.main, arguments) == 2
     assert "another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("foreign", [0, 1])
+def test_outcomes_of_two_models_are_refused_in_either_order(model, outcomes, tmp_path, foreign):
+    """One depth is another model's: whichever folder comes last, nothing is fitted."""
+    folders = []
+    for number, depth in enumerate(("1", "2")):
+        folder = Path(shutil.copytree(outcomes, tmp_path / depth))
+        lines = [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
+        kept = [json.dumps(line) + "\n" for line in lines if line["policy"] == depth]
+        (folder / "outcomes.jsonl").write_text("".join(kept))
+        header = json.loads((folder / "evaluation.json").read_text())
+        header["model"]["digest"] = "0" * 64 if number == foreign else header["model"]["digest"]
+        (folder / "evaluation.json").write_text(json.dumps(header))
+        folders.append(str(folder))
+    facts, tokenizer = model[1].facts, model[1].tokenizer
+    for order in (folders, folders[::-1]):
+        with pytest.raises(InputError, match=f"{folders[foreign]} has the outcomes of another model"):
+            room_of_outcomes.items(room_of_outcomes.read(order, (1, 2)), (1, 2), tokenizer, facts)
+
+
+def test_generating_refuses_a_probe_of_another_model_however_it_is_asked_for(model, fitted, tmp_path, capsys):
+    other = str(sst_jax.load("random:tiny").with_stream(alpha=0.2).save(tmp_path / "other"))
+    file = str(fitted / "probe.safetensors")
+    for flags in (["--halt", file], ["--depth", f"probe:{file}"]):
+        assert run(generate.main, ["--model", other, "--prompt", "x", *flags]) == 2
+        assert "fitted on another model" in capsys.readouterr().err

@@ -169,3 +169,19 @@ def test_prompts_of_which_only_some_have_texts_are_refused(model, tmp_path, caps
     file.write_text('{"prompt": "a", "text": "b"}\n{"prompt": "c"}\n')
     assert run(analyze.main, ["--model", model, "--prompts", str(file), "--out", str(tmp_path / "out")]) == 2
     assert "prompt 2, has no text" in capsys.readouterr().err
+    file.write_text('{"prompt": "a", "text": null}\n')
+    assert run(analyze.main, ["--model", model, "--prompts", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "prompt 1, has no text" in capsys.readouterr().err
+    file.write_text('{"prompt": "a"}\n')
+    arguments = ["--model", model, "--prompts", str(file), "--out", str(tmp_path / "out"), "--text", "worked"]
+    assert run(analyze.main, arguments) == 2
+    assert "--text goes with --task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--task", "words"], ["approximation"]], ids=lambda part: part[0])
+def test_a_file_in_the_place_of_the_folder_is_named_before_the_work(tmp_path, capsys, more):
+    (tmp_path / "out").write_text("x")
+    begin = [part for part in more if part == "approximation"]
+    rest = [part for part in more if part != "approximation"]
+    assert run(analyze.main, [*begin, "--model", "/no/model", "--out", str(tmp_path / "out"), *rest]) == 2
+    assert "--out" in capsys.readouterr().err
