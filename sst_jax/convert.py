@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         from sst_jax.weights.models import open_model
 
         model = Model(*open_model(args.source, dtype, args.quantize))
-        model.save(target)
+        model.save(target, vision=not args.text_only)
         facts, backbone = model.facts, model.config.backbone
     else:
         facts, backbone = streamed(*found, target, dtype, args)

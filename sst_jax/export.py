@@ -199,18 +199,20 @@ def merge_base(choice: str, opened: Any) -> tuple[dict[str, Any], dict[str, floa
     return original, gap(original, base, opened.config.adapter)
 
 
-def onto(args: argparse.Namespace, facts: dict[str, Any], gaps: dict[str, float] | None) -> str | None:
-    """What the weights under the adapter are, where they could be others than those that it was trained on."""
+def onto(
+    args: argparse.Namespace, config: Any, facts: dict[str, Any], gaps: dict[str, float] | None
+) -> str | None:  # fmt: skip
+    """What the weights are, those under the adapter where there is one, if they could be others than it says."""
     kind = facts["quantize"]
     if kind == "none":
         return None
-    if gaps is not None:
-        verb = "stands" if args.format == "adapter" else "was merged"
-        return (
-            f"LoRA {verb} on the original weights and was trained on {kind}, whose kernels are {gaps['all']:.2%} away "
-            "from them (Frobenius norm)."
-        )
-    return f"LoRA was merged onto the dequantised weights ({kind}), on which it was trained."
+    away = "" if gaps is None else f"whose kernels are {gaps['all']:.2%} away from them (Frobenius norm)"
+    if not config.adapter.rank:
+        return f"The weights are the original ones of {kind}, {away}." if away else f"The weights are those of {kind}."
+    verb = "stands" if args.format == "adapter" or args.keep_lora else "was merged"
+    if away:
+        return f"LoRA {verb} on the original weights and was trained on {kind}, {away}."
+    return f"LoRA {verb} on the dequantised weights ({kind}), on which it was trained."
 
 
 def card(args: argparse.Namespace, opened: Any, gaps: dict[str, float] | None) -> str:
@@ -222,7 +224,7 @@ def card(args: argparse.Namespace, opened: Any, gaps: dict[str, float] | None) -
     if facts.get("run") and (Path(facts["run"]) / "config.json").is_file():
         facts = {**facts, "recipe": read_json(Path(facts["run"]) / "config.json").get("recipe")}
         metrics = [line for line in read_metrics(Path(facts["run"])) if line["step"] <= facts["step"]]
-    return model_card(args.format, opened.config, facts, metrics, onto(args, facts, gaps))
+    return model_card(args.format, opened.config, facts, metrics, onto(args, opened.config, facts, gaps))
 
 
 def describe(args: argparse.Namespace, config: Any, facts: dict[str, Any], result: dict[str, Any]) -> str:
@@ -230,7 +232,7 @@ def describe(args: argparse.Namespace, config: Any, facts: dict[str, Any], resul
     targets = ", ".join(config.adapter.targets) if config.adapter.rank else ""
     done = "kept apart" if args.keep_lora or args.format == "adapter" else "folded in"
     lines = [f"LoRA of {targets}: {done}" if targets else "no adapter: the weights are the base's"]
-    lines += [text for text in (onto(args, facts, result["gap"]),) if text]
+    lines += [text for text in (onto(args, config, facts, result["gap"]),) if text]
     if args.format == "sst" and facts.get("layout") not in (None, "text"):
         lines.append("text only: the vision tower stays behind (--format merged takes it along)")
     if config.stream is not None and args.format != "sst":

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save
 
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
@@ -22,7 +23,7 @@ from sst_jax.model import decoder, sharding
 from sst_jax.model import forward as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
 from sst_jax.weights import store
-from sst_jax.weights.models import open_model
+from sst_jax.weights.models import open_model, quantised_from, vision_of
 
 Prompt = str | Sequence[int]
 Depth = int | str | Policy
@@ -122,7 +123,7 @@ class Model:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], *, depth: Depth | Sequence[Depth] = 1, n: int = 1,
         max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int | Sequence[int] = 0, stop: Sequence[str] = (), chat: bool = False,
+        seed: int | Sequence[int] = 0, stop: str | Sequence[str] = (), chat: bool = False,
     ) -> Iterator[Piece]:  # fmt: skip
         """Generates and yields text as it comes; arguments as for `generate`."""
         prompts = _as_list(prompts)
@@ -138,7 +139,8 @@ class Model:
             sampling=Sampling(temperature, top_k, top_p), seeds=seeds, stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
             pad_id=self.tokenizer.pad_id, bos_id=self.tokenizer.bos_id, dtype=self.dtype,
         )  # fmt: skip
-        answers = [Answer(self.tokenizer, stop) for _ in tokens]
+        marks = [stop] if isinstance(stop, str) else stop
+        answers = [Answer(self.tokenizer, marks) for _ in tokens]
         with self._mesh():
             chunk = next(running)
         while True:
@@ -171,7 +173,7 @@ class Model:
           max_new_tokens: at most so many tokens each.
           temperature, top_k, top_p: sampling; temperature 0 is greedy.
           seed: of sampling; answer number i uses seed + i, or the i-th of a list.
-          stop: strings that end an answer and are not part of it.
+          stop: string or strings that end an answer and are not part of its text.
           chat: wrap each prompt (text) in the chat template's user turn.
 
         Raises: InputError naming the prompt or the argument.
@@ -206,13 +208,21 @@ class Model:
         config = dataclasses.replace(self.config, stream=None)
         return Model(config, {**self.params, "blend": {}}, self.tokenizer, self.facts)
 
-    def save(self, directory: str | Path) -> Path:
-        """Writes a base folder that `load` and every command take.
+    def save(self, directory: str | Path, vision: bool = True) -> Path:
+        """Writes a base folder that `load` and every command take; `vision`: with a multimodal base's tower beside it.
 
         Raises: InputError when the folder is not empty.
         """
-        facts = {name: self.facts.get(name) for name in ("kind", "path", "digest", "layout", "run", "step")}
-        return store.save_base(directory, self.config.to_dict(), self.params, facts, self.tokenizer.files())
+        source = quantised_from(self.facts)  # a copy of a base in NF4 came from where that did
+        facts = {name: source.get(name) for name in ("kind", "path", "digest")} | {
+            name: self.facts.get(name) for name in ("layout", "run", "step")
+        }
+        files = self.tokenizer.files()
+        if vision and self.facts.get("layout") not in (None, "text"):
+            tower, config = vision_of(self.facts)
+            if tower:
+                files, facts["vision_config"] = {**files, store.VISION: save(tower, {"format": "pt"})}, config
+        return store.save_base(directory, self.config.to_dict(), self.params, facts, files)
 
 
 def load(model: str | Path, dtype: str | None = None, mesh: Mapping[str, int] | None = None) -> Model:

@@ -18,7 +18,7 @@ from sst_jax.model.config import BackboneConfig
 from sst_jax.weights import names
 from sst_jax.weights.files import Progress, is_plain_name, read_json, staged_folder
 from sst_jax.weights.hub_config import backbone_from_config, config_json
-from sst_jax.weights.source import Source, Tensor, numpy_dtype
+from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype
 
 INDEX = "model.safetensors.index.json"
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"]
@@ -137,7 +137,7 @@ def open_folder(
         headers=tuple(found),
         layout=names.detect_layout(tensor.name for tensor in found),
         files=[config_file, *files],
-        dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        dtype=dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "float32",
         metadata=config,
     )
 
@@ -245,7 +245,9 @@ def write_folder(
             done += sum(size for _, size, _ in shard)
             if progress is not None:
                 progress(done, total)
-        documents = {"config.json": {**layout_config, **(extra_config or {})}}
+        named = {key: layout_config[key] for key in ("dtype", "torch_dtype") if key in layout_config}
+        others = {key: value for key, value in (extra_config or {}).items() if key not in ("dtype", "torch_dtype")}
+        documents = {"config.json": {**layout_config, **others, **named}}
         text = documents["config.json"].get("text_config", layout_config)
         documents["generation_config.json"] = {key: text[key] for key in text if key.endswith("_token_id")}
         if len(shards) > 1:

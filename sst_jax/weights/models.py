@@ -142,7 +142,7 @@ def open_model(
     config, params, tokenizer, facts = _open(model, dtype or default_dtype(), quantize, lazy)
     stored = nf4.kind_of(params["base"])
     if quantize == "none" or stored == quantize:
-        return Opened(config, params, tokenizer, {**facts, "quantize": stored})
+        return Opened(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})
     if stored != "none":
         raise InputError(f"{model} is stored as {stored} and cannot become {quantize}: convert its source again")
     # One linear at a time, so that old and new exist side by side for one only.
@@ -151,7 +151,7 @@ def open_model(
         stack = layers.pop(key)["kernel"]
         layers[key] = jax.lax.map(lambda kernel: quantised(kernel, quantize), stack)
     params["base"]["layers"] = sharding.place(layers)
-    return Opened(config, params, tokenizer, {**facts, "quantize": quantize})
+    return Opened(config, params, tokenizer, {**facts, "quantize": quantize, "stored": "none"})
 
 
 def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> Opened:
@@ -299,12 +299,17 @@ def _recorded_base(run: Path) -> dict[str, Any]:
     return recorded
 
 
+def quantised_from(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of a model's facts, kind, path and digest of the weights before quantisation; of one without it, its own."""
+    return facts["source"] if facts["kind"] == "base" and facts.get("stored") != "none" else facts
+
+
 def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> Opened:
     """The unquantised weights that a base in NF4 was made from, by its facts.
 
     Raises: InputError when they are gone, or are other ones.
     """
-    source = facts["source"] if facts["kind"] == "base" else facts
+    source = quantised_from(facts)
     advice = "or choose --merge-base dequantized"
     if not source.get("path"):
         raise InputError(f"{facts['path']} does not say what it was quantised from: {advice.removeprefix('or ')}")
@@ -314,6 +319,8 @@ def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> O
         raise InputError(f"the original weights of {facts['path']} cannot be opened: {error}; {advice}") from None
     if source["digest"] != opened.facts["digest"]:
         raise InputError(f"{source['path']} is not what {facts['path']} was quantised from: put it back, {advice}")
+    if opened.facts["quantize"] != "none":  # a copy of another base in NF4
+        return open_original(opened.facts, dtype, lazy=lazy)
     return opened
 
 

@@ -104,7 +104,6 @@ VISION = {
     "gguf": ("v.", "mm."),
 }
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
-ROPE_FREQUENCIES = "rope_freqs.weight"  # Llama 3's scaling as a tensor of its GGUF files, read with the metadata
 
 
 class Entry(NamedTuple):

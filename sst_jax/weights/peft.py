@@ -17,6 +17,8 @@ from sst_jax.weights.files import read_json, staged_folder
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper around the model
 
+# Ways to begin an adapter that change the weights of its base too, whenever PEFT loads it.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 # What adapter_config.json may say without any effect on the numbers; every other field must be unset.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "task_type", "revision", "inference_mode",
@@ -100,6 +102,12 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
     for name, value in config.items():
         if (name not in _HARMLESS and value) or (name == "bias" and value != "none"):
             raise InputError(f"{where}: {name}={value!r} is unsupported")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGE_THE_BASE):
+        raise InputError(
+            f"{where}: init_lora_weights={begun!r} is unsupported, as PEFT takes what such an adapter began with off "
+            "its base; convert it in PEFT (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
     targets = config.get("target_modules")
     if not all(isinstance(name, str) for name in (targets if isinstance(targets, list) else [targets or ""])):
         raise InputError(f"{where}: target_modules={targets!r} must be names of modules, or a pattern")

@@ -219,7 +219,7 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -
         if name not in wanted:
             raise InputError(f"{tensor.file}: unknown key {tensor.name}")
         stacks = found.setdefault(name, {side: [None] * config.backbone.num_layers for side in ("lora_a", "lora_b")})
-        stacks[f"lora_{match['side'].lower()}"][entry.layer] = tensor.read().T
+        stacks[f"lora_{match['side'].lower()}"][entry.layer] = tensor.read().astype(np.float32, copy=False).T
     missing = [name for name in wanted if name not in found]
     missing += [name for name, sides in found.items() for stack in sides.values() if any(x is None for x in stack)]
     if missing:

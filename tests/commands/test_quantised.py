@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sst_jax
-from sst_jax import convert, export
+from sst_jax import analyze, convert, export
 from sst_jax.console.command import run
 from sst_jax.model import nf4
 from tests.commands.conftest import train_small
@@ -133,3 +133,50 @@ def test_refusals_in_one_line(folders, tmp_path, capsys):
     assert train_small(tmp_path / "run", "--config.model.quantize=int8") == 2
     assert "model.quantize='int8'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_of_a_quantised_base_is_merged_onto_the_first_original(folders, tmp_path, capsys):
+    """What stands on NF4 and is saved whole knows the weights that the first of them was quantised from."""
+    sst_jax.load(folders / "nf4").with_stream(alpha=0.03).save(tmp_path / "copy")
+    sst_jax.load(tmp_path / "copy").save(tmp_path / "second")
+    found = json.loads((tmp_path / "second" / "sst_jax.json").read_text())["facts"]
+    assert found["path"] == sst_jax.load(folders / "nf4").facts["source"]["path"]
+    for folder in (tmp_path / "copy", tmp_path / "second"):
+        out = tmp_path / f"{folder.name}.json"
+        arguments = ["--from", str(folder), "--to", str(tmp_path / f"merged-{folder.name}"), "--format", "merged"]
+        assert run(export.main, [*arguments, "--dtype", "float32", "--json", str(out)]) == 0
+        assert 0.05 < json.loads(out.read_text())["gap"]["all"] < 0.15
+        said = capsys.readouterr().out
+        assert "The weights are the original ones of nf4" in said
+        assert "LoRA was" not in said
+        merged = sst_jax.load(tmp_path / f"merged-{folder.name}").params["base"]["layers"]
+        assert trees_equal(merged, sst_jax.load(folders / "plain").params["base"]["layers"])
+
+
+def test_the_original_of_a_chain_of_quantised_bases(folders):
+    from sst_jax.weights.models import open_original
+
+    facts = sst_jax.load(folders / "nf4").facts
+    assert facts["stored"] == "nf4"
+    chained = {**facts, "source": {name: facts[name] for name in ("kind", "path", "digest")}}
+    assert open_original(chained, "float32").facts["quantize"] == "none"
+
+
+def test_errors_of_the_forwards_are_measured_on_a_quantised_base(folders, tmp_path):
+    arguments = ["approximation", "--model", str(folders / "nf4"), "--out", str(tmp_path / "out"), "--batch", "1"]
+    settings = ["--alphas", "0.01,0.04", "--forwards", "two_pass", "--lengths", "24"]
+    assert run(analyze.main, [*arguments, *settings]) == 0
+    (line,) = json.loads((tmp_path / "out" / "result.json").read_text())["orders"]
+    assert line["logits"] == pytest.approx(2, abs=0.25)
+
+
+def test_rounding_a_quantised_base_leaves_its_linears(folders):
+    """In bfloat16 only what a bfloat16 model would have is narrower: weights out of codes are bfloat16 numbers."""
+    from sst_jax.analysis.collect import _as
+    from sst_jax.weights.models import open_model
+
+    base = open_model("random:tiny", "float32", "nf4_double").params["base"]
+    narrow = jax.tree.map(lambda leaf: _as(leaf, "bfloat16"), base, is_leaf=nf4.is_quantised)
+    assert narrow["embed"]["embedding"].dtype == jax.numpy.bfloat16
+    assert trees_equal(narrow["layers"]["gate"], base["layers"]["gate"])
+    assert narrow["layers"]["gate"]["scale_low"].dtype == np.float32

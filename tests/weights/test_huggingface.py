@@ -108,6 +108,15 @@ def test_dtypes_convert_on_the_way_in(tiny, tmp_path):
         fill_base(source, "float64")
 
 
+def test_float16_is_read_into_float32(tiny, tmp_path):
+    """A base is float32 or bfloat16, and the first holds every float16 number."""
+    state = tiny.random_state(dtype=np.float16)
+    source = open_folder(tiny.write_checkpoint(tmp_path, state))
+    assert source.dtype == "float32"
+    embedding = fill_base(source, source.dtype)["embed"]["embedding"]
+    np.testing.assert_array_equal(embedding, state["model.embed_tokens.weight"].astype(np.float32))
+
+
 def test_progress_counts_up_to_the_whole(tiny, tmp_path):
     source = open_folder(tiny.write_checkpoint(tmp_path / "in", tiny.random_state()))
     calls = []
@@ -648,11 +657,13 @@ def test_extras_go_in_beside(tiny, tmp_path, folder):
         tmp_path / "out", tiny.backbone, base, "bfloat16",
         extra_files={"tokenizer.json": b"{}", "generation_config.json": b'{"eos_token_id": [1, 106]}'},
         extra_tensors={"model.blend.theta": np.ones((8, 24), np.float32)},
-        extra_config={"model_type": "sst_gemma3", "auto_map": {}},
+        extra_config={"model_type": "sst_gemma3", "auto_map": {}, "dtype": "float32"},
     )  # fmt: skip
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [1, 106]}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "sst_gemma3"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "sst_gemma3"
+    assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {"bfloat16"}  # what was written
     raw = tiny.read_raw(tmp_path / "out")
     assert raw.pop("model.blend.theta")[:2] == ("float32", (8, 24))
     assert raw == tiny.read_raw(folder)

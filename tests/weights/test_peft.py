@@ -8,6 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sst_jax
+from sst_jax import convert, export
+from sst_jax.console.command import run
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.model.config import AdapterConfig, ModelConfig
@@ -151,6 +153,8 @@ def test_a_merged_multimodal_model_loads_with_nothing_missing_or_left_over(tmp_p
         ({"r": 4}, r"has shape \(3, 36\), not \(4, 36\)|has shape \(36, 3\), not \(36, 4\)|has shape \(44, 3\)"),
         ({"r": "many"}, "adapter.rank='many'"),
         ({"target_modules": 3}, "target_modules=3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "takes what such an adapter began with off its base"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused_by_name(ours, tmp_path, changed, message):
@@ -197,3 +201,45 @@ def test_an_adapter_over_an_sst_folder_is_refused(tmp_path):
     opened = Opened(ours.config, ours.params, ours.tokenizer, ours.facts)
     with pytest.raises(InputError, match="--format sst"):
         write(Model(*opened), tmp_path / "adapter", "adapter")
+
+
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "orthogonal"])
+def test_how_an_adapter_began_is_no_matter_where_its_base_stayed_as_it_was(ours, tmp_path, begun):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    config = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps(config | {"init_lora_weights": begun}))
+    assert sst_jax.load(folder).config == ours.config
+
+
+def test_factors_in_half_precision_become_float32(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    factors = {name: part.astype(np.float16) for name, part in load_file(folder / peft.WEIGHTS).items()}
+    save_file(factors, folder / peft.WEIGHTS, {"format": "pt"})
+    model = sst_jax.load(folder)
+    assert {part.dtype for part in jax.tree.leaves(model.params["adapter"])} == {np.dtype(np.float32)}
+    model.save(tmp_path / "saved")
+    assert sst_jax.load(tmp_path / "saved").config == ours.config
+
+
+def test_a_multimodal_base_keeps_its_tower_through_every_copy(tmp_path):
+    """Saved, converted from what was saved, and exported again: the tower and its type are the first one's."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tiny = multimodal(transformers, torch)
+    tiny.save_pretrained(tmp_path / "base")
+    for file in write(model(None, SHALLOW), tmp_path / "tokens", "merged").glob("*token*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    trained_on(sst_jax.load(tmp_path / "base")).save(tmp_path / "saved")
+    assert run(convert.main, ["--from", str(tmp_path / "saved"), "--to", str(tmp_path / "copy")]) == 0
+    arguments = ["--from", str(tmp_path / "copy"), "--to", str(tmp_path / "out"), "--format", "merged"]
+    assert run(export.main, [*arguments, "--dtype", "bfloat16", "--no-measure-gap"]) == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    given = load_file(tmp_path / "base" / "model.safetensors")
+    tower = {name: part for name, part in given.items() if "vision" in name}
+    assert tower
+    assert all(np.array_equal(written[name], part) for name, part in tower.items())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 28
+    assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {"bfloat16"}
+    arguments = ["--from", str(tmp_path / "saved"), "--to", str(tmp_path / "text"), "--text-only"]
+    assert run(convert.main, arguments) == 0
+    assert not (tmp_path / "text" / "vision.safetensors").exists()
