@@ -63,10 +63,11 @@ def main(argv: Sequence[str]) -> None:
 
     from sst_jax.inference.model import load
     from sst_jax.inference.policies import parse
+    from sst_jax.inference.probe import Probe
 
     policy = parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
     model = load(args.model, args.dtype)
-    if args.halt is not None:
+    if isinstance(policy.choose, Probe):
         policy.choose.check(model)
     if policy.most > 1 and model.config.stream is None:
         raise InputError(f"--depth {policy.spelled} needs a model with a stream; {args.model} is a plain backbone")

@@ -70,7 +70,11 @@ def main(argv: Sequence[str]) -> None:
     model, name = load(args.model, args.dtype), args.name or args.model
     engine = Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)
     # Compiles before anybody waits for it.
-    answers(engine, [Request((model.tokenizer.bos_id,), 2, flat(1), Sampling())])
+    first = model.tokenizer.eos_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id
+    (job,) = answers(engine, [Request((first,), 2, flat(1), Sampling())])
+    if job.error is not None:
+        engine.close(0.0)
+        raise RuntimeError(f"{args.model} cannot be served: {job.error}")
     engine.answered = engine.tokens = 0
     limits = Limits(
         engine.capacity, args.max_new_tokens or engine.capacity, args.max_depth, args.waiting, args.max_body

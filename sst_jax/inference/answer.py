@@ -18,15 +18,24 @@ class Answer:
         self.ended: str | None = None
 
     def add(self, tokens: Iterable[int], depths: Iterable[int], last: bool) -> str:
-        """Takes in new tokens, -1 being none, and returns the text that they settle; `last`: no more will come."""
+        """Takes in new tokens, -1 being none, and returns the text that they settle; `last`: no more will come.
+
+        Tokens after the one that completes a stop string are dropped.
+        """
+        before = len(self.tokens)
         pairs = [(int(token), int(depth)) for token, depth in zip(tokens, depths, strict=True) if token >= 0]
         self.tokens += [token for token, _ in pairs]
         self.depths += [depth for _, depth in pairs]
         stop_ids = self._tokenizer.stop_ids
-        text = self._tokenizer.decode([token for token in self.tokens if token not in stop_ids])
-        hit = min((place for place in map(text.find, self._stop) if place >= 0), default=-1)
-        if hit >= 0:
-            text, self.ended = text[:hit], "stop"
+        text = self._decode(len(self.tokens))
+        if self._hit(text) is not None:
+            # As if they had come one by one: what a step of decoding computes ahead does not show.
+            size = before + 1
+            while size < len(self.tokens) and self._hit(self._decode(size)) is None:
+                size += 1
+            del self.tokens[size:], self.depths[size:]
+            text = self._decode(size)
+            text, self.ended = text[: self._hit(text)], "stop"
         elif last:
             self.ended = "stop" if self.tokens and self.tokens[-1] in stop_ids else "length"
         else:
@@ -34,6 +43,14 @@ class Answer:
         new = text[len(self.text) :]
         self.text += new
         return new
+
+    def _decode(self, count: int) -> str:
+        stop_ids = self._tokenizer.stop_ids
+        return self._tokenizer.decode([token for token in self.tokens[:count] if token not in stop_ids])
+
+    def _hit(self, text: str) -> int | None:
+        """Where the first stop string begins."""
+        return min((place for place in map(text.find, self._stop) if place >= 0), default=None)
 
     def _settled(self, text: str) -> str:
         """The part that later tokens can no longer change: not half a character, not the beginning of a stop string."""

@@ -29,10 +29,6 @@ class Cache(NamedTuple):
     live: jax.Array  # bool [B], whether that memory holds anything
     length: jax.Array  # int32 [B], positions filled so far
 
-    @property
-    def capacity(self) -> int:
-        return self.kv.global_k.shape[2]
-
 
 def state_dtype(config: ModelConfig, dtype: jnp.dtype) -> jnp.dtype:
     """The type that states are stored in: `stream.dtype`, where float32 means "or wider"."""

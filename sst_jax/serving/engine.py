@@ -136,9 +136,13 @@ class Engine:
         return jobs
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Drops jobs: their rows are free before the next chunk."""
+        """Drops jobs: their rows are free before the next chunk, their places in the queue at once."""
         for job in jobs:
             job.cancelled = True
+        with self._changed:
+            waiting = [job for job in self._queue if not job.cancelled]
+            self._queue.clear()
+            self._queue.extend(waiting)
 
     def close(self, seconds: float) -> bool:
         """Takes no more requests and finishes those there are, within a deadline; says whether all were finished.
@@ -300,6 +304,7 @@ class Engine:
         job.scores += scores
         text = job.answer.add(tokens, depths, last)
         if job.answer.ended:
+            del job.scores[len(job.answer.tokens) :]
             self.answered += 1
             self.tokens += len(job.answer.tokens)
             job.ended = True

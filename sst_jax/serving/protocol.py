@@ -113,7 +113,7 @@ def read_chat(body: Mapping[str, Any], model: Model, name: str, limits: Limits) 
         raise Refused(400, "messages must be a list of at least one message", "messages")
     try:
         tokens = model.tokenizer.chat([_message(message, number) for number, message in enumerate(messages)])
-    except (InputError, UnicodeEncodeError) as error:
+    except InputError as error:
         raise Refused(400, str(error), "messages") from None
     room = min(limits.new_tokens, limits.positions - len(tokens))
     field = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
@@ -216,10 +216,9 @@ def _policy(body: Mapping[str, Any], model: Model, limits: Limits) -> Policy:
 
 def _tokens(prompt: Any, tokenizer: Tokenizer, model: Model) -> list[int]:
     if isinstance(prompt, str):
-        try:
-            tokens = tokenizer.encode(prompt)
-        except UnicodeEncodeError as error:
-            raise Refused(400, f"prompt is no valid Unicode: {error}", "prompt") from None
+        if not _is_unicode(prompt):
+            raise Refused(400, "prompt is no valid Unicode", "prompt")
+        tokens = tokenizer.encode(prompt)
     elif isinstance(prompt, list) and all(_is_int(item) for item in prompt):
         tokens, size = prompt, model.config.backbone.vocab_size
         if any(not 0 <= token < size for token in tokens):
@@ -231,14 +230,23 @@ def _tokens(prompt: Any, tokenizer: Tokenizer, model: Model) -> list[int]:
     return tokens
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text holds no half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _message(message: Any, number: int) -> dict[str, str]:
-    if not isinstance(message, dict) or set(message) - {"role", "content", "name"}:
+    # A client that sends an answer back sends its empty fields too, and lm-evaluation-harness says that text is text.
+    given = {key for key, value in message.items() if value is not None} if isinstance(message, dict) else {""}
+    if given - {"role", "content", "name", "type"} or message.get("type") not in (None, "text"):
         raise InputError(f"message {number} must be an object with role and content")
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
         raise InputError(f"message {number} must have a role and text as its content: nothing else is read")
+    if not _is_unicode(content):
+        raise InputError(f"message {number} is no valid Unicode")
     return {"role": message["role"], "content": content}
 
 

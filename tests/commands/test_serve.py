@@ -77,3 +77,24 @@ def test_a_taken_port_is_named_before_a_model_is_read(capsys):
         port = str(taken.getsockname()[1])
         assert run(serve.main, ["--model", "nowhere", "--port", port]) == 2
     assert f"--port {port} cannot be listened on" in capsys.readouterr().err
+
+
+def test_a_model_without_a_first_token_is_compiled_before_it_is_announced(tmp_path, monkeypatch):
+    """As Qwen 3 has none; the request that compiles must not fail unseen."""
+    import asyncio
+
+    from sst_jax.data.tokenizer import ByteTokenizer
+    from sst_jax.serving import app, engine
+
+    jobs = []
+    monkeypatch.setattr(ByteTokenizer, "bos_id", None)
+    monkeypatch.setattr(app.Server, "serve", lambda self, sockets: asyncio.sleep(0))
+    original = engine.answers
+    monkeypatch.setattr(engine, "answers", lambda *args: jobs.extend(original(*args)) or jobs)
+    arguments = ["--model", "random:tiny", "--port", "0", "--rows", "1", "--context", "512"]
+    assert run(serve.main, arguments) == 0
+    (job,) = jobs
+    assert job.error is None
+    assert job.answer.tokens
+    monkeypatch.setattr(ByteTokenizer, "eos_id", None)
+    assert run(serve.main, arguments) == 1

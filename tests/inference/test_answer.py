@@ -40,6 +40,8 @@ def test_text_does_not_depend_on_how_tokens_come(text, cuts, stop):
         assert said == answer.text
         assert text.startswith(said)
         assert not any(mark in said for mark in stop)
+        _, alone = grow([[token] for token in tokens], stop)
+        assert (answer.text, answer.tokens, answer.depths) == (alone.text, alone.tokens, alone.depths)
 
 
 def test_a_stop_token_is_kept_and_not_shown():

@@ -151,6 +151,11 @@ def test_streamed_pieces_add_up_to_the_text_and_stop_strings_end_it(model):
     stop = readable[0]
     cut = model.generate("12 + 7 =", max_new_tokens=40, temperature=1.5, seed=3, stop=[stop])[0]
     assert cut.text == ended.text[: ended.text.index(stop)]
+    assert cut == model.generate("12 + 7 =", max_new_tokens=40, temperature=1.5, seed=3, stop=stop)[0]
+    assert cut.tokens == ended.tokens[: len(cut.tokens)]
+    assert stop in model.tokenizer.decode(cut.tokens)
+    assert stop not in model.tokenizer.decode(cut.tokens[:-1])
+    assert len(cut.depths) == len(cut.tokens)
     assert cut.finished
 
 

@@ -113,6 +113,10 @@ def test_stop_strings_end_a_row(model, engine):
     job = answers(engine, [request(model, 7, max_new_tokens=40, sampling=Sampling(1.5), stop=(mark,))])[0]
     assert job.answer.text == free[: free.index(mark)]
     assert job.answer.ended == "stop"
+    asked = request(model, 7, max_new_tokens=40, sampling=Sampling(1.5), stop=(mark,), scored=True)
+    (scored,) = answers(engine, [asked])
+    assert scored.answer.tokens == job.answer.tokens == solo(model, asked).tokens
+    assert len(scored.scores) == len(scored.answer.tokens)
 
 
 def test_cancelled_jobs_free_their_rows(model, engine):
@@ -124,6 +128,23 @@ def test_cancelled_jobs_free_their_rows(model, engine):
     assert after.answer.ended
     assert not any(job.ended for job in jobs)
     assert max(len(job.answer.tokens) for job in jobs) < 400
+
+
+def test_cancelled_jobs_do_not_wait(model):
+    """Clients that gave up while all rows were taken leave their places to those that are still there."""
+    engine = Engine(model, rows=1, capacity=CAPACITY, waiting=3)
+    try:
+        quiet = lambda job, text, reason: None  # noqa: E731
+        running = engine.submit([request(model, 9, max_new_tokens=400)], quiet)
+        while engine.load()["running"] < 1:
+            time.sleep(0.005)
+        gone = engine.submit([request(model, number) for number in range(3)], quiet)
+        engine.cancel(gone)
+        assert engine.load()["waiting"] == 0
+        engine.submit([request(model, 1)], quiet)
+        engine.cancel(running)
+    finally:
+        engine.close(30)
 
 
 def test_what_does_not_fit_is_refused(model, engine):

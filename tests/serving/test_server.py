@@ -247,10 +247,36 @@ def test_bad_completions_are_refused_by_name(client, body, status, param):
     assert param in error["message"]
 
 
+def test_messages_as_clients_write_them(client):
+    """lm-evaluation-harness says that its text is text; OpenAI's client sends an answer's empty fields back."""
+
+    def said(*messages):
+        body = {"messages": list(messages), "max_tokens": 4, "temperature": 0}
+        status, answer = client.send("POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        return answer["choices"][0]["message"]["content"]
+
+    asked = {"role": "user", "content": "hello"}
+    back = {"role": "assistant", "content": "x"}
+    once = said(asked)
+    assert once == said({**asked, "type": "text"}) == said({**asked, "name": None, "refusal": None})
+    echoed = {**back, "refusal": None, "tool_calls": None, "audio": None}
+    assert said(asked, echoed, asked) == said(asked, back, asked)
+
+
+@pytest.mark.parametrize("half", ["\ud800", "x\udfff"])
+def test_half_a_surrogate_pair_is_refused(client, half):
+    assert client.refused(prompt=half)[0] == 400
+    status, error = client.refused("/v1/chat/completions", messages=[{"role": "user", "content": half}])
+    assert (status, error["param"]) == (400, "messages")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
         ({}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "type": "image"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": ["hello"]}, "messages"),
