@@ -340,7 +340,6 @@ class AdapterConfig:
         _numbers("adapter", self, "alpha", "dropout")
         for target in self.targets:
             _one_of("adapter", "targets", target, LINEARS)
-        _require(not self.rank or self.targets, f"adapter.rank={self.rank} needs linears: adapter.targets is empty")
         _require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout} must be in [0, 1)")
 
     @property

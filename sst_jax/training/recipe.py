@@ -204,6 +204,9 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
             f"train.steps={train['steps']} must be a multiple of optimizer.accumulate={optimizer.accumulate}: the "
             "micro-batches left over would change nothing"
         )
+    adapter = from_mapping(AdapterConfig, config.adapter.to_dict())
+    if adapter.rank and not adapter.targets:
+        raise InputError(f"adapter.rank={adapter.rank} needs linears: adapter.targets is empty")
     if stream is not None and stream.alpha is not None and stream.alpha_warmup:
         raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a learned alpha; stream.alpha fixes it")
     shared = {"dtype": dtype, "attention": config.model.attention}
@@ -222,7 +225,7 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
         dtype=dtype,
         quantize=config.model.quantize,
         stream=stream,
-        adapter=from_mapping(AdapterConfig, config.adapter.to_dict()),
+        adapter=adapter,
         forward=trains,
         heldout_forward=judges,
         optimizer=optimizer,
