@@ -299,7 +299,6 @@ class StreamConfig:
                 several = isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
                 _require(several, f"stream.{field}={value!r} must be a list of numbers")
                 object.__setattr__(self, field, tuple(value))
-        _require(self.layers is None or self.layers, "stream.layers is empty: a stream needs a layer that carries it")
         _numbers("stream", self, "alpha_init", "alpha_warmup", "gain", "decay", "sweep_tolerance", "sweep_cap")
         _require(len(self.alpha_range) == 2, f"stream.alpha_range={self.alpha_range} must be two numbers")
         lo, hi = self.alpha_range

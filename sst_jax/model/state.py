@@ -150,7 +150,7 @@ def carriers(stream: StreamConfig, stack: Any) -> Any:
     """Of a blend parameter of all layers, stacked, the rows of layers that carry a state; of one for all that one."""
     if stream.layers is None or len(stack) == 1:
         return stack
-    return stack[np.array(sorted(set(stream.layers)))]
+    return stack[np.array(sorted(set(stream.layers)), int)]
 
 
 def alpha_summary(

@@ -204,6 +204,8 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
             f"train.steps={train['steps']} must be a multiple of optimizer.accumulate={optimizer.accumulate}: the "
             "micro-batches left over would change nothing"
         )
+    if stream is not None and stream.layers == ():
+        raise InputError("stream.layers is empty: a stream needs a layer that carries it")
     adapter = from_mapping(AdapterConfig, config.adapter.to_dict())
     if adapter.rank and not adapter.targets:
         raise InputError(f"adapter.rank={adapter.rank} needs linears: adapter.targets is empty")
