@@ -195,8 +195,6 @@ def approximation(args: Any) -> None:
 
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    import jax.numpy as jnp
-    import numpy as np
 
     from sst_jax.analysis import approximation as room
     from sst_jax.console.progress import bar
@@ -225,12 +223,7 @@ def approximation(args: Any) -> None:
     chosen = {name: getattr(args, name) for name in ("state", "norm", "propagate") if getattr(args, name)}
     stream = dataclasses.replace(model.config.stream or StreamConfig(), **chosen)
     config = dataclasses.replace(model.config, stream=stream)
-
-    def converted(leaf: Any) -> Any:
-        # A linear in NF4 stays: its codes and scales say what its weights are, whatever type is computed in.
-        return leaf if nf4.is_quantised(leaf) else jnp.asarray(np.asarray(leaf), args.dtype)
-
-    params = jax.tree.map(converted, model.params, is_leaf=nf4.is_quantised)
+    params = nf4.cast(model.params, args.dtype)
     with bar(len(todo), "measuring", "case") as meter:
         records = room.measure(
             config, params, tokens, todo, args.dtype, model.tokenizer.bos_id, not args.no_gradients, meter.update

@@ -254,7 +254,7 @@ def through_harness(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
                 fewshot=args.fewshot, batch_size=args.batch_size,
             )  # fmt: skip
         # What other depths came to earlier, under the same settings, stays in the result.
-        result = {**header, "policies": {**harness.measured(out, header), **found}}
+        result = {**header, "policies": harness.measured(out, header)}
         write_json(out / "result.json", result)
     for policy, results in found.items():
         for task, metrics in results.items():

@@ -205,16 +205,9 @@ class Walker:
     def _params(self, config: ModelConfig, dtype: str) -> Params:
         """The model's parameters as `config` takes them, the base in `dtype`."""
         if dtype not in self._bases:
-            self._bases[dtype] = jax.tree.map(
-                lambda leaf: _as(leaf, dtype), self.model.params["base"], is_leaf=nf4.is_quantised
-            )
+            self._bases[dtype] = nf4.cast(self.model.params["base"], dtype)
         blend = {name: self.model.params["blend"][name] for name in decoder.abstract_params(config)["blend"]}
         return {**self.model.params, "base": self._bases[dtype], "blend": blend}
-
-
-def _as(leaf: Any, dtype: str) -> Any:
-    """Not of a linear in NF4: its weights are bfloat16 numbers already, and its scales say which."""
-    return leaf if nf4.is_quantised(leaf) or leaf.dtype not in (jnp.float32, jnp.bfloat16) else leaf.astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- On disk

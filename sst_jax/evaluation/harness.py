@@ -220,5 +220,4 @@ def definitions(include: str | None) -> str | None:
     """sha256 over the files of a folder of task definitions: other ones are another test."""
     if include is None:
         return None
-    files = sorted(file for file in Path(include).rglob("*") if file.is_file())
-    return digest(files)
+    return digest(file for file in Path(include).rglob("*") if file.is_file())

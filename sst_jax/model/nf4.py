@@ -71,6 +71,11 @@ def is_quantised(leaf: Any) -> bool:
     return isinstance(leaf, Mapping) and "codes" in leaf
 
 
+def cast(tree: Any, dtype: Any) -> Any:
+    """A tree of parameters in another type; linears in NF4 stay, whose codes and scales say what their weights are."""
+    return jax.tree.map(lambda leaf: leaf if is_quantised(leaf) else leaf.astype(dtype), tree, is_leaf=is_quantised)
+
+
 def quantise(kernel: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
     """The NF4 leaf of a kernel [..., in, out], computed in float32. Meant to be jitted.
 

@@ -38,14 +38,17 @@ class Masks(NamedTuple):
         return self.live | self.begins
 
 
+def learned_alpha(stream: StreamConfig, theta: jax.Array, warmth: jax.Array | float | None) -> jax.Array:
+    """alpha, as many as theta; `warmth` as for `alpha_and_gain`."""
+    lo, hi = stream.alpha_range
+    alpha = lo + (hi - lo) * jax.nn.sigmoid(theta)
+    return alpha if warmth is None else lo + (alpha - lo) * warmth
+
+
 def alpha_and_gain(stream: StreamConfig, block: Block, warmth: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """alpha, [D] or [1], and gain, [1], of one layer. `warmth` in [0, 1] scales alpha up from the range's lower end."""
-    lo, hi = stream.alpha_range
-    if stream.alpha is not None:
-        alpha = jnp.full(1, stream.alpha)
-    else:
-        alpha = lo + (hi - lo) * jax.nn.sigmoid(block.theta[...])
-        alpha = alpha if warmth is None else lo + (alpha - lo) * warmth
+    fixed = stream.alpha is not None
+    alpha = jnp.full(1, stream.alpha) if fixed else learned_alpha(stream, block.theta[...], warmth)
     return alpha, block.gain[...] if stream.learn_gain else jnp.full(1, stream.gain)
 
 
@@ -159,7 +162,5 @@ def alpha_summary(
     """Mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
     if stream is None or "theta" not in blend:
         return {}
-    lo, hi = stream.alpha_range
-    alpha = (hi - lo) * jax.nn.sigmoid(carriers(stream, blend["theta"]))
-    alpha = lo + (alpha if warmth is None else alpha * warmth)
+    alpha = learned_alpha(stream, carriers(stream, blend["theta"]), warmth)
     return {"alpha_mean": float(alpha.mean()), "alpha_min": float(alpha.min()), "alpha_max": float(alpha.max())}

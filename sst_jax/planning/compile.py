@@ -98,11 +98,10 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
 
     Raises: InputError as `mesh_on` and `sharding.check`; TooLarge.
     """
-    draws = [dataclasses.replace(recipe, forward=drawn) for _, drawn in recipe.forward.draws()]
-    if len(draws) > 1:
-        costliest = max(draws, key=lambda one: training_work(one, backbone).flops)
-        plan = plan_training(costliest, backbone, target)
-        return plan._replace(work=training_work(recipe, backbone))
+    if len(recipe.forward.draws()) > 1:
+        draws = _draws(recipe, backbone)
+        costliest = max(draws, key=lambda one: one[2].flops)[1]
+        return plan_training(costliest, backbone, target)._replace(work=_average(draws))
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone, recipe.data.batch_size)
     pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
@@ -136,13 +135,21 @@ def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, C
 
 def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
     """What a train step of a recipe computes on average, whatever it runs on; nothing is compiled."""
-    products = []
+    return _average(_draws(recipe, backbone))
+
+
+def _draws(recipe: Recipe, backbone: BackboneConfig) -> list[tuple[float, Recipe, Work]]:
+    """What a recipe's steps may be: with which probability, the recipe of such steps alone, and the work of one."""
+    found = []
     for share, drawn in recipe.forward.draws():
-        one = placed(dataclasses.replace(recipe, forward=drawn), lambda *_: "xla")
-        step, arguments = training_step(one, backbone)
-        work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
-        products += [product._replace(times=share * product.times) for product in work.products]
-    return Work(products)
+        one = dataclasses.replace(recipe, forward=drawn)
+        step, arguments = training_step(placed(one, lambda *_: "xla"), backbone)
+        found.append((share, one, count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))))
+    return found
+
+
+def _average(draws: list[tuple[float, Recipe, Work]]) -> Work:
+    return Work([part._replace(times=share * part.times) for share, _, work in draws for part in work.products])
 
 
 ROWS = ("tokens", "segment_ids", "positions")

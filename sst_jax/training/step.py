@@ -54,22 +54,23 @@ class ForwardConfig:
         """What runs at one step, at one depth; the same on every resume, as it depends on seed and step alone."""
         rng = np.random.default_rng((seed, step))
         mixed = rng.random() < self.mix_share
-        one = dataclasses.replace(self, mix_share=0.0, depths=(int(rng.choice(self.depths)),))
-        return one._mixed() if mixed else one
+        return self._drawn(int(rng.choice(self.depths)), mixed)
 
     def draws(self) -> list[tuple[float, ForwardConfig]]:
         """Everything that `at` may draw, with its probability."""
         found = []
         for mixed, share in ((False, 1.0 - self.mix_share), (True, self.mix_share)):
             for depth in dict.fromkeys(self.depths) if share else ():
-                one = dataclasses.replace(self, mix_share=0.0, depths=(depth,))
-                found.append((share * self.depths.count(depth) / len(self.depths), one._mixed() if mixed else one))
+                found.append((share * self.depths.count(depth) / len(self.depths), self._drawn(depth, mixed)))
         return found
 
-    def _mixed(self) -> ForwardConfig:
-        """With mix_passes passes."""
+    def _drawn(self, depth: int, mixed: bool) -> ForwardConfig:
+        """One depth, and mix_passes passes where they are mixed in."""
+        one = dataclasses.replace(self, mix_share=0.0, depths=(depth,))
+        if not mixed:
+            return one
         name = "k_pass" if self.forward in ("two_pass", "exact") else self.forward
-        return dataclasses.replace(self, forward=name, passes=self.mix_passes)
+        return dataclasses.replace(one, forward=name, passes=self.mix_passes)
 
     @property
     def depth(self) -> int:

@@ -172,11 +172,10 @@ def test_errors_of_the_forwards_are_measured_on_a_quantised_base(folders, tmp_pa
 
 def test_rounding_a_quantised_base_leaves_its_linears(folders):
     """In bfloat16 only what a bfloat16 model would have is narrower: weights out of codes are bfloat16 numbers."""
-    from sst_jax.analysis.collect import _as
     from sst_jax.weights.models import open_model
 
     base = open_model("random:tiny", "float32", "nf4_double").params["base"]
-    narrow = jax.tree.map(lambda leaf: _as(leaf, "bfloat16"), base, is_leaf=nf4.is_quantised)
+    narrow = nf4.cast(base, "bfloat16")
     assert narrow["embed"]["embedding"].dtype == jax.numpy.bfloat16
     assert trees_equal(narrow["layers"]["gate"], base["layers"]["gate"])
     assert narrow["layers"]["gate"]["scale_low"].dtype == np.float32

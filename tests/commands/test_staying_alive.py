@@ -76,9 +76,8 @@ def test_skipped_steps_are_counted_and_resumed_over_bit_for_bit(poisoned, tmp_pa
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("beats", [3, 4, 5, 8])
-def test_a_signal_at_any_moment_is_saved_and_resumed_from(finished, tmp_path, monkeypatch, capsys, beats):
-    """SIGTERM after a step; before, and while, a held-out loss is computed; and while the last one is."""
+def stopping_at(beats):
+    """`Stalls.beat`, with a SIGTERM at one of its calls."""
     count, beat = [0], Stalls.beat
 
     def counted(self):
@@ -87,8 +86,14 @@ def test_a_signal_at_any_moment_is_saved_and_resumed_from(finished, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         beat(self)
 
+    return counted
+
+
+@pytest.mark.parametrize("beats", [3, 4, 5, 8])
+def test_a_signal_at_any_moment_is_saved_and_resumed_from(finished, tmp_path, monkeypatch, capsys, beats):
+    """SIGTERM after a step; before, and while, a held-out loss is computed; and while the last one is."""
     with monkeypatch.context() as patch:
-        patch.setattr(Stalls, "beat", counted)
+        patch.setattr(Stalls, "beat", stopping_at(beats))
         assert train_small(tmp_path / "run") == 1
     assert "stopped by SIGTERM and saved at step" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()
@@ -100,16 +105,9 @@ def test_going_on_with_a_held_out_loss_does_not_write_its_checkpoint_again(tmp_p
     """The newest good one would be gone while it is written, and it may be the only one."""
     from sst_jax.weights.checkpoint import Checkpoints
 
-    count, beat, save, steps = [0], Stalls.beat, Checkpoints.save, []
-
-    def counted(self):
-        count[0] += 1
-        if count[0] == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        beat(self)
-
+    save, steps = Checkpoints.save, []
     with monkeypatch.context() as patch:
-        patch.setattr(Stalls, "beat", counted)
+        patch.setattr(Stalls, "beat", stopping_at(4))
         assert train_small(tmp_path / "run") == 1
     newest = max(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir() if folder.name.isdigit())
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: steps.append(step) or save(self, step, *rest))

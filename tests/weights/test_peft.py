@@ -83,10 +83,7 @@ def test_peft_writes_what_we_read(ours, tmp_path):
 def test_an_adapter_of_a_multimodal_model_leaves_its_vision_tower_alone(tmp_path):
     torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    tiny = multimodal(transformers, torch)
-    tiny.save_pretrained(tmp_path / "base")
-    for file in write(model(None, SHALLOW), tmp_path / "tokens", "merged").glob("*token*"):
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    tiny = multimodal(transformers, torch, tmp_path)
     ours = trained_on(sst_jax.load(tmp_path / "base"))
     assert ours.facts["layout"] != "text"
     folder = write(ours, tmp_path / "adapter", "adapter")
@@ -100,7 +97,8 @@ def test_an_adapter_of_a_multimodal_model_leaves_its_vision_tower_alone(tmp_path
     assert sst_jax.load(folder).config == ours.config
 
 
-def multimodal(transformers, torch):
+def multimodal(transformers, torch, folder):
+    """A tiny multimodal model, and its hub folder with a tokenizer at `folder`/base."""
     text = transformers.Gemma3TextConfig(
         vocab_size=262, hidden_size=36, intermediate_size=44, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, head_dim=10, sliding_window=6, query_pre_attn_scalar=9, max_position_embeddings=600,
@@ -113,15 +111,16 @@ def multimodal(transformers, torch):
         text_config=text, vision_config={"model_type": "siglip_vision_model", **vision}, mm_tokens_per_image=1
     )
     torch.manual_seed(0)
-    return transformers.Gemma3ForConditionalGeneration(config).float()
+    tiny = transformers.Gemma3ForConditionalGeneration(config).float()
+    tiny.save_pretrained(folder / "base")
+    for file in write(model(None, SHALLOW), folder / "tokens", "merged").glob("*token*"):
+        (folder / "base" / file.name).write_bytes(file.read_bytes())
+    return tiny
 
 
 def test_a_merged_multimodal_model_loads_with_nothing_missing_or_left_over(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    tiny = multimodal(transformers, torch)
-    tiny.save_pretrained(tmp_path / "base")
-    for file in write(model(None, SHALLOW), tmp_path / "tokens", "merged").glob("*token*"):
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    tiny = multimodal(transformers, torch, tmp_path)
     ours = trained_on(sst_jax.load(tmp_path / "base"))
     folder = write(ours, tmp_path / "merged", "merged")
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -224,10 +223,7 @@ def test_factors_in_half_precision_become_float32(ours, tmp_path):
 def test_a_multimodal_base_keeps_its_tower_through_every_copy(tmp_path):
     """Saved, converted from what was saved, and exported again: the tower and its type are the first one's."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    tiny = multimodal(transformers, torch)
-    tiny.save_pretrained(tmp_path / "base")
-    for file in write(model(None, SHALLOW), tmp_path / "tokens", "merged").glob("*token*"):
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    multimodal(transformers, torch, tmp_path)
     trained_on(sst_jax.load(tmp_path / "base")).save(tmp_path / "saved")
     assert run(convert.main, ["--from", str(tmp_path / "saved"), "--to", str(tmp_path / "copy")]) == 0
     arguments = ["--from", str(tmp_path / "copy"), "--to", str(tmp_path / "out"), "--format", "merged"]
