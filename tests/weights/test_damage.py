@@ -122,6 +122,24 @@ def test_what_a_killed_save_leaves_is_passed_over_and_cleared_away(run, tmp_path
     assert newest_good(copy) == 30
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_later_steps_do_not_push_good_ones_out(tmp_path, keep):
+    """A run that went back behind them and saves before it reaches them again."""
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    for step in (20, 30):
+        (tmp_path / "manifests" / f"{step}.json").unlink()
+    checkpoints = Checkpoints(tmp_path, keep)
+    assert checkpoints.latest_good() == 10
+    checkpoints.restore(10, tree(0), {"m": jnp.zeros(5)}, data())
+    checkpoints.save(15, tree(15), {"m": jnp.zeros(5)}, data(), {"seconds": 1.0})
+    checkpoints.close()
+    assert newest_good(tmp_path) == 15
+    left = sorted(int(entry.name) for entry in (tmp_path / "checkpoints").iterdir())
+    assert left == [10, 15][-keep:]
+    assert sorted(int(file.stem) for file in (tmp_path / "manifests").iterdir()) == left
+
+
 def test_the_old_checkpoint_goes_only_when_the_new_one_counts(tmp_path, monkeypatch):
     """A kill between the two, with keep=1, must leave one."""
     save(tmp_path, 1, keep=1)
