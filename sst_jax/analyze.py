@@ -71,6 +71,7 @@ def approximation_parser() -> Parser:
     add("--propagate", choices=("scan", "shift"), help="how block states are carried (default: the model's own)")
     add("--no-gradients", action="store_true", help="leave gradients out")
     add("--dtype", choices=("float32", "float64"), default="float32", help="float64 shows orders below 1e-6")
+    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
     return parser
 
 
@@ -165,8 +166,7 @@ def texts_of(args: Any, asked: list[Any], model: Any) -> list[Any]:
             )
             for number, record in enumerate(asked, 1)
         ]  # fmt: skip
-    recipe = model.facts.get("recipe") or {}
-    format = args.format or recipe.get("data", {}).get("format", "plain")
+    format = args.format or model.prompts
     texts = []
     for item in asked:
         prompt = prompt_tokens(item.problem.question, tokenizer, format)
@@ -231,17 +231,19 @@ def approximation(args: Any) -> None:
     fitted = room.orders(records)
     title = f"{Path(args.model).name}, state={stream.state}"
     room.figure(records, out / "approximation.png", title)
-    write_json(
-        out / "result.json",
-        {"model": model.facts, "stream": dataclasses.asdict(stream), "dtype": args.dtype, "batch": args.batch,
-         "records": records, "orders": fitted},
-    )  # fmt: skip
+    result = {
+        "model": model.facts, "stream": dataclasses.asdict(stream), "dtype": args.dtype, "batch": args.batch,
+        "records": records, "orders": fitted,
+    }  # fmt: skip
+    write_json(out / "result.json", result)
+    if args.json:
+        write_json(args.json, result)
     report_orders(records, fitted)
     print(f"\nfigure: {out / 'approximation.png'}")
 
 
 def text_tokens(tokenizer: Any, file: str | None, rows: int, length: int) -> Any:
-    """[rows, length] tokens of running text, every row beginning with BOS."""
+    """[rows, length] tokens of running text, every row beginning with BOS where the model's texts do."""
     import numpy as np
 
     from sst_jax.data.problems import word_problems
@@ -254,14 +256,14 @@ def text_tokens(tokenizer: Any, file: str | None, rows: int, length: int) -> Any
             text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--text {file} cannot be read: {error}") from None
-    ids = tokenizer.encode_text(text)
-    width = length - 1
+    ids, begins = tokenizer.encode_text(text), [tokenizer.bos_id] if tokenizer.add_bos else []
+    width = length - len(begins)
     if len(ids) < rows * width:
         raise InputError(
             f"--text {file or '(embedded)'} has {len(ids)} tokens; {rows} rows of {length} need {rows * width}"
         )
     body = np.asarray(ids[: rows * width], np.int32).reshape(rows, width)
-    return np.concatenate([np.full((rows, 1), tokenizer.bos_id, np.int32), body], axis=1)
+    return np.concatenate([np.tile(np.array(begins, np.int32), (rows, 1)), body], axis=1)
 
 
 def report_orders(records: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> None:

@@ -117,8 +117,7 @@ def open_model(args: Any, policies: Sequence[Any]) -> tuple[Any, str]:
     for policy in policies:
         if isinstance(policy.choose, Probe):
             policy.choose.check(model)
-    recipe = model.facts.get("recipe") or {}
-    return model, args.format or recipe.get("data", {}).get("format", "plain")
+    return model, args.format or model.prompts
 
 
 def identity(model: Any) -> dict[str, Any]:

@@ -4,7 +4,8 @@
   python -m sst_jax.generate --model google/gemma-3-1b-it --chat --prompt "Why is the sky blue?"
   python -m sst_jax.generate --model MODEL --prompts prompts.jsonl --n 4 --temperature 0.7 --out answers.jsonl
 
---depth I iterates the stack I times at every position from the first generated one; it needs a model with a stream.
+--depth I iterates the stack I times at every position from the one that the first new token comes from, the prompt's
+last (stream.prompt may say otherwise); it needs a model with a stream.
 Other policies: "first_token:I" (I times where the first token comes from, then once), "until_stable:TOL:MOST" (until
 the final hidden state moves by a share of at most TOL) and "probe:FILE" (as a probe says, see `sst_jax.probe`).
 """
@@ -31,6 +32,7 @@ def parser() -> Parser:
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
     given.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--format", choices=("plain", "chat"), help="of --question (default: as trained, else plain)")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--depth", default="1", metavar="I", help="iterations at each position, or a policy; default: 1")
     depth.add_argument("--halt", metavar="PROBE", help="let a probe choose, as --depth probe:PROBE")
@@ -55,6 +57,9 @@ def main(argv: Sequence[str]) -> None:
     for name in ("n", "batch"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.format and args.question is None:
+        raise InputError("--format goes with --question; --chat wraps a prompt in the chat template")
+
     from sst_jax.data.prompts import prompt_tokens, read_prompts
 
     prompts = [args.prompt if args.question is None else args.question]
@@ -73,8 +78,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--depth {policy.spelled} needs a model with a stream; {args.model} is a plain backbone")
     asked: list = prompts
     if args.question is not None:
-        recipe = model.facts.get("recipe") or {}
-        asked = [prompt_tokens(args.question, model.tokenizer, recipe.get("data", {}).get("format", "plain"))]
+        asked = [prompt_tokens(args.question, model.tokenizer, args.format or model.prompts)]
     # Side by side, so that the samples of a prompt share its prefill.
     numbers = [number for number in range(len(prompts)) for _ in range(args.n)]
     live = len(numbers) == 1

@@ -68,6 +68,11 @@ class Model:
         """Type of the base's weights and of the activations."""
         return str(self.params["base"]["embed"]["embedding"].dtype)
 
+    @property
+    def prompts(self) -> str:
+        """How questions are put to it: as it was trained here, "plain" or "chat"; else "plain"."""
+        return self.facts.get("prompts") or "plain"
+
     def __repr__(self) -> str:
         backbone, stream = self.config.backbone, self.config.stream
         what = "plain" if stream is None else f"stream {stream.state}, {count(self.params['blend']):,} parameters"
@@ -112,7 +117,10 @@ class Model:
         return jax.set_mesh(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else contextlib.nullcontext()
 
     def _ids(self, tokens: Any) -> jax.Array:
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:  # lists of different lengths
+            raise InputError("tokens must be integers [B, T], of rows of one length") from None
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
         vocabulary = self.config.backbone.vocab_size
@@ -130,9 +138,12 @@ class Model:
         if n < 1:
             raise InputError(f"n={n} must be at least 1")
         policies = [as_policy(each) for each in _one_each(depth, len(prompts), "depth") for _ in range(n)]
+        for policy in policies:
+            if policy.most > 1 and self.config.stream is None:
+                raise InputError(f"depth={policy.spelled} needs a stream, which this model has none of: use depth=1")
         tokens = [prompt for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
-        seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int) else list(seed)
+        seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
         _one_each(seeds, len(tokens), "seed")
         running = decode.generate_tokens(
             self.config, self.params, tokens, depth=policies, max_new_tokens=max_new_tokens,
@@ -215,7 +226,7 @@ class Model:
         """
         source = quantised_from(self.facts)  # a copy of a base in NF4 came from where that did
         facts = {name: source.get(name) for name in ("kind", "path", "digest")} | {
-            name: self.facts.get(name) for name in ("layout", "run", "step")
+            name: self.facts.get(name) for name in ("layout", "run", "step", "prompts")
         }
         files = self.tokenizer.files()
         if vision and self.facts.get("layout") not in (None, "text"):

@@ -38,7 +38,10 @@ _HUB_NAMES = {
 
 
 class Opened(NamedTuple):
-    """A model in memory. `facts` is JSON-ready: kind, path, digest, dtype, layout of the source's keys."""
+    """A model in memory. `facts` is JSON-ready: kind, path, digest, dtype, layout of the source's keys.
+
+    Where it was trained here, "prompts" is how its questions are to be put ("plain", "chat").
+    """
 
     config: ModelConfig
     params: decoder.Params
@@ -66,7 +69,7 @@ def source_dtype(model: str | Path) -> str:
     if path.is_dir() and (path / "config.json").is_file():
         return portable.open_folder(path).dtype
     if is_hub_id(name) and not path.exists():
-        return source_dtype(huggingface.resolve_hub(name))
+        return source_dtype(_fetched(name))
     return "float32"  # GGUF is dequantised into float32, random weights are made in it
 
 
@@ -113,13 +116,21 @@ def source_of(model: str | Path) -> tuple[Source, str] | None:
         plain = foreign and not portable.carries(path)
         return (huggingface.open_folder(path), str(path.resolve())) if plain else None
     if kind != "random" and is_hub_id(name) and not path.exists():
-        found = source_of(huggingface.resolve_hub(name))
+        found = source_of(_fetched(name))
         return None if found is None else (found[0], name)
     return None
 
 
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a hub id. A mistyped path may look like one, so errors say that there is no such folder."""
+    try:
+        return huggingface.resolve_hub(name)
+    except InputError as error:
+        raise InputError(f"there is no folder {name} here, and as a hub id {error}") from error
 
 
 def is_run_folder(path: Path) -> bool:
@@ -173,7 +184,7 @@ def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> Opened:
             return _from_run(path, dtype, lazy)
         return _from_folder(path, dtype, str(path.resolve()), quantize, lazy)
     if is_hub_id(name):
-        return _from_folder(huggingface.resolve_hub(name), dtype, name, quantize, lazy)
+        return _from_folder(_fetched(name), dtype, name, quantize, lazy)
     raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")
 
 
@@ -217,7 +228,7 @@ def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -
     opened = _from_source(source, dtype, name, quantize, lazy)
     if carried is None:
         return opened
-    facts = {**opened.facts, "carries": "sst" if portable.is_sst_folder(path) else "stream"}
+    facts = {**opened.facts, "carries": "sst" if portable.is_sst_folder(path) else "stream", "prompts": carried.prompts}
     return Opened(carried.config, {**opened.params, **_on_device(carried.params)}, opened.tokenizer, facts)
 
 
@@ -231,7 +242,8 @@ def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> Opened:
         check_base(path, portable.STREAM_CONFIG, base, opened.facts)
     carried = peft.read_folder(path, opened.config.backbone)
     params = {"base": opened.params["base"], **_on_device(carried.params)}
-    return Opened(carried.config, params, opened.tokenizer, {**opened.facts, "adapter": str(path.resolve())})
+    facts = {**opened.facts, "adapter": str(path.resolve()), "prompts": carried.prompts}
+    return Opened(carried.config, params, opened.tokenizer, facts)
 
 
 def _on_device(params: dict[str, Any]) -> dict[str, Any]:
@@ -267,6 +279,11 @@ def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
 
 def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
     recorded, content = _recorded_base(path), read_json(path / "config.json")
+    if "kind" in (content.get("recipe") or {}):
+        raise InputError(
+            f"{path} trained tiny models from scratch (kind={content['recipe']['kind']!r}), which are not kept: its "
+            "result.json is what there is"
+        )
     if "model_config" not in content:
         raise InputError(f"{path / 'config.json'} lacks the key model_config")
     step = newest_good(path)
@@ -284,7 +301,9 @@ def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
         raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded['path']}")
     shapes = decoder.abstract_params(config)
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
-    facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": content.get("recipe")}
+    recipe = content.get("recipe")
+    facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": recipe}
+    facts["prompts"] = ((recipe or {}).get("data") or {}).get("format")
     return Opened(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
 
 
@@ -336,8 +355,8 @@ def vision_of(facts: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, A
         return load_file(file), facts["vision_config"]
     if facts["kind"] != "huggingface":
         return {}, {}
-    source, _ = source_of(facts["path"])
-    return vision_tensors(source)
+    path = Path(facts["path"])
+    return vision_tensors(portable.open_folder(path if path.is_dir() else _fetched(facts["path"])))
 
 
 def vision_tensors(source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -125,11 +125,11 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
         rank=config.get("r"), alpha=config.get("lora_alpha"), dropout=config.get("lora_dropout", 0.0),
         targets=sorted(held, key=lambda name: _place(targets, modules[name])),
     )  # fmt: skip
-    stream, blend = None, {}
+    stream, blend, prompts = None, {}, None
     if (folder / portable.STREAM_CONFIG).is_file():
-        stream, blend = portable.read_stream(folder, backbone)
+        stream, blend, prompts = portable.read_stream(folder, backbone)
     found = ModelConfig(backbone, stream, adapter)
-    return portable.Carried(found, {"adapter": portable.read_lora(factors, found, file), "blend": blend})
+    return portable.Carried(found, {"adapter": portable.read_lora(factors, found, file), "blend": blend}, prompts)
 
 
 def _place(targets: list[str] | str | None, module: str) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
@@ -40,10 +41,14 @@ _FACTOR = re.compile(r"(?P<linear>.+)\.lora_(?P<side>[AB])\.weight")
 
 
 class Carried(NamedTuple):
-    """What came with a backbone: its config with stream and adapter, and the trees "adapter" and "blend"."""
+    """What came with a backbone: its config with stream and adapter, and the trees "adapter" and "blend".
+
+    prompts: how questions are to be put to it ("plain", "chat"), where that is recorded.
+    """
 
     config: ModelConfig
     params: dict[str, Any]
+    prompts: str | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------- out
@@ -77,6 +82,7 @@ def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -
             "forward": "exact",
             "stream": dataclasses.asdict(config.stream),
             "adapter": dataclasses.asdict(config.adapter) if keep_lora and config.adapter.rank else None,
+            "prompts": facts.get("prompts"),
             "base": provenance(facts),
         },
     }
@@ -111,7 +117,10 @@ def lora_tensors(backbone: BackboneConfig, adapter: Mapping[str, Any], layout: s
 def stream_files(config: ModelConfig, blend: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, bytes]:
     """stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
     stream = None if config.stream is None else dataclasses.asdict(config.stream)
-    record = {"format": STREAM_FORMAT, "version": VERSION, "stream": stream, "base": provenance(facts)}
+    record = {
+        "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": facts.get("prompts"),
+        "base": provenance(facts),
+    }  # fmt: skip
     arrays = {name: np.asarray(value) for name, value in blend.items()}
     return {
         STREAM_CONFIG: (json.dumps(record, indent=2) + "\n").encode(),
@@ -168,8 +177,8 @@ def read_carried(source: Source) -> Carried:
     """
     folder, backbone = source.path, source.backbone
     if not is_sst_folder(folder):
-        stream, blend = read_stream(folder, backbone)
-        return Carried(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend})
+        stream, blend, prompts = read_stream(folder, backbone)
+        return Carried(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend}, prompts)
     where, options = f"{folder / 'config.json'}: sst", source.metadata["sst"]
     stream = from_mapping(StreamConfig, _options(options, "stream", where))
     adapter = AdapterConfig(rank=0)
@@ -182,26 +191,29 @@ def read_carried(source: Source) -> Carried:
     factors = {part.name: part for part in ours if not part.name.startswith(BLEND)}
     params = {"adapter": read_lora(factors, found, folder), "blend": blend}
     _check_shapes(params, found, folder)
-    return Carried(found, params)
+    return Carried(found, params, _prompts(options, where))
 
 
-def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | None, dict[str, Any]]:
-    """(options, parameters) of stream.json and stream.safetensors.
+def read_stream(
+    folder: Path, backbone: BackboneConfig
+) -> tuple[StreamConfig | None, dict[str, Any], str | None]:  # fmt: skip
+    """(options, parameters, format of prompts) of stream.json and stream.safetensors.
 
     Raises: InputError naming the file and the option, key or version at fault.
     """
     where, file = folder / STREAM_CONFIG, folder / STREAM_WEIGHTS
     record = read_json(where)
     _check(record, STREAM_FORMAT, str(where))
+    prompts = _prompts(record, str(where))
     if record.get("stream") is None:
-        return None, {}
+        return None, {}, prompts
     stream = from_mapping(StreamConfig, _options(record, "stream", str(where)))
     try:
         blend = dict(load_file(file))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     _check_shapes({"adapter": {}, "blend": blend}, ModelConfig(backbone, stream), file)
-    return stream, blend
+    return stream, blend, prompts
 
 
 def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -> dict[str, Any]:
@@ -253,6 +265,14 @@ def _options(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
     if not isinstance(record.get(name), Mapping):
         raise InputError(f"{where}: {name} is missing or not an object")
     return record[name]
+
+
+def _prompts(record: Mapping[str, Any], where: str) -> str | None:
+    """The format of prompts that a record names; None where it names none."""
+    value = record.get("prompts")
+    if value not in (None, *FORMATS):
+        raise InputError(f"{where}: prompts={value!r} is not one of {', '.join(FORMATS)}")
+    return value
 
 
 def _check_shapes(params: Mapping[str, Any], config: ModelConfig, where: Path) -> None:

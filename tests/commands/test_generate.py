@@ -92,6 +92,8 @@ def test_generate_names_the_line_of_a_bad_prompt(content, culprit, tmp_path, cap
         (["--model", "random:tiny", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["--model", "random:tiny", "--prompt", "x", "--top-p", "2"], "top_p=2.0"),
         (["--model", "random:tiny", "--prompts", "/no/prompts.txt"], "/no/prompts.txt"),
+        (["--model", "random:tiny", "--prompt", "x", "--format", "chat"], "--format goes with --question"),
+        (["--model", "runs/typo", "--prompt", "x"], "there is no folder runs/typo here"),
         (["--model", "random:tiny"], "--prompt"),
         (["--prompt", "x"], "--model"),
         (["--model", "random:tiny", "--prompt", "x", "--depht", "2"], "--depht"),

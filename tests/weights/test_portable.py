@@ -56,6 +56,14 @@ def test_every_stream_of_options_comes_back(tmp_path):
         assert same(back.params, ours.params)
 
 
+@pytest.mark.parametrize("kind", ["sst", "merged"])
+def test_how_questions_are_put_goes_with_the_model(tmp_path, kind):
+    ours = model(WILD, SHALLOW, rank=0, prompts="chat")
+    back = sst_jax.load(write(ours, tmp_path / kind, kind))
+    assert ours.prompts == back.prompts == sst_jax.load(back.save(tmp_path / "base")).prompts == "chat"
+    assert model(WILD, SHALLOW).prompts == "plain"
+
+
 def test_shards_are_read_together(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "write_folder", functools.partial(huggingface.write_folder, shard_bytes=20_000))
     ours = model(WILD)
@@ -172,6 +180,8 @@ def copied(exported, tmp_path):
         ("sst", "sst.stream.alpha", 0.5, "parameter theta is unknown"),
         ("sst", "sst.adapter", {"rank": 2}, "LoRA factors of q are missing"),
         ("sst", "sst.adapter", {"ranks": 2}, "ranks"),
+        ("sst", "sst.prompts", "verse", r"sst: prompts='verse'"),
+        ("merged", "prompts", 3, r"stream\.json: prompts=3"),
         ("merged", "version", 2, r"stream\.json: format version 2 is unknown"),
         ("merged", "format", "x", "format 'x'"),
         ("merged", "stream.kv", "third", "kv='third'"),

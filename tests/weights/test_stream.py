@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import sst_jax
 from sst_jax import convert, export
 from sst_jax.console.command import run
 from sst_jax.data.tokenizer import ByteTokenizer
@@ -127,6 +128,23 @@ def test_the_vision_tower_goes_through_untouched_or_not_at_all(tmp_path, tiny, t
             written[key].dtype == value.dtype and np.array_equal(written[key], value) for key, value in tower.items()
         )
     assert all(np.array_equal(written[key], state[key]) for key in state if key in written)
+
+
+def test_the_vision_tower_is_found_beside_an_export_with_a_stream(tmp_path, tiny):
+    config = huggingface.config_json(BACKBONE, "float32", "multimodal")
+    tower = {"vision_tower.a.weight": np.arange(6, dtype=np.float32)}
+    state = tiny.random_state(BACKBONE, layout="multimodal")
+    source = tiny.write_checkpoint(tmp_path / "source", {**state, **tower}, BACKBONE, config)
+    for name, content in ByteTokenizer().files().items():
+        (source / name).write_bytes(content)
+    sst_jax.load(source).with_stream().save(tmp_path / "base")
+    out = ["--to", str(tmp_path / "merged"), "--format", "merged"]
+    assert run(export.main, ["--from", str(tmp_path / "base"), *out]) == 0
+    again = sst_jax.load(tmp_path / "merged")
+    assert again.config.stream is not None
+    assert np.array_equal(
+        load_file(again.save(tmp_path / "again") / store.VISION)["vision_tower.a.weight"], np.arange(6)
+    )
 
 
 def sparse_checkpoint(folder, backbone):
