@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -194,21 +195,27 @@ def generate_tokens(
     policies = [as_policy(each) for each in depth]
     check(config, prompts, policies, max_new_tokens)
     prompt = prompt_mode(config)
-    prompt_depths = {prompt_depth(prompt, policy) for policy in policies}
-    if len(prompt_depths) > 1:
-        raise InputError('stream.prompt="all" runs a batch of prompts at one depth: call once for each depth')
-    distinct = {tuple(each): None for each in prompts}
-    place = {each: number for number, each in enumerate(distinct)}
-    lengths = np.array([len(each) for each in distinct], np.int32)
-    tokens = np.full((len(distinct), padded(max(lengths))), pad_id, np.int32)
-    for row, each in enumerate(distinct):
-        tokens[row, : len(each)] = each
-    hidden, cache = prefill(
-        config, params, tokens, lengths, capacity=capacity_for(max(lengths) + max_new_tokens),
-        depth=prompt_depths.pop(), bos_id=bos_id, dtype=dtype,
-    )  # fmt: skip
-    if len(distinct) < len(prompts):
-        cache, hidden = pick_rows(cache, hidden, np.array([place[tuple(each)] for each in prompts]))
+    asked = [(prompt_depth(prompt, policy), tuple(each)) for each, policy in zip(prompts, policies, strict=True)]
+    # Equal prompts once, and those of one depth together.
+    distinct = sorted(dict.fromkeys(asked), key=lambda one: one[0])
+    longest = max(len(each) for each in prompts)
+    filled = []
+    for deep, several in itertools.groupby(distinct, key=lambda one: one[0]):
+        rows_here = [each for _, each in several]
+        tokens = np.full((len(rows_here), padded(longest)), pad_id, np.int32)
+        for row, each in zip(tokens, rows_here, strict=True):
+            row[: len(each)] = each
+        lengths = np.array([len(each) for each in rows_here], np.int32)
+        capacity = capacity_for(longest + max_new_tokens)
+        filled.append(
+            prefill(config, params, tokens, lengths, capacity=capacity, depth=deep, bos_id=bos_id, dtype=dtype)
+        )
+    hidden, cache = filled[0]
+    if len(filled) > 1:
+        hidden = jnp.concatenate([hidden for hidden, _ in filled])
+        cache = map_rows(lambda axis, *parts: jnp.concatenate(parts, axis), *(cache for _, cache in filled))
+    if distinct != asked:
+        cache, hidden = pick_rows(cache, hidden, np.array([distinct.index(one) for one in asked]))
 
     settings = {"stop_ids": stop_ids, "bos_id": bos_id, "dtype": dtype}
     last = np.array([each[-1] for each in prompts], np.int32)

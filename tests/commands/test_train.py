@@ -166,6 +166,13 @@ def test_a_vocabulary_without_bos_has_none_to_skip(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_prompts_are_iterated_ends_with_its_samples(tmp_path):
+    assert train_small(tmp_path / "run", "--config.stream.prompt=all", "--config.train.steps=1") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [sample["depth"] for sample in result["samples"]] == [1, 4]
+    assert result["skipped"] == 0
+
+
 def test_missing_recipe_and_stray_argument(tmp_path, capsys):
     from sst_jax import train
     from sst_jax.console.command import run
@@ -174,6 +181,8 @@ def test_missing_recipe_and_stray_argument(tmp_path, capsys):
     assert "none.py does not exist" in capsys.readouterr().err
     assert run(train.main, ["--config", TINY, "--steps", "3"]) == 2
     assert "--steps" in capsys.readouterr().err
+    assert run(train.main, ["--config", TINY, "--config.train.steps", "3"]) == 2
+    assert "write --config.train.steps=3, without a space" in capsys.readouterr().err
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(copied, capsys):
