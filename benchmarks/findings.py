@@ -88,14 +88,13 @@ def parser() -> Parser:
         "--limit", type=int, default=200, metavar="N", help="items of a task (pretrained studies; default: %(default)s)"
     )
     add("--data", metavar="DIR", help="folder with the task's file, where it needs one")
-    add("--config.KEY", metavar="VALUE", help="override a knob of the recipe, in all arms")
+    parser.takes_overrides("--config.train.steps=200, in all arms")
     add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    args = parser().parse_args([argument for argument in argv if argument not in overrides])
+    args, overrides = parser().parse_with_overrides(argv)
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds} must be at least 1")
     study, workdir = STUDIES[args.study], Path(args.workdir or f"runs/findings-{args.study}")

@@ -30,7 +30,7 @@ def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.pair", description=__doc__)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a recipe with the stream on, such as configs/quickstart.py")
-    add("--config.KEY", metavar="VALUE", help="override a knob of the recipe, in all arms")
+    parser.takes_overrides("--config.train.steps=200, in all arms")
     add("--workdir", required=True, metavar="DIR", help="run folders and results go here")
     add("--seeds", type=int, default=1, metavar="N", help="train.seed and the N - 1 after it (default: 1)")
     add("--arms", metavar="A,B", help="default: stream,baseline,compute,parameters")
@@ -45,8 +45,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    args = parser().parse_args([argument for argument in argv if argument not in overrides])
+    args, overrides = parser().parse_with_overrides(argv)
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds} must be at least 1")
 

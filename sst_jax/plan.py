@@ -33,7 +33,7 @@ LARGEST = 1024  # where --search gives up
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.plan", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as configs/sst.py")
-    parser.add_argument("--config.KEY", metavar="VALUE", help="override a knob: --config.data.batch_size=4")
+    parser.takes_overrides("--config.data.batch_size=4")
     parser.add_argument("--target", default="rtx-pro-6000", metavar="NAME,...", help="see above (default: %(default)s)")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits (powers of two)")
     parser.add_argument("--decode", action="store_true", help="plan decoding a token instead of a train step")
@@ -49,8 +49,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    args = parser().parse_args([argument for argument in argv if argument not in overrides])
+    args, overrides = parser().parse_with_overrides(argv)
     if not 0 < args.efficiency <= 1:
         raise InputError(f"--efficiency {args.efficiency} must be in (0, 1]")
     for name in ("rows", "capacity", "depth"):
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     for target in chosen:
         record = search(args, recipe, backbone, target) if args.search else plan_once(args, recipe, backbone, target)
         found.append(record)
-        print(report(record, recipe, args))
+        print(report(record, args))
     if args.json:
         write_json(args.json, {"estimates": True, "plans": found})
 
@@ -109,7 +108,7 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
     assumed = plan.work.seconds(args.efficiency * flops, min(2 * args.efficiency, 1.0) * bandwidth)
     tokens = args.rows if args.decode else data.batch_size * data.length
     record |= {
-        "arguments": plan.arguments, "temporaries": plan.temporaries, "peak": plan.peak,
+        "arguments": plan.arguments, "argument_kinds": plan.kinds, "temporaries": plan.temporaries, "peak": plan.peak,
         "fits": plan.peak + reserve <= target.memory, "margin": target.memory - plan.peak - reserve,
         "attention": plan.attention, "compile_seconds": plan.compile_seconds, "flops": plan.work.flops,
         "bytes": plan.work.bytes, "sent": plan.sent, "mesh": plan.mesh, "roofline_seconds": roofline,
@@ -141,7 +140,7 @@ def search(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, Any]
     return best
 
 
-def report(record: dict[str, Any], recipe: Any, args: Any) -> str:
+def report(record: dict[str, Any], args: Any) -> str:
     """The record as text."""
     from sst_jax.planning.targets import GIB
 
@@ -162,8 +161,9 @@ def report(record: dict[str, Any], recipe: Any, args: Any) -> str:
     verdict = f"fits, {gib['margin']:.1f} to spare"
     if not record["fits"]:
         verdict = f"does NOT fit, {-gib['margin']:.1f} too much"
+    kinds = ", ".join(f"{name} {size / GIB:.2f}" for name, size in record["argument_kinds"].items())
     lines += [
-        f"  arguments    {gib['arguments']:8.2f} GiB{per}: base, adapter, optimizer, batch or caches",
+        f"  arguments    {gib['arguments']:8.2f} GiB{per}: {kinds}",
         f"  temporaries  {gib['temporaries']:8.2f} GiB",
         f"  peak         {gib['peak']:8.2f} GiB of {gib['memory']:.1f}, {gib['reserve']:.1f} kept aside: {verdict}",
         f"  products     {record['flops'] / 1e12:8.1f} TFLOP, {record['bytes'] / 1e9:.0f} GB read and written, counted "

@@ -27,7 +27,7 @@ from sst_jax.errors import InputError
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as configs/quickstart.py")
-    parser.add_argument("--config.KEY", metavar="VALUE", help="override a knob of the recipe: --config.train.steps=200")
+    parser.takes_overrides()
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME-OF-RECIPE)")
     parser.add_argument("--json", metavar="FILE", help="write the summary here too (always in DIR/result.json)")
     parser.add_argument(
@@ -42,9 +42,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    # A known flag may not be mistaken for an override, nor the other way round.
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    args = parser().parse_args([argument for argument in argv if argument not in overrides])
+    args, overrides = parser().parse_with_overrides(argv)
 
     import jax
 
@@ -122,6 +120,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     try:
         # 1. State: fresh, then overwritten by the newest good checkpoint where there is one.
         key = jax.random.key(recipe.seed)
+        dropout_key = jax.random.fold_in(key, 2**31)  # a branch that `init_params`, which splits the key, does not take
         fresh = jax.jit(lambda key: {k: v for k, v in decoder.init_params(config, key).items() if k != "base"})(key)
         optimizer = make_optimizer(recipe.optimizer, recipe.steps)
         # Placed as a restored state is, or a resumed run would compile its step anew.
@@ -199,7 +198,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 meta["unfinished"] = metrics  # for the run that goes on: now there is only time to save
             elif due:
                 if not math.isfinite(loss):
-                    raise Stopped(f"step {step}: the held-out loss is not finite; {recover(step)}")
+                    raise Stopped(f"step {step}: the held-out loss is not finite; {recover()}")
                 metrics["heldout_loss"] = meta["heldout"][str(step)] = loss
                 say(
                     f"step {step}: loss {metrics['loss']:.4f}, held-out loss {loss:.4f}, "
@@ -216,7 +215,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
             if stopping and not (last and "unfinished" not in meta):
                 raise Stopped(f"stopped by {stop.requested} and saved at step {step}; the same command goes on")
 
-        def recover(step: int) -> str:
+        def recover() -> str:
             return (
                 f"the newest good checkpoint is {checkpoints.latest_good() or 'the beginning'}. The same command would "
                 "come here again: lower optimizer.learning_rate, or look at the data, in another --workdir"
@@ -229,7 +228,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 before = time.monotonic()
                 batch = next(iterator)
                 rows_here = sharding.place(batch)
-                state, metrics = train_fn(recipe.forward.at(step, recipe.seed))(state, base, rows_here, key)
+                state, metrics = train_fn(recipe.forward.at(step, recipe.seed))(state, base, rows_here, dropout_key)
                 metrics = {name: float(value) for name, value in metrics.items()}
                 step += 1
                 real = int(np.count_nonzero(batch["segment_ids"]))
@@ -243,7 +242,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                     kept = folder.keep_batch(step, batch, recipe.max_skipped)
                     what = f"step {step}: loss, gradient or update is not finite; its batch is kept in {kept}"
                     if meta["in_a_row"] == recipe.max_skipped:
-                        raise Stopped(f"{what}. So were {recipe.max_skipped} in a row; {recover(step)}")
+                        raise Stopped(f"{what}. So were {recipe.max_skipped} in a row; {recover()}")
                     say(f"{what}, and the step is skipped")
                 finish(step, metrics)
 
@@ -273,6 +272,7 @@ def summary(recipe: Any, meta: dict[str, Any], step: int) -> dict[str, Any]:
         "heldout_loss": {str(at): losses[at] for at in sorted(losses)},
         "heldout_before": losses[0],
         "heldout_after": losses[step],
+        "skipped": meta["skipped"],
         "seconds": meta["seconds"],
     }
 
@@ -293,6 +293,8 @@ def samples(model: Any, problem: Any, format: str, recipe: Any) -> list[dict[str
 def report(result: dict[str, Any], workdir: Path, streaming: bool) -> None:
     before, after = result["heldout_before"], result["heldout_after"]
     print(f"\nheld-out loss ({result['heldout_forward']}): {before:.4f} -> {after:.4f} in {result['seconds']:.0f} s")
+    if result["skipped"]:
+        print(f"{result['skipped']} of {result['steps']} steps were skipped; batches: {workdir / 'bad_batches'}")
     print(f"learning curve: {result['figure']}")
     sample = result["samples"][0]
     print(f"\nQ: {sample['question']}\n(expected {sample['expected']})")

@@ -6,6 +6,7 @@ Exit codes: 0 success, 2 bad input (one line on standard error that names the cu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -36,6 +37,22 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"--json {file} is a folder: give the name of a file")
             folder_for("--json", pathlib.Path(file).parent)
         return found
+
+    def takes_overrides(self, example: str = "--config.train.steps=200") -> None:
+        """Adds the knobs of a recipe, which `parse_with_overrides` takes apart from the flags, to the help."""
+        self.add_argument("--config.KEY=VALUE", action="store_true", help=f"override a knob of the recipe: {example}")
+
+    def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The flags, and the --config.KEY=VALUE arguments.
+
+        Raises: InputError as `parse_args`, and on a knob whose value stands apart.
+        """
+        # A known flag may not be mistaken for an override, nor the other way round.
+        overrides = [argument for argument in argv if argument.startswith("--config.")]
+        for argument, following in itertools.pairwise(argv):
+            if argument in overrides and "=" not in argument and not following.startswith("-"):
+                raise InputError(f"write {argument}={following}, without a space")
+        return self.parse_args([argument for argument in argv if argument not in overrides]), overrides
 
 
 class Stopped(RuntimeError):

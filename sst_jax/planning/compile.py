@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,10 +31,12 @@ BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
 class Plan(NamedTuple):
     """What a compiled program needs, bytes of one device; `work` is that of all devices together.
 
+    `kinds` are the arguments' parts by name (padding, which only the compiler knows of, is in none of them).
     `sent` are the bytes that each device sends to others, by kind of collective; `mesh` the devices along each axis.
     """
 
     arguments: int
+    kinds: dict[str, int]
     temporaries: int
     peak: int
     work: Work
@@ -108,7 +111,11 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
     here = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
     step, arguments = training_step(here, backbone)
     counted, _ = training_step(placed(recipe, lambda *_: "xla"), backbone)
-    return plan_step(target, mesh, step, counted, arguments, donated=True, attention=here.forward.attention)
+    kinds = lambda state, base, batch, _: {  # noqa: E731
+        "base": base, "adapter and stream": state.trainable, "optimizer": state.optimizer, "batch": batch
+    }  # fmt: skip
+    attention = here.forward.attention
+    return plan_step(target, mesh, step, counted, arguments, donated=True, attention=attention, kinds=kinds)
 
 
 def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
@@ -172,7 +179,12 @@ def plan_decoding(
 
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone)
-    return plan_step(target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth, flash=False)
+    kinds = lambda caches, params, *_: {  # noqa: E731
+        "base": params["base"], "adapter and stream": [params["adapter"], params["blend"]], "caches": caches
+    }  # fmt: skip
+    return plan_step(
+        target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth, flash=False, kinds=kinds
+    )
 
 
 def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
@@ -185,11 +197,13 @@ def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple
 def plan_step(
     target: Target, mesh: jax.sharding.Mesh, step: Callable, counted: Callable, arguments: Callable[[], tuple], *,
     attention: str, donated: bool = False, trips: int = 1, flash: bool = True,
+    kinds: Callable[..., dict[str, Any]] = lambda *_: {},
 ) -> Plan:  # fmt: skip
     """Compiles `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
 
     They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
     and the first of two results is what takes its place. `trips`, `flash`: as `count` takes them.
+    `kinds`: the parts of the arguments, by name.
     Raises: TooLarge.
     """
     shapes = jax.eval_shape(arguments)
@@ -207,10 +221,16 @@ def plan_step(
             raise TooLarge(str(error).splitlines()[0]) from None
         raise
     memory = compiled.memory_analysis()
+    parts = {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in kinds(*abstract).items()}
     return Plan(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, work, attention,
+        memory.argument_size_in_bytes, parts, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, work, attention,
         time.monotonic() - started, sent(compiled.as_text(), mesh.size), dict(mesh.shape),
     )  # fmt: skip
+
+
+def _bytes(shape: jax.ShapeDtypeStruct) -> int:
+    """Of an array's part on one device."""
+    return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
 
 
 def _placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:

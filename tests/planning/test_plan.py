@@ -206,6 +206,7 @@ def test_the_27b_two_pass_step_fits(tmp_path, batch, quantize, target, bar):
     record = planned(tmp_path, *knobs, "--target", target)
     assert record["peak"] <= bar
     assert record["fits"]
+    assert sum(record["argument_kinds"].values()) / 2**30 == pytest.approx(record["arguments"], rel=0.01)
     assert record["attention"] == "cudnn"
     assert record["host"] <= 2.0
 
