@@ -3,9 +3,10 @@
     alpha_0    the blend switched off: further iterations repeat the first, and nothing may move
     plain      the backbone walked twice without a stream: the same, bit for bit
     shuffled   iterations from the second on are entered by the real run's states of another position of the text
+    another_text  by those of another text of the batch, where there is one
     random     by random directions of the real states' lengths
 
-The last two say whether it matters what was remembered, or only that something of this size was blended in.
+The last three say whether it matters what was remembered, or only that something of this size was blended in.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 
 class Swap(NamedTuple):
-    """What enters instead of the real states: those of position order[t], or noise drawn from key if there is one."""
+    """What enters instead of the real states: those of position order[t] of row[b], or noise drawn from a key."""
 
+    row: jax.Array  # int32 [B]
     order: jax.Array  # int32 [B, T]
     key: jax.Array | None = None
 
@@ -48,7 +50,7 @@ def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Con
     real = move(context.config.stream, x, left.memory, layer.masks, before)
     by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
     if swap.key is None:
-        wrong = jnp.take_along_axis(by_position, swap.order[:, :, None, None], axis=1)
+        wrong = by_position[swap.row[:, None], swap.order]
     else:
         kind = jax.random.fold_in(swap.key, layer.is_global.astype(jnp.int32))
         noise = jax.random.normal(jax.random.fold_in(kind, layer.slot), by_position.shape)
@@ -89,9 +91,13 @@ def look(walker: Walker, batch: Batch, shallow: Look, deep: Look) -> list[dict[s
     pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1])}
     pairs["plain"] = tuple(walker(batch, 1, config=plain)[0] for _ in range(2))
     order = another_order(batch.count, batch.walked.shape[1], settings.seed)
-    for name, key in (("shuffled", None), ("random", jax.random.key(settings.seed))):
-        rule = SWAPPED[settings.what]
-        (seen,) = walker(batch, depth, rule=rule, copies=2, options=Swap(order, key))
+    rows = np.arange(len(batch.count), dtype=np.int32)
+    swaps = {"shuffled": Swap(rows, order), "random": Swap(rows, order, jax.random.key(settings.seed))}
+    if len(rows) > 1:
+        others = np.roll(rows, 1)
+        swaps["another_text"] = Swap(others, np.arange(order.shape[1], dtype=np.int32) % batch.count[others, None])
+    for name, swap in swaps.items():
+        (seen,) = walker(batch, depth, rule=SWAPPED[settings.what], copies=2, options=swap)
         pairs[name] = (shallow, seen)
     return [
         {name: compared(*(each.row(row, count) for each in pair)) for name, pair in pairs.items()}
@@ -111,13 +117,14 @@ def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     moved: mean of 1 - overlap over positions and layers, with an interval over problems; largest: at most so much.
     """
     found = {}
-    for name in problems[0] if problems else ():
-        moved = [1.0 - np.asarray(problem[name]["overlap"]) for problem in problems]
-        changed = [np.mean(problem[name]["argmax_changed"]) for problem in problems]
+    for name in dict.fromkeys(name for problem in problems for name in problem):
+        records = [problem[name] for problem in problems if name in problem]
+        moved = [1.0 - np.asarray(record["overlap"]) for record in records]
+        changed = [np.mean(record["argmax_changed"]) for record in records]
         found[name] = {
             "moved": finite(bootstrap_mean([part.mean() for part in moved])),
             "largest": max(float(part.max()) for part in moved),
             "argmax_changed": finite(bootstrap_mean(changed)),
-            "problems": len(problems),
+            "problems": len(records),
         }
     return found

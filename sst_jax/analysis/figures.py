@@ -14,7 +14,8 @@ from sst_jax.analysis.findings import Findings
 from sst_jax.console.figure import new_figure
 
 CONTROLS = {
-    "depth": "the model\nas it is", "shuffled": "states of\nother positions", "random": "random\nstates",
+    "depth": "the model\nas it is", "shuffled": "states of\nother positions", "another_text": "states of\nother texts",
+    "random": "random\nstates",
     "alpha_0": "alpha = 0", "plain": "no stream",
 }  # fmt: skip
 
@@ -235,8 +236,8 @@ def controls(found: Findings) -> Drawn:
     return Drawn(
         "controls",
         "Does it matter what was remembered?",
-        "The same iterations with the states of other positions, or random ones of the same size, put in instead. "
-        "Without a stream, or with its strength at 0, nothing may move at all.",
+        "The same iterations with the states of other positions or texts, or random ones of the same size, put in "
+        "instead. Without a stream, or with its strength at 0, nothing may move at all.",
         figure,
     )
 

@@ -108,9 +108,24 @@ def test_controls_move_nothing_where_nothing_is_remembered_and_differ_where_it_i
     found = controls.summarise(controls.look(walker, batch, shallow, deep))
     assert found["alpha_0"]["largest"] == found["plain"]["largest"] == 0.0
     assert found["alpha_0"]["argmax_changed"]["value"] == 0.0
-    moves = {name: found[name]["moved"]["value"] for name in ("depth", "shuffled", "random")}
+    moves = {name: found[name]["moved"]["value"] for name in ("depth", "shuffled", "another_text", "random")}
     assert min(moves.values()) > 1e-3
-    assert len({round(value, 5) for value in moves.values()}) == 3
+    assert len({round(value, 5) for value in moves.values()}) == 4
+
+
+def test_a_text_alone_has_no_other_to_take_states_from():
+    model, some = toy(), texts(12, 8, 6)
+    settings = collect.Settings((1, 2), rounding=False)
+    walker = collect.Walker(model, settings, 64)
+    looks = []
+    for several in (some[:2], some[2:]):
+        batch = collect.Batch.of(model, several, [text.given for text in several], (64, 64))
+        looks += controls.look(walker, batch, walker(batch, 1)[0], walker(batch, 2)[0])
+    assert ["another_text" in look for look in looks] == [True, True, False]
+    found = controls.summarise(looks)
+    assert {name: record["problems"] for name, record in found.items()} == {
+        "depth": 3, "alpha_0": 3, "plain": 3, "shuffled": 3, "random": 3, "another_text": 2,
+    }  # fmt: skip
 
 
 def test_the_real_states_in_their_own_places_are_no_control():
@@ -119,7 +134,7 @@ def test_the_real_states_in_their_own_places_are_no_control():
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
     walker = collect.Walker(model, collect.Settings(), 64)
     own = np.tile(np.arange(64, dtype=np.int32), (2, 1))
-    (same,) = walker(batch, 3, rule=controls.SWAPPED["output"], copies=2, options=controls.Swap(own))
+    (same,) = walker(batch, 3, rule=controls.SWAPPED["output"], copies=2, options=controls.Swap(np.arange(2), own))
     (deep,) = walker(batch, 3)
     for row, count in enumerate(batch.count):
         np.testing.assert_allclose(same.row(row, count).states, deep.row(row, count).states, atol=2e-4)
