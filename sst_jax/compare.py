@@ -3,7 +3,7 @@
   python -m sst_jax.compare runs/stream/gsm8k runs/baseline/gsm8k --out runs/compare
   python -m sst_jax.compare runs/stream-0/loss,runs/stream-1/loss runs/baseline-0/loss,runs/baseline-1/loss
 
-A and B are folders of `evaluate`, or several separated by commas: one a training seed, in the same order on both
+A and B are folders of `evaluate --task`, or several separated by commas: one a training seed, in the same order on both
 sides. Answers: exact McNemar on the discordant pairs of the first seed, Holm over all comparisons, a paired bootstrap.
 Losses: a paired bootstrap over items. Several seeds: Student's interval over them too.
 """

@@ -38,8 +38,10 @@ def result_only(problems: Iterable[Problem]) -> list[Problem]:
 # ------------------------------------------------------------------------------------------------------------ GSM8K
 
 
-def load_gsm8k(source: str = "openai/gsm8k", split: str = "train") -> list[Problem]:
+def load_gsm8k(source: str = "openai/gsm8k", split: str = "train", setting: str = "data.path") -> list[Problem]:
     """GSM8K (arXiv 2110.14168) from a folder holding `{split}.jsonl`, or else from the hub by id.
+
+    `setting`: what a user sets the source with, for errors.
 
     Raises: InputError naming file and line (or row) of the first bad record, an empty or missing file, a hub id that
     cannot be reached.
@@ -48,10 +50,10 @@ def load_gsm8k(source: str = "openai/gsm8k", split: str = "train") -> list[Probl
     if folder.is_dir():
         return _from_folder(folder, split)
     if folder.exists():
-        raise InputError(f"data.path={source} is a file; name the folder that holds {split}.jsonl")
+        raise InputError(f"{source} ({setting}) is a file; name the folder that holds {split}.jsonl")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise InputError(f"data.path={source}: no such folder, nor a hub id of the form owner/name")
-    return _from_hub(source, split)
+        raise InputError(f"{source} ({setting}): no such folder, nor a hub id of the form owner/name")
+    return _from_hub(source, split, setting)
 
 
 def _from_folder(folder: Path, split: str) -> list[Problem]:
@@ -59,8 +61,8 @@ def _from_folder(folder: Path, split: str) -> list[Problem]:
     return _gsm8k_problems(read_jsonl(file), split, str(file))
 
 
-def _from_hub(name: str, split: str) -> list[Problem]:
-    advice = f"Download its JSONL files and set data.path to the folder that holds {split}.jsonl"
+def _from_hub(name: str, split: str, setting: str) -> list[Problem]:
+    advice = f"Download its JSONL files and set {setting} to the folder that holds {split}.jsonl"
     return _gsm8k_problems(read_hub(name, "main", split, advice), split, f"{name} ({split})")
 
 
@@ -90,7 +92,7 @@ def _gsm8k_problem(record: Any, id: str, where: str) -> Problem:
 
 # The residues, mod 5, of the sum of a problem's numbers.
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
-_RESIDUES = 5
+RESIDUES = sum(map(len, SPLITS.values()))
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 _NAMES = (
     "Ada", "Ben", "Carla", "Dimitri", "Elif", "Farid", "Grace", "Hana", "Ivan", "Joana", "Kofi", "Lena", "Mateo",
@@ -333,7 +335,7 @@ class WordProblems(Sequence[Problem]):
         template = rng.choice(TEST_TEMPLATES if self.split == "test" else TRAIN_TEMPLATES)
         while True:  # until every step comes out whole and not negative, and the numbers belong to the split
             numbers = {name: rng.choice(choices) for name, choices in template.numbers.items()}
-            if sum(numbers.values()) % _RESIDUES in SPLITS[self.split] and (written := _work(template, numbers)):
+            if sum(numbers.values()) % RESIDUES in SPLITS[self.split] and (written := _work(template, numbers)):
                 break
         words = dict(zip("ABC", rng.sample(_NAMES, 3), strict=True))
         words |= {name: rng.choice(choices) for name, choices in template.words.items()}

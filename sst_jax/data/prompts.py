@@ -5,13 +5,13 @@ Prompt and answer are tokenised apart, so that training sees exactly the prompt 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sst_jax.data.problems import Problem
+from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 
@@ -69,22 +69,19 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
     Raises: InputError naming the file and the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"--prompts {path} holds no prompt")
-    if Path(path).suffix != ".jsonl":
-        return [{"prompt": line} for _, line in numbered]
-    records = []
-    for number, line in numbered:
+    if not Path(path).is_file():
+        raise InputError(f"--prompts {path} cannot be read: no such file")
+    if Path(path).suffix == ".jsonl":
+        found = [(where, record) for _, where, record in read_jsonl(Path(path))]
+    else:
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"--prompts {path}, line {number}, is not JSON: {error}") from None
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts {path} cannot be read: {error}") from None
+        found = [("", {"prompt": line}) for line in lines if line.strip()]
+    if not found:
+        raise InputError(f"--prompts {path} holds no prompt")
+    for where, record in found:
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise InputError(f"--prompts {path}, line {number}, has no text under the key prompt")
-        records.append(record)
-    return records
+            raise InputError(f"--prompts {where}, has no text under the key prompt")
+    return [record for _, record in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +39,11 @@ def read_csv(file: Path) -> Iterator[Record]:
     Raises: InputError naming the file, and the line whose cells are not those of the header.
     """
     try:
-        lines = _content(file).decode("utf-8-sig").splitlines(keepends=True)
+        text = _content(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error})") from None
-    reader = csv.DictReader(lines, strict=True)
+    # Not split by `str.splitlines`, for which more characters end a line than for CSV.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for index, row in enumerate(reader):
             if None in row or None in row.values():

@@ -19,12 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sst_jax.data.problems import SPLITS
+from sst_jax.data.problems import RESIDUES, SPLITS
 from sst_jax.errors import InputError
 
 SHORTEST = 8  # symbols of a word
 QUERIES = 0.25  # share of "=" among the symbols of arithmetic
-RESIDUES = sum(map(len, SPLITS.values()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sst_jax.data.problems import SPLITS, Problem
+from sst_jax.data.problems import RESIDUES, SPLITS, Problem
 from sst_jax.errors import InputError
 
 STEPS = (1, 4)
-RESIDUES = sum(map(len, SPLITS.values()))
 COLOURS = ("red", "blue", "green", "black", "white")
 THINGS = ("key", "coin", "ball", "ring", "book", "cup", "pen", "hat", "shoe", "map", "egg", "bell")
 PEOPLE = ("Ann", "Ben", "Dan", "Eva", "Jack", "Lucy", "Mary", "Tom")

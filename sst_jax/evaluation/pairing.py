@@ -47,6 +47,8 @@ def read_side(text: str) -> Side:
     headers, results, outcomes = [], [], []
     for path in paths:
         if not (path / HEADER).is_file():
+            if (path / RESULT).is_file() and "tasks" in read_json(path / RESULT):
+                raise InputError(f"{path} was evaluated with --tasks; compare takes evaluations with --task")
             raise InputError(f"{path} is not an evaluation: it holds no {HEADER}")
         if not (path / RESULT).is_file():
             raise InputError(f"{path}: the evaluation is not finished; the command that began it goes on")

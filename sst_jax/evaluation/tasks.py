@@ -91,7 +91,7 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def _read_gsm8k(source: str | None) -> list[Item]:
-    problems = load_gsm8k(source or "openai/gsm8k", "test")
+    problems = load_gsm8k(source or "openai/gsm8k", "test", "--data")
     return [Item(problem._replace(result=canonical(problem.result))) for problem in problems]
 
 

@@ -153,8 +153,10 @@ def test_the_file_for_the_result_is_looked_at_before_the_work(tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
-def test_compare_refuses_in_one_line(evaluated, losses, capsys):
+def test_compare_refuses_in_one_line(evaluated, losses, tmp_path, capsys):
+    (tmp_path / "result.json").write_text('{"tasks": ["arc_easy"]}')
     for arguments, culprit in (
+        ([str(evaluated), str(tmp_path)], "was evaluated with --tasks"),
         ([str(evaluated), "nowhere"], "nowhere is not an evaluation"),
         ([str(evaluated), str(losses)], "not the same test: measure is answers and loss"),
         ([str(evaluated)], "OUT_B"),
@@ -170,7 +172,7 @@ def test_compare_refuses_in_one_line(evaluated, losses, capsys):
     ("arguments", "culprit"),
     [
         (["--task", "gsm9k"], "--task gsm9k is unknown; tasks are gsm8k"),
-        (["--task", "gsm8k", "--data", "nowhere"], "nowhere"),
+        (["--task", "gsm8k", "--data", "nowhere"], "nowhere (--data): no such folder"),
         (["--task", "gpqa_diamond", "--data", "."], "holds no gpqa_diamond.csv"),
         (["--task", "words", "--model", "nowhere"], "nowhere does not exist"),
         (["--task", "words", "--depth", "2"], "needs a model with a stream"),

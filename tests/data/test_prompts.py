@@ -1,10 +1,13 @@
 """Examples: the prompt is generation's prompt, the mask is the answer, and the tokens say what the text says."""
 
+import json
+
 import numpy as np
 import pytest
 
 from sst_jax.data.problems import Problem, load_gsm8k, result_only, word_problems
-from sst_jax.data.prompts import FORMATS, answer_text, prompt_tokens, render
+from sst_jax.data.prompts import FORMATS, answer_text, prompt_tokens, read_prompts, render
+from sst_jax.data.records import read_csv
 from sst_jax.errors import InputError
 
 PROBLEM = Problem("p/1", " How many are 2 and 3? ", "2 + 3 = 5.", "5")
@@ -71,3 +74,19 @@ def test_an_answer_without_its_steps_is_the_result_alone(tokenizer):
     (problem,) = result_only([PROBLEM])
     example = render(problem, tokenizer, "plain")
     assert tokenizer.decode(example.tokens) == "Question: How many are 2 and 3?\nAnswer: 5"
+
+
+ODD = "a\u2028b\x85c\x0bd"  # what `str.splitlines` would split, and JSON and text files do not
+
+
+def test_prompt_files_end_their_lines_where_others_do(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": ODD, "id": 3}, ensure_ascii=False) + "\n\n", "utf-8")
+    assert read_prompts(str(tmp_path / "a.jsonl")) == [{"prompt": ODD, "id": 3}]
+    (tmp_path / "a.txt").write_text(f"one\n\n{ODD}\n", "utf-8")
+    assert [record["prompt"] for record in read_prompts(str(tmp_path / "a.txt"))] == ["one", ODD]
+
+
+def test_csv_cells_end_where_others_end_them(tmp_path):
+    (tmp_path / "a.csv").write_text(f'Question,Answer\r\n{ODD},"two\nlines"\r\nx,y\r\n', "utf-8", newline="")
+    rows = [value for _, _, value in read_csv(tmp_path / "a.csv")]
+    assert rows == [{"Question": ODD, "Answer": "two\nlines"}, {"Question": "x", "Answer": "y"}]
