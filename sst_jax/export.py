@@ -119,6 +119,7 @@ def check(args: argparse.Namespace) -> None:
         ("--layout", args.layout, ("merged",)),
         ("--text-only", args.text_only, ("merged",)),
         ("--dtype", args.dtype, ("sst", "merged")),
+        ("--measure-gap", args.measure_gap, ("sst", "merged")),
     ):
         if value and args.format not in formats:
             raise InputError(f"{flag} is for --format {' or '.join(formats)}, not {args.format}")

@@ -37,9 +37,3 @@ def extract_result(text: str, strict: bool) -> str | None:
     """
     found = _STRICT.findall(text)[:1] if strict else _FLEXIBLE.findall(text)[-1:]
     return canonical(found[0]) if found else None
-
-
-def is_correct(text: str, result: str, strict: bool) -> bool:
-    """Whether the text's final answer is `result` (a number as in `Problem.result`)."""
-    found = extract_result(text, strict)
-    return found is not None and found == canonical(result)

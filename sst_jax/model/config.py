@@ -243,7 +243,8 @@ class StreamConfig:
     norm         N in h' = h + alpha * (gain * N(s) - h): "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
     alpha        None: learned within alpha_range from alpha_init. A number: fixed there, outside the range too.
     alpha_range  alpha = lo + (hi - lo) * sigmoid(theta); (0, 1) is "free".
-    alpha_warmup optimizer steps over which alpha rises from the range's lower end; 0 is none.
+    alpha_warmup optimizer steps over which alpha rises from the range's lower end, in training alone: held-out losses
+                 and decoding take alpha as it will be then. 0 is none.
     granularity  how many alphas: "dimension" (one a layer and dimension), "layer" (one a layer), "scalar" (one).
     gain         factor on N(s); learn_gain trains it, one a layer, from this value.
     decay        0: a state is the previous position's. lambda in (0, 1): s_t = lambda s_{t-1} + (1 - lambda) u_t.

@@ -225,8 +225,3 @@ def kind_of(base: Mapping[str, Any]) -> str:
     if not leaves:
         return "none"
     return "nf4" if "scales" in leaves[0] else "nf4_double"
-
-
-def bits_a_weight(leaf: Mapping[str, Any]) -> float:
-    """Storage of an NF4 leaf, bits for each weight of its kernel."""
-    return 8 * sum(part.size * part.dtype.itemsize for part in leaf.values()) / (2 * leaf["codes"].size)

@@ -7,7 +7,7 @@ thinking. Entering the next step that memory is the state s, blended into the po
     f  = FFN(h'),   o = h' + f
     u  = f  or  o                             `thought`
     m  = decay * s + (1 - decay) * u          `remember`: sequential, one step
-    s_t = m_{t-1}                             `propagate`: all steps at once, from an earlier pass's h and f
+    s_t = m_{t-1}                             `memories` and `move`: all steps at once, from an earlier pass's h and f
 
 Two masks say where. `live`: a state comes in from the step before. `begins`: nothing comes in, but the config gives an
 initial state. Neither holds on padding, and `live` is off where a document begins, so no state crosses a border.
@@ -122,14 +122,6 @@ def move(
     if before is not None:
         earlier = earlier.at[:, 0].set(before)
     return jnp.where(masks.live, earlier, initial(stream, x))
-
-
-def propagate(
-    stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
-    masks: Masks,
-) -> jax.Array:  # fmt: skip
-    """The state entering every step, from an earlier pass: `memories`, moved one step on."""
-    return move(stream, x, memories(stream, alpha, gain, x, h, f, o, masks), masks)
 
 
 def masks_for(stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None) -> Masks:

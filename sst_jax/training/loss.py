@@ -94,7 +94,7 @@ def _tiled_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtyp
 
 @jax.custom_vjp
 def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-    """Cross-entropy in nats, [M], of targets [M] under the tied head; 0 where `scored` [M] is False.
+    """Cross-entropy in nats, [M], of targets [M] under the head; 0 where `scored` [M] is False.
 
     hidden [M, D] is normed; embedding [V, D] is frozen and gets no gradient. The gradient with respect to hidden is
     computed with the loss, so that the backward pass repeats no product with the vocabulary.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,8 @@ def train_arm(study: Study, name: str, start: Params | None, target: Path) -> No
     facts = {
         "forward": arm.settings.forward, "depths": list(arm.settings.depths), "judged_by": arm.judge,
         "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(params)),
-        "final_loss": losses[-50:].mean(0).tolist(), "seconds": time.monotonic() - began,
+        "final_loss": [loss if math.isfinite(loss) else None for loss in losses[-50:].mean(0).tolist()],
+        "seconds": time.monotonic() - began,
         "core_seconds": time.process_time() - worked,
     }  # fmt: skip
     write_json(target / "training.json", facts)

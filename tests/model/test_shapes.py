@@ -55,8 +55,12 @@ def test_the_two_halves_of_a_layer(depth):
         return forward.feed(layer, h, context, jnp.bfloat16, s, where)
 
     @checked
-    def propagate(x: Hidden, h: Hidden, f: Hidden, o: Hidden, layer) -> Hidden:
-        return state.propagate(CONFIG.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
+    def memories(x: Hidden, h: Hidden, f: Hidden, o: Hidden, layer) -> Hidden:
+        return state.memories(CONFIG.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
+
+    @checked
+    def move(x: Hidden, memory: Hidden, layer) -> Hidden:
+        return state.move(CONFIG.stream, x, memory, layer.masks)
 
     def rule(layer, streams, extra, context):
         (x,) = streams
@@ -64,7 +68,7 @@ def test_the_two_halves_of_a_layer(depth):
         summands, _ = forward.attend(layer, x, context)
         h = forward.total(layer, summands)
         o, f = feed(h, jnp.zeros_like(h), layer.masks.blends, layer, context)
-        s = propagate(x, h, f, o, layer)
+        s = move(x, memories(x, h, f, o, layer), layer)
         assert h.dtype == f.dtype == s.dtype == jnp.float32
         assert o.dtype == jnp.bfloat16
         assert h.shape == f.shape == s.shape == o.shape == (2, 11 * depth, CONFIG.backbone.d_model)

@@ -16,6 +16,7 @@ from sst_jax.errors import InputError
 from sst_jax.model import forward
 from sst_jax.training import recipe, scratch
 from sst_jax.training import study as studies
+from sst_jax.weights.models import open_model
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "statetrack.py")
 SMALL = [
@@ -203,6 +204,20 @@ def test_bad_knobs_are_named(override, culprit):
 def test_other_commands_say_that_train_alone_takes_such_a_recipe():
     with pytest.raises(InputError, match=r"kind='statetrack'.*sst_jax\.train"):
         recipe.resolve(recipe.read(CONFIG, []))
+
+
+def test_no_command_opens_what_was_trained_from_scratch(finished):
+    with pytest.raises(InputError, match=r"from scratch.*result\.json"):
+        open_model(finished)
+
+
+def test_an_arm_that_diverged_is_done_nevertheless(tmp_path, monkeypatch):
+    study = small("--config.train.seeds=2")
+    params = {"w": jnp.zeros((2, 3))}
+    losses = np.array([[1.0, np.nan]] * 3)
+    monkeypatch.setattr(scratch, "fit", lambda *_, **__: (params, losses))
+    studies.train_arm(study, "plain", None, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "training.json").read_text())["final_loss"] == [1.0, None]
 
 
 @pytest.mark.slow
