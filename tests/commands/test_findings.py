@@ -65,7 +65,7 @@ def test_bad_arms_are_named():
         findings.main([*TINY, "--deeper", "compute"])
     with pytest.raises(findings.InputError, match="--limit -1"):
         findings.main([*TINY, "--limit", "-1"])
-    with pytest.raises(findings.InputError, match="nowhere: no such folder"):
+    with pytest.raises(findings.InputError, match=r"nowhere \(--data\): no such folder"):
         findings.main(["--study", "hidden", "--data", "nowhere"])
     with pytest.raises(findings.InputError, match="--seeds 0"):
         findings.main([*TINY, "--seeds", "0"])
