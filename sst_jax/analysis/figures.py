@@ -15,8 +15,7 @@ from sst_jax.console.figure import new_figure
 
 CONTROLS = {
     "depth": "the model\nas it is", "shuffled": "states of\nother positions", "another_text": "states of\nother texts",
-    "random": "random\nstates",
-    "alpha_0": "alpha = 0", "plain": "no stream",
+    "random": "random\nstates", "alpha_0": "alpha = 0", "plain": "no stream",
 }  # fmt: skip
 
 

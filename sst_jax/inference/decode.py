@@ -199,14 +199,13 @@ def generate_tokens(
     # Equal prompts once, and those of one depth together.
     distinct = sorted(dict.fromkeys(asked), key=lambda one: one[0])
     longest = max(len(each) for each in prompts)
-    filled = []
+    capacity, filled = capacity_for(longest + max_new_tokens), []
     for deep, several in itertools.groupby(distinct, key=lambda one: one[0]):
         rows_here = [each for _, each in several]
         tokens = np.full((len(rows_here), padded(longest)), pad_id, np.int32)
         for row, each in zip(tokens, rows_here, strict=True):
             row[: len(each)] = each
         lengths = np.array([len(each) for each in rows_here], np.int32)
-        capacity = capacity_for(longest + max_new_tokens)
         filled.append(
             prefill(config, params, tokens, lengths, capacity=capacity, depth=deep, bos_id=bos_id, dtype=dtype)
         )

@@ -77,8 +77,9 @@ class Checkpoints:
             write_json(self.manifests / f"{step}.json", {"sha256": files})
         # Not left to Orbax, which would remove the last good step before the manifest makes this one count.
         # Later steps were found damaged, or the run would have gone on from them: none of those to keep.
-        later = [other for other in self.manager.all_steps() if other > step]
-        for old in [*later, *sorted(set(self.manager.all_steps()).difference(later))[: -self.keep]]:
+        steps = sorted(self.manager.all_steps())
+        end = steps.index(step) + 1
+        for old in steps[: max(end - self.keep, 0)] + steps[end:]:
             self.manager.delete(old)
         kept = set(self.manager.all_steps())
         for manifest in () if jax.process_index() else self.manifests.glob("*.json"):

@@ -279,10 +279,12 @@ def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
 
 def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
     recorded, content = _recorded_base(path), read_json(path / "config.json")
-    if "kind" in (content.get("recipe") or {}):
+    recipe = content.get("recipe")
+    known = recipe or {}
+    if "kind" in known:
         raise InputError(
-            f"{path} trained tiny models from scratch (kind={content['recipe']['kind']!r}), which are not kept: its "
-            "result.json is what there is"
+            f"{path} trained tiny models from scratch (kind={known['kind']!r}), which are not kept: its result.json is "
+            "what there is"
         )
     if "model_config" not in content:
         raise InputError(f"{path / 'config.json'} lacks the key model_config")
@@ -301,9 +303,8 @@ def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
         raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded['path']}")
     shapes = decoder.abstract_params(config)
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
-    recipe = content.get("recipe")
-    facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": recipe}
-    facts["prompts"] = ((recipe or {}).get("data") or {}).get("format")
+    prompts = known.get("data", {}).get("format")
+    facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": recipe, "prompts": prompts}
     return Opened(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
 
 
