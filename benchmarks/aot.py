@@ -20,7 +20,7 @@ from typing import Any
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.console.progress import say
 from sst_jax.errors import InputError
-from sst_jax.weights.files import read_json
+from sst_jax.files import read_json
 
 ROWS = (  # target, storage of the base
     ("v5e-8", "nf4"), ("v5p-8", "none"), ("v6e-8", "none"),
@@ -74,7 +74,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    from sst_jax.planning import targets
+    from sst_jax.lab.planning import targets
 
     args = parser().parse_args(argv)
     only = args.only.split(",") if args.only else None

@@ -90,9 +90,9 @@ def hashes(folder: Path, target: Path) -> None:
 
 def weights(folder: Path, target: Path, quantize: str) -> None:
     """What `convert.streamed` does, without the tokenizer and a vision tower."""
+    from sst_jax.files import digest
     from sst_jax.model.config import ModelConfig
     from sst_jax.weights import huggingface, store
-    from sst_jax.weights.files import digest
 
     source = huggingface.open_folder(folder)
     with ThreadPoolExecutor(1) as pool:

@@ -50,8 +50,8 @@ def parser() -> Parser:
 
 def ours(model: Any, depth: int, prompt: list[int], count: int) -> Timing:
     """The decode loop of `Model.generate`, without its text."""
-    from sst_jax.inference.decode import generate_tokens
     from sst_jax.inference.sampling import Sampling
+    from sst_jax.inference.session import generate_tokens
 
     start = time.perf_counter()
     running = generate_tokens(
@@ -108,7 +108,7 @@ def llama_job(source: str) -> Callable[[list[int], int], Timing]:
     """llama.cpp (pip install xllamacpp), on the GGUF file that the model was read from, by its own clock."""
     import xllamacpp
 
-    from sst_jax.weights.models import source_of
+    from sst_jax.weights.loading import source_of
 
     found = source_of(source)
     if found is None or found[0].kind != "gguf":

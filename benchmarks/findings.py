@@ -7,7 +7,7 @@
 
 The pretrained studies go seed by seed, all arms of a seed before the next one, so that what an interruption leaves are
 whole seeds; `--arms` and `--seeds` widen a folder that is there. Their arms are ARMS below and the controls of
-`sst_jax/training/arms.py`, matched to `two-range`: `compute` is the baseline with two passes' FLOPs as more steps.
+`sst_jax/lab/studies/arms.py`, matched to `two-range`: `compute` is the baseline with two passes' FLOPs as more steps.
 `--deeper` measures streams at depth 2, 3 and 4 too, at the lengths they were trained at, each against its own depth 1.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
-from sst_jax.weights.files import read_json
+from sst_jax.files import read_json
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -118,9 +118,10 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     """Trains and measures seed by seed, and compares what is whole after each."""
     from sst_jax import evaluate, pair
     from sst_jax.inference.policies import flat
-    from sst_jax.training import arms, recipe
+    from sst_jax.lab.studies import arms
+    from sst_jax.training import recipe
     from sst_jax.training.run import check_recipe
-    from sst_jax.weights.models import backbone_of
+    from sst_jax.weights.loading import backbone_of
 
     # Everything that can be wrong with the input shows before the first run.
     settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth=DEEPER, measure="loss")

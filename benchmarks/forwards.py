@@ -149,11 +149,11 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from sst_jax.inference import cache as caches
+    from sst_jax.inference import decode_state as caches
     from sst_jax.inference.model import load
     from sst_jax.inference.prefill import prefill
     from sst_jax.model import decoder
-    from sst_jax.model.forward import sweep
+    from sst_jax.model.rules import sweep
 
     model = load(args.model, args.dtype).with_stream()
     config, params, length = model.config, model.params, args.prefill

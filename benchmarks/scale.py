@@ -45,7 +45,7 @@ def hidden_apart(
     import jax.numpy as jnp
 
     from sst_jax.model import decoder
-    from sst_jax.model.forward import attend, hand_on, pass_once
+    from sst_jax.model.rules import attend, hand_on, pass_once
 
     def one_pass(layer: Any, streams: Any, memory: Any, context: Any) -> Any:
         (x,) = streams
@@ -72,17 +72,17 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from sst_jax.model import forward
+    from sst_jax.lab.planning import compile as compiling
+    from sst_jax.lab.planning.targets import GIB
+    from sst_jax.model import rules
     from sst_jax.model.decoder import head_table
     from sst_jax.model.sharding import MeshConfig
-    from sst_jax.planning import compile as compiling
-    from sst_jax.planning.targets import GIB
     from sst_jax.training.loss import answer_losses
 
     config, length = model_config(args.size), args.length or 1024
     attention = compiling.attention_of(target, "auto", "bfloat16", config.backbone.head_dim)
     alone = compiling.mesh_on(target, MeshConfig())
-    ways = {"lockstep": functools.partial(forward.hidden, forward="two_pass"), "apart": hidden_apart}
+    ways = {"lockstep": functools.partial(rules.hidden, forward="two_pass"), "apart": hidden_apart}
     records = []
     for rows in batches(args, (4,)):
 
@@ -122,8 +122,8 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from sst_jax.planning.compile import abstract_parameters
-    from sst_jax.planning.count import count
+    from sst_jax.lab.planning.compile import abstract_parameters
+    from sst_jax.lab.planning.count import count
     from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
     from sst_jax.training.step import ForwardConfig, init_state, train_step
 
@@ -160,10 +160,10 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from sst_jax.inference import cache
-    from sst_jax.model import forward
-    from sst_jax.planning.compile import abstract_parameters
-    from sst_jax.planning.count import count
+    from sst_jax.inference import decode_state
+    from sst_jax.lab.planning.compile import abstract_parameters
+    from sst_jax.lab.planning.count import count
+    from sst_jax.model import rules
 
     config, length = model_config(args.size), args.length or 512
 
@@ -172,15 +172,15 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
         return {"base": base, **trainable}
 
     def sweeps(params: Any, tokens: Any) -> Any:
-        return forward.hidden(config, params, tokens, forward="local", passes=args.sweeps, dtype="bfloat16")
+        return rules.hidden(config, params, tokens, forward="local", passes=args.sweeps, dtype="bfloat16")
 
     def one(params: Any, token: Any, caches: Any) -> Any:
-        return cache.step(config, params, token, caches, jnp.ones(1, jnp.int32), dtype="bfloat16")
+        return decode_state.step(config, params, token, caches, jnp.ones(1, jnp.int32), dtype="bfloat16")
 
     shapes = jax.eval_shape(params)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    caches = jax.eval_shape(lambda: cache.init_cache(config, 1, length, jnp.dtype(jnp.bfloat16)))
+    caches = jax.eval_shape(lambda: decode_state.init_cache(config, 1, length, jnp.dtype(jnp.bfloat16)))
     parallel = roofline(count(jax.make_jaxpr(sweeps)(shapes, tokens)), target)
     sequential = length * roofline(count(jax.make_jaxpr(one)(shapes, token, caches), flash=False), target)
     print(
@@ -224,7 +224,7 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is executed, wherever this runs
-    from sst_jax.planning import targets
+    from sst_jax.lab.planning import targets
 
     jobs = {"lockstep": lockstep, "crossing": crossing, "prefill": prefill}
     records = [record for name in args.target.split(",") for record in jobs[args.what](args, targets.find(name))]

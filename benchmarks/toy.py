@@ -46,8 +46,8 @@ def train(args: Any, name: str, passes: int) -> dict[str, Any]:
     import numpy as np
 
     from sst_jax.data import statetrack
-    from sst_jax.model import forward
-    from sst_jax.training import scratch, study
+    from sst_jax.lab.studies import scratch, scratch_study
+    from sst_jax.model import rules
 
     task, times = statetrack.find("s3"), (1, 2, 4)
     lo, hi = (float(part) for part in args.alpha_range.split(","))
@@ -59,16 +59,16 @@ def train(args: Any, name: str, passes: int) -> dict[str, Any]:
     schedule = scratch.Schedule(args.steps, args.batch, warmup_steps=min(100, args.steps - 1), seeds=args.seeds)
     started = time.monotonic()
     params, losses = scratch.fit(arm, task, args.length, schedule, title=name)
-    found = study.measure(arm, params, task, args.length, 512, times, depths=(1,))
+    found = scratch_study.measure(arm, params, task, args.length, 512, times, depths=(1,))
     errors: dict[str, list[float]] = {}
     if arm.config.stream is not None:
         narrow = dataclasses.replace(arm.config, stream=dataclasses.replace(arm.config.stream, alpha=0.03))
-        words = statetrack.draw(task, "test", 512, args.length * times[-1], (study.TESTS, 0))
+        words = statetrack.draw(task, "test", 512, args.length * times[-1], (scratch_study.TESTS, 0))
         for seed in range(args.seeds):
             fixed = {**jax.tree.map(lambda leaf, seed=seed: leaf[seed], params), "blend": {}}
-            truth = forward.logits(narrow, fixed, words.symbols, forward="exact")
+            truth = rules.logits(narrow, fixed, words.symbols, forward="exact")
             for kind, k in PARALLEL:
-                off = forward.logits(narrow, fixed, words.symbols, forward=kind, passes=k) - truth
+                off = rules.logits(narrow, fixed, words.symbols, forward=kind, passes=k) - truth
                 error = float(np.linalg.norm(off) / np.linalg.norm(truth))
                 errors.setdefault(f"{kind}:{k}", []).append(error)
     return {

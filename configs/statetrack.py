@@ -13,7 +13,7 @@ models that were trained at depth 1 or at depths 1 to 4:
     --config.arms=stream,longer,deepened,mixed --config.test.depths="(1,2,3,4)"
 """
 
-from sst_jax.training import scratch
+from sst_jax.lab.studies import scratch
 
 
 def get_config():

@@ -94,10 +94,10 @@ def basins(args: Any) -> None:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"the analysis needs {package}, which is not installed: pip install 'sst-jax[analysis]'")
 
-    from sst_jax.analysis import collect, findings, report
     from sst_jax.console.progress import bar
-    from sst_jax.inference import probe as probes
+    from sst_jax.inference import halting_probe as probes
     from sst_jax.inference.model import load
+    from sst_jax.lab.analysis import collect, findings, report
 
     probe = None if args.probe is None else probes.load(args.probe)
     model = load(args.model, args.dtype)
@@ -143,7 +143,7 @@ def read_asked(args: Any) -> list[Any]:
                 "to every prompt or to none"
             )
     else:
-        from sst_jax.evaluation import tasks
+        from sst_jax.lab.evaluation import tasks
 
         task = tasks.find(args.task)
         if args.text == "worked" and not task.worked:
@@ -154,8 +154,8 @@ def read_asked(args: Any) -> list[Any]:
 
 def texts_of(args: Any, asked: list[Any], model: Any) -> list[Any]:
     """Prompts, and what is given to follow them, as tokens."""
-    from sst_jax.analysis.collect import Text
     from sst_jax.data.prompts import prompt_tokens, render
+    from sst_jax.lab.analysis.collect import Text
 
     tokenizer = model.tokenizer
     if args.prompts:
@@ -196,11 +196,11 @@ def approximation(args: Any) -> None:
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
 
-    from sst_jax.analysis import approximation as room
     from sst_jax.console.progress import bar
     from sst_jax.inference.model import load
-    from sst_jax.model import nf4
+    from sst_jax.lab.analysis import approximation as room
     from sst_jax.model.config import StreamConfig
+    from sst_jax.model.quantization import nf4
 
     alphas = numbers(args.alphas, float, "--alphas")
     if max(alphas) >= 1:

@@ -32,19 +32,19 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
 
-    from sst_jax.evaluation import pairing
+    from sst_jax.lab.evaluation import paired_stats
 
-    if args.out and (Path(args.out) / pairing.HEADER).is_file():
+    if args.out and (Path(args.out) / paired_stats.HEADER).is_file():
         raise InputError(f"--out {args.out} holds an evaluation, whose result would be lost: choose another folder")
     out = folder_for("--out", args.out) if args.out else None
-    a, b = (pairing.read_side(text) for text in (args.a, args.b))
-    result = pairing.compare(a, b)
+    a, b = (paired_stats.read_side(text) for text in (args.a, args.b))
+    result = paired_stats.compare(a, b)
     report(result)
     if out is not None:
-        pairing.figure(result, out / "compare.png")
+        paired_stats.figure(result, out / "compare.png")
         if result["measure"] == "answers":
             with (out / "differing_items.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(item) + "\n" for item in pairing.differing_items(a, b))
+                file.writelines(json.dumps(item) + "\n" for item in paired_stats.differing_items(a, b))
         write_json(out / "result.json", result)
         print(f"\nwritten to {out}")
     if args.json:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     target = new_folder(args.to)
 
-    from sst_jax.weights.models import source_dtype, source_of
+    from sst_jax.weights.loading import source_dtype, source_of
 
     started = time.monotonic()
     dtype = args.dtype or source_dtype(args.source)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         )
     if found is None:
         from sst_jax.inference.model import Model
-        from sst_jax.weights.models import open_model
+        from sst_jax.weights.loading import open_model
 
         model = Model(*open_model(args.source, dtype, args.quantize))
         model.save(target, vision=not args.text_only)
@@ -89,10 +89,10 @@ def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> tup
 
     from sst_jax.console.progress import bar
     from sst_jax.data.tokenizer import load_tokenizer
+    from sst_jax.files import digest
     from sst_jax.model.config import ModelConfig
     from sst_jax.weights import calibrate, store
-    from sst_jax.weights.files import digest
-    from sst_jax.weights.models import vision_tensors
+    from sst_jax.weights.loading import vision_tensors
 
     facts = {"kind": source.kind, "path": name, "layout": source.layout, "quantize": args.quantize}
     tokenizer, config, texts = load_tokenizer(source.path), ModelConfig(source.backbone).to_dict(), None

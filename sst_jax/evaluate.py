@@ -81,7 +81,7 @@ def asked(args: Any, policies: Sequence[Any]) -> Asked:
 
     Raises: InputError where they do not go together, or the items cannot be read.
     """
-    from sst_jax.evaluation import tasks
+    from sst_jax.lab.evaluation import tasks
 
     task = tasks.find(args.task)
     if args.measure == "loss" and not task.worked:
@@ -107,8 +107,8 @@ def open_model(args: Any, policies: Sequence[Any]) -> tuple[Any, str]:
 
     Raises: InputError where a policy needs a stream that the model does not have.
     """
+    from sst_jax.inference.halting_probe import Probe
     from sst_jax.inference.model import load
-    from sst_jax.inference.probe import Probe
 
     model = load(args.model, args.dtype)
     deep = [policy.spelled for policy in policies if policy.most > 1]
@@ -135,14 +135,14 @@ def own_task(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
     task, every, items, settings = asked(args, policies)
 
     from sst_jax.console.progress import bar
-    from sst_jax.evaluation import leaks, runner
-    from sst_jax.evaluation.answers import second_opinion_by
-    from sst_jax.evaluation.summary import summarise
+    from sst_jax.lab.evaluation import contamination, runner
+    from sst_jax.lab.evaluation.extractors import second_opinion_by
+    from sst_jax.lab.evaluation.summary import summarise
     from sst_jax.training.run import environment
 
     out = Path(args.out)
     model, format = open_model(args, policies)
-    overlap = leaks.check(model.facts.get("recipe"), every, args.allow_overlap)
+    overlap = contamination.check(model.facts.get("recipe"), every, args.allow_overlap)
     answering = args.measure == "answers"
     room = (args.max_new_tokens or task.max_new_tokens) if answering else 0
     # A base model goes on to ask itself the next question; the harness stops GSM8K at the same word.
@@ -227,10 +227,10 @@ def through_harness(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
     if not all(policy.is_flat for policy in policies):
         raise InputError(f"--depth {args.depth}: the harness runs at flat depths, such as 1,2,4")
     try:
-        from sst_jax.evaluation import harness
+        from sst_jax.lab.evaluation import harness
     except ImportError as error:
         raise InputError(f"--tasks needs lm-evaluation-harness: pip install 'sst-jax[eval]' ({error})") from None
-    from sst_jax.evaluation import runner
+    from sst_jax.lab.evaluation import runner
 
     out = folder_for("--out", args.out)
     if (out / runner.HEADER).is_file():

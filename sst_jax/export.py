@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     check(args)
 
     from sst_jax.weights import hub
-    from sst_jax.weights.models import open_model, source_dtype
+    from sst_jax.weights.loading import open_model, source_dtype
 
     if args.push and not args.dry_run:
         hub.check(args.push, args.force)
@@ -131,10 +131,10 @@ def check(args: argparse.Namespace) -> None:
 def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any) -> dict[str, Any]:
     """The formats sst and merged: the backbone's weights, and what goes with them."""
     from sst_jax.console.progress import bar
-    from sst_jax.weights import portable
+    from sst_jax.weights import export_format
     from sst_jax.weights.huggingface import write_folder
+    from sst_jax.weights.loading import vision_of
     from sst_jax.weights.lora import merge
-    from sst_jax.weights.models import vision_of
 
     config, params, tokenizer, facts = opened
     sst = args.format == "sst"
@@ -152,13 +152,13 @@ def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any)
     layout = args.layout or ("text" if args.text_only or sst else facts.get("layout")) or "text"
     tensors, own_config = ({}, {}) if layout == "text" else vision_of(facts)
     if sst:
-        files |= portable.torch_files(config.backbone.family)
-        own_config = ends | portable.sst_config(config, facts, args.keep_lora)
-        tensors = portable.blend_tensors(params["blend"])
+        files |= export_format.torch_files(config.backbone.family)
+        own_config = ends | export_format.sst_config(config, facts, args.keep_lora)
+        tensors = export_format.blend_tensors(params["blend"])
         if args.keep_lora:
-            tensors |= portable.lora_tensors(config.backbone, params["adapter"])
+            tensors |= export_format.lora_tensors(config.backbone, params["adapter"])
     elif config.stream is not None:
-        files |= portable.stream_files(config, params["blend"], facts)
+        files |= export_format.stream_files(config, params["blend"], facts)
     with bar(None, "writing", unit="B", unit_scale=True) as meter:
 
         def update(done: int, total: int) -> None:
@@ -174,7 +174,7 @@ def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any)
 
 def write_adapter(args: argparse.Namespace, target: Path, opened: Any) -> dict[str, Any]:
     """The format adapter: LoRA's factors for PEFT, in float32 as they are trained."""
-    from sst_jax.weights import peft, portable
+    from sst_jax.weights import export_format, peft
 
     config, params, _, facts = opened
     if not config.adapter.rank:
@@ -182,16 +182,18 @@ def write_adapter(args: argparse.Namespace, target: Path, opened: Any) -> dict[s
     if facts.get("carries") == "sst":
         raise InputError(f"{facts['path']} is an sst export, no base that PEFT can load: export it with --format sst")
     _, gaps = merge_base(args.merge_base, opened)
-    name = args.base_name or portable.origin(facts)["path"]
-    files = portable.stream_files(config, params["blend"], facts) | {"README.md": card(args, opened, gaps).encode()}
+    name = args.base_name or export_format.origin(facts)["path"]
+    files = export_format.stream_files(config, params["blend"], facts) | {
+        "README.md": card(args, opened, gaps).encode()
+    }
     peft.write_folder(target, config, params["adapter"], name, facts.get("layout") or "text", files)
     return {"base_name": name, "gap": gaps}
 
 
 def merge_base(choice: str, opened: Any) -> tuple[dict[str, Any], dict[str, float] | None]:
     """The weights that LoRA goes onto, and how far their kernels are from those it was trained on (None: the same)."""
+    from sst_jax.weights.loading import open_original
     from sst_jax.weights.lora import gap
-    from sst_jax.weights.models import open_original
 
     base = opened.params["base"]
     if opened.facts["quantize"] == "none" or choice == "dequantized":
@@ -217,9 +219,9 @@ def onto(
 
 
 def card(args: argparse.Namespace, opened: Any, gaps: dict[str, float] | None) -> str:
+    from sst_jax.files import read_json
     from sst_jax.training.run import read_metrics
     from sst_jax.weights.card import model_card
-    from sst_jax.weights.files import read_json
 
     facts, metrics = opened.facts, []
     if facts.get("run") and (Path(facts["run"]) / "config.json").is_file():
@@ -256,8 +258,8 @@ def logit_gap(source: str, folder: Path, with_stream: bool) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from sst_jax.model import forward
-    from sst_jax.weights.models import open_model
+    from sst_jax.model import rules
+    from sst_jax.weights.loading import open_model
 
     def logits(model: str | Path) -> np.ndarray:
         config, params, tokenizer, _ = open_model(model, "float32")
@@ -265,7 +267,7 @@ def logit_gap(source: str, folder: Path, with_stream: bool) -> dict[str, Any]:
             config, params = dataclasses.replace(config, stream=None), {**params, "blend": {}}
         tokens = jnp.asarray([tokenizer.encode(TEXT)], jnp.int32)
         name = "exact" if with_stream else "plain"
-        return np.asarray(forward.logits(config, params, tokens, forward=name, bos_id=tokenizer.bos_id))[0]
+        return np.asarray(rules.logits(config, params, tokens, forward=name, bos_id=tokenizer.bos_id))[0]
 
     ours, theirs = logits(source), logits(folder)  # one after the other: one model in memory at a time
     return {

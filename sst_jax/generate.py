@@ -66,9 +66,9 @@ def main(argv: Sequence[str]) -> None:
     if args.prompts:
         prompts = [record["prompt"] for record in read_prompts(args.prompts)]
 
+    from sst_jax.inference.halting_probe import Probe
     from sst_jax.inference.model import load
     from sst_jax.inference.policies import parse
-    from sst_jax.inference.probe import Probe
 
     policy = parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
     model = load(args.model, args.dtype)

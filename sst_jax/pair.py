@@ -23,7 +23,7 @@ from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
-from sst_jax.weights.files import read_json
+from sst_jax.files import read_json
 
 
 def parser() -> Parser:
@@ -51,9 +51,10 @@ def main(argv: Sequence[str]) -> None:
 
     from sst_jax import evaluate
     from sst_jax.inference.policies import parse_list
-    from sst_jax.training import arms, recipe
+    from sst_jax.lab.studies import arms
+    from sst_jax.training import recipe
     from sst_jax.training.run import check_recipe, diff
-    from sst_jax.weights.models import backbone_of
+    from sst_jax.weights.loading import backbone_of
 
     # Everything that can be wrong with the input shows before the first run.
     if args.task:
@@ -131,8 +132,8 @@ def train_one(config: str, overrides: Sequence[str], target: Path) -> None:
 def evaluate_one(args: Any, target: Path, out: Path, deep: bool) -> None:
     """Measures one run, unless it has been before. `evaluate` goes on where it stopped, and refuses other settings."""
     from sst_jax import evaluate
-    from sst_jax.evaluation.runner import HEADER, RESULT
     from sst_jax.inference.policies import parse_list
+    from sst_jax.lab.evaluation.runner import HEADER, RESULT
 
     data, depth = ["--data", args.data] if args.data else [], args.depth if deep else "1"
     if (out / RESULT).is_file():

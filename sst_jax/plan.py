@@ -60,9 +60,9 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compilers' own remarks
 
-    from sst_jax.planning import targets
+    from sst_jax.lab.planning import targets
     from sst_jax.training import recipe as recipes
-    from sst_jax.weights.models import backbone_of
+    from sst_jax.weights.loading import backbone_of
 
     chosen = [targets.find(name) for name in args.target.split(",")]
     recipe = recipes.resolve(recipes.read(args.config, overrides))
@@ -78,9 +78,9 @@ def main(argv: Sequence[str]) -> None:
 
 def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, Any]:
     """One compile as a JSON-ready record."""
-    from sst_jax.inference.cache import bytes_per_sequence
+    from sst_jax.inference.decode_state import bytes_per_sequence
+    from sst_jax.lab.planning import compile as compiling
     from sst_jax.model.config import ModelConfig
-    from sst_jax.planning import compile as compiling
 
     config = ModelConfig(backbone, recipe.stream, recipe.adapter)
     reserve, data = target.reserve, recipe.data
@@ -142,7 +142,7 @@ def search(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, Any]
 
 def report(record: dict[str, Any], args: Any) -> str:
     """The record as text."""
-    from sst_jax.planning.targets import GIB
+    from sst_jax.lab.planning.targets import GIB
 
     what = (
         f"decoding {record['rows']} rows, {record['capacity']} positions, depth {record['depth']}"

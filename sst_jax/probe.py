@@ -64,12 +64,12 @@ def fit(args: Any) -> None:
     if len(depths) != 2 or not 1 <= depths[0] < depths[1]:
         raise InputError(f"--depths {args.depths}: give two depths, the smaller first, such as 1,4")
 
-    from sst_jax.analysis import figures
-    from sst_jax.analysis import probe as room
-    from sst_jax.evaluation import outcomes
     from sst_jax.inference.model import load
+    from sst_jax.lab.analysis import figures
+    from sst_jax.lab.probing import fit as room
+    from sst_jax.lab.probing import probe_dataset
 
-    records = outcomes.read(args.outcomes, depths)
+    records = probe_dataset.read(args.outcomes, depths)
     model = load(args.model, args.dtype)
     layers = model.config.backbone.num_layers
     layer = layers // 2 if args.layer is None else args.layer
@@ -78,7 +78,7 @@ def fit(args: Any) -> None:
     if not 0 <= layer < layers:
         raise InputError(f"--layer {layer}: the model has layers 0 to {layers - 1}")
     out = folder_for("--out", args.out)  # before the hours
-    items = outcomes.items(records, depths, model.tokenizer, model.facts)
+    items = probe_dataset.items(records, depths, model.tokenizer, model.facts)
     settings = room.Settings(args.inputs, args.hidden, permutations=args.permutations, seed=args.seed)
     room.asked_about(items, args.label)  # before the states are computed
     states = room.first_states(model, [item.prompt for item in items], args.first)
@@ -121,9 +121,9 @@ def apply(args: Any) -> None:
 
     prompts = [record["prompt"] for record in read_prompts(args.prompts)]
 
-    from sst_jax.analysis.probe import first_states
-    from sst_jax.inference import probe as probes
+    from sst_jax.inference import halting_probe as probes
     from sst_jax.inference.model import load
+    from sst_jax.lab.probing.fit import first_states
 
     probe = probes.load(args.probe)
     model = load(args.model, args.dtype)

@@ -47,24 +47,24 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from sst_jax.model.sharding import make_mesh
-    from sst_jax.training import cluster
+    from sst_jax.training import distributed
     from sst_jax.training import recipe as recipes
-    from sst_jax.training.watch import Watch
+    from sst_jax.training.watchdog import Watch
 
     watch = Watch(args.stop_within, args.stall_minutes)
     recipe_config = recipes.read(args.config, overrides)
     name = Path(args.config.split(":")[0]).stem
     workdir = Path(args.workdir or f"runs/{name}")
     if "kind" in recipe_config:
-        from sst_jax.training import study
+        from sst_jax.lab.studies import scratch_study
 
-        result = study.run(recipe_config, workdir)
+        result = scratch_study.run(recipe_config, workdir)
     else:
         recipe = recipes.resolve(recipe_config)
-        cluster.join(recipe.mesh)
-        with jax.set_mesh(make_mesh(recipe.mesh)), cluster.one_voice():
+        distributed.join(recipe.mesh)
+        with jax.set_mesh(make_mesh(recipe.mesh)), distributed.one_voice():
             result = train(recipe, recipes.recorded(recipe_config), workdir, watch)
-    if args.json and cluster.speaks():
+    if args.json and distributed.speaks():
         write_json(args.json, result)
 
 
@@ -83,16 +83,16 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     from sst_jax.model import decoder, kernels, sharding
     from sst_jax.model.config import ModelConfig
     from sst_jax.model.state import alpha_summary
-    from sst_jax.training.cluster import speaks
+    from sst_jax.training.distributed import speaks
     from sst_jax.training.figures import learning_curve
     from sst_jax.training.optimizer import make_optimizer
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import placed
     from sst_jax.training.run import RunFolder, check_recipe
     from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step, warmth_at
-    from sst_jax.training.watch import Stalls, StopSignals, Watch
+    from sst_jax.training.watchdog import Stalls, StopSignals, Watch
     from sst_jax.weights.checkpoint import Checkpoints
-    from sst_jax.weights.models import open_model
+    from sst_jax.weights.loading import open_model
 
     # Everything that can be wrong with the input shows before the first long computation.
     mesh = jax.sharding.get_mesh()

@@ -15,15 +15,15 @@ from safetensors.numpy import save
 
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
-from sst_jax.inference import decode
-from sst_jax.inference.answer import Answer
+from sst_jax.inference import session
+from sst_jax.inference.detokenizer import Answer
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling
 from sst_jax.model import decoder, sharding
-from sst_jax.model import forward as forwards
+from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
 from sst_jax.weights import store
-from sst_jax.weights.models import open_model, quantised_from, vision_of
+from sst_jax.weights.loading import open_model, quantised_from, vision_of
 
 Prompt = str | Sequence[int]
 Depth = int | str | Policy
@@ -88,7 +88,7 @@ class Model:
         """Logits [B, T, V], float32, of tokens [B, T].
 
         Args:
-          forward: "plain", "two_pass", "k_pass", "local" or "exact" (`model/forward.py`); None: "exact", which is what
+          forward: "plain", "two_pass", "k_pass", "local" or "exact" (`model/rules.py`); None: "exact", which is what
             decoding computes, or "plain" without a stream.
           passes: k of k_pass and local.
           depth: iterations of the stack at every position.
@@ -145,7 +145,7 @@ class Model:
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
         seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
         _one_each(seeds, len(tokens), "seed")
-        running = decode.generate_tokens(
+        running = session.generate_tokens(
             self.config, self.params, tokens, depth=policies, max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p), seeds=seeds, stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
             pad_id=self.tokenizer.pad_id, bos_id=self.tokenizer.bos_id, dtype=self.dtype,

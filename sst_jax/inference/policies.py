@@ -4,7 +4,7 @@
     first_token(I)            "first_token:4"       I times where the first new token comes from, once from then on
     until_stable(tol, most)   "until_stable:0.01:4" until the final hidden state moves by a share of at most tol
     probe(choose, first)                            chosen, once a sequence, from the states at the first position
-                          "probe:FILE"              the same by a probe's file (`inference/probe.py`)
+                          "probe:FILE"              the same by a probe's file (`inference/halting_probe.py`)
 
 A policy is data, three numbers a row of a batch, so rows of different policies share one compiled program. "First" is
 the first position that depth applies to: the prompt's last one, or, with stream.prompt="none", the first token's own.
@@ -110,7 +110,7 @@ def parse(text: str, files: bool = False) -> Policy:
     """
     name, *given = text.strip().split(":")
     if files and name == "probe":
-        from sst_jax.inference.probe import load
+        from sst_jax.inference.halting_probe import load
 
         return load(":".join(given)).policy
     known = "I, " + ", ".join(":".join([key, *(part[0] for part in rest)]) for key, (_, *rest) in SPELLINGS.items())

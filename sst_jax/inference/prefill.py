@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.inference.cache import Cache, init_cache
+from sst_jax.inference.decode_state import Cache, init_cache
 from sst_jax.model import decoder
 from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.model.forward import Left, exact, plain, sweep
+from sst_jax.model.rules import Left, exact, plain, sweep
 from sst_jax.model.sharding import constrain_tree, place
 
 CHUNK = 512  # positions that are solved together

@@ -6,7 +6,7 @@ An output head that is not tied to the embedding is base["head"].
 
 A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
 one layer's parameters at a time, NF4 kernels included, under `jax.checkpoint` when training. The rules are in
-`model/forward.py`.
+`model/rules.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, unit_rms, wide
 from sst_jax.model.layers import embed as embed_tokens
-from sst_jax.model.nf4 import dequantise
+from sst_jax.model.quantization.nf4 import dequantise
 from sst_jax.model.sharding import constrain, gather
 from sst_jax.model.state import Masks, alpha_and_gain, masks_for
 

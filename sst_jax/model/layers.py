@@ -2,7 +2,7 @@
 
 `Block` is declared once, for one layer. Its variables carry one of three types, so that `nnx.split` turns a block into
 the three trees that the project keeps apart: `base` (frozen), `adapter` (LoRA) and `blend` (the stream's). Stacked over
-layers, [L, ...], they are what `model/decoder.py` scans over. How a layer computes is in `model/forward.py`.
+layers, [L, ...], they are what `model/decoder.py` scans over. How a layer computes is in `model/rules.py`.
 """
 
 from __future__ import annotations

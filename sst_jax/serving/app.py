@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sst_jax.errors import InputError
-from sst_jax.serving.engine import Busy, Closing, Engine, Job
 from sst_jax.serving.protocol import Call, Limits, Refused, Writer, parse, read_chat, read_completion
+from sst_jax.serving.queue import Busy, Closing, Engine, Job
 
 CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
 

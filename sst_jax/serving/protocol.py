@@ -19,7 +19,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling, Scores
-from sst_jax.serving.engine import TOP, Job, Request
+from sst_jax.serving.queue import TOP, Job, Request
 
 # Fields that are accepted with the values here, which are what leaving them out means.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

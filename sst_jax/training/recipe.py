@@ -20,8 +20,9 @@ from sst_jax.data import tracking
 from sst_jax.data.problems import RESULT
 from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
-from sst_jax.model import forward, nf4
+from sst_jax.model import rules
 from sst_jax.model.config import AdapterConfig, StreamConfig, from_mapping
+from sst_jax.model.quantization import nf4
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.step import ForwardConfig
@@ -214,8 +215,8 @@ def resolve(config: ml_collections.ConfigDict) -> Recipe:
     shared = {"dtype": dtype, "attention": config.model.attention}
     trains = ForwardConfig(remat=train.pop("remat"), **drawn, **shared)
     judge = train.pop("eval_forward")
-    if judge not in forward.FORWARDS:
-        raise InputError(f"train.eval_forward={judge!r} is not one of {', '.join(forward.FORWARDS)}")
+    if judge not in rules.FORWARDS:
+        raise InputError(f"train.eval_forward={judge!r} is not one of {', '.join(rules.FORWARDS)}")
     judges = ForwardConfig(judge, remat="none", **shared)
     if stream is None:
         judges = dataclasses.replace(judges, forward="plain")

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from sst_jax.console.command import Stopped, write_json
 from sst_jax.errors import InputError
-from sst_jax.weights.files import read_json
+from sst_jax.files import read_json
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 

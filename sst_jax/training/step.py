@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from sst_jax.errors import InputError
-from sst_jax.model import forward
+from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import REMAT, Params, head_table
 from sst_jax.training.loss import answer_losses
@@ -41,12 +41,12 @@ class ForwardConfig:
         if not self.depths or not all(isinstance(depth, int) for depth in self.depths):
             raise InputError(f"stream.depths={self.depths} must be iteration depths, such as (1, 2, 3, 4)")
         for depth in self.depths:
-            forward.check(self.forward, self.passes, depth)
+            rules.check(self.forward, self.passes, depth)
         if not 0.0 <= self.mix_share <= 1.0:
             raise InputError(f"stream.mix_share={self.mix_share} must be in [0, 1]")
         if self.mix_share and self.forward == "plain":
             raise InputError("stream.mix_share needs a forward with a stream, not 'plain'")
-        forward.check("k_pass", self.mix_passes, depth=1)
+        rules.check("k_pass", self.mix_passes, depth=1)
         if self.remat not in REMAT:
             raise InputError(f"train.remat={self.remat!r} is not one of {', '.join(map(repr, REMAT))}")
 
@@ -95,7 +95,7 @@ def batch_losses(
     bos_id: int | None, warmth: jax.Array | None = None, dropout_key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
-    hidden = forward.hidden(
+    hidden = rules.hidden(
         config, {"base": base, **trainable}, batch["tokens"], forward=settings.forward, passes=settings.passes,
         depth=settings.depth,
         segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, warmth=warmth,

@@ -19,12 +19,13 @@ import numpy as np
 from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
-from sst_jax.model import decoder, forward, nf4
+from sst_jax.files import sha256
+from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Block, embed, wide
-from sst_jax.weights import names
-from sst_jax.weights.files import sha256
-from sst_jax.weights.source import Piece, Source, lazy_base, pieces
+from sst_jax.model.quantization import nf4
+from sst_jax.weights import key_map
+from sst_jax.weights.conversion import Piece, Source, lazy_base, pieces
 
 ROW = 256  # tokens of a row
 ROWS = 8  # rows that run at once
@@ -120,7 +121,7 @@ def through(
 
     def rule(layer: decoder.Layer, streams: decoder.Streams, grams: Any, context: decoder.Context) -> tuple[Any, None]:
         observed = layer._replace(block=_Observed(layer.block, grams))
-        return forward.plain(observed, streams, None, context)[0], None
+        return rules.plain(observed, streams, None, context)[0], None
 
     def run(grams: dict[str, jax.Array]) -> jax.Array:
         params = {"base": {"layers": stacked}, "adapter": {}, "blend": {}}
@@ -141,7 +142,7 @@ def calibrated(
     Raises: InputError as `source.pieces` and `nf4.compensation`.
     """
     backbone = source.backbone
-    bound = names.bind(source.tensors(), backbone, source.kind, source.path)
+    bound = key_map.bind(source.tensors(), backbone, source.kind, source.path)
 
     def is_linear(slot: str, layer: int | None) -> bool:
         return layer is not None and slot.endswith("/kernel")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sst_jax.model.config import ModelConfig
-from sst_jax.weights.portable import origin
+from sst_jax.weights.export_format import origin
 
 PAPER = "https://arxiv.org/abs/2605.00206"
 

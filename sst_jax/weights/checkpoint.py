@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 
 from sst_jax.console.command import Stopped, write_json
 from sst_jax.errors import InputError
+from sst_jax.files import read_json, sha256
 from sst_jax.model.sharding import place_of
-from sst_jax.weights.files import read_json, sha256
 
 log = logging.getLogger(__name__)
 TORN = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written

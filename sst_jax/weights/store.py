@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.model import nf4
-from sst_jax.weights import names
+from sst_jax.files import Progress, is_plain_name, read_json, sha256, staged_folder
+from sst_jax.model.quantization import nf4
+from sst_jax.weights import key_map
 from sst_jax.weights.calibrate import Texts, calibrated
-from sst_jax.weights.files import Progress, is_plain_name, read_json, sha256, staged_folder
-from sst_jax.weights.names import set_slot
-from sst_jax.weights.source import DTYPES, Piece, Source, numpy_dtype, pieces, slots
+from sst_jax.weights.conversion import DTYPES, Piece, Source, numpy_dtype, pieces, slots
+from sst_jax.weights.key_map import set_slot
 
 FORMAT, VERSION = "sst_jax", 1
 HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"
@@ -135,7 +135,7 @@ def stream_base(
         stored = stored if f"base/{stored}" in shapes else f"{slot.removesuffix('kernel')}scales"
         return _chunk(stage / PARAMS, f"base/{stored}", shapes, layer).is_file()  # the last file of a tensor
 
-    bound = len(names.bind(source.tensors(), source.backbone, source.kind, source.path).tensors)
+    bound = len(key_map.bind(source.tensors(), source.backbone, source.kind, source.path).tensors)
     if texts is None:
         found = pieces(source, dtype, quantize, written)
     else:

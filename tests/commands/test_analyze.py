@@ -12,12 +12,11 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("diptest")
 
-from browser import CHROMIUM, browser
-
 import sst_jax
 from sst_jax import analyze
-from sst_jax.analysis.collect import read_array, write_array
 from sst_jax.console.command import run
+from sst_jax.lab.analysis.collect import read_array, write_array
+from tests.support.browser import CHROMIUM, browser
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -13,7 +13,7 @@ import pytest
 from sst_jax import compare, evaluate
 from sst_jax.console.command import run
 from sst_jax.inference.model import load
-from tests.evaluation.conftest import gsm8k_lines, write_lines
+from tests.lab.evaluation.conftest import gsm8k_lines, write_lines
 
 WORDS = ["--task", "words", "--limit", "5", "--batch-size", "2", "--max-new-tokens", "8"]
 

@@ -14,7 +14,7 @@ import sst_jax
 from sst_jax import convert, export
 from sst_jax.console.command import run
 from tests.commands.conftest import ROOT
-from tests.torch_exports import apart, open_torch
+from tests.support.torch_exports import apart, open_torch
 
 PROMPT = "three and four"
 

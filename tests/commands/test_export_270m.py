@@ -10,9 +10,9 @@ import pytest
 import sst_jax
 from sst_jax.inference.model import Model
 from sst_jax.model import decoder
-from sst_jax.model import forward as forwards
+from sst_jax.model import rules as forwards
 from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
-from tests.torch_exports import apart, open_torch, write
+from tests.support.torch_exports import apart, open_torch, write
 
 pytestmark = pytest.mark.slow
 

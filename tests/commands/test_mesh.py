@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from sst_jax.training.cluster import in_cluster
+from sst_jax.training.distributed import in_cluster
 from sst_jax.training.run import read_metrics
 from tests.commands.conftest import ROOT, SMALL, TINY, train_small
 

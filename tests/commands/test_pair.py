@@ -7,10 +7,11 @@ import pytest
 
 from sst_jax import pair
 from sst_jax.console.command import run
-from sst_jax.planning.compile import training_work
-from sst_jax.training import arms, recipe
+from sst_jax.lab.planning.compile import training_work
+from sst_jax.lab.studies import arms
+from sst_jax.training import recipe
 from sst_jax.training.run import read_metrics
-from sst_jax.weights.models import backbone_of
+from sst_jax.weights.loading import backbone_of
 from tests.commands.conftest import SMALL, TINY
 
 ARGUMENTS = ["--config", TINY, *SMALL, "--arms", "stream,baseline,compute", "--task", "words", "--limit", "3"]
@@ -120,9 +121,9 @@ def test_the_memoryless_arm_computes_the_same_whatever_came_before():
     """Its blend is a learned shrink: a position's states do not reach the next."""
     import jax
     import numpy as np
-    import toys
 
     from sst_jax.model.config import StreamConfig
+    from tests.support import toys
 
     memoryless = resolved(*arms.overrides("memoryless", resolved(), None))
     assert memoryless.stream.gain == 0.0

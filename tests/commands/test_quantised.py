@@ -11,9 +11,9 @@ import pytest
 import sst_jax
 from sst_jax import analyze, convert, export
 from sst_jax.console.command import run
-from sst_jax.model import nf4
+from sst_jax.model.quantization import nf4
 from tests.commands.conftest import train_small
-from tests.torch_exports import apart, open_torch
+from tests.support.torch_exports import apart, open_torch
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def trees_equal(a, b):
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4_double"])
 def test_a_converted_folder_is_what_loading_with_quantize_gives(folders, tmp_path, kind):
-    from sst_jax.weights.models import open_model
+    from sst_jax.weights.loading import open_model
 
     target = tmp_path / kind
     assert run(convert.main, ["--from", str(folders / "plain"), "--to", str(target), "--quantize", kind]) == 0
@@ -154,7 +154,7 @@ def test_a_copy_of_a_quantised_base_is_merged_onto_the_first_original(folders, t
 
 
 def test_the_original_of_a_chain_of_quantised_bases(folders):
-    from sst_jax.weights.models import open_original
+    from sst_jax.weights.loading import open_original
 
     facts = sst_jax.load(folders / "nf4").facts
     assert facts["stored"] == "nf4"
@@ -172,7 +172,7 @@ def test_errors_of_the_forwards_are_measured_on_a_quantised_base(folders, tmp_pa
 
 def test_rounding_a_quantised_base_leaves_its_linears(folders):
     """In bfloat16 only what a bfloat16 model would have is narrower: weights out of codes are bfloat16 numbers."""
-    from sst_jax.weights.models import open_model
+    from sst_jax.weights.loading import open_model
 
     base = open_model("random:tiny", "float32", "nf4_double").params["base"]
     narrow = nf4.cast(base, "bfloat16")

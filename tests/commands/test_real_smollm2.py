@@ -9,9 +9,9 @@ import pytest
 
 import sst_jax
 from sst_jax.console.command import run
-from sst_jax.inference.decode import generate_tokens
 from sst_jax.inference.model import Model
 from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.session import generate_tokens
 
 pytestmark = [
     pytest.mark.slow,

@@ -84,13 +84,13 @@ def test_a_model_without_a_first_token_is_compiled_before_it_is_announced(tmp_pa
     import asyncio
 
     from sst_jax.data.tokenizer import ByteTokenizer
-    from sst_jax.serving import app, engine
+    from sst_jax.serving import app, queue
 
     jobs = []
     monkeypatch.setattr(ByteTokenizer, "bos_id", None)
     monkeypatch.setattr(app.Server, "serve", lambda self, sockets: asyncio.sleep(0))
-    original = engine.answers
-    monkeypatch.setattr(engine, "answers", lambda *args: jobs.extend(original(*args)) or jobs)
+    original = queue.answers
+    monkeypatch.setattr(queue, "answers", lambda *args: jobs.extend(original(*args)) or jobs)
     arguments = ["--model", "random:tiny", "--port", "0", "--rows", "1", "--context", "512"]
     assert run(serve.main, arguments) == 0
     (job,) = jobs

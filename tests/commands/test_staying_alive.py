@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from sst_jax.console.progress import say
 from sst_jax.training import step as steps
 from sst_jax.training.run import read_metrics
-from sst_jax.training.watch import Stalls
+from sst_jax.training.watchdog import Stalls
 from sst_jax.weights.checkpoint import newest_good
-from tests import kills
 from tests.commands.conftest import SMALL, TINY, train_small
 from tests.commands.test_train import assert_same_run, trainables
+from tests.support import kills
 
 DIVERGES = [f"--config.{knob}" for knob in ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0")]
 
@@ -163,7 +163,7 @@ def test_a_disk_that_takes_no_more_is_named_and_the_last_checkpoint_stays(copied
 
 @pytest.mark.slow
 def test_eight_kills(tmp_path):
-    """`python -m tests.kills` does a hundred."""
+    """`python -m tests.support.kills` does a hundred."""
     result = kills.kill(tmp_path, kills=8, steps=30, seed=1)
     assert result["kills"] == 8
     assert np.isfinite(jax.tree.leaves(trainables(tmp_path / "killed"))[0]).all()

@@ -1,4 +1,4 @@
-"""Inputs made to take long or to take much; random mutations of small files (`tests/fuzz.py`) do not find them."""
+"""Inputs made to take long or to take much; random mutations (`tests/support/fuzz.py`) do not find them."""
 
 import struct
 import time

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 
 from sst_jax.errors import InputError
-from sst_jax.inference.cache import step
-from sst_jax.inference.decode import generate_tokens
+from sst_jax.inference.decode_state import step
 from sst_jax.inference.policies import Policy, as_policy, first_token, flat, parse, parse_list, probe, until_stable
 from sst_jax.inference.prefill import prefill
 from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.session import generate_tokens
 from sst_jax.model import decoder
+from tests.support import toys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

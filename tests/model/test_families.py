@@ -5,17 +5,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import naive
 import numpy as np
 import pytest
-import toys
 
-from sst_jax.inference.decode import generate_tokens
 from sst_jax.inference.sampling import Sampling
-from sst_jax.model import decoder, forward, nf4
+from sst_jax.inference.session import generate_tokens
+from sst_jax.model import decoder, rules
 from sst_jax.model.config import PRESETS, ModelConfig, StreamConfig
+from sst_jax.model.quantization import nf4
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
+from tests.support import naive, toys
 
 FAMILIES = {"llama": toys.LLAMA, "qwen3": toys.QWEN3}
 
@@ -58,7 +58,7 @@ def test_each_fact_of_a_family_is_computed_on_its_own(change, float64):
     params, tokens = toys.params(config, "float64"), toys.tokens(20)
     numbers = jax.tree.map(np.asarray, params)
     truth = naive.logits(config, numbers, tokens)
-    logits = toys.quick_jit(functools.partial(forward.logits, dtype="float64", forward="exact"), "config")
+    logits = toys.quick_jit(functools.partial(rules.logits, dtype="float64", forward="exact"), "config")
     assert np.abs(np.asarray(logits(config, params, tokens[None])[0]) - truth).max() <= 1e-11
     if not {"post_norms", "qk_norm", "tied_head"} & set(
         change

@@ -6,14 +6,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import naive
 import numpy as np
 import pytest
-import toys
 
-from sst_jax.model import decoder, forward
-from sst_jax.model.forward import hidden
-from sst_jax.planning.count import count
+from sst_jax.lab.planning.count import count
+from sst_jax.model import decoder, rules
+from sst_jax.model.rules import hidden
+from tests.support import naive, toys
 
 BACKBONE = dataclasses.replace(toys.BACKBONE, num_layers=2, layer_types=("local", "global"), window=3)
 FFN = toys.config(
@@ -118,7 +117,7 @@ def test_chunks_of_exact_change_no_gradient(chunk, remat, float64, monkeypatch):
     """Eight positions in three chunks of three (one of them padding) and in two of four."""
     base, trainable = split(FFN)
     whole = value_and_gradient(FFN, forward="exact", depth=1)(trainable, base)
-    monkeypatch.setattr(forward, "CHUNK", chunk)
+    monkeypatch.setattr(rules, "CHUNK", chunk)
     jax.clear_caches()
     cut = value_and_gradient.__wrapped__(FFN, forward="exact", depth=1, remat=remat)(trainable, base)
     jax.clear_caches()

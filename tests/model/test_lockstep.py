@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 
 from benchmarks.scale import hidden_apart
-from sst_jax.model import forward
+from sst_jax.model import rules
+from tests.support import toys
 
 SEGMENTS = np.repeat([1, 2, 0, 3, 0], [9, 5, 2, 6, 2])[None].repeat(2, axis=0)
 
@@ -36,7 +36,7 @@ def test_lockstep_changes_neither_values_nor_gradients(passes, fields, remat, fl
 
         return toys.quick_jit(jax.grad(score, has_aux=True))(params)
 
-    together = outcome(lambda *rest, **settings: forward.hidden(*rest, forward="k_pass", passes=passes, **settings))
+    together = outcome(lambda *rest, **settings: rules.hidden(*rest, forward="k_pass", passes=passes, **settings))
     apart = outcome(lambda *rest, **settings: hidden_apart(*rest, passes=passes, **settings))
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-12 * np.linalg.norm(theirs)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sst_jax.model import decoder, forward
+from sst_jax.model import decoder, rules
+from tests.support import toys
 
 LENGTH = 24
 # Large alphas, an initial state, a memory that decays and is carried by a scan: whatever could leak would be seen.
@@ -70,7 +70,7 @@ def test_not_a_bit_changes_when_only_neighbours_do(name, depth, dtype):
     for document in (1, 2, 3):
         changed = np.where(segments == document, tokens, toys.tokens(1, LENGTH, seed=document))
         first, second = (
-            forward.logits(
+            rules.logits(
                 CONFIG, parameters(CONFIG, dtype), text, forward=name, depth=depth, segment_ids=segments, dtype=dtype
             )[segments == document]
             for text in (tokens, changed)
@@ -87,7 +87,7 @@ def test_no_gradient_crosses_a_border(name, depth):
 
     def hidden_of(document, embedding):
         mine = {**params, "base": {**params["base"], "embed": {"embedding": embedding}}}
-        out = forward.hidden(CONFIG, mine, tokens[None], forward=name, depth=depth, segment_ids=segments[None])
+        out = rules.hidden(CONFIG, mine, tokens[None], forward=name, depth=depth, segment_ids=segments[None])
         weights = jax.random.normal(jax.random.key(0), out.shape)
         return jnp.where(segments[None, :, None] == document, out * weights, 0.0).sum()
 
@@ -116,9 +116,9 @@ def test_in_float32_a_document_stays_within_rounding_wherever_it_lies(name):
     config = ModelConfig(PRESETS["tiny"], StreamConfig())
     params = decoder.init_params(config, jax.random.key(0))
     document, before, after = (toys.tokens(1, size, seed=size, vocabulary=262) for size in (40, 30, 20))
-    alone = np.asarray(forward.logits(config, params, document, forward=name))
+    alone = np.asarray(rules.logits(config, params, document, forward=name))
     for front, back, segments in ((before, after, (1, 2, 3)), (0 * before, 0 * after, (0, 1, 0))):
         row = np.concatenate([front, document, back], axis=1)
         ids = np.repeat(segments, [30, 40, 20])[None].astype(np.int32)
-        inside = np.asarray(forward.logits(config, params, row, forward=name, segment_ids=ids))[:, 30:70]
+        inside = np.asarray(rules.logits(config, params, row, forward=name, segment_ids=ids))[:, 30:70]
         assert np.linalg.norm(inside - alone) <= 1e-6 * np.linalg.norm(alone)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sst_jax.model import decoder, forward
+from sst_jax.model import decoder, rules
 from sst_jax.model.attention import attend_rows, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import RMSNorm, rotate
+from sst_jax.weights.conversion import fill_base
 from sst_jax.weights.huggingface import open_folder
-from sst_jax.weights.source import fill_base
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch: extra `torch`")
 transformers = pytest.importorskip("transformers")
@@ -81,7 +81,7 @@ def test_logits(pair, length):
     tokens = ids(2, length)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    got = np.asarray(forward.logits(config, params, tokens, forward="plain"))
+    got = np.asarray(rules.logits(config, params, tokens, forward="plain"))
     assert np.abs(expected).max() > 1
     assert np.abs(got - expected).max() <= 2e-5
 
@@ -140,11 +140,11 @@ def test_layer_and_its_attention(pair, number):
     seen = {}
 
     def rule(unpacked, streams, extra, context):
-        q, k, v = forward.project(unpacked, jnp.asarray(x), context)
+        q, k, v = rules.project(unpacked, jnp.asarray(x), context)
         out, _, _ = attend_rows(
             config.backbone, unpacked.is_global, context.ropes, context.segment_ids, 1, "overwrite", q, k, v
         )
-        (o,), _ = forward.plain(unpacked, (jnp.asarray(x),), None, context)
+        (o,), _ = rules.plain(unpacked, (jnp.asarray(x),), None, context)
         return streams, (unpacked.block.o(out), o)
 
     context = decoder.row_context(config, jnp.asarray(ids(2, 30)))
@@ -155,8 +155,8 @@ def test_layer_and_its_attention(pair, number):
 
 @pytest.mark.parametrize("pair", ["gemma3, grouped", "llama, llama3", "qwen3"], indirect=True)
 def test_greedy_text_past_the_window(pair):
-    from sst_jax.inference.decode import generate_tokens
     from sst_jax.inference.sampling import Sampling
+    from sst_jax.inference.session import generate_tokens
 
     theirs, config, params = pair
     prompt = ids(1, 19)
@@ -179,7 +179,7 @@ def test_bfloat16_stays_as_close_as_the_reference_does(pair):
         rounded = theirs.to(torch.bfloat16)(torch.tensor(tokens)).logits.float().numpy()
         theirs.to(torch.float32)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    ours = np.asarray(forward.logits(config, narrow, tokens, forward="plain", dtype="bfloat16"))
+    ours = np.asarray(rules.logits(config, narrow, tokens, forward="plain", dtype="bfloat16"))
     assert np.linalg.norm(ours - truth) <= 1.2 * np.linalg.norm(rounded - truth)
 
 

@@ -12,16 +12,17 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sst_jax.errors import InputError
-from sst_jax.model import nf4, sharding
+from sst_jax.model import sharding
 from sst_jax.model.config import PRESETS, AdapterConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import init_params
+from sst_jax.model.quantization import nf4
 from sst_jax.model.sharding import AXES, MeshConfig
 
 TESTS = pathlib.Path(__file__).parents[1]
 
 
 def on_eight(*cases, float64=False):
-    """What tests/eight_devices.py prints for cases, from a process with eight devices."""
+    """What tests/support/eight_devices.py prints for cases, from a process with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     env = {
@@ -31,7 +32,7 @@ def on_eight(*cases, float64=False):
         "PYTHONPATH": paths,
         "JAX_ENABLE_X64": str(int(float64)),
     }
-    command = [sys.executable, str(TESTS / "eight_devices.py"), *cases]
+    command = [sys.executable, str(TESTS / "support" / "eight_devices.py"), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

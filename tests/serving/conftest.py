@@ -9,8 +9,8 @@ import threading
 import pytest
 
 import sst_jax
-from sst_jax.serving.engine import Engine
 from sst_jax.serving.protocol import Limits
+from sst_jax.serving.queue import Engine
 
 ROWS, CAPACITY = 4, 512
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from sst_jax.serving.engine import Engine
+from sst_jax.serving.queue import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

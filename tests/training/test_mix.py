@@ -3,11 +3,11 @@
 import numpy as np
 import optax
 import pytest
-import toys
 
 from sst_jax.errors import InputError
-from sst_jax.model import forward
+from sst_jax.model import rules
 from sst_jax.training.step import ForwardConfig, batch_losses
+from tests.support import toys
 
 
 def test_the_share_is_kept_and_the_draw_depends_on_seed_and_step_alone():
@@ -83,7 +83,7 @@ def test_a_step_that_drew_a_depth_has_the_loss_of_that_depth(quick_compiles):
     found = batch_losses(config, settings.at(0, seed=0), params["base"], params, batch, bos_id=toys.BOS)
     expected = []
     for depth in (1, 2):
-        logits = forward.logits(config, params, tokens, forward="exact", depth=depth, bos_id=toys.BOS)[:, :-1]
+        logits = rules.logits(config, params, tokens, forward="exact", depth=depth, bos_id=toys.BOS)[:, :-1]
         expected.append(optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
     np.testing.assert_allclose(found[:, 1:], expected[1], rtol=1e-4, atol=1e-5)
     assert np.abs(expected[0] - expected[1]).max() > 1e-2

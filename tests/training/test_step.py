@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toys
 
 from sst_jax.model.state import alpha_summary
 from sst_jax.training import loss
 from sst_jax.training.loss import answer_losses, token_losses
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step, warmth_at
+from tests.support import toys
 
 
 @pytest.fixture(params=[(128, 64), (8, 16), (5, 25), (7, 49)], ids=str)

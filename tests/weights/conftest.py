@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sst_jax.model.config import BackboneConfig
-from sst_jax.weights import huggingface, names
+from sst_jax.weights import huggingface, key_map
 
 # Eight layers so that a global one has local ones on both sides; sizes that no two axes share.
 BACKBONE = BackboneConfig(
@@ -24,8 +24,8 @@ def random_state(backbone=BACKBONE, dtype=ml_dtypes.bfloat16, layout="text", see
     """A state dict {key: array}, as PyTorch would save it."""
     rng = np.random.default_rng(seed)
     return {
-        names.relayout(key, layout): rng.standard_normal(entry.shape).astype(np.float32).astype(dtype)
-        for key, entry in names.expected(backbone).items()
+        key_map.relayout(key, layout): rng.standard_normal(entry.shape).astype(np.float32).astype(dtype)
+        for key, entry in key_map.expected(backbone).items()
     }
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +17,12 @@ from sst_jax.data.problems import word_problems
 from sst_jax.data.prompts import answer_text
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from sst_jax.model import decoder, forward, nf4
+from sst_jax.model import decoder, rules
 from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.model.quantization import nf4
 from sst_jax.weights import calibrate, huggingface, store
 from sst_jax.weights.calibrate import ROW, Texts, read_texts
+from tests.support import toys
 
 BACKBONE = BackboneConfig(
     num_layers=7, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=262, window=5,
@@ -159,7 +160,7 @@ def test_layer_by_layer_is_the_whole_stack_of_every_family(backbone):
             name: backbone.linear_shapes[name][0] for name in ("q", "o", "gate", "down")
         }
     ours = decoder.final_norm(config, params, x)
-    theirs = forward.hidden(config, params, tokens, forward="plain", segment_ids=segments)
+    theirs = rules.hidden(config, params, tokens, forward="plain", segment_ids=segments)
     assert float(jnp.abs(ours - theirs).max()) < 1e-4
 
 
@@ -260,7 +261,7 @@ def test_the_270m_calibrated_is_within_3_percent_of_its_bfloat16(tmp_path):
         tokens, real = np.zeros((24, 160), np.int32), np.zeros((24, 160), bool)
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)], real[row, : len(ids)] = ids, True
-        hidden = forward.hidden(model.config, model.params, tokens, forward="plain", segment_ids=real.astype(np.int32))
+        hidden = rules.hidden(model.config, model.params, tokens, forward="plain", segment_ids=real.astype(np.int32))
         table = model.params["base"]["embed"]["embedding"]
         losses.append(float(answer_losses(hidden, table, tokens, real).sum()) / real[:, 1:].sum())
     bfloat16, nearest, fitted = losses

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
-from sst_jax.model import nf4
 from sst_jax.model.config import FAMILIES, PRESETS, BackboneConfig
+from sst_jax.model.quantization import nf4
 from sst_jax.weights import gguf as reader
-from sst_jax.weights import names
+from sst_jax.weights import key_map
+from sst_jax.weights.conversion import fill_base, lazy_base
 from sst_jax.weights.huggingface import backbone_from_config, config_json, open_folder, write_folder
-from sst_jax.weights.models import backbone_of
-from sst_jax.weights.source import fill_base, lazy_base
+from sst_jax.weights.loading import backbone_of
 
 # Rows that are multiples of Q8_0's block of 32 and NF4's of 64, so that every linear can be quantised.
 _SHAPES = {
@@ -287,7 +287,7 @@ def rope_factors(theta=20_000.0, size=32, factor=8.0, low=1.0, high=4.0, origina
 def gguf_tensors(backbone, seed=0):
     """({GGUF name: array as a converter writes it}, {the same name: array as Hugging Face has it})."""
     rng, written, plain = np.random.default_rng(seed), {}, {}
-    for key, entry in names.expected(backbone, "gguf").items():
+    for key, entry in key_map.expected(backbone, "gguf").items():
         value = plain[key] = rng.standard_normal(entry.shape).astype(np.float32)
         if backbone.family == "llama" and key.endswith(("attn_q.weight", "attn_k.weight")):
             heads = len(value) // backbone.head_dim  # halves become neighbours, as in llama.cpp's converter
@@ -323,7 +323,7 @@ def test_the_two_columns_of_the_tables_agree_with_the_library(backbone):
     gguf = pytest.importorskip("gguf")
     arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[backbone.family]
     mapping = gguf.get_tensor_name_map(arch, backbone.num_layers)
-    for huggingface_key, gguf_key in zip(names.expected(backbone), names.expected(backbone, "gguf"), strict=True):
+    for huggingface_key, gguf_key in zip(key_map.expected(backbone), key_map.expected(backbone, "gguf"), strict=True):
         assert mapping.get_name(huggingface_key, try_suffixes=(".weight",)) == gguf_key
 
 
@@ -334,9 +334,9 @@ def test_every_array_lands_in_its_slot_and_rows_in_their_order(tmp_path, backbon
     assert source.backbone == backbone
     base, lazy = fill_base(source, "float32"), lazy_base(source)
     close = {"rtol": 0, "atol": 0 if quantization is None else 0.3 if quantization == "Q4_1" else 0.03}
-    for key, entry in names.expected(backbone, "gguf").items():
+    for key, entry in key_map.expected(backbone, "gguf").items():
         wanted = plain[key].T if entry.row.slot.endswith("kernel") else plain[key]
-        found = [names.get_slot(tree, entry.row.slot) for tree in (base, lazy)]
+        found = [key_map.get_slot(tree, entry.row.slot) for tree in (base, lazy)]
         for array in found if entry.layer is None else [stack[entry.layer] for stack in found]:
             np.testing.assert_allclose(array, wanted, **close, err_msg=key)
     assert ("head" in base) == (not backbone.tied_head)

@@ -1,4 +1,4 @@
-"""Readers under fuzz: a short run of `tests/fuzz.py`, and what tells a crash there. The long one is its own command."""
+"""Readers under fuzz: a short run of `tests/support/fuzz.py`, and what tells a crash. The long one is a command."""
 
 import json
 import os
@@ -17,7 +17,7 @@ GUARDED = """
 import os, pathlib, pickle, subprocess, sys, tempfile, time
 import numpy as np
 from sst_jax.errors import InputError
-from tests import fuzz
+from tests.support import fuzz
 
 class Opens:
     def __reduce__(self):
@@ -57,7 +57,7 @@ def test_the_guard_notices_what_a_reader_may_not_do(tmp_path):
 
 
 def fuzz(tmp_path, *arguments):
-    command = [sys.executable, "-m", "tests.fuzz", "--json", str(tmp_path / "result.json"), *arguments]
+    command = [sys.executable, "-m", "tests.support.fuzz", "--json", str(tmp_path / "result.json"), *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
     return ended, json.loads((tmp_path / "result.json").read_text())
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sst_jax.errors import InputError
 from sst_jax.model.config import PRESETS, BackboneConfig
 from sst_jax.weights import gguf as reader
-from sst_jax.weights import names
-from sst_jax.weights.source import digest, fill_base
+from sst_jax.weights import key_map
+from sst_jax.weights.conversion import digest, fill_base
 
 gguf = pytest.importorskip("gguf")
 
@@ -44,7 +44,7 @@ def tensors(backbone=BACKBONE, seed=0):
     rng = np.random.default_rng(seed)
     return {
         key: rng.standard_normal(entry.shape).astype(np.float32)
-        for key, entry in names.expected(backbone, "gguf").items()
+        for key, entry in key_map.expected(backbone, "gguf").items()
     }
 
 
@@ -76,7 +76,7 @@ def write(file, arrays=None, change=None, quantization=None):
 def test_the_two_columns_of_the_table_agree_with_the_library():
     """The gguf package maps Hugging Face names to its own for the converters that write these files."""
     mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, BACKBONE.num_layers)
-    both = zip(names.expected(BACKBONE), names.expected(BACKBONE, "gguf"), strict=True)
+    both = zip(key_map.expected(BACKBONE), key_map.expected(BACKBONE, "gguf"), strict=True)
     for huggingface_key, gguf_key in both:
         assert mapping.get_name(huggingface_key, try_suffixes=(".weight",)) == gguf_key
 
@@ -91,7 +91,7 @@ def test_every_array_lands_in_its_slot(tmp_path, quantization, monkeypatch):
     assert (source.kind, source.layout, source.dtype) == ("gguf", None, "float32")
     assert {tensor.dtype for tensor in source.tensors()} == {"F32", quantization or "F32"}
     base = fill_base(source, "float32")
-    expected = names.expected(BACKBONE, "gguf")
+    expected = key_map.expected(BACKBONE, "gguf")
     assert len(expected) == len(arrays)
     for key, entry in expected.items():
         value = arrays[key]
@@ -99,7 +99,7 @@ def test_every_array_lands_in_its_slot(tmp_path, quantization, monkeypatch):
             value = gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind)
             assert not np.array_equal(value, arrays[key])
         wanted = value.T if key.startswith("blk") and value.ndim == 2 else value - 1 if value.ndim == 1 else value
-        found = names.get_slot(base, entry.row.slot)
+        found = key_map.get_slot(base, entry.row.slot)
         np.testing.assert_array_equal(found if entry.layer is None else found[entry.layer], wanted, err_msg=key)
 
 
@@ -362,7 +362,7 @@ def test_the_real_270m_is_the_preset(real_file):
     assert source.backbone == PRESETS["270m"]
     assert {tensor.dtype for tensor in source.tensors()} == {"F32", "Q8_0", "Q5_0", "Q4_K", "Q6_K"}
     assert len(source.metadata["tokenizer.ggml.tokens"]) == 262_144
-    assert len(names.bind(source.tensors(), source.backbone, "gguf", real_file).tensors) == 236
+    assert len(key_map.bind(source.tensors(), source.backbone, "gguf", real_file).tensors) == 236
     assert source.files == [real_file]
 
 

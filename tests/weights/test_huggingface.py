@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 import sst_jax
 from sst_jax.errors import InputError
 from sst_jax.model.config import PRESETS
-from sst_jax.weights import huggingface, names
+from sst_jax.weights import huggingface, key_map
+from sst_jax.weights.conversion import digest, fill_base
 from sst_jax.weights.huggingface import INDEX, backbone_from_config, config_json, open_folder, resolve_hub, write_folder
-from sst_jax.weights.source import digest, fill_base
 
 # ----------------------------------------------------------------------------------------------------- round trips
 
@@ -25,12 +25,12 @@ from sst_jax.weights.source import digest, fill_base
 def multimodal(state, layout, dtype=np.float32):
     """A text state dict under multimodal names, with pieces of a vision tower and a tied head beside it."""
     top = "model." if layout == "multimodal_v5" else ""
-    renamed = {key.replace("model.", names.LAYOUTS[layout], 1): value for key, value in state.items()}
+    renamed = {key.replace("model.", key_map.LAYOUTS[layout], 1): value for key, value in state.items()}
     assert not set(renamed) & set(state)
     renamed[f"{top}vision_tower.vision_model.embeddings.patch_embedding.bias"] = np.ones((8,), dtype)
     renamed[f"{top}multi_modal_projector.mm_input_projection_weight"] = np.ones((8, 24), dtype)
     head = "lm_head.weight" if layout == "multimodal_v5" else "language_model.lm_head.weight"
-    renamed[head] = renamed[names.LAYOUTS[layout] + "embed_tokens.weight"]
+    renamed[head] = renamed[key_map.LAYOUTS[layout] + "embed_tokens.weight"]
     return renamed
 
 
@@ -38,7 +38,7 @@ def without_extras(raw):
     return {k: v for k, v in raw.items() if "vision_tower" not in k and "multi_modal" not in k and "lm_head" not in k}
 
 
-@pytest.mark.parametrize("layout", list(names.LAYOUTS))
+@pytest.mark.parametrize("layout", list(key_map.LAYOUTS))
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_is_bit_for_bit(tiny, tmp_path, layout, shards, dtype):
@@ -169,7 +169,7 @@ def test_save_pretrained_round_trip(tiny, torch_model, tmp_path, dtype, shard_si
     assert tiny.read_raw(tmp_path / "out") == tiny.read_raw(tmp_path / "in")
 
 
-@pytest.mark.parametrize("layout", list(names.LAYOUTS))
+@pytest.mark.parametrize("layout", list(key_map.LAYOUTS))
 def test_transformers_loads_the_export_and_computes_the_same(torch_model, tmp_path, layout):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -275,7 +275,7 @@ def test_transformers_5_rewrites_the_hub_configs_to_the_same_backbone(size):
     assert backbone_from_config(rewritten) == PRESETS[size]
 
 
-@pytest.mark.parametrize("layout", list(names.LAYOUTS))
+@pytest.mark.parametrize("layout", list(key_map.LAYOUTS))
 @pytest.mark.parametrize("size", [name for name, preset in PRESETS.items() if preset.family == "gemma3"])
 def test_written_configs_are_read_back_by_us_and_by_transformers(size, layout):
     transformers = pytest.importorskip("transformers")
@@ -444,7 +444,7 @@ def test_a_head_is_dropped_when_tied_and_refused_when_not(tiny, tmp_path, key):
     layout = "multimodal" if "language" in key else "text"
     state = tiny.random_state(layout=layout)
     plain = fill_base(open_folder(tiny.write_checkpoint(tmp_path / "plain", state)), "float32")
-    embedding = state[names.relayout("model.embed_tokens.weight", layout)]
+    embedding = state[key_map.relayout("model.embed_tokens.weight", layout)]
     tied = open_folder(tiny.write_checkpoint(tmp_path / "tied", {**state, key: embedding}))
     filled = fill_base(tied, "float32")
     np.testing.assert_array_equal(filled["embed"]["embedding"], plain["embed"]["embedding"])

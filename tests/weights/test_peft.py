@@ -14,9 +14,9 @@ from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.model.config import AdapterConfig, ModelConfig
 from sst_jax.weights import peft
-from sst_jax.weights.models import Opened
-from tests import toys
-from tests.torch_exports import SHALLOW, apart, model, write
+from sst_jax.weights.loading import Opened
+from tests.support import toys
+from tests.support.torch_exports import SHALLOW, apart, model, write
 
 STREAM = {"alpha_range": (0.0, 1.0), "decay": 0.2}
 

@@ -17,8 +17,8 @@ from sst_jax.console.command import run
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
-from sst_jax.weights import huggingface, names, store
-from sst_jax.weights.source import fill_base
+from sst_jax.weights import huggingface, key_map, store
+from sst_jax.weights.conversion import fill_base
 
 BACKBONE = BackboneConfig(
     num_layers=7, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=262, window=5,
@@ -120,7 +120,7 @@ def test_the_vision_tower_goes_through_untouched_or_not_at_all(tmp_path, tiny, t
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
     if text_only:
         assert exported["model_type"] == "gemma3_text"
-        assert set(written) == set(names.expected(BACKBONE))
+        assert set(written) == set(key_map.expected(BACKBONE))
     else:
         assert exported["mm_tokens_per_image"] == 9
         assert set(written) == {*state, *tower}
@@ -151,11 +151,11 @@ def sparse_checkpoint(folder, backbone):
     """The real keys, shapes and shard sizes of a multimodal checkpoint, all zeros and all holes on disk."""
     folder.mkdir()
     shards, index = [[]], {}
-    for key, entry in names.expected(backbone).items():
+    for key, entry in key_map.expected(backbone).items():
         size = int(np.prod(entry.shape)) * 2
         if sum(part[2] for part in shards[-1]) + size > 4.95e9:
             shards.append([])
-        shards[-1].append((names.relayout(key, "multimodal"), list(entry.shape), size))
+        shards[-1].append((key_map.relayout(key, "multimodal"), list(entry.shape), size))
     for number, shard in enumerate(shards, 1):
         name, end, header = f"model-{number:05d}-of-{len(shards):05d}.safetensors", 0, {}
         for key, shape, size in shard:

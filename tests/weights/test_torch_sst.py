@@ -1,4 +1,4 @@
-"""The PyTorch modelling files of an sst export against ours and against the mechanism written plainly (tests/naive)."""
+"""The PyTorch modelling files of an sst export against ours and against the mechanism written plainly (`naive`)."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sst_jax.model import forward as forwards
+from sst_jax.model import rules as forwards
 from sst_jax.model.config import PRESETS, StreamConfig
-from tests import naive, toys
-from tests.torch_exports import SHALLOW, apart, model, open_torch, torch_model, write
+from tests.support import naive, toys
+from tests.support.torch_exports import SHALLOW, apart, model, open_torch, torch_model, write
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -1,0 +1,130 @@
+"""What the depth effect is without its cause: walks in which nothing, or the wrong thing, is remembered.
+
+    alpha_0    the blend switched off: further iterations repeat the first, and nothing may move
+    plain      the backbone walked twice without a stream: the same, bit for bit
+    shuffled   iterations from the second on are entered by the real run's states of another position of the text
+    another_text  by those of another text of the batch, where there is one
+    random     by random directions of the real states' lengths
+
+The last three say whether it matters what was remembered, or only that something of this size was blended in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.lab.analysis.basins import overlap
+from sst_jax.lab.statistics import bootstrap_mean, finite
+from sst_jax.model import rules
+from sst_jax.model.decoder import Context, Layer, Streams
+from sst_jax.model.layers import wide
+from sst_jax.model.state import move
+
+if TYPE_CHECKING:
+    from sst_jax.lab.analysis.collect import Batch, Look, Walker
+
+
+class Swap(NamedTuple):
+    """What enters instead of the real states: those of position order[t] of row[b], or noise drawn from a key."""
+
+    row: jax.Array  # int32 [B]
+    order: jax.Array  # int32 [B, T]
+    key: jax.Array | None = None
+
+
+def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, jax.Array]:
+    """A rule over two streams: the real one, and one entered by the real one's states out of their places.
+
+    Only iterations from the second on are tampered with: the state from the position before comes in as it was.
+    Leaves the second stream's "output" or "memory" behind, as `keep` says.
+    """
+    (x, other), swap, depth = streams, context.options, context.depth
+    (o,), left = rules.exact(layer, (x,), before, context)
+    real = move(context.config.stream, x, left.memory, layer.masks, before)
+    by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
+    if swap.key is None:
+        wrong = by_position[swap.row[:, None], swap.order]
+    else:
+        kind = jax.random.fold_in(swap.key, layer.is_global.astype(jnp.int32))
+        noise = jax.random.normal(jax.random.fold_in(kind, layer.slot), by_position.shape)
+        length = jnp.linalg.norm(wide(by_position), axis=-1, keepdims=True)
+        wrong = (noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)).astype(real.dtype)
+    again = (jnp.arange(real.shape[1]) % depth > 0)[:, None]
+    s = jnp.where(again, wrong.reshape(real.shape), real)
+    h, _ = rules.attend(layer, other, context)
+    o_other, memory = rules.pass_once(layer, other, h, s, context)
+    return (o, o_other), o_other if keep == "output" else memory
+
+
+# One object each for as long as the program runs: a compiled walk is known by its rule.
+SWAPPED = {keep: functools.partial(swapped, keep) for keep in ("output", "memory")}
+
+
+def another_order(counts: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """int32 [B, T]: for each position another of its text, none its own where there are two; padding stays."""
+    rng = np.random.default_rng(seed)
+    order = np.tile(np.arange(length, dtype=np.int32), (len(counts), 1))
+    for row, count in zip(order, counts, strict=True):
+        cycle = rng.permutation(count)
+        row[cycle] = np.roll(cycle, 1)
+    return order
+
+
+def look(walker: Walker, batch: Batch, shallow: Look, deep: Look) -> list[dict[str, Any]]:
+    """What every control did to each problem of a batch, beside what depth did.
+
+    shallow, deep: the batch's walks at the first and the last depth. One dict a problem, by name of the control,
+    "depth" being the real thing: overlap [T][L] between its two walks, and whether the likeliest token changed [T].
+    """
+    settings, config = walker.settings, walker.model.config
+    depth = settings.depths[-1]
+    off = dataclasses.replace(config, stream=dataclasses.replace(config.stream, alpha=0.0))
+    plain = dataclasses.replace(config, stream=None)
+    repeated = walker(batch, depth, config=off, every=True)
+    pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1])}
+    pairs["plain"] = tuple(walker(batch, 1, config=plain)[0] for _ in range(2))
+    order = another_order(batch.count, batch.walked.shape[1], settings.seed)
+    rows = np.arange(len(batch.count), dtype=np.int32)
+    swaps = {"shuffled": Swap(rows, order), "random": Swap(rows, order, jax.random.key(settings.seed))}
+    if len(rows) > 1:
+        others = np.roll(rows, 1)
+        swaps["another_text"] = Swap(others, np.arange(order.shape[1], dtype=np.int32) % batch.count[others, None])
+    for name, swap in swaps.items():
+        (seen,) = walker(batch, depth, rule=SWAPPED[settings.what], copies=2, options=swap)
+        pairs[name] = (shallow, seen)
+    return [
+        {name: compared(*(each.row(row, count) for each in pair)) for name, pair in pairs.items()}
+        for row, count in enumerate(batch.count)
+    ]
+
+
+def compared(first: Look, second: Look) -> dict[str, Any]:
+    """JSON-ready, of one problem's two walks."""
+    changed = first.top_ids[:, 0] != second.top_ids[:, 0]
+    return {"overlap": overlap(first.states, second.states).tolist(), "argmax_changed": changed.tolist()}
+
+
+def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the problems that were controlled, by name of the control: how far the states and the tokens moved.
+
+    moved: mean of 1 - overlap over positions and layers, with an interval over problems; largest: at most so much.
+    """
+    found = {}
+    for name in dict.fromkeys(name for problem in problems for name in problem):
+        records = [problem[name] for problem in problems if name in problem]
+        moved = [1.0 - np.asarray(record["overlap"]) for record in records]
+        changed = [np.mean(record["argmax_changed"]) for record in records]
+        found[name] = {
+            "moved": finite(bootstrap_mean([part.mean() for part in moved])),
+            "largest": max(float(part.max()) for part in moved),
+            "argmax_changed": finite(bootstrap_mean(changed)),
+            "problems": len(records),
+        }
+    return found

@@ -1,0 +1,279 @@
+"""The figures of a report, each with the two sentences that a newcomer reads beneath it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sst_jax.console.figure import new_figure
+from sst_jax.lab.analysis import basins
+from sst_jax.lab.analysis.findings import Findings
+
+CONTROLS = {
+    "depth": "the model\nas it is", "shuffled": "states of\nother positions", "another_text": "states of\nother texts",
+    "random": "random\nstates", "alpha_0": "alpha = 0", "plain": "no stream",
+}  # fmt: skip
+
+
+class Drawn(NamedTuple):
+    name: str
+    title: str
+    says: str
+    figure: Figure
+
+
+def blank(width: float = 7.2, height: float = 3.8) -> tuple[Figure, Any]:
+    figure = new_figure(width, height)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def draw(found: Findings) -> Iterator[Drawn]:
+    """All figures that there is something to show for."""
+    first, last = (found.result["by_depth"][number]["depth"] for number in (0, -1))
+    yield heat(found, first, last)
+    yield histogram(found, first, last)
+    yield layers(found)
+    yield depths(found)
+    if found.result["downstream"]:
+        yield downstream(found)
+    floor = found.result["noise_floor"]
+    if floor and "by_layer" in floor:
+        yield noise(floor)
+    if found.result["controls"]:
+        yield controls(found)
+    yield alpha(found)
+
+
+def heat(found: Findings, first: int, last: int) -> Drawn:
+    figure, axes = blank()
+    axes.grid(visible=False)
+    longest = max(each.moved.shape[1] for each in found.measured)
+    layers = found.measured[0].moved.shape[2]
+    total, count = np.zeros((longest, layers)), np.zeros((longest, 1))
+    for each in found.measured:
+        values = each.moved[-1]
+        total[: len(values)] += values
+        count[: len(values)] += 1
+    image = axes.imshow(
+        np.log10(np.maximum(total / count, basins.FLOOR)).T, origin="lower", aspect="auto", cmap="viridis",
+        interpolation="nearest",
+    )  # fmt: skip
+    axes.set(xlabel="position in the text (0 gives its first token)", ylabel="layer")
+    bar = figure.colorbar(image, label=f"overlap of depths {first} and {last}")
+    bar.ax.yaxis.set_major_formatter(as_overlap)
+    return Drawn(
+        "overlap",
+        "Where iterating moves the hidden state",
+        f"Each cell compares the hidden state of one layer after {first} and after {last} iterations, averaged over "
+        f"the texts: an overlap of 1 means the same direction. Bright cells changed most.",
+        figure,
+    )
+
+
+def as_overlap(value: float, _: Any = None) -> str:
+    """A tick at log10(1 - overlap), as the overlap."""
+    rest = 10.0**value
+    return f"{1 - rest:.3g}" if rest > 5e-3 else f"1 − {rest:.0e}"
+
+
+def histogram(found: Findings, first: int, last: int) -> Drawn:
+    layer, modes = found.result["layer"], found.modes
+    figure, axes = blank()
+    values = basins.logs(np.concatenate([each.moved[-1, :, layer] for each in found.measured]))
+    _, edges, _ = axes.hist(values, bins=60, color="0.8", label="positions")
+    x = np.linspace(*edges[[0, -1]], 400)
+    scale = len(values) * (edges[1] - edges[0])
+    if min(modes.deviations) > 0:
+        parts = basins.density(x, modes.means, modes.deviations, modes.weights) * scale
+        for part, label in zip(parts, ("stable", "shifted") if modes.bimodal else ("", ""), strict=True):
+            if modes.bimodal:
+                axes.plot(x, part, linewidth=1, label=label)
+        axes.plot(x, parts.sum(0), "k", linewidth=1.2, label="mixture of two")
+    if modes.cut is not None:
+        axes.axvline(modes.cut, color="C3", linestyle="--", label=f"threshold {modes.threshold.value:.4g}")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter(as_overlap)
+    verdict = "two kinds of position" if modes.bimodal else "one kind of position"
+    axes.set(xlabel=f"overlap of depths {first} and {last}, layer {layer}", ylabel="positions", title=verdict)
+    axes.legend()
+    says = (
+        "The test finds two kinds of position: those that hardly move, and those left of the threshold."
+        if modes.bimodal
+        else "All positions form one hump, wide or narrow: no separate kind of position lands elsewhere."
+    )
+    return Drawn(
+        "histogram",
+        "One kind of position, or two?",
+        f"How many positions have which overlap, on a scale that spreads out the values near 1. {says}",
+        figure,
+    )
+
+
+def over_layers(axes: Any) -> None:
+    """An x axis that counts layers."""
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def band(axes: Any, low: np.ndarray, middle: np.ndarray, high: np.ndarray, label: str) -> None:
+    """Medians over layers, and what lies around them."""
+    number = np.arange(len(middle))
+    axes.fill_between(number, low, high, alpha=0.3, label=label)
+    axes.plot(number, middle, "o-", markersize=4, label="median")
+    over_layers(axes)
+
+
+def layers(found: Findings) -> Drawn:
+    figure, axes = blank()
+    records = found.result["modes_by_layer"]
+    low, middle, high = np.log10(np.maximum([record["quartiles_moved"] for record in records], basins.FLOOR)).T
+    number = np.arange(len(records))
+    band(axes, low, middle, high, "middle half of the positions")
+    two = np.array([record["bimodal"] and record["dip_p_holm"] < basins.LEVEL for record in records])
+    if two.any():
+        axes.plot(number[two], middle[two], "o", color="C3", label="two kinds of position (Holm-adjusted)")
+    axes.invert_yaxis()
+    axes.yaxis.set_major_formatter(as_overlap)
+    axes.set(ylabel="overlap, first and last depth")
+    axes.legend()
+    return Drawn(
+        "layers",
+        "How far each layer moves",
+        "The overlap between the first and the last depth, layer by layer from the input to the output. Red dots, if "
+        "any, are layers whose positions are of two kinds.",
+        figure,
+    )
+
+
+def depths(found: Findings) -> Drawn:
+    figure, axes = blank()
+    records = found.result["by_depth"]
+    at = [record["depth"] for record in records]
+    intervals(axes, at, [record["changed"] for record in records], "C0")
+    axes.set(xlabel="iterations at each position", ylabel="share of positions with another likeliest token")
+    axes.yaxis.label.set_color("C0")
+    right = axes.twinx()
+    intervals(right, at, [record["moved"] for record in records], "C1")
+    right.set_ylabel("mean of 1 - overlap", color="C1")
+    axes.set_xticks(at)
+    return Drawn(
+        "depths",
+        "What each further iteration adds",
+        "Blue: how often the model would write another token than after the first depth. Orange: how far its hidden "
+        "state has turned away by then; a curve that flattens says that iterating settles.",
+        figure,
+    )
+
+
+def intervals(axes: Any, at: Sequence[float], records: Sequence[dict[str, Any]], colour: str) -> None:
+    """Values with their intervals, where there are any."""
+    value = np.array([record["value"] for record in records], float)
+    low, high = (
+        np.array([record["value"] if record[end] is None else record[end] for record in records], float)
+        for end in ("low", "high")
+    )
+    axes.errorbar(at, value, yerr=[value - low, high - value], fmt="o-", color=colour, markersize=4, capsize=3)
+
+
+def downstream(found: Findings) -> Drawn:
+    figure, axes = blank()
+    records = found.result["downstream"]
+    intervals(axes, [record["distance"] for record in records], records, "C0")
+    axes.axhline(0.0, color="0.5", linewidth=0.8)
+    axes.set(xlabel="positions later", ylabel="extra 1 - overlap")
+    shifted = "a shifted position" if found.modes.bimodal else "one of the tenth that moved most"
+    return Drawn(
+        "downstream",
+        "How far a shift is felt",
+        f"How much more the states move some positions after {shifted} than after the others, within the same text. "
+        "Bars that include 0 mean that nothing is felt at that distance.",
+        figure,
+    )
+
+
+def noise(floor: dict[str, Any]) -> Drawn:
+    figure, axes = blank()
+    records = [record["ratio"] for record in floor["by_layer"]]
+    intervals(axes, range(len(records)), records, "C0")
+    everywhere = floor["everywhere"]["ratio"]["value"]
+    axes.axhline(everywhere, color="C1", linestyle="--", label=f"all layers: {everywhere:.2f}")
+    axes.axhline(1.0, color="0.4", linewidth=0.8, label="rounding to bfloat16")
+    over_layers(axes)
+    axes.set(ylabel="depth / rounding", yscale="log")
+    axes.legend()
+    return Drawn(
+        "noise",
+        "Is it more than rounding?",
+        "How many times as far iterating moves the states as computing in bfloat16 instead of float32 does. Below 1, "
+        "the effect of depth would be smaller than the noise that such computing makes anyway.",
+        figure,
+    )
+
+
+def controls(found: Findings) -> Drawn:
+    figure, axes = blank()
+    records = found.result["controls"]
+    names = [name for name in CONTROLS if name in records]
+    moves = [record["moved"]["value"] for record in records.values()]
+    axes.set_yscale("symlog", linthresh=min(filter(None, moves), default=1.0) / 10)
+    axes.margins(y=0.2)
+    for place, name in enumerate(names):
+        intervals(axes, [place], [records[name]["moved"]], f"C{place}")
+        changed, moved = records[name]["argmax_changed"]["value"], records[name]["moved"]["value"]
+        axes.annotate(
+            f"{moved:.1e}\n{changed:.1%} of\ntokens change" if moved else "exactly 0", (place, moved),
+            textcoords="offset points", xytext=(9, 0), va="center", fontsize=8,
+        )  # fmt: skip
+    axes.set_xticks(range(len(names)), [CONTROLS[name] for name in names])
+    axes.set(ylabel="mean of 1 - overlap", xlim=(-0.5, len(names) - 0.2))
+    return Drawn(
+        "controls",
+        "Does it matter what was remembered?",
+        "The same iterations with the states of other positions or texts, or random ones of the same size, put in "
+        "instead. Without a stream, or with its strength at 0, nothing may move at all.",
+        figure,
+    )
+
+
+def alpha(found: Findings) -> Drawn:
+    figure, axes = blank()
+    low, middle, high = np.array(found.result["alpha"]["by_layer"]).T
+    band(axes, low, middle, high, "5% to 95% of the dimensions")
+    axes.set(ylabel="alpha")
+    axes.legend()
+    return Drawn(
+        "alpha",
+        "How strongly each layer blends its state in",
+        "Alpha is the share of a layer's working state that is replaced by what it was thinking a step before. It was "
+        "learned for each dimension, so each layer has a range.",
+        figure,
+    )
+
+
+def roc(curve: Sequence[Sequence[float]], auc: float) -> Drawn:
+    """Of a probe's out-of-fold scores: points (false positives, true positives)."""
+    figure, axes = blank(4.6, 4.2)
+    axes.plot(*np.array(curve).T, label=f"area {auc:.2f}")
+    axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, label="guessing: 0.50")
+    axes.set(xlabel="false alarms", ylabel="found", aspect="equal")
+    axes.legend(loc="lower right")
+    return Drawn(
+        "probe",
+        "Can the first state tell?",
+        "How many of the items in question a probe finds, against how many false alarms it raises, for every "
+        "threshold. Each item was judged by a probe that had never seen it.",
+        figure,
+    )
+
+
+def save(drawn: Drawn, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{drawn.name}.png"
+    drawn.figure.savefig(target, dpi=130)
+    return target

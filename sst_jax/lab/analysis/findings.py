@@ -1,0 +1,160 @@
+"""All that is measured on a collection, as one JSON-ready record, and what figures need besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sst_jax.inference.model import Model
+from sst_jax.lab.analysis import basins, controls
+from sst_jax.lab.analysis.basins import Measured, Modes
+from sst_jax.lab.analysis.collect import Collection, Settings
+from sst_jax.lab.analysis.noise import noise_floor
+from sst_jax.lab.statistics import clustered_mean, finite, holm
+
+EXAMPLES, SHOWN, CONTEXT = 6, 5, 12  # positions in the table of tokens, tokens of each, tokens that lead up to it
+
+
+class Findings(NamedTuple):
+    """result  what result.json holds;  the rest is what it was made of: modes and masks [T] at the headline layer."""
+
+    result: dict[str, Any]
+    measured: list[Measured]
+    modes: Modes
+    masks: list[np.ndarray]
+    alpha: np.ndarray  # [L, D] or [L, 1]
+
+
+def measure(
+    model: Model, collection: Collection, settings: Settings, layer: int, advance: Callable[[int], Any] = lambda _: None
+) -> Findings:  # fmt: skip
+    """Reads a collection problem by problem and measures it; shifts are looked for at `layer`.
+
+    Raises: InputError as `Collection.read` and `basins.modes`.
+    """
+    measured = []
+    for problem in collection:
+        measured.append(basins.measure(problem))
+        advance(1)
+    layers = measured[0].moved.shape[-1]
+    by_layer = [basins.modes([each.moved[-1, :, number] for each in measured], refits=0) for number in range(layers)]
+    found = basins.modes([each.moved[-1, :, layer] for each in measured])
+    masks, cut, how = basins.shifted(measured, layer, found)
+    alpha = alphas(model)
+    result = {
+        "problems": len(measured),
+        "positions": int(sum(each.moved.shape[1] for each in measured)),
+        "layer": layer,
+        "by_depth": [
+            {
+                "depth": depth,
+                "moved": finite(clustered_mean([each.moved[number, :, layer] for each in measured])),
+                "lowest_overlap": float(1.0 - max(each.moved[number, :, layer].max() for each in measured)),
+                "changed": finite(clustered_mean([each.winner[number] != each.winner[0] for each in measured])),
+                "replaced": finite(clustered_mean([each.replaced[number] for each in measured])),
+            }
+            for number, depth in enumerate(settings.depths)
+        ],
+        "modes": as_record(found),
+        "modes_by_layer": [
+            {**as_record(each), "dip_p_holm": p, "quartiles_moved": quartiles(measured, number)}
+            for number, (each, p) in enumerate(zip(by_layer, holm([each.dip_p for each in by_layer]), strict=True))
+        ],
+        "shifted_are": how,
+        "tokens": basins.tokens_at(measured, masks),
+        "order_of_events": basins.order_of_events(measured, layer, cut),
+        "position_zero": basins.position_zero(measured, layer, masks),
+        "downstream": basins.downstream(measured, layer, masks),
+        "noise_floor": noise_floor(measured) if settings.rounding else None,
+        "controls": controls.summarise([each.controls for each in measured if each.controls]),
+        "alpha": {"mean": float(alpha.mean()), "by_layer": np.quantile(alpha, [0.05, 0.5, 0.95], axis=1).T.tolist()},
+        "examples": examples(model, collection, measured, layer),
+    }  # fmt: skip
+    return Findings(result, measured, found, masks, alpha)
+
+
+def as_record(found: Modes) -> dict[str, Any]:
+    intervals = {name: getattr(found, name) for name in ("threshold", "share")}
+    return {**found._asdict(), **{name: part and finite(part) for name, part in intervals.items()}}
+
+
+def quartiles(measured: Sequence[Measured], layer: int) -> list[float]:
+    values = np.concatenate([each.moved[-1, :, layer] for each in measured])
+    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+
+
+def alphas(model: Model) -> np.ndarray:
+    """How strongly each dimension of each layer blends its state in, [L, D], or [L, 1] where all do alike."""
+    stream, layers = model.config.stream, model.config.backbone.num_layers
+    if stream.alpha is not None:
+        return np.full((layers, 1), stream.alpha)
+    theta = np.asarray(model.params["blend"]["theta"], float)
+    lo, hi = stream.alpha_range
+    return np.broadcast_to(lo + (hi - lo) / (1.0 + np.exp(-theta)), (layers, theta.shape[-1]))
+
+
+def examples(model: Model, collection: Collection, measured: Sequence[Measured], layer: int) -> list[dict[str, Any]]:
+    """The positions that moved most, at most one a problem: the likeliest tokens before and after."""
+    at = [int(each.moved[-1, :, layer].argmax()) for each in measured]
+    most = [each.moved[-1, place, layer] for each, place in zip(measured, at, strict=True)]
+    found = []
+    for number in np.argsort(most)[::-1][:EXAMPLES]:
+        problem, place = collection.read(int(number)), at[number]
+        read = [*problem.prefix, *problem.walked[: place + 1]]
+        found.append(
+            {
+                "id": problem.id, "position": place, "overlap": float(1.0 - most[number]),
+                "context": model.tokenizer.decode(read[-CONTEXT:]),
+                "before": tokens(model, problem.top_ids[0, place], problem.top_logits[0, place]),
+                "after": tokens(model, problem.top_ids[-1, place], problem.top_logits[-1, place]),
+            }
+        )  # fmt: skip
+    return found
+
+
+def tokens(model: Model, ids: np.ndarray, logits: np.ndarray) -> list[dict[str, Any]]:
+    """The likeliest tokens as text, with their shares of what the top tokens have together."""
+    weights = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    return [
+        {"token": model.tokenizer.decode([int(each)]), "share": float(weight)}
+        for each, weight in zip(ids[:SHOWN], weights[:SHOWN], strict=True)
+    ]
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The lines that a person reads in the terminal."""
+    found, last = result["modes"], result["by_depth"][-1]
+    lines = [
+        f"{result['problems']} problems, {result['positions']} positions, layer {result['layer']}: mean overlap "
+        f"between depths {result['by_depth'][0]['depth']} and {last['depth']} is {1 - last['moved']['value']:.4f}",
+    ]
+    if found["bimodal"]:
+        share, threshold = number(found["share"], ".1%"), number(found["threshold"], ".4f")
+        lines.append(
+            f"two kinds of position: {share} shifted below an overlap of {threshold} (dip p = {found['dip_p']:.3g})"
+        )
+    else:
+        lines.append(f"one kind of position: no basin shifts to be seen (dip p = {found['dip_p']:.3g})")
+    bimodal = sum(each["bimodal"] and each["dip_p_holm"] < basins.LEVEL for each in result["modes_by_layer"])
+    lines.append(f"layers with two kinds of position, Holm-adjusted: {bimodal} of {len(result['modes_by_layer'])}")
+    shifted, stable = (result["tokens"][name] for name in ("shifted", "stable"))
+    lines.append(
+        f"shifted are {result['shifted_are']}: the likeliest token changed at {number(shifted['changed'], '.1%')} of "
+        f"them, and at {number(stable['changed'], '.1%')} of the others"
+    )
+    floor = result["noise_floor"]
+    if floor and "everywhere" in floor:
+        ratio = number(floor["everywhere"]["ratio"], ".2f")
+        lines.append(f"depth moves the states {ratio} times as far as bfloat16 does")
+    return "\n".join(lines)
+
+
+def number(interval: dict[str, Any] | None, spec: str) -> str:
+    """A value and its interval where it has one; a dash for none."""
+    if interval is None or interval["value"] is None:
+        return "–"
+    ends = "" if interval["low"] is None else f" [{interval['low']:{spec}}, {interval['high']:{spec}}]"
+    return f"{interval['value']:{spec}}{ends}"

@@ -1,0 +1,64 @@
+"""Whether a run was trained on what it is tested on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sst_jax.data.problems import Problem
+from sst_jax.errors import InputError
+from sst_jax.lab.evaluation.tasks import Item
+from sst_jax.model.config import from_mapping
+from sst_jax.training.problems import split_problems
+from sst_jax.training.recipe import DataConfig
+
+NGRAM = 13  # words, as in GPT-3's contamination study (arXiv 2005.14165, appendix C)
+
+
+def overlap(training: Iterable[Problem], items: Sequence[Item]) -> dict[str, Any]:
+    """Test questions that training holds word for word, and those that share a run of NGRAM words with it."""
+    whole, runs, count = set(), set(), 0
+    for problem in training:
+        words = _words(problem.question)
+        whole.add(" ".join(words))
+        runs.update(_runs(words))
+        count += 1
+    asked = {item.id: _words(item.problem.question) for item in items}
+    return {
+        "training_examples": count,
+        "items": len(items),
+        "same_question": [name for name, words in asked.items() if " ".join(words) in whole],
+        f"shares_{NGRAM}_words": [name for name, words in asked.items() if not runs.isdisjoint(_runs(words))],
+    }
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _runs(words: Sequence[str]) -> set[str]:
+    return {" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)}
+
+
+def check(recipe: dict[str, Any] | None, items: Sequence[Item], allow: bool) -> dict[str, Any]:
+    """The overlap of a run's training data with the test, or why there is none to report.
+
+    Raises: InputError when a test question was trained on, unless `allow`.
+    """
+    if not recipe:
+        return {"checked": False, "reason": "not a training run: nothing says what it was trained on"}
+    data = from_mapping(DataConfig, recipe["data"])
+    try:
+        training, _ = split_problems(data, recipe["train"]["seed"])
+    except InputError as error:
+        return {"checked": False, "reason": f"the training data cannot be read any more: {error}"}
+    found = {"checked": True, **overlap(training, items)}
+    same = found["same_question"]
+    if same and not allow:
+        raise InputError(
+            f"{len(same)} of {len(items)} test questions are in the training data of this run "
+            f"({data.path or data.name}), such as {same[0]}: its score would say nothing. "
+            f"--allow-overlap evaluates all the same and records it"
+        )
+    return found

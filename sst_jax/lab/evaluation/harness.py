@@ -1,0 +1,223 @@
+"""Our models as a model of lm-evaluation-harness, so that any of its tasks runs at a given depth (extra `eval`).
+
+Texts become tokens as the harness's own Hugging Face backend makes them: BOS in front, control tokens where a chat
+template wrote them. Known texts are scored with the depth at every position, answers are generated with the depth from
+the first new token on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from lm_eval import simple_evaluate, utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+
+from sst_jax.console.command import write_json
+from sst_jax.console.progress import bar
+from sst_jax.data.tokenizer import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN
+from sst_jax.errors import InputError
+from sst_jax.files import digest, read_json
+from sst_jax.inference.model import Model
+from sst_jax.lab.evaluation.scoring import Scores, score
+
+BOS = "<bos>"
+BOOTSTRAPS = 1000  # for the few metrics whose standard error the harness finds by resampling
+_MARKS = re.compile("|".join(map(re.escape, (BOS, START_OF_TURN, END_OF_TURN))))
+
+# It would resample in forked processes, and a fork of a process that runs JAX may hang.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
+
+class HarnessModel(TemplateLM):
+    """A `Model` at one depth, for `lm_eval.simple_evaluate(model=HarnessModel(model, depth=4), ...)`."""
+
+    max_gen_toks = 256  # where a task does not say, as in the harness's other backends
+
+    def __init__(self, model: Model, depth: int = 1, batch_size: int = 8, max_length: int | None = None):
+        """`max_length`: positions a row may have; None: as many as the backbone.
+
+        Raises: InputError where depth needs a stream that is not there.
+        """
+        super().__init__()
+        if depth > 1 and model.config.stream is None:
+            raise InputError(f"depth={depth} needs a model with a stream")
+        self.model, self.depth, self.batch_size = model, depth, batch_size
+        self.max_length = max_length or model.config.backbone.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        tokenizer = self.model.tokenizer
+        return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"sst_jax-{self.model.tokenizer.digest[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids; BOS in front unless the text begins with it or `add_special_tokens` is False."""
+        tokenizer, ids, end = self.model.tokenizer, [], 0
+        for mark in _MARKS.finditer(string):
+            index = tokenizer.piece_id(mark[0])
+            if index is not None:
+                ids += [*tokenizer.encode_text(string[end : mark.start()]), index]
+                end = mark.end()
+        ids += tokenizer.encode_text(string[end:])
+        wanted = tokenizer.add_bos if add_special_tokens is None else add_special_tokens
+        return [tokenizer.bos_id] * (wanted and ids[:1] != [tokenizer.bos_id]) + ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return CHAT_TEMPLATE if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation in Gemma's turns; without `add_generation_prompt` its last turn is left open."""
+        if self.model.tokenizer.piece_id(START_OF_TURN) is None:
+            raise InputError(
+                f"--tasks in the format chat writes Gemma's turns, and this vocabulary lacks {START_OF_TURN}"
+            )
+        template = jinja2.Environment().from_string(CHAT_TEMPLATE)
+        text = template.render(messages=chat_history, bos_token=BOS, add_generation_prompt=add_generation_prompt)
+        return text if add_generation_prompt else text.removesuffix(f"{END_OF_TURN}\n")
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:  # fmt: skip
+        rows, starts = [], []
+        for _, context, continuation in requests:
+            row = (context + continuation)[-(self.max_length + 1) :]  # cut on the left, as the harness does
+            rows.append(row)
+            starts.append(len(row) - len(continuation))
+        found: dict[int, Scores] = {}
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        with bar(len(rows), f"log-likelihoods, depth {self.depth}", "text") as meter:
+            for batch in _chunks(order, self.batch_size):
+                scores = score(self.model, [rows[i] for i in batch], [starts[i] for i in batch], self.depth)
+                found.update(zip(batch, scores, strict=True))
+                meter.update(len(batch))
+        return [(float(found[i].logprobs.sum(dtype="float64")), bool(found[i].greedy.all())) for i in range(len(rows))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text, in windows of `max_length`, each text on its own."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            cuts = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            for window in map(utils.make_disjoint_window, cuts):
+                windows.append((None, *window))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += loglikelihood
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to a stop string, greedy or sampled as each request says; requests of one kind share batches."""
+        kinds: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        found: dict[int, str] = {}
+        with bar(len(requests), f"answers, depth {self.depth}", "answer") as meter:
+            for kind, indices in kinds.items():
+                settings = normalize_gen_kwargs(json.loads(kind), self.max_gen_toks)
+                room = settings["max_gen_toks"]
+                if room >= self.max_length:
+                    raise InputError(f"max_gen_toks={room} leaves no room for a prompt in {self.max_length} positions")
+                sampling = {}
+                if settings["do_sample"]:
+                    sampling = {name: settings[name] for name in ("temperature", "top_p", "top_k") if name in settings}
+                prompts = {i: self.tok_encode(requests[i].args[0])[-(self.max_length - room) :] for i in indices}
+                for batch in _chunks(sorted(indices, key=lambda i: -len(prompts[i])), self.batch_size):
+                    answers = self.model.generate(
+                        [prompts[i] for i in batch], depth=self.depth, max_new_tokens=room, stop=settings["until"],
+                        seed=batch, **sampling,
+                    )  # fmt: skip
+                    found.update(zip(batch, (answer.text for answer in answers), strict=True))
+                    meter.update(len(batch))
+        return [found[index] for index in range(len(requests))]
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterable[list[int]]:
+    return (list(indices[start : start + size]) for start in range(0, len(indices), size))
+
+
+def task_manager(include: str | None) -> TaskManager:
+    """The harness's tasks, and those described by the YAML files in the folder `include`."""
+    if include is not None and not Path(include).is_dir():
+        raise InputError(f"--include {include} is not a folder")
+    return TaskManager(include_path=include)
+
+
+def check_names(manager: TaskManager, names: Sequence[str]) -> None:
+    """Raises: InputError naming an unknown task and its neighbours, or a data set that cannot be read."""
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            raise InputError(
+                f"--tasks {name} is not a task of the harness" + (f"; near it: {', '.join(near)}" * bool(near))
+            )
+    try:
+        manager.load(list(names))
+    except Exception as error:  # whatever the hub's client raises: offline, gated, missing
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"--tasks {','.join(names)}: the data cannot be read ({reason})") from error
+
+
+def measure(
+    model: Model, depth: int, names: Sequence[str], manager: TaskManager, out: Path, header: dict[str, Any], *,
+    chat: bool, limit: int | None, fewshot: int | None, batch_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The harness's results by task at one depth, and its samples in OUT; taken from there where they already stand.
+
+    Raises: InputError where OUT holds results of other settings.
+    """
+    there = measured(out, header)
+    if str(depth) in there:
+        return there[str(depth)]
+    header = {**header, "depth": depth}
+    found = simple_evaluate(
+        model=HarnessModel(model, depth, batch_size), tasks=list(names), task_manager=manager, limit=limit,
+        num_fewshot=fewshot, apply_chat_template=chat, torch_random_seed=None, bootstrap_iters=BOOTSTRAPS,
+    )  # fmt: skip
+    results = json.loads(json.dumps(found["results"], default=utils.handle_non_serializable))
+    out.mkdir(parents=True, exist_ok=True)
+    for task, samples in found["samples"].items():
+        with (out / f"samples-{task}-depth-{depth}.jsonl").open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(sample, default=utils.handle_non_serializable) + "\n" for sample in samples)
+    file = out / f"depth-{depth}.json"
+    write_json(file, {"settings": header, "versions": found["versions"], "results": results})
+    return results
+
+
+def measured(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The results that stand in OUT, by depth.
+
+    Raises: InputError where they are of other settings.
+    """
+    found = {}
+    for file in out.glob("depth-*.json"):
+        there = read_json(file)
+        settings = there.get("settings") or {}
+        if settings != json.loads(json.dumps({**header, "depth": settings.get("depth")})):
+            raise InputError(f"{file} holds results of other settings: choose another --out")
+        found[str(settings["depth"])] = there["results"]
+    return {depth: found[depth] for depth in sorted(found, key=int)}
+
+
+def definitions(include: str | None) -> str | None:
+    """sha256 over the files of a folder of task definitions: other ones are another test."""
+    if include is None:
+        return None
+    return digest(file for file in Path(include).rglob("*") if file.is_file())

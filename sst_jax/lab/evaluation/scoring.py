@@ -1,0 +1,72 @@
+"""How likely a known text is: log-probabilities of its tokens, and whether greedy decoding would have written them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.inference.model import Model
+from sst_jax.model import decoder, rules
+from sst_jax.model.config import ModelConfig
+from sst_jax.model.decoder import Params
+
+BUCKET = 64  # rows are padded to multiples of this, so that few shapes are compiled
+CHUNK = 64  # positions whose logits exist at one time
+
+
+class Scores(NamedTuple):
+    """Of the scored tokens of one row: log-probabilities in nats, and whether each was the likeliest token."""
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+
+def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], depth: int = 1) -> list[Scores]:
+    """Scores the tokens of each row from `starts` on, each given all before it, under the exact recurrence.
+
+    With a stream, every position has `depth` iterations, as in `Model.logits`: generation gives them only from the
+    first new token on. A row begins with its context, of at least one token.
+    """
+    length = -(-max(map(len, rows)) // BUCKET) * BUCKET
+    tokens = np.zeros((len(rows), length), np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    segments = np.arange(length) < np.array([[len(ids)] for ids in rows])
+    # Flat places in [B, T] of the positions that predict a scored token.
+    places = [
+        row * length + np.arange(start - 1, len(ids) - 1)
+        for row, (ids, start) in enumerate(zip(rows, starts, strict=True))
+    ]
+    flat = np.concatenate(places)
+    padded = np.pad(flat, (0, -len(flat) % CHUNK)).astype(np.int32)
+    logprobs, greedy = _score(
+        model.config, model.params, tokens, segments.astype(np.int32), padded, depth=depth,
+        bos_id=model.tokenizer.bos_id, dtype=model.dtype,
+    )  # fmt: skip
+    cuts = np.cumsum([len(part) for part in places])[:-1]
+    parts = (np.split(np.asarray(array)[: len(flat)], cuts) for array in (logprobs, greedy))
+    return [Scores(*pair) for pair in zip(*parts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "depth", "bos_id", "dtype"))
+def _score(
+    config: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.Array, places: jax.Array, *,
+    depth: int, bos_id: int | None, dtype: str,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    hidden = rules.hidden(
+        config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids, bos_id=bos_id, dtype=dtype
+    )
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
+
+    def some(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, wanted = decoder.head(params, flat[part]), targets[part]
+        picked = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
+        return picked - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == wanted
+
+    logprobs, greedy = jax.lax.map(some, places.reshape(-1, CHUNK))
+    return logprobs.reshape(-1), greedy.reshape(-1)

@@ -1,0 +1,238 @@
+"""Compiling the real train or decode step for hardware that is not here, on arrays that do not exist."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sst_jax.errors import InputError
+from sst_jax.inference import decode_state
+from sst_jax.lab.planning.collectives import sent
+from sst_jax.lab.planning.count import Work, count
+from sst_jax.lab.planning.targets import Target, config_text
+from sst_jax.model import decoder, kernels, sharding
+from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.model.quantization import nf4
+from sst_jax.model.sharding import MeshConfig
+from sst_jax.training.optimizer import make_optimizer
+from sst_jax.training.recipe import Recipe, placed
+from sst_jax.training.step import init_state, train_step
+
+BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
+
+
+class Plan(NamedTuple):
+    """What a compiled program needs, bytes of one device; `work` is that of all devices together.
+
+    `kinds` are the arguments' parts by name (padding, which only the compiler knows of, is in none of them).
+    `sent` are the bytes that each device sends to others, by kind of collective; `mesh` the devices along each axis.
+    """
+
+    arguments: int
+    kinds: dict[str, int]
+    temporaries: int
+    peak: int
+    work: Work
+    attention: str
+    compile_seconds: float
+    sent: dict[str, float]
+    mesh: dict[str, int]
+
+
+class TooLarge(RuntimeError):
+    """The compiler itself found that the program does not fit (TPU compilers do)."""
+
+
+def devices_of(target: Target) -> list[Any]:
+    """The described devices.
+
+    Raises: InputError naming the extra, when the wheels with the target's compiler are not installed.
+    """
+    from jax.experimental import topologies
+
+    try:
+        if target.platform == "cuda":
+            found = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=config_text(target), topology=f"1x1x{target.chips}"
+            )
+        else:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"planning for {target.name} needs the compiler in JAX's {target.extra} wheels (no device, no driver): "
+            f"pip install 'sst-jax[{target.extra}]' ({reason})"
+        ) from None
+    return list(found.devices)
+
+
+@contextlib.contextmanager
+def described(target: Target) -> Iterator[None]:
+    """Lets JAX's check of cuDNN attention's head dims ask the described card, where it would ask the local device."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    name = "check_compute_capability"
+    original = getattr(library, name, None)
+    if target.platform != "cuda" or original is None:
+        yield
+        return
+    setattr(library, name, lambda wanted: target.capability >= tuple(int(part) for part in wanted.split(".")))
+    try:
+        yield
+    finally:
+        setattr(library, name, original)
+
+
+def attention_of(target: Target, attention: str, dtype: str, head_dim: int) -> str:
+    """The attention kernel on a target."""
+    backend = "tpu" if target.platform == "tpu" else "gpu"
+    return kernels.pick(attention, head_dim, dtype, backend, target.capability)
+
+
+def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Plan:
+    """Compiles the train step of a recipe: of one that draws passes or depths the costliest, and counts the average.
+
+    Raises: InputError as `mesh_on` and `sharding.check`; TooLarge.
+    """
+    if len(recipe.forward.draws()) > 1:
+        draws = _draws(recipe, backbone)
+        costliest = max(draws, key=lambda one: one[2].flops)[1]
+        return plan_training(costliest, backbone, target)._replace(work=_average(draws))
+    mesh = mesh_on(target, recipe.mesh)
+    sharding.check(mesh, backbone, recipe.data.batch_size)
+    pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
+    here = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
+    step, arguments = training_step(here, backbone)
+    counted, _ = training_step(placed(recipe, lambda *_: "xla"), backbone)
+    kinds = lambda state, base, batch, _: {  # noqa: E731
+        "base": base, "adapter and stream": state.trainable, "optimizer": state.optimizer, "batch": batch
+    }  # fmt: skip
+    attention = here.forward.attention
+    return plan_step(target, mesh, step, counted, arguments, donated=True, attention=attention, kinds=kinds)
+
+
+def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh of a config over a target's devices.
+
+    Raises: InputError as `devices_of`, and where the mesh does not fit them.
+    """
+    return sharding.make_mesh(config, devices_of(target)[: target.chips])
+
+
+def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
+    """The train step of a recipe whose attention is placed, and what its arguments are under `jax.eval_shape`."""
+    config, data = ModelConfig(backbone, recipe.stream, recipe.adapter), recipe.data
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+
+    def arguments() -> tuple:
+        base, trainable = abstract_parameters(config, recipe.dtype, recipe.quantize)
+        whole = {name: jnp.zeros((data.batch_size, data.length), jnp.int32) for name in ROWS}
+        batch = {**whole, "answer_mask": jnp.zeros((data.batch_size, data.length), bool)}
+        return init_state(trainable, optimizer), base, batch, jax.random.key(0)
+
+    return functools.partial(train_step, config, recipe.forward, optimizer, BOS), arguments
+
+
+def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
+    """What a train step of a recipe computes on average, whatever it runs on; nothing is compiled."""
+    return _average(_draws(recipe, backbone))
+
+
+def _draws(recipe: Recipe, backbone: BackboneConfig) -> list[tuple[float, Recipe, Work]]:
+    """What a recipe's steps may be: with which probability, the recipe of such steps alone, and the work of one."""
+    found = []
+    for share, drawn in recipe.forward.draws():
+        one = dataclasses.replace(recipe, forward=drawn)
+        step, arguments = training_step(placed(one, lambda *_: "xla"), backbone)
+        found.append((share, one, count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))))
+    return found
+
+
+def _average(draws: list[tuple[float, Recipe, Work]]) -> Work:
+    return Work([part._replace(times=share * part.times) for share, _, work in draws for part in work.products])
+
+
+ROWS = ("tokens", "segment_ids", "positions")
+
+
+def plan_decoding(
+    recipe: Recipe, backbone: BackboneConfig, target: Target, rows: int, capacity: int, depth: int
+) -> Plan:
+    """Compiles one decode step of `rows` sequences with caches of `capacity` positions, and counts it at `depth`."""
+    config, dtype = ModelConfig(backbone, recipe.stream, recipe.adapter), jnp.dtype(recipe.dtype)
+
+    def arguments() -> tuple:
+        base, trainable = abstract_parameters(config, recipe.dtype, recipe.quantize)
+        token = jnp.zeros(rows, jnp.int32)
+        return decode_state.init_cache(config, rows, capacity, dtype), {"base": base, **trainable}, token, token
+
+    def step(caches: decode_state.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
+        hidden, caches = decode_state.step(config, params, token, caches, depth, dtype=recipe.dtype)
+        return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
+
+    mesh = mesh_on(target, recipe.mesh)
+    sharding.check(mesh, backbone)
+    kinds = lambda caches, params, *_: {  # noqa: E731
+        "base": params["base"], "adapter and stream": [params["adapter"], params["blend"]], "caches": caches
+    }  # fmt: skip
+    return plan_step(
+        target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth, flash=False, kinds=kinds
+    )
+
+
+def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
+    """Base and trainable parameters of a model; to be called under `jax.eval_shape`, where neither is ever made."""
+    params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
+    base = {**params["base"], "layers": nf4.quantise_layers(params["base"]["layers"], quantize)}
+    return base, {"adapter": params["adapter"], "blend": params["blend"]}
+
+
+def plan_step(
+    target: Target, mesh: jax.sharding.Mesh, step: Callable, counted: Callable, arguments: Callable[[], tuple], *,
+    attention: str, donated: bool = False, trips: int = 1, flash: bool = True,
+    kinds: Callable[..., dict[str, Any]] = lambda *_: {},
+) -> Plan:  # fmt: skip
+    """Compiles `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
+
+    They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
+    and the first of two results is what takes its place. `trips`, `flash`: as `count` takes them.
+    `kinds`: the parts of the arguments, by name.
+    Raises: TooLarge.
+    """
+    shapes = jax.eval_shape(arguments)
+    work = count(jax.make_jaxpr(counted)(*shapes), trips, flash)
+    places = sharding.shardings(mesh, shapes)
+    abstract = jax.tree.map(_placed, shapes, places)
+    options = {"donate_argnums": 0, "out_shardings": (places[0], None)} if donated else {}
+    started = time.monotonic()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):
+            lowered = jax.jit(step, **options).trace(*abstract).lower()
+            compiled = lowered.compile(compiler_options=kernels.compiler_options(target.platform))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLarge(str(error).splitlines()[0]) from None
+        raise
+    memory = compiled.memory_analysis()
+    parts = {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in kinds(*abstract).items()}
+    return Plan(
+        memory.argument_size_in_bytes, parts, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, work, attention,
+        time.monotonic() - started, sent(compiled.as_text(), mesh.size), dict(mesh.shape),
+    )  # fmt: skip
+
+
+def _bytes(shape: jax.ShapeDtypeStruct) -> int:
+    """Of an array's part on one device."""
+    return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+
+
+def _placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)

@@ -1,0 +1,1 @@
+"""Studies: arms of matched comparisons, and tiny models trained from scratch."""

@@ -1,0 +1,1 @@
+"""How frozen linears are stored and read."""

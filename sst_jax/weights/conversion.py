@@ -1,0 +1,194 @@
+"""A source of weights: something that lists named tensors without reading them, and the one loop that fills a base.
+
+`huggingface.open_folder` and `gguf.open_file` make sources; everything after them is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from sst_jax.errors import InputError
+from sst_jax.files import Progress, digest
+from sst_jax.model.config import BackboneConfig
+from sst_jax.model.quantization import nf4
+from sst_jax.weights import key_map
+
+__all__ = ["DTYPES", "Piece", "Source", "Tensor", "digest", "fill_base", "lazy_base", "numpy_dtype", "pieces", "slots"]
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The numpy dtype of "float32" or "bfloat16".
+
+    Raises: InputError for any other name.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+class Tensor(NamedTuple):
+    """A tensor on disk: what its header says, and how to read it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as the format names it: "BF16", "Q4_K"
+    file: Path
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint whose headers have been read and whose weights have not.
+
+    kind      "huggingface" or "gguf"
+    layout    spelling of the keys (`names.LAYOUTS`), kept so that an export can mirror it; None for GGUF
+    files     what `digest` identifies the checkpoint by
+    dtype     the widest float dtype of the tensors, "float32" for anything quantised: reading in it loses nothing
+    metadata  config.json, or the GGUF's key-value pairs
+    """
+
+    kind: str
+    path: Path
+    backbone: BackboneConfig
+    headers: tuple[Tensor, ...]
+    layout: str | None
+    files: list[Path]
+    dtype: str
+    metadata: dict[str, Any]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in the order they lie on disk; nothing is read until `Tensor.read`."""
+        return iter(self.headers)
+
+
+def slots(backbone: BackboneConfig, dtype: str, quantize: str = "none") -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """(shape, dtype) of every array of a base tree, by path: "layers/q/kernel", or in NF4 "layers/q/codes" and so on.
+
+    Raises: InputError for an unknown dtype, or linears that NF4 cannot hold.
+    """
+    float_type, found = numpy_dtype(dtype), {}
+    for row in key_map.table(backbone):
+        shape = key_map.slot_shape(row, backbone)
+        if quantize == "none" or not row.slot.endswith("/kernel"):
+            found[row.slot] = (shape, float_type)
+            continue
+        kernel = jax.ShapeDtypeStruct(shape, np.float32)
+        leaf = jax.eval_shape(functools.partial(nf4.quantise, kind=quantize), kernel)
+        found |= {f"{row.slot.removesuffix('kernel')}{name}": (part.shape, part.dtype) for name, part in leaf.items()}
+    return found
+
+
+class Piece(NamedTuple):
+    """What one tensor of a source becomes: arrays (or views) by path in the base tree, of a layer or of all (None)."""
+
+    layer: int | None
+    arrays: dict[str, np.ndarray]
+
+
+def pieces(source: Source, dtype: str, quantize: str = "none", done: Callable[[str, int | None], bool] | None = None):
+    """Yields the `Piece` of every tensor of a source, one at a time, in the order they lie on disk.
+
+    Linears are quantised from the source's own numbers in float32. All names and shapes are checked before any weight
+    is read. `done(slot, layer)` says which tensors to pass over; they are yielded as None.
+
+    Raises: InputError naming key and file, as `names.bind`; when a tied output head differs from the embedding.
+    """
+    target = numpy_dtype(dtype)
+    bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
+    for tensor, entry in bound.tensors:
+        slot, layer = entry.row.slot, entry.layer
+        if done is not None and done(slot, layer):
+            yield None
+            continue
+        value = tensor.read()
+        if value.shape != entry.shape:
+            raise InputError(f"{tensor.file}: key {tensor.name} changed while it was being read")
+        if bound.head is not None and slot == "embed/embedding" and not np.array_equal(bound.head.read(), value):
+            raise InputError(
+                f"{bound.head.file}: {bound.head.name} differs from {tensor.name}, but the model's config ties them "
+                "(tie_word_embeddings)"
+            )
+        value = key_map.transform(entry.row, source.backbone, source.kind)(value)
+        if quantize != "none" and slot.endswith("/kernel"):
+            leaf = _quantised(value.T, quantize)
+            yield Piece(layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()})
+        else:
+            yield Piece(layer, {slot: value.astype(target, copy=False)})
+
+
+_ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few hundred MB, whatever the tensor
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantise(part: jax.Array, kind: str) -> dict[str, jax.Array]:
+    return nf4.quantise(part.T, kind)
+
+
+def _quantised(value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """The NF4 leaf of one linear, [out, in] as on disk, computed in strips of outputs, which share nothing."""
+    strip = max(_ROWS // value.shape[1] // nf4.GROUP, 1) * nf4.GROUP
+    strips = [value[at : at + strip] for at in range(0, len(value), strip)]
+    leaves = [jax.tree.map(np.asarray, _quantise(part, kind)) for part in strips]
+    return leaves[0] if len(leaves) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *leaves)
+
+
+def fill_base(source: Source, dtype: str, progress: Progress | None = None, quantize: str = "none") -> dict[str, Any]:
+    """Reads a source into a base tree of numpy arrays, kernels [L, in, out], in "float32" or "bfloat16", or NF4.
+
+    Memory: the base itself plus one tensor.
+
+    Raises: InputError as `pieces`.
+    """
+    key_map.bind(source.tensors(), source.backbone, source.kind, source.path)  # no memory for shapes that no file has
+    base: dict[str, Any] = {}
+    for slot, (shape, slot_dtype) in slots(source.backbone, dtype, quantize).items():
+        key_map.set_slot(base, slot, np.empty(shape, slot_dtype))
+    done, total = 0, sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    for piece in pieces(source, dtype, quantize):
+        for slot, value in piece.arrays.items():
+            key_map.get_slot(base, slot)[... if piece.layer is None else piece.layer] = value
+            done += value.nbytes
+        if progress is not None:
+            progress(done, total)
+    return base
+
+
+class SourceStack:
+    """The arrays of one slot of a source, [L, ...], each read and transformed when it is indexed."""
+
+    def __init__(self, shape: tuple[int, ...], reads: list[Callable[[], np.ndarray]], transform: Callable):
+        self.shape, self.reads, self.transform = shape, reads, transform
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.transform(self.reads[layer]())
+
+
+def lazy_base(source: Source) -> dict[str, Any]:
+    """The base tree of a source with its layers as `SourceStack`, in the source's own types.
+
+    Raises: InputError as `pieces`, but for the head, which is not compared.
+    """
+    bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
+    base: dict[str, Any] = {}
+    reads: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
+    for tensor, entry in bound.tensors:
+        reads.setdefault(entry.row.slot, {})[entry.layer] = tensor.read
+    for row in key_map.table(source.backbone):
+        found = reads[row.slot]
+        transform = key_map.transform(row, source.backbone, source.kind)
+        if None in found:
+            key_map.set_slot(base, row.slot, transform(found[None]()))
+        else:
+            layers = [found[layer] for layer in range(source.backbone.num_layers)]
+            key_map.set_slot(base, row.slot, SourceStack(key_map.slot_shape(row, source.backbone), layers, transform))
+    return base

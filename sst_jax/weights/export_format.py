@@ -1,0 +1,290 @@
+"""What an export carries besides a backbone, written and read: the stream, LoRA factors, the PyTorch files for them.
+
+Two ways of carrying a stream:
+
+    sst              a transformers folder of our own model_type ("sst_gemma3_text"): options and version under the key
+                     "sst" of config.json, parameters among the weights, PyTorch modelling files in the folder
+    merged, adapter  a folder that transformers or PEFT loads without knowing of streams; stream.json (options and
+                     version) and stream.safetensors (parameters) lie beside
+
+Names of parameters: model.stream.theta and model.stream.gain, stacked over layers as in the tree "blend"; LoRA's
+factors are named after their linear, KEY.lora_A.weight [rank, in] and KEY.lora_B.weight [out, rank], as in PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from sst_jax.data.prompts import FORMATS
+from sst_jax.errors import InputError
+from sst_jax.files import read_json
+from sst_jax.model import decoder
+from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
+from sst_jax.weights import hub_config, huggingface, key_map
+from sst_jax.weights.conversion import Source, Tensor
+
+FORMAT, STREAM_FORMAT, VERSION = "sst_jax.sst", "sst_jax.stream", 1
+PREFIX = "sst_"  # of our model_types, before the backbone's
+STREAM_CONFIG, STREAM_WEIGHTS = "stream.json", "stream.safetensors"
+BLEND = "model.stream."
+_FACTOR = re.compile(r"(?P<linear>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+class Carried(NamedTuple):
+    """What came with a backbone: its config with stream and adapter, and the trees "adapter" and "blend".
+
+    prompts: how questions are to be put to it ("plain", "chat"), where that is recorded.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    prompts: str | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------- out
+
+
+def origin(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a model's facts, those of the weights that it was converted from, where that is known: kind, path, digest."""
+    source = facts.get("source") if facts["kind"] == "base" else None
+    return source if source and source.get("path") else facts
+
+
+def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's facts, which base it stands on."""
+    return {name: facts.get(name) for name in ("path", "digest", "kind", "quantize")}
+
+
+def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -> dict[str, Any]:
+    """What config.json of an sst folder has besides or instead of the backbone's fields."""
+    family = config.backbone.family.capitalize()
+    plain = huggingface.config_json(config.backbone, "float32")["model_type"]
+    return {
+        "model_type": PREFIX + plain,
+        "architectures": [f"SST{family}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_sst.SST{family}Config",
+            "AutoModelForCausalLM": f"modeling_sst_{config.backbone.family}.SST{family}ForCausalLM",
+        },
+        "sst": {
+            "format": FORMAT,
+            "version": VERSION,
+            "forward": "exact",
+            "stream": dataclasses.asdict(config.stream),
+            "adapter": dataclasses.asdict(config.adapter) if keep_lora and config.adapter.rank else None,
+            "prompts": facts.get("prompts"),
+            "base": provenance(facts),
+        },
+    }
+
+
+def torch_files(family: str) -> dict[str, bytes]:
+    """The PyTorch files of an sst folder. They are read here as text; nothing in this package imports them."""
+    folder = importlib.resources.files("sst_jax.weights") / "torch_sst"
+    files = ("configuration_sst.py", "modeling_sst.py", f"modeling_sst_{family}.py")
+    return {name: (folder / name).read_bytes() for name in files}
+
+
+def blend_tensors(blend: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The stream's parameters as tensors of an sst folder."""
+    return {f"{BLEND}{name}": np.asarray(value) for name, value in blend.items()}
+
+
+def lora_tensors(backbone: BackboneConfig, adapter: Mapping[str, Any], layout: str = "text") -> dict[str, np.ndarray]:
+    """LoRA's factors in PyTorch's orientation, by key; `layout` as in `names.LAYOUTS`."""
+    found = {}
+    for entry in key_map.expected(backbone).values():
+        _, _, name = entry.row.slot.removesuffix("/kernel").rpartition("/")
+        if entry.row.slot != f"layers/{name}/kernel" or name not in adapter:
+            continue
+        linear = key_map.relayout(entry.key, layout).removesuffix(".weight")
+        for side in "AB":
+            factor = np.asarray(adapter[name][f"lora_{side.lower()}"][entry.layer])
+            found[f"{linear}.lora_{side}.weight"] = np.ascontiguousarray(factor.T)
+    return found
+
+
+def stream_files(config: ModelConfig, blend: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, bytes]:
+    """stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
+    stream = None if config.stream is None else dataclasses.asdict(config.stream)
+    record = {
+        "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": facts.get("prompts"),
+        "base": provenance(facts),
+    }  # fmt: skip
+    arrays = {name: np.asarray(value) for name, value in blend.items()}
+    return {
+        STREAM_CONFIG: (json.dumps(record, indent=2) + "\n").encode(),
+        STREAM_WEIGHTS: save(arrays, metadata={"format": "pt"}),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ in
+
+
+def is_sst_folder(folder: Path) -> bool:
+    """Whether config.json is of one of our own model_types (of any version)."""
+    file = folder / "config.json"
+    return file.is_file() and str(read_json(file).get("model_type")).startswith(PREFIX)
+
+
+def carries(folder: Path) -> bool:
+    """Whether a Hugging Face folder has more to it than a backbone."""
+    return is_sst_folder(folder) or (folder / STREAM_CONFIG).is_file()
+
+
+def open_folder(folder: Path) -> Source:
+    """The backbone of a Hugging Face folder, be it plain, merged with a stream beside, or one of ours.
+
+    Raises: InputError as `huggingface.open_folder`, and on a model_type or version of ours that is not known.
+    """
+    if not is_sst_folder(folder):
+        return huggingface.open_folder(folder)
+    return huggingface.open_folder(folder, _plain_config(folder), aside=_is_ours)
+
+
+def backbone_of(folder: Path) -> BackboneConfig:
+    """As `open_folder(folder).backbone`, without looking for weights."""
+    config = _plain_config(folder) if is_sst_folder(folder) else read_json(folder / "config.json")
+    return hub_config.backbone_from_config(config, str(folder / "config.json"))
+
+
+def _plain_config(folder: Path) -> dict[str, Any]:
+    """config.json of an sst folder with the model_type of its backbone."""
+    where = folder / "config.json"
+    config = read_json(where)
+    _check(config.get("sst"), FORMAT, f"{where}: sst")
+    model_type = config["model_type"].removeprefix(PREFIX)
+    if model_type not in hub_config.DIALECTS:
+        known = ", ".join(repr(PREFIX + name) for name in hub_config.DIALECTS)
+        raise InputError(f"{where}: model_type={config['model_type']!r} is unsupported; known are {known}")
+    return {**config, "model_type": model_type}
+
+
+def read_carried(source: Source) -> Carried:
+    """What the folder of a source has besides its backbone; to be asked where `carries`.
+
+    Raises: InputError naming the file and the option, key or version at fault.
+    """
+    folder, backbone = source.path, source.backbone
+    if not is_sst_folder(folder):
+        stream, blend, prompts = read_stream(folder, backbone)
+        return Carried(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend}, prompts)
+    where, options = f"{folder / 'config.json'}: sst", source.metadata["sst"]
+    stream = from_mapping(StreamConfig, _options(options, "stream", where))
+    adapter = AdapterConfig(rank=0)
+    if options.get("adapter") is not None:
+        adapter = from_mapping(AdapterConfig, _options(options, "adapter", where))
+    weights = [file for file in source.files if file.suffix == ".safetensors"]
+    ours = [part for file in weights for part in huggingface.headers(file) if _is_ours(part.name)]
+    found = ModelConfig(backbone, stream, adapter)
+    blend = {part.name.removeprefix(BLEND): part.read() for part in ours if part.name.startswith(BLEND)}
+    factors = {part.name: part for part in ours if not part.name.startswith(BLEND)}
+    params = {"adapter": read_lora(factors, found, folder), "blend": blend}
+    _check_shapes(params, found, folder)
+    return Carried(found, params, _prompts(options, where))
+
+
+def read_stream(
+    folder: Path, backbone: BackboneConfig
+) -> tuple[StreamConfig | None, dict[str, Any], str | None]:  # fmt: skip
+    """(options, parameters, format of prompts) of stream.json and stream.safetensors.
+
+    Raises: InputError naming the file and the option, key or version at fault.
+    """
+    where, file = folder / STREAM_CONFIG, folder / STREAM_WEIGHTS
+    record = read_json(where)
+    _check(record, STREAM_FORMAT, str(where))
+    prompts = _prompts(record, str(where))
+    if record.get("stream") is None:
+        return None, {}, prompts
+    stream = from_mapping(StreamConfig, _options(record, "stream", str(where)))
+    try:
+        blend = dict(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    _check_shapes({"adapter": {}, "blend": blend}, ModelConfig(backbone, stream), file)
+    return stream, blend, prompts
+
+
+def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -> dict[str, Any]:
+    """The tree "adapter", stacked over layers, from LoRA's factors by key (KEY.lora_A.weight, in any layout).
+
+    Raises: InputError naming a key that is unknown, missing or of another shape than the config's.
+    """
+    places, wanted = key_map.expected(config.backbone), config.adapter.targets if config.adapter.rank else ()
+    found: dict[str, dict[str, list[np.ndarray | None]]] = {}
+    for key, tensor in factors.items():
+        match = _FACTOR.fullmatch(key)
+        linear = match and key_map.normalise(f"{match['linear']}.weight")[0]
+        entry = places.get(linear)
+        name = entry.row.slot.split("/")[1] if entry is not None and entry.layer is not None else None
+        if name not in wanted:
+            raise InputError(f"{tensor.file}: unknown key {tensor.name}")
+        stacks = found.setdefault(name, {side: [None] * config.backbone.num_layers for side in ("lora_a", "lora_b")})
+        stacks[f"lora_{match['side'].lower()}"][entry.layer] = tensor.read().astype(np.float32, copy=False).T
+    missing = [name for name in wanted if name not in found]
+    missing += [name for name, sides in found.items() for stack in sides.values() if any(x is None for x in stack)]
+    if missing:
+        raise InputError(f"{where}: LoRA factors of {missing[0]} are missing, in some layers or all")
+    for name, sides in found.items():
+        inputs, outputs = config.backbone.linear_shapes[name]
+        for side, shape in (("lora_a", (inputs, config.adapter.rank)), ("lora_b", (config.adapter.rank, outputs))):
+            wrong = [stack.shape for stack in sides[side] if stack.shape != shape]
+            if wrong:
+                raise InputError(f"{where}: {side} of {name} has shape {wrong[0]}, not {shape} as its config says")
+    return {name: {side: np.stack(stack) for side, stack in sides.items()} for name, sides in found.items()}
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith(BLEND) or _FACTOR.fullmatch(key) is not None
+
+
+def _check(record: Any, expected: str, where: str) -> None:
+    """Raises InputError unless a record is of a format and version that this program reads."""
+    record = record if isinstance(record, Mapping) else {}
+    if record.get("format") != expected:
+        raise InputError(f"{where}: format {record.get('format')!r} is not {expected!r}")
+    if record.get("version") != VERSION:
+        raise InputError(
+            f"{where}: format version {record.get('version')!r} is unknown (this program reads {VERSION}): "
+            "update sst-jax, or export the model again"
+        )
+
+
+def _options(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    if not isinstance(record.get(name), Mapping):
+        raise InputError(f"{where}: {name} is missing or not an object")
+    return record[name]
+
+
+def _prompts(record: Mapping[str, Any], where: str) -> str | None:
+    """The format of prompts that a record names; None where it names none."""
+    value = record.get("prompts")
+    if value not in (None, *FORMATS):
+        raise InputError(f"{where}: prompts={value!r} is not one of {', '.join(FORMATS)}")
+    return value
+
+
+def _check_shapes(params: Mapping[str, Any], config: ModelConfig, where: Path) -> None:
+    """Raises InputError unless the stream's parameters are those that the config asks for, in shape and type."""
+    wanted = decoder.abstract_params(config)["blend"]
+    differing: Iterable[str] = sorted(set(wanted) ^ set(params["blend"]))
+    for name in differing:
+        raise InputError(f"{where}: the stream's parameter {name} is {'missing' if name in wanted else 'unknown'}")
+    for name, leaf in wanted.items():
+        value = params["blend"][name]
+        if value.shape != leaf.shape or value.dtype != leaf.dtype:
+            raise InputError(
+                f"{where}: the stream's parameter {name} is {value.dtype} {list(value.shape)}; its options ask for "
+                f"{leaf.dtype} {list(leaf.shape)}"
+            )

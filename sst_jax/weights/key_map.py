@@ -1,0 +1,250 @@
+"""The name tables: where each tensor of a checkpoint belongs in the base tree, read in both directions.
+
+One table a family. The base tree is nested dicts with layers stacked on axis 0; linear kernels are [in, out], the
+transpose of PyTorch's. Converting only renames, transposes and stacks, so a round trip is bit for bit. GGUF is
+read-only: it stores Gemma's norm weights as 1 + w and Llama's rotated pairs side by side, which the tables take back.
+
+Hugging Face checkpoints of Gemma come with three spellings of the same keys. `LAYOUTS` names them:
+
+    text           model.layers.0...                  Gemma3ForCausalLM
+    multimodal     language_model.model.layers.0...   Gemma3ForConditionalGeneration, as on the hub
+    multimodal_v5  model.language_model.layers.0...   the same, as transformers 5 names it in memory
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sst_jax.errors import InputError
+from sst_jax.model.config import BackboneConfig
+
+
+class Row(NamedTuple):
+    slot: str  # path in the base tree; slots under "layers/" are stacked over L
+    axes: str  # of one layer's array in the tree; P = N * H, Q = K * H, the others as in `sst_jax.types`
+    huggingface: str  # key, with {layer}
+    gguf: str
+    transform: str
+
+
+def _layer(slot: str, axes: str, huggingface: str, gguf: str, transform: str) -> Row:
+    return Row(
+        f"layers/{slot}",
+        axes,
+        f"model.layers.{{layer}}.{huggingface}.weight",
+        f"blk.{{layer}}.{gguf}.weight",
+        transform,
+    )
+
+
+GEMMA3 = (
+    Row("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    Row("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "norm"),
+    _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "norm"),
+    _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "transpose"),
+    _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "transpose"),
+    _layer("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
+    _layer("q_norm/scale", "H", "self_attn.q_norm", "attn_q_norm", "norm"),
+    _layer("k_norm/scale", "H", "self_attn.k_norm", "attn_k_norm", "norm"),
+    _layer("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
+    _layer("post_attn_norm/scale", "D", "post_attention_layernorm", "post_attention_norm", "norm"),
+    _layer("pre_ffn_norm/scale", "D", "pre_feedforward_layernorm", "ffn_norm", "norm"),
+    _layer("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
+    _layer("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
+    _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
+    _layer("post_ffn_norm/scale", "D", "post_feedforward_layernorm", "post_ffw_norm", "norm"),
+)
+LLAMA = (
+    Row("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    Row("head/embedding", "VD", "lm_head.weight", "output.weight", "copy"),
+    Row("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "copy"),
+    _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "copy"),
+    _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "rotary"),
+    _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "rotary"),
+    _layer("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
+    _layer("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
+    _layer("pre_ffn_norm/scale", "D", "post_attention_layernorm", "ffn_norm", "copy"),
+    _layer("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
+    _layer("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
+    _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
+)
+QWEN3 = (
+    *(row._replace(transform="transpose") if row.transform == "rotary" else row for row in LLAMA),
+    _layer("q_norm/scale", "H", "self_attn.q_norm", "attn_q_norm", "copy"),
+    _layer("k_norm/scale", "H", "self_attn.k_norm", "attn_k_norm", "copy"),
+)
+TABLES = {"gemma3": GEMMA3, "llama": LLAMA, "qwen3": QWEN3}
+
+
+def _halves(kernel: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of each head [N * H, D] in the order of GGUF's Llama, pairs side by side, as first halves then second."""
+    pairs = kernel.reshape(-1, head_dim // 2, 2, *kernel.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(kernel.shape)
+
+
+# From disk into the tree, (array, head_dim). Hugging Face's are all their own inverse, so writing uses the same ones.
+TRANSFORMS: dict[str, dict[str, Callable[[np.ndarray, int], np.ndarray]]] = {
+    "huggingface": {
+        "copy": lambda x, _: x, "norm": lambda x, _: x, "transpose": lambda x, _: x.T, "rotary": lambda x, _: x.T,
+    },
+    "gguf": {
+        "copy": lambda x, _: x, "norm": lambda x, _: x - np.float32(1), "transpose": lambda x, _: x.T,
+        "rotary": lambda x, head_dim: _halves(x, head_dim).T,
+    },
+}  # fmt: skip
+
+LAYOUTS = {"text": "model.", "multimodal": "language_model.model.", "multimodal_v5": "model.language_model."}
+VISION = {
+    "huggingface": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    "gguf": ("v.", "mm."),
+}
+HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
+
+
+class Entry(NamedTuple):
+    """One tensor on disk: its key (layout "text" for Hugging Face), its shape there, and its place in the tree."""
+
+    key: str
+    shape: tuple[int, ...]
+    row: Row
+    layer: int | None
+
+
+class Bound(NamedTuple):
+    """The tensors of a source, each with its place; `head` is a tied output head, to be compared and dropped."""
+
+    tensors: list[tuple[Any, Entry]]
+    head: Any | None
+
+
+def table(config: BackboneConfig) -> tuple[Row, ...]:
+    """The rows of a config's family; without the output head where it is tied."""
+    return tuple(row for row in TABLES[config.family] if not (config.tied_head and row.slot == "head/embedding"))
+
+
+def slot_shape(row: Row, config: BackboneConfig) -> tuple[int, ...]:
+    """Shape of a slot in the base tree, [L, ...] under "layers/"."""
+    sizes = {
+        "V": config.vocab_size, "D": config.d_model, "F": config.d_ff, "H": config.head_dim,
+        "P": config.num_heads * config.head_dim, "Q": config.num_kv_heads * config.head_dim,
+    }  # fmt: skip
+    stack = (config.num_layers,) if row.slot.startswith("layers/") else ()
+    return (*stack, *(sizes[axis] for axis in row.axes))
+
+
+def transform(row: Row, config: BackboneConfig, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes one layer's array in the tree of the tensor on disk, and for "huggingface" the other way round."""
+    return lambda value: TRANSFORMS[kind][row.transform](value, config.head_dim)
+
+
+def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Entry]:
+    """Every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
+    rows = table(config)
+    stacked = [row for row in rows if row.slot.startswith("layers/")]
+    order: list[tuple[Row, int | None]] = [(row, None) for row in rows if row not in stacked]
+    order += [(row, layer) for layer in range(config.num_layers) for row in stacked]
+    entries = {}
+    for row, layer in order:
+        shape = slot_shape(row, config)[0 if layer is None else 1 :]
+        key = getattr(row, kind).format(layer=layer)
+        entries[key] = Entry(key, shape[::-1] if row.slot.endswith("/kernel") else shape, row, layer)
+    return entries
+
+
+def normalise(key: str, kind: str = "huggingface") -> tuple[str | None, str | None]:
+    """(key in the layout "text", layout of the key); the key is None for parts of a vision tower, which are skipped.
+
+    The layout is None where the key does not tell: vision, a tied head, anything unknown, and all of GGUF.
+    """
+    if key.startswith(VISION[kind]):
+        return None, None
+    if kind == "huggingface":
+        for layout in ("multimodal", "multimodal_v5", "text"):  # the longer prefixes first
+            if key.startswith(LAYOUTS[layout]):
+                return LAYOUTS["text"] + key.removeprefix(LAYOUTS[layout]), layout
+    return key, None
+
+
+def relayout(key: str, layout: str) -> str:
+    """The key of layout "text", spelled in another layout: `normalise` backwards.
+
+    Raises: InputError for an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"key layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    text = LAYOUTS["text"]
+    return LAYOUTS[layout] + key.removeprefix(text) if key.startswith(text) else key
+
+
+def detect_layout(keys: Iterable[str]) -> str:
+    """The layout that most keys are in; "text" where none tells."""
+    counts = Counter(layout for key in keys if (layout := normalise(key)[1]) is not None)
+    return counts.most_common(1)[0][0] if counts else "text"
+
+
+def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str | Path) -> Bound:
+    """Gives every tensor (anything with `name`, `shape`, `file`) its place, looking at headers only.
+
+    Raises: InputError naming key and file for an unknown, duplicate, missing or wrongly shaped key and for a
+    checkpoint that mixes key layouts.
+    """
+    tensors = list(tensors)
+    layout = detect_layout(tensor.name for tensor in tensors) if kind == "huggingface" else None
+    places = expected(config, kind)
+    embedding = next(entry for entry in places.values() if entry.row.slot == "embed/embedding")
+    found: dict[str, Any] = {}
+    for tensor in tensors:
+        key, spelled = normalise(tensor.name, kind)
+        if key is None:
+            continue
+        if key in places:
+            entry = places[key]
+        elif key in HEADS[kind]:
+            key, entry = HEADS[kind][0], embedding
+        else:
+            biased = "; linears with a bias are not supported" if key.endswith(".bias") else ""
+            raise InputError(f"{tensor.file}: unknown key {tensor.name}{biased}")
+        if key in found:
+            raise InputError(
+                f"{tensor.file}: key {tensor.name} is a duplicate of {found[key].name} in {found[key].file}"
+            )
+        if spelled not in (None, layout):
+            raise InputError(f"{tensor.file}: key {tensor.name} has the layout {spelled}, other keys have {layout}")
+        if tuple(tensor.shape) != entry.shape:
+            raise InputError(
+                f"{tensor.file}: key {tensor.name} has shape {list(tensor.shape)}, expected {list(entry.shape)} for "
+                f"{entry.row.slot} of this config"
+            )
+        found[key] = tensor
+    head = found.pop(HEADS[kind][0], None) if config.tied_head else None
+    missing = [key for key in places if key not in found]
+    if missing:
+        key = relayout(missing[0], layout) if layout else missing[0]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{where}: key {key}{more} is missing")
+    return Bound([(tensor, places[key]) for key, tensor in found.items()], head)
+
+
+def get_slot(tree: Mapping[str, Any], slot: str) -> Any:
+    """The array at a slash-separated path of nested dicts.
+
+    Raises: InputError naming the slot when it is absent.
+    """
+    for part in slot.split("/"):
+        if not isinstance(tree, Mapping) or part not in tree:
+            raise InputError(f"the base tree has no slot {slot}")
+        tree = tree[part]
+    return tree
+
+
+def set_slot(tree: dict[str, Any], slot: str, value: Any) -> None:
+    """Puts an array at a slash-separated path, making the dicts on the way."""
+    *parents, last = slot.split("/")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
