@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
-from sst_jax.console.progress import say
+from sst_jax.console.progress import print_line
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 
@@ -87,10 +87,10 @@ def main(argv: Sequence[str]) -> None:
         key = f"{name} {quantize}"
         if name not in only if only else key in found:
             continue
-        say(f"{key} ...")
+        print_line(f"{key} ...")
         record = plan(args.size, targets.find(name), quantize)
         if isinstance(record, str):
-            say(f"  {record}")
+            print_line(f"  {record}")
             continue
         found[key] = record
         if args.json:

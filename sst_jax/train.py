@@ -77,7 +77,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     import jax.numpy as jnp
     import numpy as np
 
-    from sst_jax.console.progress import bar, say
+    from sst_jax.console.progress import bar, print_line
     from sst_jax.data.loader import fixed_batches, prepare, rows
     from sst_jax.inference.model import Model, count
     from sst_jax.model import decoder, kernels, sharding
@@ -167,7 +167,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                         return None
             return total / tokens
 
-        say(
+        print_line(
             f"{Path(recipe.model).name}: {config.backbone.num_params / 1e6:,.0f}M frozen parameters, training "
             f"{count(fresh['adapter']):,} of LoRA and {count(fresh['blend']):,} of the stream "
             f"({recipe.forward.forward}, {recipe.dtype}) on {len(examples):,} examples of {data.name}; "
@@ -181,7 +181,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                     f"weights are damaged, or overflow in model.dtype={recipe.dtype}"
                 )
             folder.log(0, {"heldout_loss": meta["heldout"]["0"]})
-            say(f"step 0: held-out loss {meta['heldout']['0']:.4f}")
+            print_line(f"step 0: held-out loss {meta['heldout']['0']:.4f}")
 
         # 3. The loop.
         started, seconds_before = time.monotonic(), meta["seconds"]
@@ -200,7 +200,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 if not math.isfinite(loss):
                     raise Stopped(f"step {step}: the held-out loss is not finite; {recover()}")
                 metrics["heldout_loss"] = meta["heldout"][str(step)] = loss
-                say(
+                print_line(
                     f"step {step}: loss {metrics['loss']:.4f}, held-out loss {loss:.4f}, "
                     f"{metrics['tokens_per_second']:.0f} tokens/s"
                 )
@@ -243,7 +243,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                     what = f"step {step}: loss, gradient or update is not finite; its batch is kept in {kept}"
                     if meta["in_a_row"] == recipe.max_skipped:
                         raise Stopped(f"{what}. So were {recipe.max_skipped} in a row; {recover()}")
-                    say(f"{what}, and the step is skipped")
+                    print_line(f"{what}, and the step is skipped")
                 finish(step, metrics)
 
         # 4. What the run came to.

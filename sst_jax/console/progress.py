@@ -16,7 +16,7 @@ def bar(total: int | None, description: str, unit: str = "it", **kwargs: Any) ->
     )  # fmt: skip
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Prints a line of human text without tearing a bar that is up."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from sst_jax.console.command import write_json
-from sst_jax.console.progress import say
+from sst_jax.console.progress import print_line
 from sst_jax.data import statetrack
 from sst_jax.data.statetrack import Automaton
 from sst_jax.errors import InputError
@@ -96,7 +96,7 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             facts[name] = read_json(target / "training.json")
             with np.load(target / "outcomes.npz", allow_pickle=False) as file:
                 outcomes[name] = dict(file)
-            say(f"{name}: trained in {facts[name]['seconds']:.0f} s")
+            print_line(f"{name}: trained in {facts[name]['seconds']:.0f} s")
         result = {
             "task": study.task.name, "trained_at": study.length, "chance": study.task.chance,
             "seeds": study.schedule.seeds, "facts": facts, **summarise(outcomes, study.times, study.length),
