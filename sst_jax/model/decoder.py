@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.layers import Adapter, Base, Blend, Block, unit_rms, wide
+from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization.nf4 import dequantise
 from sst_jax.model.sharding import constrain, gather
@@ -227,7 +227,7 @@ def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: jnp.dty
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """The last RMSNorm, in x's type."""
     scale = params["base"]["final_norm"]["scale"]
-    return (unit_rms(x, config.backbone.norm_eps) * (config.backbone.norm_offset + wide(scale))).astype(x.dtype)
+    return (unit_rms(x, config.backbone.norm_eps) * (config.backbone.norm_offset + to_float32(scale))).astype(x.dtype)
 
 
 def head_table(base: Params) -> jax.Array:

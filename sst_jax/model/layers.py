@@ -30,21 +30,21 @@ class Blend(nnx.Param):
     """A parameter of the stream, float32."""
 
 
-def wide(x: jax.Array) -> jax.Array:
+def to_float32(x: jax.Array) -> jax.Array:
     """x in float32, or in its own type where that is wider: norms, softmax and the blend never run in bfloat16."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
     """x divided by its root mean square over the last axis, computed and returned wide."""
-    x = wide(x)
+    x = to_float32(x)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def scaled_unit_rms(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
     """x / rms(x) * (offset + scale), wide. For its gradient x is kept, and not the wide numbers in between."""
-    return unit_rms(x, eps) * (offset + wide(scale))
+    return unit_rms(x, eps) * (offset + to_float32(scale))
 
 
 class RMSNorm(nnx.Module):
@@ -119,7 +119,7 @@ class Block(nnx.Module):
             (("q_norm", "k_norm"), backbone.head_dim, backbone.qk_norm),
         ):
             for name in names:
-                norm = RMSNorm(size, backbone.norm_eps, backbone.norm_offset, dtype) if present else wide
+                norm = RMSNorm(size, backbone.norm_eps, backbone.norm_offset, dtype) if present else to_float32
                 setattr(self, name, norm)
         for name, shape in backbone.linear_shapes.items():
             rank = adapter.rank if name in adapter.targets else 0
@@ -171,7 +171,7 @@ def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Applies `rope_table` to [B, T, heads, H]; halves are paired as in Hugging Face's `rotate_half`."""
     cos, sin = (part[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for part in table)
-    first, second = jnp.split(wide(x), 2, axis=-1)
+    first, second = jnp.split(to_float32(x), 2, axis=-1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
 
 

@@ -27,7 +27,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import attend_rows
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Streams
-from sst_jax.model.layers import ACTIVATIONS, wide
+from sst_jax.model.layers import ACTIVATIONS, to_float32
 from sst_jax.model.state import Masks, blend, initial, memories, move, remember, thought
 
 FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
@@ -75,7 +75,7 @@ def rejoin(layer: Layer, x: jax.Array, out: jax.Array) -> Summands:
 
 def total(layer: Layer, h: Summands | jax.Array) -> jax.Array:
     """h [B, T*I, D], wide: the residual stream after attention; as it is where it has been summed before."""
-    return wide(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, Summands) else h
+    return to_float32(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, Summands) else h
 
 
 def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[Summands, tuple[jax.Array, jax.Array]]:
@@ -215,7 +215,7 @@ def walk(
     def inner(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         return through(checkpoint_name(m, decoder.KEPT), part)
 
-    first = jnp.zeros_like(thought(stream, x[:, 0], wide(x[:, 0]))) if before is None else before
+    first = jnp.zeros_like(thought(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
     _, (o, memory) = jax.lax.scan(inner, first, inputs)
     o, memory = (jnp.moveaxis(part.reshape(-1, *part.shape[2:])[:steps], 0, 1) for part in (o, memory))
     return o, memory
@@ -231,7 +231,7 @@ def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     h = total(layer, summands)
 
     def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
-        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.live, wide(part), 0.0)), axis=(1, 2)))
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.live, to_float32(part), 0.0)), axis=(1, 2)))
 
     def moving(carry: tuple) -> jax.Array:
         count, _, _, change = carry
@@ -241,7 +241,7 @@ def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
         count, _, s, _ = carry
         o, memory = pass_once(layer, x, h, s, context, before)
         moved = move(stream, x, memory, layer.masks, before)
-        change = jnp.max(norm(wide(moved) - wide(s)) / jnp.maximum(norm(moved), 1e-30))
+        change = jnp.max(norm(to_float32(moved) - to_float32(s)) / jnp.maximum(norm(moved), 1e-30))
         return count + 1, (o, memory), moved, change.astype(jnp.float32)
 
     o, memory = pass_once(layer, x, h, None, context, before)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.model.config import StreamConfig
-from sst_jax.model.layers import Block, unit_rms, wide
+from sst_jax.model.layers import Block, to_float32, unit_rms
 
 EPS = 1e-6
 
@@ -55,26 +55,28 @@ def alpha_and_gain(stream: StreamConfig, block: Block, warmth: jax.Array | None)
 def normalise(stream: StreamConfig, s: jax.Array, h: jax.Array) -> jax.Array:
     """N(s), wide."""
     if stream.norm == "none":
-        return wide(s)
+        return to_float32(s)
     unit = unit_rms(s, EPS)
-    return unit if stream.norm == "rms" else unit * jnp.sqrt(jnp.mean(jnp.square(wide(h)), axis=-1, keepdims=True))
+    return (
+        unit if stream.norm == "rms" else unit * jnp.sqrt(jnp.mean(jnp.square(to_float32(h)), axis=-1, keepdims=True))
+    )
 
 
 def blend(stream: StreamConfig, alpha: jax.Array, gain: jax.Array, h: jax.Array, s: jax.Array, where: jax.Array):
     """h', wide: h moved by alpha towards the state where there is one, h itself elsewhere."""
-    h = wide(h)
+    h = to_float32(h)
     return jnp.where(where, h + alpha * (gain * normalise(stream, s, h) - h), h)
 
 
 def thought(stream: StreamConfig, o: jax.Array, f: jax.Array) -> jax.Array:
     """u, what the layer was just thinking, in the type that states are kept in."""
     u = f if stream.state == "ffn" else o
-    return u.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else wide(u)
+    return u.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else to_float32(u)
 
 
 def initial(stream: StreamConfig, x: jax.Array) -> jax.Array:
     """The state entering a document's first step, from the layer's input x. Read only where `begins`."""
-    s = unit_rms(x, EPS) if stream.initial == "own" else jnp.zeros(x.shape, wide(x).dtype)
+    s = unit_rms(x, EPS) if stream.initial == "own" else jnp.zeros(x.shape, to_float32(x).dtype)
     return s.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else s
 
 
@@ -82,7 +84,9 @@ def remember(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array)
     """m after one step that s entered: a decaying average, or u alone where nothing entered."""
     if stream.decay == 0.0:
         return u
-    return jnp.where(where, stream.decay * wide(s) + (1.0 - stream.decay) * wide(u), wide(u)).astype(u.dtype)
+    return jnp.where(where, stream.decay * to_float32(s) + (1.0 - stream.decay) * to_float32(u), to_float32(u)).astype(
+        u.dtype
+    )
 
 
 def memories(
@@ -98,15 +102,18 @@ def memories(
     u = thought(stream, o, f)
     if stream.decay == 0.0 and not stream.linear_carry:
         return u
-    through, rest = jnp.zeros_like(alpha), wide(u)
+    through, rest = jnp.zeros_like(alpha), to_float32(u)
     if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in
-        through, rest = alpha * gain, jnp.where(masks.blends, (1.0 - alpha) * wide(h), wide(h)) + wide(f)
+        through, rest = (
+            alpha * gain,
+            jnp.where(masks.blends, (1.0 - alpha) * to_float32(h), to_float32(h)) + to_float32(f),
+        )
     a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
     b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest)
-    b = b + jnp.where(masks.begins, a * wide(initial(stream, x)), 0.0)
+    b = b + jnp.where(masks.begins, a * to_float32(initial(stream, x)), 0.0)
     a = jnp.where(masks.live, a, 0.0)
     if before is not None:
-        b = b.at[:, 0].add(a[:, 0] * wide(before))
+        b = b.at[:, 0].add(a[:, 0] * to_float32(before))
 
     def compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
         return first[0] * second[0], second[0] * first[1] + second[1]

@@ -22,7 +22,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import sha256
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.layers import Block, embed, wide
+from sst_jax.model.layers import Block, embed, to_float32
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
 from sst_jax.weights.conversion import Piece, Source, lazy_base, pieces
@@ -92,7 +92,7 @@ def _observe_forward(x: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Arra
 
 def _observe_backward(x: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
     # No gradient goes further down: nothing but Gram matrices is wanted, and XLA drops all that only led there.
-    return jnp.zeros_like(x), jnp.einsum("...i,...j->ij", wide(x), wide(x))
+    return jnp.zeros_like(x), jnp.einsum("...i,...j->ij", to_float32(x), to_float32(x))
 
 
 observe.defvjp(_observe_forward, _observe_backward)

@@ -24,7 +24,7 @@ from sst_jax.lab.analysis.basins import overlap
 from sst_jax.lab.statistics import bootstrap_mean, finite
 from sst_jax.model import rules
 from sst_jax.model.decoder import Context, Layer, Streams
-from sst_jax.model.layers import wide
+from sst_jax.model.layers import to_float32
 from sst_jax.model.state import move
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Con
     else:
         kind = jax.random.fold_in(swap.key, layer.is_global.astype(jnp.int32))
         noise = jax.random.normal(jax.random.fold_in(kind, layer.slot), by_position.shape)
-        length = jnp.linalg.norm(wide(by_position), axis=-1, keepdims=True)
+        length = jnp.linalg.norm(to_float32(by_position), axis=-1, keepdims=True)
         wrong = (noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)).astype(real.dtype)
     again = (jnp.arange(real.shape[1]) % depth > 0)[:, None]
     s = jnp.where(again, wrong.reshape(real.shape), real)
