@@ -20,7 +20,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.model.rules import Left, exact, plain, sweep
+from sst_jax.model.rules import LayerOutputs, exact, plain, sweep
 from sst_jax.model.sharding import constrain_tree, place
 
 CHUNK = 512  # positions that are solved together
@@ -100,7 +100,7 @@ def fill_chunk(
     last = jnp.maximum(count - 1, 0)
     last_step = last * depth + depth - 1
 
-    def rule(*arguments: Any) -> tuple[tuple, Left]:
+    def rule(*arguments: Any) -> tuple[tuple, LayerOutputs]:
         streams, left = solve(*arguments)
         if left.memory is not None:
             left = left._replace(memory=jnp.take_along_axis(left.memory, last_step[:, None, None], axis=1)[:, 0])
@@ -142,7 +142,7 @@ def going_on(
     return dataclasses.replace(context, masks=context.masks._replace(live=live, begins=begins))
 
 
-def _keep(config: ModelConfig, cache: Cache, left: Left, count: jax.Array) -> Any:
+def _keep(config: ModelConfig, cache: Cache, left: LayerOutputs, count: jax.Array) -> Any:
     """The caches with the keys and values [L, B, T, K, H] of a chunk, `count` [B] of whose positions are real."""
     kinds, kv = np.array(config.backbone.layer_types), cache.kv
     held = ring_positions(cache.length + count - 1, kv.local_k.shape[2]) - cache.length[:, None]  # [B, W], in the chunk

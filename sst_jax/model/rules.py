@@ -34,7 +34,7 @@ FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
 CHUNK = 32  # positions of `exact` between checkpoints, at most
 
 
-class Left(NamedTuple):
+class LayerOutputs(NamedTuple):
     """What a rule leaves behind in a layer besides its streams; whatever nobody reads is not computed."""
 
     k: jax.Array | None = None  # [B, T, K, H], rotated, what a cache would hold
@@ -114,15 +114,15 @@ def feed(
     return (mixed + f).astype(dtype), f
 
 
-def plain(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+def plain(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
     """The backbone: no state."""
     (x,) = streams
     h, kv = attend(layer, x, context)
     o, _ = feed(layer, h, context, x.dtype)
-    return (o,), Left(*kv)
+    return (o,), LayerOutputs(*kv)
 
 
-def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
     """Each stream blended with the states of the one before it; the first is plain.
 
     All streams enter the first layer as the same embeddings. Computing its attention once would take a branch in every
@@ -135,7 +135,7 @@ def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tupl
             s = hand_on(layer, x, memory, context)
         o, memory = pass_once(layer, x, h, s, context)
         outputs.append(o)
-    return tuple(outputs), Left(memory=memory)
+    return tuple(outputs), LayerOutputs(memory=memory)
 
 
 def pass_once(
@@ -158,22 +158,22 @@ def hand_on(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> 
     return move(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
 
 
-def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, Left]:
+def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
     """Attention once; the feed-forward `passes` times, each blended with the states of the time before."""
     (x,), s = streams, None
     h, kv = attend(layer, x, context)
     for _ in range(context.options["passes"]):
         o, memory = pass_once(layer, x, h, s, context)
         s = hand_on(layer, x, memory, context)
-    return (o,), Left(*kv, memory)
+    return (o,), LayerOutputs(*kv, memory)
 
 
-def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, Left]:
+def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, LayerOutputs]:
     """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
     (x,) = streams
     h, kv = attend(layer, x, context)
     o, memory = walk(layer, x, total(layer, h), context, before)
-    return (o,), Left(*kv, memory)
+    return (o,), LayerOutputs(*kv, memory)
 
 
 def walk(
@@ -221,7 +221,7 @@ def walk(
     return o, memory
 
 
-def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, Left]:
+def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, LayerOutputs]:
     """`local` with as many sweeps as it takes for the states to stand still, else `exact`. Not differentiable.
 
     `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
@@ -252,7 +252,7 @@ def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
         lambda: (o, memory, count),
         lambda: (*walk(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
     )
-    return (o,), Left(*kv, memory, count)
+    return (o,), LayerOutputs(*kv, memory, count)
 
 
 RULES = {"plain": plain, "two_pass": k_pass, "k_pass": k_pass, "local": local, "exact": exact}
@@ -310,12 +310,12 @@ def hidden(
         return RULES[forward](*arguments)[0], None  # what the layers leave behind would be stacked for nobody
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    streams, _ = decoder.run_layers(params, rule, (x,) * copies(forward, passes), context, remat=remat)
+    streams, _ = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context, remat=remat)
     x = streams[-1].reshape(*tokens.shape, depth, -1)[:, :, -1]
     return decoder.final_norm(config, params, x)
 
 
-def copies(forward: str, passes: int) -> int:
+def num_residuals(forward: str, passes: int) -> int:
     """How many streams climb the stack together."""
     return passes if forward in ("two_pass", "k_pass") else 1
 
@@ -347,5 +347,5 @@ def states(
         return streams, left.memory
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    _, memory = decoder.run_layers(params, rule, (x,) * copies(forward, passes), context)
+    _, memory = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context)
     return memory.reshape(memory.shape[0], *tokens.shape, depth, -1)

@@ -116,7 +116,7 @@ def walk(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Right-padded texts tokens [B, T], `count` [B] of whose positions are real, on from the caches of their prompts.
 
-    rule: what is kept of each layer, [B, T*I, D]; it is handed `copies` streams, and the last one's logits are kept.
+    rule: what is kept of each layer, [B, T*I, D]; it is handed `num_residuals` streams, and the last one's logits are kept.
     every: look after each of K = I iterations, else after the last one only, K = 1.
 
     Returns states [L, B, T, K, D], and the TOP likeliest next tokens and their logits [B, T, K, TOP].
