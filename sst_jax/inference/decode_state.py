@@ -17,7 +17,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import KV, attend_cached, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params
-from sst_jax.model.rules import feed, project, rejoin
+from sst_jax.model.rules import attention_residual, feed, project
 from sst_jax.model.state import Masks, initial, remember, thought
 
 
@@ -124,7 +124,7 @@ def settle(
             x, kv = streams
             q, k, v = project(layer, x, context)
             out, kv = attend_cached(backbone, layer.is_global, layer.slot, tables, position, write, q, k, v, kv)
-            h = rejoin(layer, x, out)
+            h = attention_residual(layer, x, out)
             if stream is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None
             s = jnp.where(layer.masks.live, m[:, None], initial(stream, x))

@@ -43,7 +43,7 @@ class LayerOutputs(NamedTuple):
     sweeps: jax.Array | None = None  # int32 [], what `sweep` took
 
 
-class Summands(NamedTuple):
+class AttentionResidual(NamedTuple):
     """h as what it is the sum of: together half the bytes of the wide sum in bfloat16, and so what gradients keep."""
 
     x: jax.Array  # [B, T*I, D], the layer's input
@@ -68,17 +68,17 @@ def project(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, ja
     return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v
 
 
-def rejoin(layer: Layer, x: jax.Array, out: jax.Array) -> Summands:
+def attention_residual(layer: Layer, x: jax.Array, out: jax.Array) -> AttentionResidual:
     """h of a layer's input and attention's output [B, T*I, N*H]."""
-    return Summands(x, layer.block.o(out, layer.drop.get("o")))
+    return AttentionResidual(x, layer.block.o(out, layer.drop.get("o")))
 
 
-def total(layer: Layer, h: Summands | jax.Array) -> jax.Array:
+def residual_after_attention(layer: Layer, h: AttentionResidual | jax.Array) -> jax.Array:
     """h [B, T*I, D], wide: the residual stream after attention; as it is where it has been summed before."""
-    return to_float32(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, Summands) else h
+    return to_float32(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, AttentionResidual) else h
 
 
-def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[Summands, tuple[jax.Array, jax.Array]]:
+def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[AttentionResidual, tuple[jax.Array, jax.Array]]:
     """h, not yet summed, and the keys and values that a cache would hold."""
     backbone, stream = context.config.backbone, context.config.stream
     keep = "overwrite" if stream is None else stream.kv
@@ -88,19 +88,19 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[Summands, tupl
         backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v, context.attention,
         past,
     )  # fmt: skip
-    return rejoin(layer, x, out), (k, v)
+    return attention_residual(layer, x, out), (k, v)
 
 
 def feed(
-    layer: Layer, h: Summands | jax.Array, context: Context, dtype: jnp.dtype, s: jax.Array | None = None,
+    layer: Layer, h: AttentionResidual | jax.Array, context: Context, dtype: jnp.dtype, s: jax.Array | None = None,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """o in `dtype` and f wide, [B, T*I, D]: the feed-forward half, with the state s blended in `where` one enters."""
     block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
 
     @jax.checkpoint
-    def widen(h: Summands | jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
-        h = total(layer, h)
+    def widen(h: AttentionResidual | jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
+        h = residual_after_attention(layer, h)
         mixed = h if s is None else blend(context.config.stream, layer.alpha, layer.gain, h, s, where)
         y = block.pre_ffn_norm(mixed).astype(dtype)
         return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
@@ -141,14 +141,14 @@ def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tupl
 def pass_once(
     layer: Layer,
     x: jax.Array,
-    h: Summands | jax.Array,
+    h: AttentionResidual | jax.Array,
     s: jax.Array | None,
     context: Context,
     before: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
     o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
-    whole = total(layer, h)
+    whole = residual_after_attention(layer, h)
     return o, memories(context.config.stream, layer.alpha, layer.gain, x, whole, f, o, layer.masks, before)
 
 
@@ -172,7 +172,7 @@ def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
     (x,) = streams
     h, kv = attend(layer, x, context)
-    o, memory = walk(layer, x, total(layer, h), context, before)
+    o, memory = walk(layer, x, residual_after_attention(layer, h), context, before)
     return (o,), LayerOutputs(*kv, memory)
 
 
@@ -228,7 +228,7 @@ def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     """
     stream, (x,) = context.config.stream, streams
     summands, kv = attend(layer, x, context)
-    h = total(layer, summands)
+    h = residual_after_attention(layer, summands)
 
     def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
         return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.live, to_float32(part), 0.0)), axis=(1, 2)))

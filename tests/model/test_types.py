@@ -66,7 +66,7 @@ def test_the_two_halves_of_a_layer(depth):
         (x,) = streams
         project(x, layer, context)
         summands, _ = rules.attend(layer, x, context)
-        h = rules.total(layer, summands)
+        h = rules.residual_after_attention(layer, summands)
         o, f = feed(h, jnp.zeros_like(h), layer.masks.blends, layer, context)
         s = move(x, memories(x, h, f, o, layer), layer)
         assert h.dtype == f.dtype == s.dtype == jnp.float32

@@ -371,7 +371,7 @@ class StreamModel:
 
 
 class StreamLayerMixin:
-    """Mixin before a transformers decoder layer, cut in two halves: `rejoin` ends attention's, `feed_forward` is the
+    """Mixin before a transformers decoder layer, cut in two halves: `attention_residual` ends attention's, `feed_forward` is the
     other. Here are those of Llama's layout; a backbone with other norms has its own."""
 
     def rejoin(self, x, out):
