@@ -172,11 +172,11 @@ def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
     (x,) = streams
     h, kv = attend(layer, x, context)
-    o, memory = walk(layer, x, residual_after_attention(layer, h), context, before)
+    o, memory = scan_positions(layer, x, residual_after_attention(layer, h), context, before)
     return (o,), LayerOutputs(*kv, memory)
 
 
-def walk(
+def scan_positions(
     layer: Layer, x: jax.Array, h: jax.Array, context: Context, before: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, [B, T*I, D], of one layer: its feed-forward run step after step.
@@ -250,7 +250,7 @@ def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tupl
     o, memory, count = jax.lax.cond(
         change <= stream.sweep_tolerance,
         lambda: (o, memory, count),
-        lambda: (*walk(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
+        lambda: (*scan_positions(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
     )
     return (o,), LayerOutputs(*kv, memory, count)
 
