@@ -153,7 +153,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
     from sst_jax.inference.model import load
     from sst_jax.inference.prefill import prefill
     from sst_jax.model import decoder
-    from sst_jax.model.rules import sweep
+    from sst_jax.model.rules import fixed_point_states
 
     model = load(args.model, args.dtype).with_stream()
     config, params, length = model.config, model.params, args.prefill
@@ -177,7 +177,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
         x = decoder.embed(config, params, jnp.asarray(tokens), jnp.dtype(args.dtype))
 
         def rule(*arguments: Any) -> Any:
-            streams, left = sweep(*arguments)
+            streams, left = fixed_point_states(*arguments)
             return streams, left.sweeps
 
         return np.asarray(jax.jit(lambda: decoder.run_layers(params, rule, (x,), context)[1])()).tolist()

@@ -20,7 +20,7 @@ from sst_jax.model import decoder
 from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.model.rules import LayerOutputs, exact, plain, sweep
+from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, place
 
 CHUNK = 512  # positions that are solved together
@@ -96,7 +96,7 @@ def fill_chunk(
     context = going_on(config, tokens, count, cache, fresh=fresh, depth=depth, bos_id=bos_id)
     solve = plain
     if stream is not None:
-        solve = sweep if stream.prefill == "sweeps" else exact
+        solve = fixed_point_states if stream.prefill == "sweeps" else exact
     last = jnp.maximum(count - 1, 0)
     last_step = last * depth + depth - 1
 

@@ -40,7 +40,7 @@ class LayerOutputs(NamedTuple):
     k: jax.Array | None = None  # [B, T, K, H], rotated, what a cache would hold
     v: jax.Array | None = None
     memory: jax.Array | None = None  # [B, T*I, D], the memory after every step
-    sweeps: jax.Array | None = None  # int32 [], what `sweep` took
+    sweeps: jax.Array | None = None  # int32 [], what `fixed_point_states` took
 
 
 class AttentionResidual(NamedTuple):
@@ -221,7 +221,7 @@ def scan_positions(
     return o, memory
 
 
-def sweep(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, LayerOutputs]:
+def fixed_point_states(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, LayerOutputs]:
     """`local` with as many sweeps as it takes for the states to stand still, else `exact`. Not differentiable.
 
     `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
