@@ -45,12 +45,12 @@ def hidden_apart(
     import jax.numpy as jnp
 
     from sst_jax.model import decoder
-    from sst_jax.model.rules import attend, hand_on, pass_once
+    from sst_jax.model.rules import attend, next_pass_states, pass_once
 
     def one_pass(layer: Any, streams: Any, memory: Any, context: Any) -> Any:
         (x,) = streams
         h, _ = attend(layer, x, context)
-        s = None if memory is None else hand_on(layer, x, memory, context)
+        s = None if memory is None else next_pass_states(layer, x, memory, context)
         o, memory = pass_once(layer, x, h, s, context)
         return (o,), memory
 

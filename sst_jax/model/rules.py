@@ -132,7 +132,7 @@ def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tupl
     for number, x in enumerate(streams):
         h, _ = attend(layer, x, context)
         if number:
-            s = hand_on(layer, x, memory, context)
+            s = next_pass_states(layer, x, memory, context)
         o, memory = pass_once(layer, x, h, s, context)
         outputs.append(o)
     return tuple(outputs), LayerOutputs(memory=memory)
@@ -152,7 +152,7 @@ def pass_once(
     return o, memories(context.config.stream, layer.alpha, layer.gain, x, whole, f, o, layer.masks, before)
 
 
-def hand_on(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
+def next_pass_states(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
     """The states that a pass over x blends in, from the memory of the pass before, with or without its gradient."""
     stream = context.config.stream
     return move(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
@@ -164,7 +164,7 @@ def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
     h, kv = attend(layer, x, context)
     for _ in range(context.options["passes"]):
         o, memory = pass_once(layer, x, h, s, context)
-        s = hand_on(layer, x, memory, context)
+        s = next_pass_states(layer, x, memory, context)
     return (o,), LayerOutputs(*kv, memory)
 
 
