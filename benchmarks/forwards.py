@@ -166,7 +166,9 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
         empty = caches.init_cache(config, 1, length, jnp.dtype(args.dtype))
 
         def one(carry: Any, token: Any) -> Any:
-            hidden, cache = caches.step(config, params, token, carry[1], jnp.ones(1, jnp.int32), dtype=args.dtype)
+            hidden, cache = caches.decode_step_at_depth(
+                config, params, token, carry[1], jnp.ones(1, jnp.int32), dtype=args.dtype
+            )
             return (hidden, cache), None
 
         start = (jnp.zeros((1, config.backbone.d_model), args.dtype), empty)

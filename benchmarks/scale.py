@@ -175,7 +175,9 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
         return rules.hidden(config, params, tokens, forward="local", passes=args.sweeps, dtype="bfloat16")
 
     def one(params: Any, token: Any, caches: Any) -> Any:
-        return decode_state.step(config, params, token, caches, jnp.ones(1, jnp.int32), dtype="bfloat16")
+        return decode_state.decode_step_at_depth(
+            config, params, token, caches, jnp.ones(1, jnp.int32), dtype="bfloat16"
+        )
 
     shapes = jax.eval_shape(params)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)

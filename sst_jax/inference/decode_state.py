@@ -74,16 +74,16 @@ def map_rows(function: Callable[..., jax.Array], *caches: Cache) -> Cache:
     return jax.tree.map(function, axes, *caches)
 
 
-def step(
+def decode_step_at_depth(
     config: ModelConfig, params: Params, token: jax.Array, cache: Cache, depth: jax.Array, start: int = 0,
     bos_id: int | None = None, dtype: str = "float32", hidden: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """`settle` without a tolerance: every row iterates `depth` [B] times. Returns hidden [B, D] and the cache."""
+    """`decode_step` without a tolerance: every row iterates `depth` [B] times. Returns hidden [B, D] and the cache."""
     never = jnp.zeros(depth.shape, jnp.float32)
-    return settle(config, params, token, cache, depth, never, start, bos_id, dtype, hidden)[:2]
+    return decode_step(config, params, token, cache, depth, never, start, bos_id, dtype, hidden)[:2]
 
 
-def settle(
+def decode_step(
     config: ModelConfig, params: Params, token: jax.Array, cache: Cache, depth: jax.Array, tolerance: jax.Array,
     start: int = 0, bos_id: int | None = None, dtype: str = "float32", hidden: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip

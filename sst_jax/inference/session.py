@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import Cache, map_rows, settle
+from sst_jax.inference.decode_state import Cache, decode_step, map_rows
 from sst_jax.inference.policies import Limits, Policy, as_policy, chosen, limits
 from sst_jax.inference.prefill import capacity_for, padded, prefill
 from sst_jax.inference.sampling import Draws, Sampling, Scores, draws, sample, score
@@ -77,7 +77,7 @@ def begin(
     """
     used = jnp.ones_like(last)
     if prompt == "last":
-        hidden, cache, used = settle(
+        hidden, cache, used = decode_step(
             config, params, last, cache, limits.now, limits.tolerance, 1, bos_id, dtype, hidden
         )  # fmt: skip
     elif prompt == "all":
@@ -106,7 +106,7 @@ def decode_chunk(
     def one(carry: tuple) -> tuple:
         i, out, rows = carry
         depth = jnp.where(rows.done, 0, rows.limits.now)
-        hidden, cache, used = settle(
+        hidden, cache, used = decode_step(
             config, params, rows.token, rows.cache, depth, rows.limits.tolerance, 0, bos_id, dtype
         )  # fmt: skip
         moved = rows._replace(cache=cache, limits=rows.limits._replace(now=rows.limits.rest))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sst_jax.inference.decode_state import bytes_per_sequence, init_cache, step
+from sst_jax.inference.decode_state import bytes_per_sequence, decode_step_at_depth, init_cache
 from sst_jax.inference.prefill import capacity_for, padded, prefill
 from sst_jax.model import rules
 from sst_jax.model.config import PRESETS, ModelConfig, StreamConfig
@@ -15,7 +15,7 @@ from tests.support import toys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-STEP = toys.quick_jit(step, "config", "start", "bos_id", "dtype")
+STEP = toys.quick_jit(decode_step_at_depth, "config", "start", "bos_id", "dtype")
 PREFILL = toys.quick_jit(prefill, "config", "capacity", "depth", "bos_id", "dtype", "chunk")
 LENGTHS = np.array([4, 6, 9], np.int32)  # prompts below, at and beyond the window of 6
 TOTAL, CAPACITY = 18, 24

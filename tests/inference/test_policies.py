@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import step
+from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.policies import Policy, as_policy, first_token, flat, parse, parse_list, probe, until_stable
 from sst_jax.inference.prefill import prefill
 from sst_jax.inference.sampling import Sampling
@@ -16,7 +16,7 @@ from tests.support import toys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-STEP = jax.jit(step, static_argnames=("config", "start", "bos_id", "dtype"))
+STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start", "bos_id", "dtype"))
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7, 3)]
 NEW = 9
 TOLERANCE = 0.35  # at which the toys below stop at different depths

@@ -9,7 +9,7 @@ import pytest
 
 import sst_jax
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import init_cache, step
+from sst_jax.inference.decode_state import decode_step_at_depth, init_cache
 from sst_jax.inference.sampling import Sampling, draws, sample
 from sst_jax.inference.session import generate_tokens
 from tests.support import toys
@@ -29,7 +29,7 @@ def generate(config, params, prompts, depth, **settings):
     return np.concatenate([piece.tokens for piece in pieces], axis=1)[:, : settings.get("max_new_tokens", 12)]
 
 
-STEP = toys.quick_jit(step, "config", "start", "bos_id", "dtype")
+STEP = toys.quick_jit(decode_step_at_depth, "config", "start", "bos_id", "dtype")
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7)]
 
 

@@ -175,7 +175,7 @@ def plan_decoding(
         return decode_state.init_cache(config, rows, capacity, dtype), {"base": base, **trainable}, token, token
 
     def step(caches: decode_state.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
-        hidden, caches = decode_state.step(config, params, token, caches, depth, dtype=recipe.dtype)
+        hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth, dtype=recipe.dtype)
         return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
 
     mesh = mesh_on(target, recipe.mesh)

@@ -16,7 +16,7 @@ pytest.importorskip("diptest")
 import sst_jax
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import step
+from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.halting_probe import fingerprint
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import prefill
@@ -25,7 +25,7 @@ from sst_jax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-STEP = jax.jit(step, static_argnames=("config", "start", "bos_id", "dtype"))
+STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start", "bos_id", "dtype"))
 
 
 class Tokens(ByteTokenizer):
