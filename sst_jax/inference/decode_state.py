@@ -18,7 +18,7 @@ from sst_jax.model.attention import KV, attend_cached, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.rules import attention_residual, feed, project
-from sst_jax.model.state import Masks, initial, remember, thought
+from sst_jax.model.state import Masks, decay_state, initial_state, state_update
 
 
 class Cache(NamedTuple):
@@ -127,9 +127,9 @@ def decode_step(
             h = attention_residual(layer, x, out)
             if stream is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None
-            s = jnp.where(layer.masks.live, m[:, None], initial(stream, x))
+            s = jnp.where(layer.masks.live, m[:, None], initial_state(stream, x))
             o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
-            new = remember(stream, s, thought(stream, o, f), layer.masks.blends)[:, 0]
+            new = decay_state(stream, s, state_update(stream, o, f), layer.masks.blends)[:, 0]
             return (o, kv), jnp.where(active[:, None], new, m)
 
         (x, kv), state = decoder.run_layers(params, rule, (embedded, kv), context, state)

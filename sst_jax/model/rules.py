@@ -28,7 +28,7 @@ from sst_jax.model.attention import attend_rows
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Streams
 from sst_jax.model.layers import ACTIVATIONS, to_float32
-from sst_jax.model.state import Masks, blend, initial, memories, move, remember, thought
+from sst_jax.model.state import Masks, blend, decay_state, initial_state, scan_states, shift_right, state_update
 
 FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
 CHUNK = 32  # positions of `exact` between checkpoints, at most
@@ -149,13 +149,13 @@ def pass_once(
     """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
     o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
     whole = residual_after_attention(layer, h)
-    return o, memories(context.config.stream, layer.alpha, layer.gain, x, whole, f, o, layer.masks, before)
+    return o, scan_states(context.config.stream, layer.alpha, layer.gain, x, whole, f, o, layer.masks, before)
 
 
 def next_pass_states(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
     """The states that a pass over x blends in, from the memory of the pass before, with or without its gradient."""
     stream = context.config.stream
-    return move(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
+    return shift_right(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
 
 
 def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
@@ -193,7 +193,7 @@ def scan_positions(
         masks = Masks(live, begins)
         s = jnp.where(live, m, 0.0 if s0 is None else s0)
         o, f = feed(layer, h_t[:, None], context, x.dtype, s[:, None], masks.blends[:, None])
-        m = remember(stream, s, thought(stream, o, f)[:, 0], masks.blends)
+        m = decay_state(stream, s, state_update(stream, o, f)[:, 0], masks.blends)
         return m, (o[:, 0], m)
 
     chunk = -(-steps // -(-steps // CHUNK))  # chunks of about one size, so that hardly a step is padding
@@ -203,7 +203,7 @@ def scan_positions(
         part = jnp.pad(part, ((0, 0), (0, padding), (0, 0)))
         return jnp.moveaxis(part, 1, 0).reshape(-1, chunk, rows, part.shape[-1])
 
-    s0 = initial(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
+    s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
     inputs = jax.tree.map(chunked, (h, s0, layer.masks.live, layer.masks.begins))
 
     def through(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
@@ -215,7 +215,7 @@ def scan_positions(
     def inner(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         return through(checkpoint_name(m, decoder.KEPT), part)
 
-    first = jnp.zeros_like(thought(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
+    first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
     _, (o, memory) = jax.lax.scan(inner, first, inputs)
     o, memory = (jnp.moveaxis(part.reshape(-1, *part.shape[2:])[:steps], 0, 1) for part in (o, memory))
     return o, memory
@@ -240,12 +240,12 @@ def fixed_point_states(layer: Layer, streams: Streams, before: Any, context: Con
     def again(carry: tuple) -> tuple:
         count, _, s, _ = carry
         o, memory = pass_once(layer, x, h, s, context, before)
-        moved = move(stream, x, memory, layer.masks, before)
+        moved = shift_right(stream, x, memory, layer.masks, before)
         change = jnp.max(norm(to_float32(moved) - to_float32(s)) / jnp.maximum(norm(moved), 1e-30))
         return count + 1, (o, memory), moved, change.astype(jnp.float32)
 
     o, memory = pass_once(layer, x, h, None, context, before)
-    begin = (jnp.int32(1), (o, memory), move(stream, x, memory, layer.masks, before), jnp.float32(jnp.inf))
+    begin = (jnp.int32(1), (o, memory), shift_right(stream, x, memory, layer.masks, before), jnp.float32(jnp.inf))
     count, (o, memory), _, change = jax.lax.while_loop(moving, again, begin)
     o, memory, count = jax.lax.cond(
         change <= stream.sweep_tolerance,

@@ -5,9 +5,9 @@ thinking. Entering the next step that memory is the state s, blended into the po
 
     h' = h + alpha * (gain * N(s) - h)        `blend`
     f  = FFN(h'),   o = h' + f
-    u  = f  or  o                             `thought`
-    m  = decay * s + (1 - decay) * u          `remember`: sequential, one step
-    s_t = m_{t-1}                             `memories` and `move`: all steps at once, from an earlier pass's h and f
+    u  = f  or  o                             `state_update`
+    m  = decay * s + (1 - decay) * u          `decay_state`: sequential, one step
+    s_t = m_{t-1}                             `scan_states` and `shift_right`: all steps at once, from an earlier pass's h and f
 
 Two masks say where. `live`: a state comes in from the step before. `begins`: nothing comes in, but the config gives an
 initial state. Neither holds on padding, and `live` is off where a document begins, so no state crosses a border.
@@ -68,19 +68,19 @@ def blend(stream: StreamConfig, alpha: jax.Array, gain: jax.Array, h: jax.Array,
     return jnp.where(where, h + alpha * (gain * normalise(stream, s, h) - h), h)
 
 
-def thought(stream: StreamConfig, o: jax.Array, f: jax.Array) -> jax.Array:
+def state_update(stream: StreamConfig, o: jax.Array, f: jax.Array) -> jax.Array:
     """u, what the layer was just thinking, in the type that states are kept in."""
     u = f if stream.state == "ffn" else o
     return u.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else to_float32(u)
 
 
-def initial(stream: StreamConfig, x: jax.Array) -> jax.Array:
+def initial_state(stream: StreamConfig, x: jax.Array) -> jax.Array:
     """The state entering a document's first step, from the layer's input x. Read only where `begins`."""
     s = unit_rms(x, EPS) if stream.initial == "own" else jnp.zeros(x.shape, to_float32(x).dtype)
     return s.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else s
 
 
-def remember(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array) -> jax.Array:
+def decay_state(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array) -> jax.Array:
     """m after one step that s entered: a decaying average, or u alone where nothing entered."""
     if stream.decay == 0.0:
         return u
@@ -89,7 +89,7 @@ def remember(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array)
     )
 
 
-def memories(
+def scan_states(
     stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
     masks: Masks, before: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
@@ -99,7 +99,7 @@ def memories(
     linear carry a is zero everywhere, and the memory is u itself. All arrays [B, T*I, D]; `before` [B, D] is the memory
     that the first step finds where rows go on from a cache.
     """
-    u = thought(stream, o, f)
+    u = state_update(stream, o, f)
     if stream.decay == 0.0 and not stream.linear_carry:
         return u
     through, rest = jnp.zeros_like(alpha), to_float32(u)
@@ -110,7 +110,7 @@ def memories(
         )
     a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
     b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest)
-    b = b + jnp.where(masks.begins, a * to_float32(initial(stream, x)), 0.0)
+    b = b + jnp.where(masks.begins, a * to_float32(initial_state(stream, x)), 0.0)
     a = jnp.where(masks.live, a, 0.0)
     if before is not None:
         b = b.at[:, 0].add(a[:, 0] * to_float32(before))
@@ -121,14 +121,14 @@ def memories(
     return jax.lax.associative_scan(compose, (a, b), axis=1)[1].astype(u.dtype)
 
 
-def move(
+def shift_right(
     stream: StreamConfig, x: jax.Array, memory: jax.Array, masks: Masks, before: jax.Array | None = None
 ) -> jax.Array:
     """The state entering every step: the memory after the step before, or the initial state. [B, T*I, D]."""
     earlier = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
     if before is not None:
         earlier = earlier.at[:, 0].set(before)
-    return jnp.where(masks.live, earlier, initial(stream, x))
+    return jnp.where(masks.live, earlier, initial_state(stream, x))
 
 
 def masks_for(stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None) -> Masks:

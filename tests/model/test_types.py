@@ -56,11 +56,11 @@ def test_the_two_halves_of_a_layer(depth):
 
     @checked
     def memories(x: Hidden, h: Hidden, f: Hidden, o: Hidden, layer) -> Hidden:
-        return state.memories(CONFIG.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
+        return state.scan_states(CONFIG.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
 
     @checked
     def move(x: Hidden, memory: Hidden, layer) -> Hidden:
-        return state.move(CONFIG.stream, x, memory, layer.masks)
+        return state.shift_right(CONFIG.stream, x, memory, layer.masks)
 
     def rule(layer, streams, extra, context):
         (x,) = streams

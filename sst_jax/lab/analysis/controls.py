@@ -25,7 +25,7 @@ from sst_jax.lab.statistics import bootstrap_mean, finite
 from sst_jax.model import rules
 from sst_jax.model.decoder import Context, Layer, Streams
 from sst_jax.model.layers import to_float32
-from sst_jax.model.state import move
+from sst_jax.model.state import shift_right
 
 if TYPE_CHECKING:
     from sst_jax.lab.analysis.collect import Batch, Look, Walker
@@ -47,7 +47,7 @@ def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Con
     """
     (x, other), swap, depth = streams, context.options, context.depth
     (o,), left = rules.exact(layer, (x,), before, context)
-    real = move(context.config.stream, x, left.memory, layer.masks, before)
+    real = shift_right(context.config.stream, x, left.memory, layer.masks, before)
     by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
     if swap.key is None:
         wrong = by_position[swap.row[:, None], swap.order]
