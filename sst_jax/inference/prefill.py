@@ -57,7 +57,7 @@ def prefill(
     return last.hidden, last.cache
 
 
-class Filled(NamedTuple):
+class PrefillChunk(NamedTuple):
     """A prompt up to the end of one of its chunks."""
 
     cache: Cache
@@ -68,7 +68,7 @@ class Filled(NamedTuple):
 def prefill_chunks(
     config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
     bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
-) -> Iterator[Filled]:  # fmt: skip
+) -> Iterator[PrefillChunk]:  # fmt: skip
     """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
     cache = place(init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype)))
     hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(dtype))
@@ -78,7 +78,7 @@ def prefill_chunks(
         hidden, positions, cache = fill_chunk(
             config, params, part, count, cache, hidden, fresh=at == 0, depth=depth, bos_id=bos_id, dtype=dtype
         )
-        yield Filled(cache, hidden, positions)
+        yield PrefillChunk(cache, hidden, positions)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "fresh", "depth", "bos_id", "dtype"), donate_argnums=(4,))
@@ -93,7 +93,7 @@ def fill_chunk(
     """
     stream, (batch, length) = config.stream, tokens.shape
     depth = depth if stream is not None else 1
-    context = going_on(config, tokens, count, cache, fresh=fresh, depth=depth, bos_id=bos_id)
+    context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth, bos_id=bos_id)
     solve = plain
     if stream is not None:
         solve = fixed_point_states if stream.prefill == "sweeps" else exact
@@ -119,11 +119,11 @@ def fill_chunk(
     if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
         source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != bos_id
     live = jnp.where(going, source, cache.live)
-    cache = Cache(_keep(config, cache, left, count), state, live, cache.length + count)
+    cache = Cache(update_kv_cache(config, cache, left, count), state, live, cache.length + count)
     return hidden, x, constrain_tree(cache)
 
 
-def going_on(
+def chunk_context(
     config: ModelConfig, tokens: jax.Array, count: jax.Array, cache: Cache, *, fresh: bool, depth: int,
     bos_id: int | None,
 ) -> decoder.Context:  # fmt: skip
@@ -142,7 +142,7 @@ def going_on(
     return dataclasses.replace(context, masks=context.masks._replace(live=live, begins=begins))
 
 
-def _keep(config: ModelConfig, cache: Cache, left: LayerOutputs, count: jax.Array) -> Any:
+def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count: jax.Array) -> Any:
     """The caches with the keys and values [L, B, T, K, H] of a chunk, `count` [B] of whose positions are real."""
     kinds, kv = np.array(config.backbone.layer_types), cache.kv
     held = ring_positions(cache.length + count - 1, kv.local_k.shape[2]) - cache.length[:, None]  # [B, W], in the chunk

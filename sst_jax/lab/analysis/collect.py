@@ -33,7 +33,7 @@ from sst_jax.files import read_json
 from sst_jax.inference.decode_state import Cache
 from sst_jax.inference.halting_probe import fingerprint
 from sst_jax.inference.model import Model
-from sst_jax.inference.prefill import capacity_for, going_on, padded, prefill
+from sst_jax.inference.prefill import capacity_for, chunk_context, padded, prefill
 from sst_jax.inference.session import prompt_mode
 from sst_jax.lab.analysis import controls
 from sst_jax.model import decoder
@@ -123,7 +123,7 @@ def walk(
     """
     batch, length = tokens.shape
     depth = depth if config.stream is not None else 1
-    context = going_on(config, tokens, count, cache, fresh=False, depth=depth, bos_id=bos_id)
+    context = chunk_context(config, tokens, count, cache, fresh=False, depth=depth, bos_id=bos_id)
     context = dataclasses.replace(context, options=options)
     first = 0 if every else depth - 1
 
