@@ -31,7 +31,7 @@ class Sampling:
             raise InputError(f"top_p={self.top_p} must be in (0, 1]")
 
 
-class Draws(NamedTuple):
+class SamplingParams(NamedTuple):
     """How each row of a batch is sampled, [B] each: settings are data, so that any mix of them is one program."""
 
     temperature: jax.Array
@@ -48,9 +48,9 @@ class Scores(NamedTuple):
     top: jax.Array
 
 
-def draws(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Draws:
+def sampling_params(samplings: Sequence[Sampling], seeds: Sequence[int]) -> SamplingParams:
     """The rows of a batch; seeds are taken modulo 2**32."""
-    return Draws(
+    return SamplingParams(
         np.array([sampling.temperature for sampling in samplings], np.float32),
         np.array([sampling.top_k for sampling in samplings], np.int32),
         np.array([sampling.top_p for sampling in samplings], np.float32),
@@ -58,7 +58,7 @@ def draws(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Draws:
     )
 
 
-def sample(rows: Draws, logits: jax.Array, position: jax.Array) -> jax.Array:
+def sample(rows: SamplingParams, logits: jax.Array, position: jax.Array) -> jax.Array:
     """Next tokens int32 [B] from logits [B, V]; a row draws from its seed and `position` [B], whoever is beside it."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     warm = rows.temperature > 0.0
@@ -75,7 +75,7 @@ def sample(rows: Draws, logits: jax.Array, position: jax.Array) -> jax.Array:
     return jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
 
 
-def _cut(rows: Draws, logits: jax.Array) -> jax.Array:
+def _cut(rows: SamplingParams, logits: jax.Array) -> jax.Array:
     """Logits with -inf wherever top_k or top_p leave a token out; those of rows that cut nothing as they are."""
     top_k = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[-1])[:, None]
     top_p = jnp.where(rows.top_p < 1.0, rows.top_p, jnp.inf)[:, None]  # a rounded sum may reach 1 before the last token

@@ -15,7 +15,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import Cache, decode_step, map_rows
 from sst_jax.inference.policies import Limits, Policy, as_policy, chosen, limits
 from sst_jax.inference.prefill import capacity_for, padded, prefill
-from sst_jax.inference.sampling import Draws, Sampling, Scores, draws, sample, score
+from sst_jax.inference.sampling import Sampling, SamplingParams, Scores, sample, sampling_params, score
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
@@ -24,7 +24,7 @@ from sst_jax.model.sharding import constrain
 CHUNK = 16  # tokens between two looks of the host at what was generated
 
 
-class Rows(NamedTuple):
+class DecodeState(NamedTuple):
     """A batch that is being decoded."""
 
     cache: Cache
@@ -32,10 +32,10 @@ class Rows(NamedTuple):
     done: jax.Array  # bool [B]
     left: jax.Array  # int32 [B], how many tokens a row may still draw
     limits: Limits
-    draws: Draws
+    sampling_params: SamplingParams
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """Tokens of every row, [B, n] each; where a row had ended its token is -1."""
 
     tokens: jax.Array
@@ -47,8 +47,8 @@ STATIC = ("config", "stop_ids", "bos_id", "dtype", "top")
 
 
 def _draw(
-    params: Params, rows: Rows, hidden: jax.Array, stop_ids: tuple[int, ...], top: int, scored: jax.Array | None
-) -> tuple[Rows, Scores | None]:
+    params: Params, rows: DecodeState, hidden: jax.Array, stop_ids: tuple[int, ...], top: int, scored: jax.Array | None
+) -> tuple[DecodeState, Scores | None]:
     """Rows with their next token, the first of those that `rows.left` still counts, and its scores."""
     logits = decoder.head(params, hidden)
     token = sample(rows.draws, logits, rows.cache.length)
@@ -66,9 +66,9 @@ def _draw(
 @functools.partial(jax.jit, static_argnames=(*STATIC, "prompt"), donate_argnums=(2,))
 def begin(
     config: ModelConfig, params: Params, cache: Cache, hidden: jax.Array, last: jax.Array, left: jax.Array,
-    limits: Limits, draws: Draws, *, prompt: str, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
+    limits: Limits, sampling_params: SamplingParams, *, prompt: str, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
     top: int = 0, scored: jax.Array | None = None,
-) -> tuple[Drawn, Rows]:  # fmt: skip
+) -> tuple[SampledTokens, DecodeState]:  # fmt: skip
     """Draws the first token [B, 1] after `prefill`.
 
     last: the last prompt token [B], at which depth begins with prompt="last" (see StreamConfig; "all" says that the
@@ -84,16 +84,16 @@ def begin(
         used = limits.now
     if prompt != "none":
         limits = limits._replace(now=limits.rest)
-    rows = Rows(cache, last, jnp.zeros(last.shape, bool), left, limits, draws)
+    rows = DecodeState(cache, last, jnp.zeros(last.shape, bool), left, limits, sampling_params)
     rows, scores = _draw(params, rows, hidden, stop_ids, top, scored)
-    return _seen(Drawn(*jax.tree.map(lambda part: part[:, None], (rows.token, used, scores))), rows)
+    return _seen(SampledTokens(*jax.tree.map(lambda part: part[:, None], (rows.token, used, scores))), rows)
 
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "size"), donate_argnums=(2,))
 def decode_chunk(
-    config: ModelConfig, params: Params, rows: Rows, count: jax.Array | int, *, stop_ids: tuple[int, ...],
+    config: ModelConfig, params: Params, rows: DecodeState, count: jax.Array | int, *, stop_ids: tuple[int, ...],
     bos_id: int | None, dtype: str, top: int = 0, scored: jax.Array | None = None, size: int = CHUNK,
-) -> tuple[Drawn, Rows]:  # fmt: skip
+) -> tuple[SampledTokens, DecodeState]:  # fmt: skip
     """`count` <= `size` more tokens a row, in columns [B, size]. Stops early when all rows have ended.
 
     top: above 0, tokens come with their scores and those of the `top` likeliest, where `scored` (bool []) is true.
@@ -111,7 +111,7 @@ def decode_chunk(
         )  # fmt: skip
         moved = rows._replace(cache=cache, limits=rows.limits._replace(now=rows.limits.rest))
         after, scores = _draw(params, moved, hidden, stop_ids, top, scored)
-        new = Drawn(jnp.where(rows.done, -1, after.token), used, scores)
+        new = SampledTokens(jnp.where(rows.done, -1, after.token), used, scores)
         return i + 1, jax.tree.map(lambda column, part: column.at[:, i].set(part), out, new), after
 
     batch = rows.token.shape[0]
@@ -124,11 +124,11 @@ def decode_chunk(
             jnp.zeros((batch, size, top), jnp.int32),
             jnp.zeros((batch, size, top), wide),
         )
-    _, out, rows = jax.lax.while_loop(more, one, (jnp.int32(0), Drawn(whole, whole, scores), rows))
+    _, out, rows = jax.lax.while_loop(more, one, (jnp.int32(0), SampledTokens(whole, whole, scores), rows))
     return _seen(out, rows)
 
 
-def _seen(drawn: Drawn, rows: Rows) -> tuple[Drawn, Rows]:
+def _seen(drawn: SampledTokens, rows: DecodeState) -> tuple[SampledTokens, DecodeState]:
     """The same, with what the host looks at on every device of a mesh."""
     everywhere = functools.partial(jax.tree.map, lambda part: constrain(part, *[None] * part.ndim))
     return everywhere(drawn), rows._replace(done=everywhere(rows.done))
@@ -220,7 +220,7 @@ def generate_tokens(
     last = np.array([each[-1] for each in prompts], np.int32)
     left = np.full(len(prompts), max_new_tokens, np.int32)
     drawn, rows = begin(
-        config, params, cache, hidden, last, left, limits(policies), draws([sampling] * len(prompts), seeds),
+        config, params, cache, hidden, last, left, limits(policies), sampling_params([sampling] * len(prompts), seeds),
         prompt=prompt, **settings,
     )  # fmt: skip
     # Where depth begins at the first token's own position, that one step goes before the choice.
@@ -238,7 +238,7 @@ def generate_tokens(
         unmoved = False
 
 
-def route(rows: Rows, policies: Sequence[Policy]) -> Rows:
+def route(rows: DecodeState, policies: Sequence[Policy]) -> DecodeState:
     """Rows that go on as their policies choose from the states at hand."""
     if rows.cache.state is None:
         return rows

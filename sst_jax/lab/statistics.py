@@ -110,7 +110,7 @@ def redraw_union(
     answers as it changed, changed[j], are drawn anew for items picked at random, and are right with the item's
     `chance` [items]. An item counts as soon as one answer to it was right, so redrawing can only raise the union.
 
-    Returns the expected union as a share, exactly, and the central interval of `draws` simulations.
+    Returns the expected union as a share, exactly, and the central interval of `sampling_params` simulations.
     """
     right, chance = np.asarray(right, bool), np.asarray(chance, float)
     count, rng = len(right), np.random.default_rng(seed)

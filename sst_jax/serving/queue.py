@@ -26,8 +26,16 @@ from sst_jax.inference.detokenizer import Answer
 from sst_jax.inference.policies import Limits, Policy, limits
 from sst_jax.inference.prefill import CHUNK as PREFILL
 from sst_jax.inference.prefill import capacity_for, padded, prefill_chunks
-from sst_jax.inference.sampling import Draws, Sampling, Scores, draws, score
-from sst_jax.inference.session import Drawn, Rows, begin, decode_chunk, pick_rows, prompt_depth, prompt_mode
+from sst_jax.inference.sampling import Sampling, SamplingParams, Scores, sampling_params, score
+from sst_jax.inference.session import (
+    DecodeState,
+    SampledTokens,
+    begin,
+    decode_chunk,
+    pick_rows,
+    prompt_depth,
+    prompt_mode,
+)
 from sst_jax.model import decoder
 
 CHUNK = 8  # tokens between two looks at who has ended and who is waiting
@@ -173,7 +181,7 @@ class Engine:
         """How many requests run and wait, and the rows there are."""
         return {"running": len(self._seated), "waiting": len(self._queue), "rows": self.rows}
 
-    def _empty(self) -> Rows:
+    def _empty(self) -> DecodeState:
         """A batch of rows that have all ended."""
 
         def zeros(kind: str) -> jax.Array:
@@ -181,8 +189,8 @@ class Engine:
 
         cache = init_cache(self.model.config, self.rows, self.slots, jnp.dtype(self.model.dtype))
         policies = Limits(zeros("int32"), zeros("int32"), zeros("float32"))
-        sampling = Draws(zeros("float32"), zeros("int32"), zeros("float32"), zeros("uint32"))
-        return Rows(cache, zeros("int32"), ~zeros("bool"), zeros("int32"), policies, sampling)
+        sampling = SamplingParams(zeros("float32"), zeros("int32"), zeros("float32"), zeros("uint32"))
+        return DecodeState(cache, zeros("int32"), ~zeros("bool"), zeros("int32"), policies, sampling)
 
     def _run(self) -> None:
         while self._await_work():
@@ -255,7 +263,7 @@ class Engine:
         drawn, rows = begin(
             config, params, cache, hidden, np.array(request.tokens[-1:], np.int32),
             np.array([request.max_new_tokens], np.int32), limits([request.policy]),
-            draws([request.sampling], [request.seed]), prompt=prompt, top=TOP, scored=np.bool_(request.scored),
+            sampling_params([request.sampling], [request.seed]), prompt=prompt, top=TOP, scored=np.bool_(request.scored),
             **self._settings,
         )  # fmt: skip
         row = next(row for row in range(self.rows) if row not in self._seated)
@@ -282,7 +290,7 @@ class Engine:
         self._pass_on(drawn, done, self._seated)
         self._leave()
 
-    def _pass_on(self, drawn: Drawn, done: np.ndarray, jobs: dict[int, Job]) -> None:
+    def _pass_on(self, drawn: SampledTokens, done: np.ndarray, jobs: dict[int, Job]) -> None:
         tokens, depths = np.asarray(drawn.tokens), np.asarray(drawn.depths)
         for row, job in jobs.items():
             scores = []
@@ -317,7 +325,7 @@ class Engine:
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
-def seat(batch: Rows, one: Rows, row: jax.Array) -> Rows:
+def seat(batch: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
     """The batch with the only row of `one` at `row`."""
 
     def put(axis: int, whole: jax.Array, new: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sst_jax.inference.sampling import Sampling, draws, sample, score
+from sst_jax.inference.sampling import Sampling, sample, sampling_params, score
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -23,9 +23,9 @@ def test_a_row_draws_what_it_would_draw_among_others_like_it(rows, seed):
     logits = jnp.asarray(np.random.default_rng(abs(seed)).normal(size=(6, 40)), jnp.float32)
     position = jnp.arange(6) + 3
     seeds = [seed + row for row in range(6)]
-    together = np.asarray(SAMPLE(draws(rows, seeds), logits, position))
+    together = np.asarray(SAMPLE(sampling_params(rows, seeds), logits, position))
     for row, sampling in enumerate(rows):
-        alike = np.asarray(SAMPLE(draws([sampling] * 6, seeds), logits, position))
+        alike = np.asarray(SAMPLE(sampling_params([sampling] * 6, seeds), logits, position))
         assert together[row] == alike[row]
 
 

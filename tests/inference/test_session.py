@@ -10,7 +10,7 @@ import pytest
 import sst_jax
 from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import decode_step_at_depth, init_cache
-from sst_jax.inference.sampling import Sampling, draws, sample
+from sst_jax.inference.sampling import Sampling, sample, sampling_params
 from sst_jax.inference.session import generate_tokens
 from tests.support import toys
 
@@ -116,7 +116,8 @@ def test_bfloat16_states_decode_as_their_rounded_exact_does(float64):
 def test_cut_to_one_token_sampling_is_greedy(sampling):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 40)), jnp.float32)
     assert (
-        sample(draws([sampling] * 6, range(6)), logits, jnp.zeros(6, jnp.int32)).tolist() == logits.argmax(-1).tolist()
+        sample(sampling_params([sampling] * 6, range(6)), logits, jnp.zeros(6, jnp.int32)).tolist()
+        == logits.argmax(-1).tolist()
     )
 
 
@@ -128,7 +129,7 @@ def test_frequencies_are_those_of_the_cut_softmax(sampling, kept):
     expected = p ** (1 / sampling.temperature)
     expected[kept:] = 0
     expected /= expected.sum()
-    rows = draws([sampling] * 20_000, range(20_000))
+    rows = sampling_params([sampling] * 20_000, range(20_000))
     drawn = np.asarray(sample(rows, jnp.tile(jnp.log(jnp.asarray(p)), (20_000, 1)), jnp.zeros(20_000, jnp.int32)))
     found = np.bincount(drawn, minlength=5) / 20_000
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 20_000))
