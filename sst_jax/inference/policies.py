@@ -55,7 +55,7 @@ class Policy:
         return self.first == self.rest and self.tolerance == 0.0 and self.choose is None
 
 
-class Limits(NamedTuple):
+class DepthBudget(NamedTuple):
     """Policies of the rows of a batch, [B] each: iterations at the next position, at those after it, and tolerance."""
 
     now: jax.Array
@@ -93,7 +93,7 @@ def probe(choose: Callable[[np.ndarray], int], first: int = 1) -> Policy:
     return Policy(f"probe:{getattr(choose, '__name__', 'choose')}", first, 1, choose=choose)
 
 
-def chosen(policy: Policy, states: np.ndarray) -> int:
+def selected_depth(policy: Policy, states: np.ndarray) -> int:
     """What `policy.choose` says of the states [L, D], checked."""
     return dataclasses.replace(policy, rest=policy.choose(states)).rest
 
@@ -147,7 +147,7 @@ def as_policy(depth: int | str | Policy) -> Policy:
     return parse(depth) if isinstance(depth, str) else flat(depth)
 
 
-def limits(policies: Sequence[Policy]) -> Limits:
+def depth_budget(policies: Sequence[Policy]) -> DepthBudget:
     """Rows that have their first position still before them."""
     columns = zip(*((policy.first, policy.rest, policy.tolerance) for policy in policies), strict=True)
-    return Limits(*(np.asarray(column, kind) for column, kind in zip(columns, ("i4", "i4", "f4"), strict=True)))
+    return DepthBudget(*(np.asarray(column, kind) for column, kind in zip(columns, ("i4", "i4", "f4"), strict=True)))

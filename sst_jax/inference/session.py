@@ -13,7 +13,7 @@ import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import Cache, decode_step, map_rows
-from sst_jax.inference.policies import Limits, Policy, as_policy, chosen, limits
+from sst_jax.inference.policies import DepthBudget, Policy, as_policy, depth_budget, selected_depth
 from sst_jax.inference.prefill import capacity_for, padded, prefill
 from sst_jax.inference.sampling import Sampling, SamplingParams, Scores, sample, sampling_params, score
 from sst_jax.model import decoder
@@ -31,7 +31,7 @@ class DecodeState(NamedTuple):
     token: jax.Array  # int32 [B], the newest token of each row, not yet fed
     done: jax.Array  # bool [B]
     left: jax.Array  # int32 [B], how many tokens a row may still draw
-    limits: Limits
+    depth_budget: DepthBudget
     sampling_params: SamplingParams
 
 
@@ -66,7 +66,7 @@ def _draw(
 @functools.partial(jax.jit, static_argnames=(*STATIC, "prompt"), donate_argnums=(2,))
 def begin(
     config: ModelConfig, params: Params, cache: Cache, hidden: jax.Array, last: jax.Array, left: jax.Array,
-    limits: Limits, sampling_params: SamplingParams, *, prompt: str, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
+    depth_budget: DepthBudget, sampling_params: SamplingParams, *, prompt: str, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
     top: int = 0, scored: jax.Array | None = None,
 ) -> tuple[SampledTokens, DecodeState]:  # fmt: skip
     """Draws the first token [B, 1] after `prefill`.
@@ -78,13 +78,13 @@ def begin(
     used = jnp.ones_like(last)
     if prompt == "last":
         hidden, cache, used = decode_step(
-            config, params, last, cache, limits.now, limits.tolerance, 1, bos_id, dtype, hidden
+            config, params, last, cache, depth_budget.now, depth_budget.tolerance, 1, bos_id, dtype, hidden
         )  # fmt: skip
     elif prompt == "all":
-        used = limits.now
+        used = depth_budget.now
     if prompt != "none":
-        limits = limits._replace(now=limits.rest)
-    rows = DecodeState(cache, last, jnp.zeros(last.shape, bool), left, limits, sampling_params)
+        depth_budget = depth_budget._replace(now=depth_budget.rest)
+    rows = DecodeState(cache, last, jnp.zeros(last.shape, bool), left, depth_budget, sampling_params)
     rows, scores = _draw(params, rows, hidden, stop_ids, top, scored)
     return _seen(SampledTokens(*jax.tree.map(lambda part: part[:, None], (rows.token, used, scores))), rows)
 
@@ -220,7 +220,7 @@ def generate_tokens(
     last = np.array([each[-1] for each in prompts], np.int32)
     left = np.full(len(prompts), max_new_tokens, np.int32)
     drawn, rows = begin(
-        config, params, cache, hidden, last, left, limits(policies), sampling_params([sampling] * len(prompts), seeds),
+        config, params, cache, hidden, last, left, depth_budget(policies), sampling_params([sampling] * len(prompts), seeds),
         prompt=prompt, **settings,
     )  # fmt: skip
     # Where depth begins at the first token's own position, that one step goes before the choice.
@@ -245,5 +245,5 @@ def route(rows: DecodeState, policies: Sequence[Policy]) -> DecodeState:
     states, rest = np.asarray(rows.cache.state), np.array(rows.limits.rest)
     for row, policy in enumerate(policies):
         if policy.choose:
-            rest[row] = chosen(policy, states[:, row])
+            rest[row] = selected_depth(policy, states[:, row])
     return rows._replace(limits=rows.limits._replace(now=jnp.asarray(rest), rest=jnp.asarray(rest)))

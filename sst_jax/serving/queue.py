@@ -23,7 +23,7 @@ import numpy as np
 from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import Cache, init_cache, map_rows
 from sst_jax.inference.detokenizer import Answer
-from sst_jax.inference.policies import Limits, Policy, limits
+from sst_jax.inference.policies import DepthBudget, Policy, depth_budget
 from sst_jax.inference.prefill import CHUNK as PREFILL
 from sst_jax.inference.prefill import capacity_for, padded, prefill_chunks
 from sst_jax.inference.sampling import Sampling, SamplingParams, Scores, sampling_params, score
@@ -188,7 +188,7 @@ class Engine:
             return jnp.zeros(self.rows, kind)
 
         cache = init_cache(self.model.config, self.rows, self.slots, jnp.dtype(self.model.dtype))
-        policies = Limits(zeros("int32"), zeros("int32"), zeros("float32"))
+        policies = DepthBudget(zeros("int32"), zeros("int32"), zeros("float32"))
         sampling = SamplingParams(zeros("float32"), zeros("int32"), zeros("float32"), zeros("uint32"))
         return DecodeState(cache, zeros("int32"), ~zeros("bool"), zeros("int32"), policies, sampling)
 
@@ -262,7 +262,7 @@ class Engine:
         cache, hidden = pick_rows(self._kept.cache, self._kept.hidden, np.zeros(1, np.int32))
         drawn, rows = begin(
             config, params, cache, hidden, np.array(request.tokens[-1:], np.int32),
-            np.array([request.max_new_tokens], np.int32), limits([request.policy]),
+            np.array([request.max_new_tokens], np.int32), depth_budget([request.policy]),
             sampling_params([request.sampling], [request.seed]), prompt=prompt, top=TOP, scored=np.bool_(request.scored),
             **self._settings,
         )  # fmt: skip
