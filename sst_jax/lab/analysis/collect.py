@@ -75,17 +75,17 @@ class Settings:
     seed: int = 0
 
 
-class Look(NamedTuple):
+class DepthStates(NamedTuple):
     """One walk of a batch after one iteration of every position, in host memory."""
 
     states: np.ndarray  # [L, B, T, D]; of one problem [T, L, D]
     top_ids: np.ndarray  # int32 [B, T, TOP], the likeliest next tokens; of one problem [T, TOP]
     top_logits: np.ndarray
 
-    def row(self, number: int, count: int) -> Look:
+    def row(self, number: int, count: int) -> DepthStates:
         """One problem's `count` positions."""
         states = np.moveaxis(self.states[:, number, :count], 0, 1).astype(np.float32)
-        return Look(states, self.top_ids[number, :count], self.top_logits[number, :count].astype(np.float32))
+        return DepthStates(states, self.top_ids[number, :count], self.top_logits[number, :count].astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------- Walking texts
@@ -109,7 +109,7 @@ RULES = {"output": outputs, "memory": remembered}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rule", "copies", "depth", "every", "bos_id", "dtype"))
-def walk(
+def run_texts(
     config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache, options: Any = None, *,
     rule: Callable[..., tuple[Streams, jax.Array]] = outputs, copies: int = 1, depth: int = 1, every: bool = False,
     bos_id: int | None = None, dtype: str = "float32",
@@ -188,7 +188,7 @@ class Walker:
     def __call__(
         self, batch: Batch, depth: int, *, every: bool = False, config: ModelConfig | None = None,
         dtype: str | None = None, rule: Any = None, **more: Any,
-    ) -> list[Look]:  # fmt: skip
+    ) -> list[DepthStates]:  # fmt: skip
         """The batch after its last iteration, or after `every` one. config, dtype: other than the model's own."""
         config, dtype = config or self.model.config, dtype or self.model.dtype
         params, bos_id = self._params(config, dtype), self.model.tokenizer.bos_id
@@ -196,12 +196,12 @@ class Walker:
             config, params, batch.prefix, batch.prefix_count, capacity=self.capacity,
             depth=depth if prompt_mode(config) == "all" else 1, bos_id=bos_id, dtype=dtype,
         )  # fmt: skip
-        states, *top = walk(
+        states, *top = run_texts(
             config, params, batch.walked, batch.count, cache, depth=depth, every=every, bos_id=bos_id, dtype=dtype,
             rule=rule or RULES[self.settings.what], **more,
         )  # fmt: skip
         states, (ids, logits) = np.asarray(states), map(np.asarray, top)
-        return [Look(states[..., k, :], ids[:, :, k], logits[:, :, k]) for k in range(ids.shape[2])]
+        return [DepthStates(states[..., k, :], ids[:, :, k], logits[:, :, k]) for k in range(ids.shape[2])]
 
     def _params(self, config: ModelConfig, dtype: str) -> Params:
         """The model's parameters as `config` takes them, the base in `dtype`."""
@@ -225,7 +225,7 @@ class Problem(NamedTuple):
     top_ids: np.ndarray  # int32 [I, T, TOP]
     top_logits: np.ndarray  # [I, T, TOP]
     rounded: np.ndarray | None  # [T, L, D], the first depth in bfloat16
-    controls: dict[str, Any]  # what `controls.look` found
+    controls: dict[str, Any]  # what `controls.collect_batch` found
 
 
 def store(folder: Path, name: str) -> Any:
@@ -399,10 +399,10 @@ def look(walker: Walker, texts: Sequence[Text], batch: Batch, numbers: range) ->
     rounded = walker(batch, settings.depths[0], dtype="bfloat16")[0] if settings.rounding else None
     controlled: list[dict[str, Any]] = [{}] * len(texts)
     if numbers.start < settings.controls:
-        controlled = controls.look(walker, batch, walks[0], walks[-1])
+        controlled = controls.collect_batch(walker, batch, walks[0], walks[-1])
     for row, text in enumerate(texts):
         count = int(batch.count[row])
-        parts = (np.stack(parts) for parts in zip(*(walk.row(row, count) for walk in walks), strict=True))
+        parts = (np.stack(parts) for parts in zip(*(run_texts.row(row, count) for run_texts in walks), strict=True))
         yield Problem(
             text.id, batch.prefix[row, : batch.prefix_count[row]].tolist(), batch.walked[row, :count].tolist(),
             batch.predicted[row], *parts,

@@ -28,7 +28,7 @@ from sst_jax.model.layers import to_float32
 from sst_jax.model.state import shift_right
 
 if TYPE_CHECKING:
-    from sst_jax.lab.analysis.collect import Batch, Look, Walker
+    from sst_jax.lab.analysis.collect import Batch, DepthStates, Walker
 
 
 class Swap(NamedTuple):
@@ -77,7 +77,7 @@ def another_order(counts: np.ndarray, length: int, seed: int) -> np.ndarray:
     return order
 
 
-def look(walker: Walker, batch: Batch, shallow: Look, deep: Look) -> list[dict[str, Any]]:
+def collect_batch(walker: Walker, batch: Batch, shallow: DepthStates, deep: DepthStates) -> list[dict[str, Any]]:
     """What every control did to each problem of a batch, beside what depth did.
 
     shallow, deep: the batch's walks at the first and the last depth. One dict a problem, by name of the control,
@@ -105,7 +105,7 @@ def look(walker: Walker, batch: Batch, shallow: Look, deep: Look) -> list[dict[s
     ]
 
 
-def compared(first: Look, second: Look) -> dict[str, Any]:
+def compared(first: DepthStates, second: DepthStates) -> dict[str, Any]:
     """JSON-ready, of one problem's two walks."""
     changed = first.top_ids[:, 0] != second.top_ids[:, 0]
     return {"overlap": overlap(first.states, second.states).tolist(), "argmax_changed": changed.tolist()}

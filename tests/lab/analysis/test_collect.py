@@ -106,7 +106,7 @@ def test_controls_move_nothing_where_nothing_is_remembered_and_differ_where_it_i
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
     walker = collect.Walker(model, settings, 64)
     shallow, deep = walker(batch, 1)[0], walker(batch, 3)[0]
-    found = controls.summarise(controls.look(walker, batch, shallow, deep))
+    found = controls.summarise(controls.collect_batch(walker, batch, shallow, deep))
     assert found["alpha_0"]["largest"] == found["plain"]["largest"] == 0.0
     assert found["alpha_0"]["argmax_changed"]["value"] == 0.0
     moves = {name: found[name]["moved"]["value"] for name in ("depth", "shuffled", "another_text", "random")}
@@ -121,7 +121,7 @@ def test_a_text_alone_has_no_other_to_take_states_from():
     looks = []
     for several in (some[:2], some[2:]):
         batch = collect.Batch.of(model, several, [text.given for text in several], (64, 64))
-        looks += controls.look(walker, batch, walker(batch, 1)[0], walker(batch, 2)[0])
+        looks += controls.collect_batch(walker, batch, walker(batch, 1)[0], walker(batch, 2)[0])
     assert ["another_text" in look for look in looks] == [True, True, False]
     found = controls.summarise(looks)
     assert {name: record["problems"] for name, record in found.items()} == {
