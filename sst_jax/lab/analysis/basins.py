@@ -41,7 +41,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1.0 - moved(a, b)
 
 
-class Measured(NamedTuple):
+class TextMetrics(NamedTuple):
     """What is kept of one problem once its states have been read. I counts depths; the first is the reference."""
 
     id: str
@@ -54,7 +54,7 @@ class Measured(NamedTuple):
     controls: dict[str, Any]
 
 
-def measure(problem: Problem) -> Measured:
+def measure(problem: Problem) -> TextMetrics:
     reference, top = problem.states[0], problem.top_ids.shape[-1]
     winner = problem.top_ids[:, :, 0]
     kept = (problem.top_ids[:, :, :, None] == problem.top_ids[0][None, :, None, :]).any(-1).sum(-1)
@@ -64,7 +64,7 @@ def measure(problem: Problem) -> Measured:
     def square(other: np.ndarray) -> np.ndarray:
         return np.square(other.astype(np.float64) - reference).mean(axis=0)
 
-    return Measured(
+    return TextMetrics(
         problem.id, moved(problem.states, reference[None]), top - kept, winner, rank, square(problem.states[-1]),
         None if problem.rounded is None else square(problem.rounded), problem.controls,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def measure(problem: Problem) -> Measured:
 # --------------------------------------------------------------------------------------------------- One mode or two?
 
 
-class Modes(NamedTuple):
+class MixtureFit(NamedTuple):
     """Whether values of `moved` are of two kinds, and where they part.
 
     bic         of one normal component and of two, on log10(moved)
@@ -104,7 +104,7 @@ def logs(values: np.ndarray) -> np.ndarray:
     return np.log10(np.maximum(values, FLOOR))
 
 
-def modes(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> Modes:
+def modes(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> MixtureFit:
     """Of values of `moved`, one array a text.
 
     Raises: InputError on fewer than 20 values, and on values that are not numbers.
@@ -117,7 +117,7 @@ def modes(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> 
         raise InputError("an overlap is not a number: the states hold NaN or infinity")
     if np.ptp(values) < 1e-6:  # nothing moves, or everything alike
         value = float(values[0])
-        return Modes((0.0, 0.0), 0.0, 1.0, False, (value, value), (0.0, 0.0), (1.0, 0.0), None, None)
+        return MixtureFit((0.0, 0.0), 0.0, 1.0, False, (value, value), (0.0, 0.0), (1.0, 0.0), None, None)
     rng = np.random.default_rng(seed)
     dip, dip_p = thinned_dip(groups, rng)
     sample = values if len(values) <= MOST else rng.choice(values, MOST, replace=False)
@@ -136,7 +136,7 @@ def modes(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> 
             found.append((cut_again, float(np.mean(again > cut_again))))
         cuts, shares = np.array(found).T
         threshold, share = (_between(column) for column in (1.0 - 10.0**cuts, shares))
-    return Modes(bic, dip, dip_p, bimodal, means, deviations, weights, threshold, share)
+    return MixtureFit(bic, dip, dip_p, bimodal, means, deviations, weights, threshold, share)
 
 
 def _between(column: np.ndarray) -> Interval:
@@ -191,7 +191,7 @@ def crossing(means: Sequence[float], deviations: Sequence[float], weights: Seque
 # ------------------------------------------------------------------------------------------------- What goes with them
 
 
-def shifted(measured: Sequence[Measured], layer: int, found: Modes) -> tuple[list[np.ndarray], float, str]:
+def shifted(measured: Sequence[TextMetrics], layer: int, found: MixtureFit) -> tuple[list[np.ndarray], float, str]:
     """Which positions [T] of each problem shifted at the last depth, at a layer; the cut on log10(moved); its origin.
 
     With one mode nothing shifted; the tenth of the positions that moved most then stands in, so that what goes with
@@ -204,7 +204,7 @@ def shifted(measured: Sequence[Measured], layer: int, found: Modes) -> tuple[lis
     return [value > cut for value in values], cut, how
 
 
-def tokens_at(measured: Sequence[Measured], masks: Sequence[np.ndarray]) -> dict[str, Any]:
+def tokens_at(measured: Sequence[TextMetrics], masks: Sequence[np.ndarray]) -> dict[str, Any]:
     """Tokens at the last depth against the first, at shifted and at stable positions, with intervals over texts.
 
     replaced  of the top tokens;  changed  share of positions with another likeliest token;
@@ -245,7 +245,9 @@ def count_orders(state: np.ndarray, token: np.ndarray, never: int) -> dict[str, 
     return {name: int(part.sum()) for name, part in zip(ORDERS, parts, strict=True)}
 
 
-def order_of_events(measured: Sequence[Measured], layer: int, cut: float, permutations: int = 2000) -> dict[str, Any]:
+def order_of_events(
+    measured: Sequence[TextMetrics], layer: int, cut: float, permutations: int = 2000
+) -> dict[str, Any]:
     """Over the depths, which comes first at a position: its state's shift, or another likeliest token.
 
     The control shuffles the tokens' onsets among the positions of each text: how often the state would be first if the
@@ -274,7 +276,7 @@ def order_of_events(measured: Sequence[Measured], layer: int, cut: float, permut
     }
 
 
-def position_zero(measured: Sequence[Measured], layer: int, masks: Sequence[np.ndarray]) -> dict[str, Any]:
+def position_zero(measured: Sequence[TextMetrics], layer: int, masks: Sequence[np.ndarray]) -> dict[str, Any]:
     """The first generated position beside the others: moved, shifted, another likeliest token."""
     changed = [each.winner[-1] != each.winner[0] for each in measured]
     parts = {"moved": [each.moved[-1, :, layer] for each in measured], "shifted": masks, "changed": changed}
@@ -287,7 +289,9 @@ def position_zero(measured: Sequence[Measured], layer: int, masks: Sequence[np.n
     }
 
 
-def downstream(measured: Sequence[Measured], layer: int, masks: Sequence[np.ndarray], reach: int = REACH) -> list[Any]:
+def downstream(
+    measured: Sequence[TextMetrics], layer: int, masks: Sequence[np.ndarray], reach: int = REACH
+) -> list[Any]:
     """How much more the state moves `distance` positions after a shifted position than after a stable one.
 
     Compared within each text, so that texts that move more altogether do not count as reach; mean over texts.

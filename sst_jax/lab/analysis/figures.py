@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sst_jax.console.figure import new_figure
 from sst_jax.lab.analysis import basins
-from sst_jax.lab.analysis.findings import Findings
+from sst_jax.lab.analysis.findings import AnalysisResult
 
 CONTROLS = {
     "depth": "the model\nas it is", "shuffled": "states of\nother positions", "another_text": "states of\nother texts",
@@ -33,7 +33,7 @@ def blank(width: float = 7.2, height: float = 3.8) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def draw(found: Findings) -> Iterator[Drawn]:
+def draw(found: AnalysisResult) -> Iterator[Drawn]:
     """All figures that there is something to show for."""
     first, last = (found.result["by_depth"][number]["depth"] for number in (0, -1))
     yield heat(found, first, last)
@@ -50,7 +50,7 @@ def draw(found: Findings) -> Iterator[Drawn]:
     yield alpha(found)
 
 
-def heat(found: Findings, first: int, last: int) -> Drawn:
+def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
     figure, axes = blank()
     axes.grid(visible=False)
     longest = max(each.moved.shape[1] for each in found.measured)
@@ -82,7 +82,7 @@ def as_overlap(value: float, _: Any = None) -> str:
     return f"{1 - rest:.3g}" if rest > 5e-3 else f"1 − {rest:.0e}"
 
 
-def histogram(found: Findings, first: int, last: int) -> Drawn:
+def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
     layer, modes = found.result["layer"], found.modes
     figure, axes = blank()
     values = basins.logs(np.concatenate([each.moved[-1, :, layer] for each in found.measured]))
@@ -129,7 +129,7 @@ def band(axes: Any, low: np.ndarray, middle: np.ndarray, high: np.ndarray, label
     over_layers(axes)
 
 
-def layers(found: Findings) -> Drawn:
+def layers(found: AnalysisResult) -> Drawn:
     figure, axes = blank()
     records = found.result["modes_by_layer"]
     low, middle, high = np.log10(np.maximum([record["quartiles_moved"] for record in records], basins.FLOOR)).T
@@ -151,7 +151,7 @@ def layers(found: Findings) -> Drawn:
     )
 
 
-def depths(found: Findings) -> Drawn:
+def depths(found: AnalysisResult) -> Drawn:
     figure, axes = blank()
     records = found.result["by_depth"]
     at = [record["depth"] for record in records]
@@ -181,7 +181,7 @@ def intervals(axes: Any, at: Sequence[float], records: Sequence[dict[str, Any]],
     axes.errorbar(at, value, yerr=[value - low, high - value], fmt="o-", color=colour, markersize=4, capsize=3)
 
 
-def downstream(found: Findings) -> Drawn:
+def downstream(found: AnalysisResult) -> Drawn:
     figure, axes = blank()
     records = found.result["downstream"]
     intervals(axes, [record["distance"] for record in records], records, "C0")
@@ -216,7 +216,7 @@ def noise(floor: dict[str, Any]) -> Drawn:
     )
 
 
-def controls(found: Findings) -> Drawn:
+def controls(found: AnalysisResult) -> Drawn:
     figure, axes = blank()
     records = found.result["controls"]
     names = [name for name in CONTROLS if name in records]
@@ -241,7 +241,7 @@ def controls(found: Findings) -> Drawn:
     )
 
 
-def alpha(found: Findings) -> Drawn:
+def alpha(found: AnalysisResult) -> Drawn:
     figure, axes = blank()
     low, middle, high = np.array(found.result["alpha"]["by_layer"]).T
     band(axes, low, middle, high, "5% to 95% of the dimensions")

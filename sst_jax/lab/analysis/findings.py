@@ -9,7 +9,7 @@ import numpy as np
 
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis import basins, controls
-from sst_jax.lab.analysis.basins import Measured, Modes
+from sst_jax.lab.analysis.basins import MixtureFit, TextMetrics
 from sst_jax.lab.analysis.collect import Collection, Settings
 from sst_jax.lab.analysis.noise import noise_floor
 from sst_jax.lab.statistics import clustered_mean, finite, holm
@@ -17,19 +17,19 @@ from sst_jax.lab.statistics import clustered_mean, finite, holm
 EXAMPLES, SHOWN, CONTEXT = 6, 5, 12  # positions in the table of tokens, tokens of each, tokens that lead up to it
 
 
-class Findings(NamedTuple):
+class AnalysisResult(NamedTuple):
     """result  what result.json holds;  the rest is what it was made of: modes and masks [T] at the headline layer."""
 
     result: dict[str, Any]
-    measured: list[Measured]
-    modes: Modes
+    measured: list[TextMetrics]
+    modes: MixtureFit
     masks: list[np.ndarray]
     alpha: np.ndarray  # [L, D] or [L, 1]
 
 
 def measure(
     model: Model, collection: Collection, settings: Settings, layer: int, advance: Callable[[int], Any] = lambda _: None
-) -> Findings:  # fmt: skip
+) -> AnalysisResult:  # fmt: skip
     """Reads a collection problem by problem and measures it; shifts are looked for at `layer`.
 
     Raises: InputError as `Collection.read` and `basins.modes`.
@@ -72,15 +72,15 @@ def measure(
         "alpha": {"mean": float(alpha.mean()), "by_layer": np.quantile(alpha, [0.05, 0.5, 0.95], axis=1).T.tolist()},
         "examples": examples(model, collection, measured, layer),
     }  # fmt: skip
-    return Findings(result, measured, found, masks, alpha)
+    return AnalysisResult(result, measured, found, masks, alpha)
 
 
-def as_record(found: Modes) -> dict[str, Any]:
+def as_record(found: MixtureFit) -> dict[str, Any]:
     intervals = {name: getattr(found, name) for name in ("threshold", "share")}
     return {**found._asdict(), **{name: part and finite(part) for name, part in intervals.items()}}
 
 
-def quartiles(measured: Sequence[Measured], layer: int) -> list[float]:
+def quartiles(measured: Sequence[TextMetrics], layer: int) -> list[float]:
     values = np.concatenate([each.moved[-1, :, layer] for each in measured])
     return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
 
@@ -95,7 +95,7 @@ def alphas(model: Model) -> np.ndarray:
     return np.broadcast_to(lo + (hi - lo) / (1.0 + np.exp(-theta)), (layers, theta.shape[-1]))
 
 
-def examples(model: Model, collection: Collection, measured: Sequence[Measured], layer: int) -> list[dict[str, Any]]:
+def examples(model: Model, collection: Collection, measured: Sequence[TextMetrics], layer: int) -> list[dict[str, Any]]:
     """The positions that moved most, at most one a problem: the likeliest tokens before and after."""
     at = [int(each.moved[-1, :, layer].argmax()) for each in measured]
     most = [each.moved[-1, place, layer] for each, place in zip(measured, at, strict=True)]

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sst_jax.lab.analysis.basins import Measured
+from sst_jax.lab.analysis.basins import TextMetrics
 from sst_jax.lab.statistics import Interval, clustered_ratio, finite
 
 
-def noise_floor(measured: Sequence[Measured]) -> dict[str, Any]:
+def noise_floor(measured: Sequence[TextMetrics]) -> dict[str, Any]:
     """Ratios of root mean squares, over everything and by layer, with intervals over texts, a test and an effect size.
 
     dimensions: of the ratios of single dimensions, texts pooled: quartiles, and the share that is above 1.

@@ -11,7 +11,7 @@ from typing import Any
 from sst_jax.inference.halting_probe import Probe
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis import figures
-from sst_jax.lab.analysis.findings import Findings, number, summary
+from sst_jax.lab.analysis.findings import AnalysisResult, number, summary
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -31,14 +31,14 @@ layer holds its thought, lands somewhere else. This page looks for such places, 
 """
 
 
-def write(out: Path, found: Findings, model: Model, probe: Probe | None = None) -> Path:
+def write(out: Path, found: AnalysisResult, model: Model, probe: Probe | None = None) -> Path:
     """Writes out/report.html and out/figures/*.png; returns the page."""
     page = out / "report.html"
     page.write_text(render(out, found, model, probe), encoding="utf-8")
     return page
 
 
-def render(out: Path, found: Findings, model: Model, probe: Probe | None) -> str:
+def render(out: Path, found: AnalysisResult, model: Model, probe: Probe | None) -> str:
     result = found.result
     name = Path(str(model.facts.get("run") or model.facts.get("path", "a model"))).name
     title = f"Inside {name}: {' to '.join(str(result['by_depth'][end]['depth']) for end in (0, -1))} iterations"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
 from sst_jax.lab.analysis import basins, noise
-from sst_jax.lab.analysis.basins import Measured
+from sst_jax.lab.analysis.basins import TextMetrics
 from sst_jax.lab.analysis.collect import Problem
 
 TEXTS, POSITIONS = 40, 60
@@ -41,7 +41,7 @@ def measured(moved, winner=None, replaced=None, rank=None, depth=None, rounding=
     winner = np.zeros(moved.shape, int) if winner is None else np.asarray(winner)
     zeros = np.zeros(moved.shape)
     square = np.ones((1, 3)) if depth is None else depth
-    return Measured(
+    return TextMetrics(
         "planted", moved[..., None], zeros if replaced is None else replaced, winner, zeros if rank is None else rank,
         square, square if rounding is None else rounding, {},
     )  # fmt: skip
