@@ -40,7 +40,7 @@ BLEND = "model.stream."
 _FACTOR = re.compile(r"(?P<linear>.+)\.lora_(?P<side>[AB])\.weight")
 
 
-class Carried(NamedTuple):
+class StreamBundle(NamedTuple):
     """What came with a backbone: its config with stream and adapter, and the trees "adapter" and "blend".
 
     prompts: how questions are to be put to it ("plain", "chat"), where that is recorded.
@@ -170,7 +170,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     return {**config, "model_type": model_type}
 
 
-def read_carried(source: Source) -> Carried:
+def read_carried(source: Source) -> StreamBundle:
     """What the folder of a source has besides its backbone; to be asked where `carries`.
 
     Raises: InputError naming the file and the option, key or version at fault.
@@ -178,7 +178,7 @@ def read_carried(source: Source) -> Carried:
     folder, backbone = source.path, source.backbone
     if not is_sst_folder(folder):
         stream, blend, prompts = read_stream(folder, backbone)
-        return Carried(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend}, prompts)
+        return StreamBundle(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend}, prompts)
     where, options = f"{folder / 'config.json'}: sst", source.metadata["sst"]
     stream = from_mapping(StreamConfig, _options(options, "stream", where))
     adapter = AdapterConfig(rank=0)
@@ -191,7 +191,7 @@ def read_carried(source: Source) -> Carried:
     factors = {part.name: part for part in ours if not part.name.startswith(BLEND)}
     params = {"adapter": read_lora(factors, found, folder), "blend": blend}
     _check_shapes(params, found, folder)
-    return Carried(found, params, _prompts(options, where))
+    return StreamBundle(found, params, _prompts(options, where))
 
 
 def read_stream(

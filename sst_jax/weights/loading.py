@@ -38,7 +38,7 @@ _HUB_NAMES = {
 }  # fmt: skip
 
 
-class Opened(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model in memory. `facts` is JSON-ready: kind, path, digest, dtype, layout of the source's keys.
 
     Where it was trained here, "prompts" is how its questions are to be put ("plain", "chat").
@@ -140,7 +140,7 @@ def is_run_folder(path: Path) -> bool:
 
 def open_model(
     model: str | Path, dtype: str | None = None, quantize: str = "none", *, lazy: bool = False
-) -> Opened:  # fmt: skip
+) -> LoadedModel:  # fmt: skip
     """Opens anything that MODEL may be; `dtype` ("float32", "bfloat16") is the base's, None: `default_dtype()`.
 
     quantize: "nf4" or "nf4_double" stores the linears so (`model/quantization/nf4.py`), "none" leaves them as they are.
@@ -154,7 +154,7 @@ def open_model(
     config, params, tokenizer, facts = _open(model, dtype or default_dtype(), quantize, lazy)
     stored = nf4.kind_of(params["base"])
     if quantize == "none" or stored == quantize:
-        return Opened(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})
+        return LoadedModel(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})
     if stored != "none":
         raise InputError(f"{model} is stored as {stored} and cannot become {quantize}: convert its source again")
     # One linear at a time, so that old and new exist side by side for one only.
@@ -163,10 +163,10 @@ def open_model(
         stack = layers.pop(key)["kernel"]
         layers[key] = jax.lax.map(lambda kernel: quantised(kernel, quantize), stack)
     params["base"]["layers"] = sharding.place(layers)
-    return Opened(config, params, tokenizer, {**facts, "quantize": quantize, "stored": "none"})
+    return LoadedModel(config, params, tokenizer, {**facts, "quantize": quantize, "stored": "none"})
 
 
-def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> Opened:
+def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
     name = str(model)
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
@@ -199,7 +199,7 @@ def _progress(description: str) -> tuple[Any, Callable[[int, int], None]]:
     return meter, update
 
 
-def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: bool) -> Opened:
+def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: bool) -> LoadedModel:
     tokenizer = load_tokenizer(source.path)
     if lazy and quantize == "none":
         base = lazy_base(source)
@@ -212,10 +212,10 @@ def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: boo
         identity = digest(source.files, update)
     facts = {"kind": source.kind, "path": name, "digest": identity, "dtype": dtype, "layout": source.layout}
     params = {"base": base, "adapter": {}, "blend": {}}
-    return Opened(ModelConfig(source.backbone), params, tokenizer, facts)
+    return LoadedModel(ModelConfig(source.backbone), params, tokenizer, facts)
 
 
-def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -> Opened:
+def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -> LoadedModel:
     """A folder of the hub's formats: a plain checkpoint, or one of our exports with its stream and adapter."""
     if peft.is_adapter_folder(path):
         return _from_adapter(path, dtype, quantize, lazy)
@@ -234,10 +234,10 @@ def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -
         "carries": "sst" if export_format.is_sst_folder(path) else "stream",
         "prompts": carried.prompts,
     }
-    return Opened(carried.config, {**opened.params, **_on_device(carried.params)}, opened.tokenizer, facts)
+    return LoadedModel(carried.config, {**opened.params, **_on_device(carried.params)}, opened.tokenizer, facts)
 
 
-def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> Opened:
+def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
     base = peft.base_of(path)
     try:
         opened = open_model(base["path"], dtype, base["quantize"] or quantize, lazy=lazy)
@@ -248,14 +248,14 @@ def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> Opened:
     carried = peft.read_folder(path, opened.config.backbone)
     params = {"base": opened.params["base"], **_on_device(carried.params)}
     facts = {**opened.facts, "adapter": str(path.resolve()), "prompts": carried.prompts}
-    return Opened(carried.config, params, opened.tokenizer, facts)
+    return LoadedModel(carried.config, params, opened.tokenizer, facts)
 
 
 def _on_device(params: dict[str, Any]) -> dict[str, Any]:
     return sharding.place(params)
 
 
-def _random(preset: str, dtype: str) -> Opened:
+def _random(preset: str, dtype: str) -> LoadedModel:
     if preset not in PRESETS:
         raise InputError(f"random:{preset} is unknown; presets are {', '.join(PRESETS)}")
     config = ModelConfig(PRESETS[preset])
@@ -263,10 +263,10 @@ def _random(preset: str, dtype: str) -> Opened:
     corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
     identity = hashlib.sha256(corner + repr(config).encode()).hexdigest()
     facts = {"kind": "random", "path": f"random:{preset}", "digest": identity, "dtype": dtype, "layout": None}
-    return Opened(config, sharding.place(params), ByteTokenizer(), facts)
+    return LoadedModel(config, sharding.place(params), ByteTokenizer(), facts)
 
 
-def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
+def _from_store(path: Path, dtype: str, lazy: bool) -> LoadedModel:
     stacks = store.open_stacks(path) if lazy else None
     if stacks is not None:
         header = store.read_header(path)
@@ -279,10 +279,10 @@ def _from_store(path: Path, dtype: str, lazy: bool) -> Opened:
     source = {name: facts.get(name) for name in ("kind", "path", "digest")}  # what it was converted from
     facts = {**facts, "kind": "base", "path": str(path.resolve()), "digest": sha256(path / store.MANIFEST)}
     facts["source"] = source
-    return Opened(ModelConfig.from_dict(config), params, load_tokenizer(path), {**facts, "dtype": dtype})
+    return LoadedModel(ModelConfig.from_dict(config), params, load_tokenizer(path), {**facts, "dtype": dtype})
 
 
-def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
+def _from_run(path: Path, dtype: str, lazy: bool) -> LoadedModel:
     recorded, content = _recorded_base(path), read_json(path / "config.json")
     recipe = content.get("recipe")
     known = recipe or {}
@@ -310,7 +310,7 @@ def _from_run(path: Path, dtype: str, lazy: bool) -> Opened:
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
     prompts = known.get("data", {}).get("format")
     facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": recipe, "prompts": prompts}
-    return Opened(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
+    return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
 
 
 def _recorded_base(run: Path) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def quantised_from(facts: dict[str, Any]) -> dict[str, Any]:
     return facts["source"] if facts["kind"] == "base" and facts.get("stored") != "none" else facts
 
 
-def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> Opened:
+def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> LoadedModel:
     """The unquantised weights that a base in NF4 was made from, by its facts.
 
     Raises: InputError when they are gone, or are other ones.

@@ -90,7 +90,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     return {"path": path, "digest": recorded.get("digest"), "quantize": recorded.get("quantize")}
 
 
-def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.Carried:
+def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamBundle:
     """An adapter and, where stream.json lies beside it, its stream; `backbone` is its base's.
 
     Raises: InputError naming the file and the field, key or version at fault.
@@ -129,7 +129,7 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.Carried
     if (folder / export_format.STREAM_CONFIG).is_file():
         stream, blend, prompts = export_format.read_stream(folder, backbone)
     found = ModelConfig(backbone, stream, adapter)
-    return export_format.Carried(
+    return export_format.StreamBundle(
         found, {"adapter": export_format.read_lora(factors, found, file), "blend": blend}, prompts
     )
 

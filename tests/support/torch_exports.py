@@ -8,7 +8,7 @@ from sst_jax import export
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.inference.model import Model
 from sst_jax.model.config import LINEARS, AdapterConfig, ModelConfig, StreamConfig
-from sst_jax.weights.loading import Opened
+from sst_jax.weights.loading import LoadedModel
 from tests.support import toys
 
 # The byte tokenizer's vocabulary; transformers wants d_model to be a multiple of the heads.
@@ -30,7 +30,7 @@ def write(ours, folder, kind="sst", *flags, dtype="float32"):
     """Exports a Model as `export` would, without a detour through a saved one."""
     arguments = ["--from", ours.facts["path"], "--to", str(folder), "--format", kind, *flags]
     args = export.parser().parse_args(arguments)
-    opened = Opened(ours.config, ours.params, ours.tokenizer, ours.facts)
+    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.facts)
     if kind == "adapter":
         export.write_adapter(args, folder, opened)
     else:

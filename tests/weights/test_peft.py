@@ -14,7 +14,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.model.config import AdapterConfig, ModelConfig
 from sst_jax.weights import peft
-from sst_jax.weights.loading import Opened
+from sst_jax.weights.loading import LoadedModel
 from tests.support import toys
 from tests.support.torch_exports import SHALLOW, apart, model, write
 
@@ -197,7 +197,7 @@ def test_there_is_no_adapter_without_lora(tmp_path):
 
 def test_an_adapter_over_an_sst_folder_is_refused(tmp_path):
     ours = sst_jax.load(write(model(STREAM, SHALLOW), tmp_path / "sst", "sst", "--keep-lora"))
-    opened = Opened(ours.config, ours.params, ours.tokenizer, ours.facts)
+    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.facts)
     with pytest.raises(InputError, match="--format sst"):
         write(Model(*opened), tmp_path / "adapter", "adapter")
 
