@@ -25,7 +25,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Block, embed, to_float32
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
-from sst_jax.weights.conversion import Piece, Source, lazy_base, pieces
+from sst_jax.weights.conversion import ConvertedTensor, Source, converted_tensors, lazy_base
 
 ROW = 256  # tokens of a row
 ROWS = 8  # rows that run at once
@@ -134,12 +134,12 @@ def through(
 
 def calibrated(
     source: Source, dtype: str, quantize: str, texts: Texts, done: Callable[[str, int | None], bool]
-) -> Iterator[Piece | None]:
-    """`source.pieces` with every linear quantised for the inputs that the texts give it, in the order of layers.
+) -> Iterator[ConvertedTensor | None]:
+    """`source.converted_tensors` with every linear quantised for the inputs that the texts give it, in the order of layers.
 
     Computes in float32. Memory: the texts' states [rows, 256, D], a layer, and a few times its largest Gram matrix.
 
-    Raises: InputError as `source.pieces` and `nf4.compensation`.
+    Raises: InputError as `source.converted_tensors` and `nf4.compensation`.
     """
     backbone = source.backbone
     bound = key_map.bind(source.tensors(), backbone, source.kind, source.path)
@@ -150,7 +150,7 @@ def calibrated(
     def elsewhere(slot: str, layer: int | None) -> bool:
         return is_linear(slot, layer) or done(slot, layer)
 
-    rest = pieces(source, dtype, "none", elsewhere)
+    rest = converted_tensors(source, dtype, "none", elsewhere)
     for piece, (_, entry) in zip(rest, bound.tensors, strict=True):
         if not is_linear(entry.row.slot, entry.layer):
             yield piece
@@ -181,4 +181,4 @@ def calibrated(
             if observed not in factors:
                 factors = {observed: nf4.compensation(grams.pop(observed))}  # one at a time, they are large
             leaf = nf4.quantise_for(layer[name]["kernel"], factors[observed], quantize)
-            yield Piece(number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()})
+            yield ConvertedTensor(number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()})

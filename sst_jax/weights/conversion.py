@@ -71,14 +71,16 @@ class Source:
         return iter(self.headers)
 
 
-def slots(backbone: BackboneConfig, dtype: str, quantize: str = "none") -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def param_shapes(
+    backbone: BackboneConfig, dtype: str, quantize: str = "none"
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """(shape, dtype) of every array of a base tree, by path: "layers/q/kernel", or in NF4 "layers/q/codes" and so on.
 
     Raises: InputError for an unknown dtype, or linears that NF4 cannot hold.
     """
     float_type, found = numpy_dtype(dtype), {}
     for row in key_map.table(backbone):
-        shape = key_map.slot_shape(row, backbone)
+        shape = key_map.param_shape(row, backbone)
         if quantize == "none" or not row.slot.endswith("/kernel"):
             found[row.slot] = (shape, float_type)
             continue
@@ -88,15 +90,17 @@ def slots(backbone: BackboneConfig, dtype: str, quantize: str = "none") -> dict[
     return found
 
 
-class Piece(NamedTuple):
+class ConvertedTensor(NamedTuple):
     """What one tensor of a source becomes: arrays (or views) by path in the base tree, of a layer or of all (None)."""
 
     layer: int | None
     arrays: dict[str, np.ndarray]
 
 
-def pieces(source: Source, dtype: str, quantize: str = "none", done: Callable[[str, int | None], bool] | None = None):
-    """Yields the `Piece` of every tensor of a source, one at a time, in the order they lie on disk.
+def converted_tensors(
+    source: Source, dtype: str, quantize: str = "none", done: Callable[[str, int | None], bool] | None = None
+):
+    """Yields the `ConvertedTensor` of every tensor of a source, one at a time, in the order they lie on disk.
 
     Linears are quantised from the source's own numbers in float32. All names and shapes are checked before any weight
     is read. `done(slot, layer)` says which tensors to pass over; they are yielded as None.
@@ -121,9 +125,9 @@ def pieces(source: Source, dtype: str, quantize: str = "none", done: Callable[[s
         value = key_map.transform(entry.row, source.backbone, source.kind)(value)
         if quantize != "none" and slot.endswith("/kernel"):
             leaf = _quantised(value.T, quantize)
-            yield Piece(layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()})
+            yield ConvertedTensor(layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()})
         else:
-            yield Piece(layer, {slot: value.astype(target, copy=False)})
+            yield ConvertedTensor(layer, {slot: value.astype(target, copy=False)})
 
 
 _ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few hundred MB, whatever the tensor
@@ -147,16 +151,16 @@ def fill_base(source: Source, dtype: str, progress: Progress | None = None, quan
 
     Memory: the base itself plus one tensor.
 
-    Raises: InputError as `pieces`.
+    Raises: InputError as `converted_tensors`.
     """
     key_map.bind(source.tensors(), source.backbone, source.kind, source.path)  # no memory for shapes that no file has
     base: dict[str, Any] = {}
-    for slot, (shape, slot_dtype) in slots(source.backbone, dtype, quantize).items():
-        key_map.set_slot(base, slot, np.empty(shape, slot_dtype))
+    for slot, (shape, slot_dtype) in param_shapes(source.backbone, dtype, quantize).items():
+        key_map.set_param(base, slot, np.empty(shape, slot_dtype))
     done, total = 0, sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    for piece in pieces(source, dtype, quantize):
+    for piece in converted_tensors(source, dtype, quantize):
         for slot, value in piece.arrays.items():
-            key_map.get_slot(base, slot)[... if piece.layer is None else piece.layer] = value
+            key_map.get_param(base, slot)[... if piece.layer is None else piece.layer] = value
             done += value.nbytes
         if progress is not None:
             progress(done, total)
@@ -176,7 +180,7 @@ class SourceStack:
 def lazy_base(source: Source) -> dict[str, Any]:
     """The base tree of a source with its layers as `SourceStack`, in the source's own types.
 
-    Raises: InputError as `pieces`, but for the head, which is not compared.
+    Raises: InputError as `converted_tensors`, but for the head, which is not compared.
     """
     bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
     base: dict[str, Any] = {}
@@ -187,8 +191,8 @@ def lazy_base(source: Source) -> dict[str, Any]:
         found = reads[row.slot]
         transform = key_map.transform(row, source.backbone, source.kind)
         if None in found:
-            key_map.set_slot(base, row.slot, transform(found[None]()))
+            key_map.set_param(base, row.slot, transform(found[None]()))
         else:
             layers = [found[layer] for layer in range(source.backbone.num_layers)]
-            key_map.set_slot(base, row.slot, SourceStack(key_map.slot_shape(row, source.backbone), layers, transform))
+            key_map.set_param(base, row.slot, SourceStack(key_map.param_shape(row, source.backbone), layers, transform))
     return base

@@ -189,13 +189,13 @@ def _base_tensors(
 ) -> Iterator[tuple[str, int, Any]]:
     """(key, bytes, function that makes the array) of every tensor to write, shapes checked and nothing copied yet."""
 
-    def make(slot: Any, entry: key_map.Entry) -> np.ndarray:
+    def make(slot: Any, entry: key_map.CheckpointKey) -> np.ndarray:
         value = np.asarray(slot if entry.layer is None else slot[entry.layer]).astype(dtype, copy=False)
         return np.ascontiguousarray(key_map.transform(entry.row, backbone, "huggingface")(value))
 
     for entry in key_map.expected(backbone).values():
-        slot = key_map.get_slot(base, entry.row.slot)
-        wanted = key_map.slot_shape(entry.row, backbone)
+        slot = key_map.get_param(base, entry.row.slot)
+        wanted = key_map.param_shape(entry.row, backbone)
         if tuple(slot.shape) != wanted:
             raise InputError(f"base slot {entry.row.slot} has shape {list(slot.shape)}, expected {list(wanted)}")
         size = math.prod(entry.shape) * dtype.itemsize

@@ -24,7 +24,7 @@ from sst_jax.errors import InputError
 from sst_jax.model.config import BackboneConfig
 
 
-class Row(NamedTuple):
+class ParamSpec(NamedTuple):
     slot: str  # path in the base tree; slots under "layers/" are stacked over L
     axes: str  # of one layer's array in the tree; P = N * H, Q = K * H, the others as in `sst_jax.types`
     huggingface: str  # key, with {layer}
@@ -32,8 +32,8 @@ class Row(NamedTuple):
     transform: str
 
 
-def _layer(slot: str, axes: str, huggingface: str, gguf: str, transform: str) -> Row:
-    return Row(
+def _layer(slot: str, axes: str, huggingface: str, gguf: str, transform: str) -> ParamSpec:
+    return ParamSpec(
         f"layers/{slot}",
         axes,
         f"model.layers.{{layer}}.{huggingface}.weight",
@@ -43,8 +43,8 @@ def _layer(slot: str, axes: str, huggingface: str, gguf: str, transform: str) ->
 
 
 GEMMA3 = (
-    Row("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
-    Row("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "norm"),
+    ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    ParamSpec("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "norm"),
     _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "norm"),
     _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "transpose"),
     _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "transpose"),
@@ -60,9 +60,9 @@ GEMMA3 = (
     _layer("post_ffn_norm/scale", "D", "post_feedforward_layernorm", "post_ffw_norm", "norm"),
 )
 LLAMA = (
-    Row("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
-    Row("head/embedding", "VD", "lm_head.weight", "output.weight", "copy"),
-    Row("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "copy"),
+    ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    ParamSpec("head/embedding", "VD", "lm_head.weight", "output.weight", "copy"),
+    ParamSpec("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "copy"),
     _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "copy"),
     _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "rotary"),
     _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "rotary"),
@@ -106,28 +106,28 @@ VISION = {
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
 
 
-class Entry(NamedTuple):
+class CheckpointKey(NamedTuple):
     """One tensor on disk: its key (layout "text" for Hugging Face), its shape there, and its place in the tree."""
 
     key: str
     shape: tuple[int, ...]
-    row: Row
+    row: ParamSpec
     layer: int | None
 
 
-class Bound(NamedTuple):
+class Binding(NamedTuple):
     """The tensors of a source, each with its place; `head` is a tied output head, to be compared and dropped."""
 
-    tensors: list[tuple[Any, Entry]]
+    tensors: list[tuple[Any, CheckpointKey]]
     head: Any | None
 
 
-def table(config: BackboneConfig) -> tuple[Row, ...]:
+def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
     """The rows of a config's family; without the output head where it is tied."""
     return tuple(row for row in TABLES[config.family] if not (config.tied_head and row.slot == "head/embedding"))
 
 
-def slot_shape(row: Row, config: BackboneConfig) -> tuple[int, ...]:
+def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
     """Shape of a slot in the base tree, [L, ...] under "layers/"."""
     sizes = {
         "V": config.vocab_size, "D": config.d_model, "F": config.d_ff, "H": config.head_dim,
@@ -137,22 +137,22 @@ def slot_shape(row: Row, config: BackboneConfig) -> tuple[int, ...]:
     return (*stack, *(sizes[axis] for axis in row.axes))
 
 
-def transform(row: Row, config: BackboneConfig, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+def transform(row: ParamSpec, config: BackboneConfig, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """What makes one layer's array in the tree of the tensor on disk, and for "huggingface" the other way round."""
     return lambda value: TRANSFORMS[kind][row.transform](value, config.head_dim)
 
 
-def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Entry]:
+def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, CheckpointKey]:
     """Every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
     rows = table(config)
     stacked = [row for row in rows if row.slot.startswith("layers/")]
-    order: list[tuple[Row, int | None]] = [(row, None) for row in rows if row not in stacked]
+    order: list[tuple[ParamSpec, int | None]] = [(row, None) for row in rows if row not in stacked]
     order += [(row, layer) for layer in range(config.num_layers) for row in stacked]
     entries = {}
     for row, layer in order:
-        shape = slot_shape(row, config)[0 if layer is None else 1 :]
+        shape = param_shape(row, config)[0 if layer is None else 1 :]
         key = getattr(row, kind).format(layer=layer)
-        entries[key] = Entry(key, shape[::-1] if row.slot.endswith("/kernel") else shape, row, layer)
+        entries[key] = CheckpointKey(key, shape[::-1] if row.slot.endswith("/kernel") else shape, row, layer)
     return entries
 
 
@@ -187,7 +187,7 @@ def detect_layout(keys: Iterable[str]) -> str:
     return counts.most_common(1)[0][0] if counts else "text"
 
 
-def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str | Path) -> Bound:
+def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str | Path) -> Binding:
     """Gives every tensor (anything with `name`, `shape`, `file`) its place, looking at headers only.
 
     Raises: InputError naming key and file for an unknown, duplicate, missing or wrongly shaped key and for a
@@ -227,10 +227,10 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
         key = relayout(missing[0], layout) if layout else missing[0]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{where}: key {key}{more} is missing")
-    return Bound([(tensor, places[key]) for key, tensor in found.items()], head)
+    return Binding([(tensor, places[key]) for key, tensor in found.items()], head)
 
 
-def get_slot(tree: Mapping[str, Any], slot: str) -> Any:
+def get_param(tree: Mapping[str, Any], slot: str) -> Any:
     """The array at a slash-separated path of nested dicts.
 
     Raises: InputError naming the slot when it is absent.
@@ -242,7 +242,7 @@ def get_slot(tree: Mapping[str, Any], slot: str) -> Any:
     return tree
 
 
-def set_slot(tree: dict[str, Any], slot: str, value: Any) -> None:
+def set_param(tree: dict[str, Any], slot: str, value: Any) -> None:
     """Puts an array at a slash-separated path, making the dicts on the way."""
     *parents, last = slot.split("/")
     for part in parents:

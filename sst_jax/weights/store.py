@@ -27,8 +27,8 @@ from sst_jax.files import Progress, is_plain_name, read_json, sha256, staged_fol
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
 from sst_jax.weights.calibrate import Texts, calibrated
-from sst_jax.weights.conversion import DTYPES, Piece, Source, numpy_dtype, pieces, slots
-from sst_jax.weights.key_map import set_slot
+from sst_jax.weights.conversion import DTYPES, ConvertedTensor, Source, converted_tensors, numpy_dtype, param_shapes
+from sst_jax.weights.key_map import set_param
 
 FORMAT, VERSION = "sst_jax", 1
 HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"
@@ -74,7 +74,7 @@ def save_base(
     tree: dict[str, Any] = {}
     arrays = {}
     for slot, value in _leaves(params):
-        set_slot(tree, slot, value)
+        set_param(tree, slot, value)
         arrays[slot] = {"shape": list(value.shape), "dtype": str(value.dtype)}
     if not arrays:
         raise InputError("there are no parameters to store")
@@ -110,14 +110,14 @@ def stream_base(
     `facts` is called at the end, so that the source may be hashed meanwhile. With `texts` linears are quantised for
     what these feed them.
 
-    Raises: InputError as `pieces` or `calibrated`, when `directory` is not empty, or holds the beginning of another
+    Raises: InputError as `converted_tensors` or `calibrated`, when `directory` is not empty, or holds the beginning of another
     conversion.
     """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not empty; choose another output folder, nothing is overwritten")
     stage = directory.with_name(f".{directory.name}.converting")
-    shapes = {f"base/{slot}": spec for slot, spec in slots(source.backbone, dtype, quantize).items()}
+    shapes = {f"base/{slot}": spec for slot, spec in param_shapes(source.backbone, dtype, quantize).items()}
     arrays = {slot: {"shape": list(shape), "dtype": str(kind)} for slot, (shape, kind) in shapes.items()}
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
     begun = {"arrays": arrays, "source": stamps, "texts": texts.facts if texts else None}
@@ -137,13 +137,13 @@ def stream_base(
 
     bound = len(key_map.bind(source.tensors(), source.backbone, source.kind, source.path).tensors)
     if texts is None:
-        found = pieces(source, dtype, quantize, written)
+        found = converted_tensors(source, dtype, quantize, written)
     else:
         found = calibrated(source, dtype, quantize, texts, written)
 
     manifest = {}
 
-    def write(piece: Piece) -> None:
+    def write(piece: ConvertedTensor) -> None:
         for slot, value in piece.arrays.items():
             file = _chunk(stage / PARAMS, f"base/{slot}", shapes, piece.layer)
             manifest[file.relative_to(stage).as_posix()] = _write(file, value)
@@ -183,7 +183,7 @@ def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.d
 
     tree: dict[str, Any] = {}
     for slot, (_, dtype) in shapes.items():
-        set_slot(tree, slot, np.zeros(1, dtype))
+        set_param(tree, slot, np.zeros(1, dtype))
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)  # that there is nothing to merge without OCDBT, Orbax finds worth a warning
@@ -257,7 +257,7 @@ def open_stacks(directory: str | Path) -> dict[str, Any] | None:
         if not slot.startswith("base/layers/"):
             file = _chunk(folder / PARAMS, slot, {slot: (shape, dtype)}, None)
             stack = np.memmap(file, dtype, "r", shape=shape)
-        set_slot(tree, slot, stack)
+        set_param(tree, slot, stack)
     return tree["base"]
 
 
@@ -345,7 +345,7 @@ def load_base(
         else:
             placed = sharding(slot, shape) if callable(sharding) else sharding
             leaf = jax.ShapeDtypeStruct(shape, wanted, sharding=placed)
-        set_slot(target, slot, leaf)
+        set_param(target, slot, leaf)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder / PARAMS, target)

@@ -69,7 +69,7 @@ def test_shapes_on_disk_transform_to_shapes_in_the_tree(config, data):
     value = np.arange(np.prod(entry.shape), dtype=np.float32).reshape(entry.shape)
     transform = key_map.transform(entry.row, config, "huggingface")
     stacked = () if entry.layer is None else (config.num_layers,)
-    assert (*stacked, *transform(value).shape) == key_map.slot_shape(entry.row, config)
+    assert (*stacked, *transform(value).shape) == key_map.param_shape(entry.row, config)
     np.testing.assert_array_equal(transform(transform(value)), value)  # writing is reading backwards
 
 
@@ -78,8 +78,8 @@ def test_linear_shapes_agree_with_the_config():
         for row in key_map.table(preset):
             linear = row.slot.removeprefix("layers/").removesuffix("/kernel")
             if linear in preset.linear_shapes:
-                assert key_map.slot_shape(row, preset) == (preset.num_layers, *preset.linear_shapes[linear])
-        total = sum(int(np.prod(key_map.slot_shape(row, preset))) for row in key_map.table(preset))
+                assert key_map.param_shape(row, preset) == (preset.num_layers, *preset.linear_shapes[linear])
+        total = sum(int(np.prod(key_map.param_shape(row, preset))) for row in key_map.table(preset))
         assert total == preset.num_params
 
 
