@@ -87,7 +87,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     from sst_jax.training.figures import learning_curve
     from sst_jax.training.optimizer import make_optimizer
     from sst_jax.training.problems import split_problems
-    from sst_jax.training.recipe import placed
+    from sst_jax.training.recipe import with_attention_kernel
     from sst_jax.training.run import RunFolder, check_recipe
     from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step, warmth_at
     from sst_jax.training.watchdog import Stalls, StopSignals, Watch
@@ -108,7 +108,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
     if recipe.stream is not None and recipe.stream.initial == "skip_bos" and opened.tokenizer.bos_id is None:
         raise InputError(f"stream.initial='skip_bos': the vocabulary of {recipe.model} has no BOS")
-    recipe = placed(recipe, functools.partial(kernels.here, head_dim=config.backbone.head_dim))
+    recipe = with_attention_kernel(recipe, functools.partial(kernels.here, head_dim=config.backbone.head_dim))
     tokenizer, base = opened.tokenizer, opened.params["base"]
     data = recipe.data
     examples = prepare(problems, tokenizer, data.length, data.format, data.overlong)
@@ -124,7 +124,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         fresh = jax.jit(lambda key: {k: v for k, v in decoder.init_params(config, key).items() if k != "base"})(key)
         optimizer = make_optimizer(recipe.optimizer, recipe.steps)
         # Placed as a restored state is, or a resumed run would compile its step anew.
-        state = sharding.place(init_state(fresh, optimizer))
+        state = sharding.device_put_sharded(init_state(fresh, optimizer))
         places = sharding.shardings(mesh, state)
         iterator = rows(
             examples, length=data.length, batch_size=data.batch_size, seed=recipe.seed, pack=data.pack,
@@ -135,7 +135,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         if step:
             trainable, optimizer_state, saved = checkpoints.restore(step, state.trainable, state.optimizer, iterator)
             meta |= saved
-            state = sharding.place(TrainState(jnp.int32(step), trainable, optimizer_state))
+            state = sharding.device_put_sharded(TrainState(jnp.int32(step), trainable, optimizer_state))
         unfinished = meta.pop("unfinished", None)  # the metrics of a step that was saved before it was evaluated
         folder.start_log(step + 1 if step and unfinished is None else step)
         watch = watch or Watch()
@@ -159,7 +159,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
             with bar(len(eval_batches), "held-out loss", "batch") as meter:
                 for batch in eval_batches:
                     arrays = {name: value for name, value in batch.items() if name != "ids"}
-                    total += float(eval_fn(base, state.trainable, sharding.place(arrays)).sum())
+                    total += float(eval_fn(base, state.trainable, sharding.device_put_sharded(arrays)).sum())
                     tokens += int(batch["answer_mask"].sum())
                     meter.update()
                     stalls.beat()
@@ -227,7 +227,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
             while step < recipe.steps:
                 before = time.monotonic()
                 batch = next(iterator)
-                rows_here = sharding.place(batch)
+                rows_here = sharding.device_put_sharded(batch)
                 state, metrics = train_fn(recipe.forward.at(step, recipe.seed))(state, base, rows_here, dropout_key)
                 metrics = {name: float(value) for name, value in metrics.items()}
                 step += 1

@@ -21,7 +21,7 @@ from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
-from sst_jax.model.sharding import constrain_tree, place
+from sst_jax.model.sharding import constrain_tree, device_put_sharded
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -70,7 +70,7 @@ def prefill_chunks(
     bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
 ) -> Iterator[PrefillChunk]:  # fmt: skip
     """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
-    cache = place(init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype)))
+    cache = device_put_sharded(init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype)))
     hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(dtype))
     for at in range(0, tokens.shape[1], chunk):
         part = tokens[:, at : at + chunk]

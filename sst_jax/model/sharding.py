@@ -4,7 +4,7 @@
     fsdp     rows of the batch too; parameters are spread, and gathered a layer at a time (NF4 as it is stored)
     tensor   heads, feed-forward width, vocabulary; activations are summed over it twice a layer
 
-A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `place` puts arrays on it, `constrain`
+A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `device_put_sharded` puts arrays on it, `constrain`
 and `gather` say inside a jitted function where they are to lie. Without a mesh all three change nothing.
 """
 
@@ -138,7 +138,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def place_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
     """Where an array belongs: on the mesh that is set, or on the first device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -146,7 +146,7 @@ def place_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Shar
     return NamedSharding(mesh, spec(mesh, axes_of(path, len(shape)), shape))
 
 
-def place(tree: Any) -> Any:
+def device_put_sharded(tree: Any) -> Any:
     """A tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set.
 
     In a function that is being traced it is `constrain_tree`.

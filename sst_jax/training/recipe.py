@@ -92,7 +92,7 @@ class Recipe:
     sample_tokens: int
 
 
-def placed(recipe: Recipe, pick: Callable[[str, str], str]) -> Recipe:
+def with_attention_kernel(recipe: Recipe, pick: Callable[[str, str], str]) -> Recipe:
     """The recipe with its forwards' attention="auto" decided by `pick(attention, dtype)`."""
     forwards = {
         name: dataclasses.replace(part, attention=pick(part.attention, part.dtype))

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from sst_jax.console.command import Stopped, write_json
 from sst_jax.errors import InputError
 from sst_jax.files import read_json, sha256
-from sst_jax.model.sharding import place_of
+from sst_jax.model.sharding import sharding_of
 
 log = logging.getLogger(__name__)
 TORN = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
@@ -164,6 +164,8 @@ def _abstract(tree: Any) -> Any:
     """Shapes, types and this mesh's placement: what opens a checkpoint on another topology than it was saved on."""
 
     def one(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or place_of(path, x.shape))
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or sharding_of(path, x.shape)
+        )
 
     return jax.tree_util.tree_map_with_path(one, tree)

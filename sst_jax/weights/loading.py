@@ -162,7 +162,7 @@ def open_model(
     for key in [key for key, leaf in layers.items() if "kernel" in leaf]:
         stack = layers.pop(key)["kernel"]
         layers[key] = jax.lax.map(lambda kernel: quantised(kernel, quantize), stack)
-    params["base"]["layers"] = sharding.place(layers)
+    params["base"]["layers"] = sharding.device_put_sharded(layers)
     return LoadedModel(config, params, tokenizer, {**facts, "quantize": quantize, "stored": "none"})
 
 
@@ -206,7 +206,7 @@ def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: boo
     else:
         meter, update = _progress("reading weights")
         with meter:
-            base = sharding.place(fill_base(source, dtype, update, quantize))
+            base = sharding.device_put_sharded(fill_base(source, dtype, update, quantize))
     meter, update = _progress("hashing weights")
     with meter:
         identity = digest(source.files, update)
@@ -252,7 +252,7 @@ def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> LoadedMo
 
 
 def _on_device(params: dict[str, Any]) -> dict[str, Any]:
-    return sharding.place(params)
+    return sharding.device_put_sharded(params)
 
 
 def _random(preset: str, dtype: str) -> LoadedModel:
@@ -263,7 +263,7 @@ def _random(preset: str, dtype: str) -> LoadedModel:
     corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
     identity = hashlib.sha256(corner + repr(config).encode()).hexdigest()
     facts = {"kind": "random", "path": f"random:{preset}", "digest": identity, "dtype": dtype, "layout": None}
-    return LoadedModel(config, sharding.place(params), ByteTokenizer(), facts)
+    return LoadedModel(config, sharding.device_put_sharded(params), ByteTokenizer(), facts)
 
 
 def _from_store(path: Path, dtype: str, lazy: bool) -> LoadedModel:
@@ -273,7 +273,7 @@ def _from_store(path: Path, dtype: str, lazy: bool) -> LoadedModel:
         config, params, facts = header["config"], {"base": stacks, "adapter": {}, "blend": {}}, header["facts"]
     else:
         # Where it belongs at once: no second copy on the host, and of a mesh each process reads its own parts.
-        where = lambda slot, shape: sharding.place_of(tuple(slot.split("/")), shape)  # noqa: E731
+        where = lambda slot, shape: sharding.sharding_of(tuple(slot.split("/")), shape)  # noqa: E731
         config, params, facts = store.load_base(path, dtype, sharding=where)
         params = {"adapter": {}, "blend": {}, **params}
     source = {name: facts.get(name) for name in ("kind", "path", "digest")}  # what it was converted from

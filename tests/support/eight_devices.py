@@ -62,7 +62,7 @@ def parameters(storage):
 
 
 def placed(params):
-    params = sharding.place(params)
+    params = sharding.device_put_sharded(params)
     return params["base"], {name: params[name] for name in ("adapter", "blend")}
 
 
@@ -82,12 +82,12 @@ OPTIMIZER = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
 def stepped(forward, storage):
     """Parameters, moments and metrics after two train steps."""
     base, trainable = placed(parameters(storage))
-    state = sharding.place(init_state(trainable, OPTIMIZER))
+    state = sharding.device_put_sharded(init_state(trainable, OPTIMIZER))
     out = (sharding.shardings(jax.sharding.get_mesh(), state), None)
     step = functools.partial(train_step, CONFIG, ForwardConfig(forward), OPTIMIZER, None)
     step = jax.jit(step, donate_argnums=0, out_shardings=out)
     for _ in range(2):
-        state, metrics = step(state, base, sharding.place(batch()), jax.random.key(0))
+        state, metrics = step(state, base, sharding.device_put_sharded(batch()), jax.random.key(0))
     assert step._cache_size() == 1
     return {"trainable": state.trainable, "metrics": metrics}
 
@@ -95,7 +95,7 @@ def stepped(forward, storage):
 def trained(forward, storage):
     base, trainable = placed(parameters(storage))
     dtype = "float64" if storage == "float64" else "float32"
-    (_, losses), gradient = gradients(forward, sharding.place(batch()), dtype)(trainable, base)
+    (_, losses), gradient = gradients(forward, sharding.device_put_sharded(batch()), dtype)(trainable, base)
     return {"losses": losses, "gradient": gradient}
 
 
@@ -121,7 +121,7 @@ def attended(name):
     q, k, v = (rng.standard_normal((4, 128, heads, 128)).astype(np.float32) for heads in (8, 4, 4))
     segments = np.repeat([[1, 2]], 64, axis=1) * np.ones((4, 1), np.int32)
 
-    documents = sharding.place({"segment_ids": segments})["segment_ids"]
+    documents = sharding.device_put_sharded({"segment_ids": segments})["segment_ids"]
 
     def loss(q, k, v):
         out = KERNELS[name](q, k, v, documents, 0.1, 20)
@@ -157,7 +157,9 @@ def restored(saved_on, read_on):
 
     def fresh(factor):
         trainable = {name: jax.tree.map(lambda x: x * factor, params[name]) for name in ("adapter", "blend")}
-        return sharding.place(init_state(trainable, OPTIMIZER)), rows(examples, length=LENGTH, batch_size=ROWS)
+        return sharding.device_put_sharded(init_state(trainable, OPTIMIZER)), rows(
+            examples, length=LENGTH, batch_size=ROWS
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         with jax.set_mesh(mesh_of(saved_on)):
@@ -183,7 +185,7 @@ def gathered(mesh, forward):
         base, trainable = placed(parameters("nf4"))
         for times in (1, 3):
             longer = {name: np.tile(part, (1, times)) for name, part in batch().items()}
-            compiled = gradients(forward, sharding.place(longer)).lower(trainable, base).compile()
+            compiled = gradients(forward, sharding.device_put_sharded(longer)).lower(trainable, base).compile()
             found[f"{times}"] = sent(compiled.as_text(), 8).get("all-gather", 0.0)
     return found
 

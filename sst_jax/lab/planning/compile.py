@@ -23,7 +23,7 @@ from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import make_optimizer
-from sst_jax.training.recipe import Recipe, placed
+from sst_jax.training.recipe import Recipe, with_attention_kernel
 from sst_jax.training.step import init_state, train_step
 
 BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
@@ -109,9 +109,9 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone, recipe.data.batch_size)
     pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
-    here = placed(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
+    here = with_attention_kernel(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
     step, arguments = training_step(here, backbone)
-    counted, _ = training_step(placed(recipe, lambda *_: "xla"), backbone)
+    counted, _ = training_step(with_attention_kernel(recipe, lambda *_: "xla"), backbone)
     kinds = lambda state, base, batch, _: {  # noqa: E731
         "base": base, "adapter and stream": state.trainable, "optimizer": state.optimizer, "batch": batch
     }  # fmt: skip
@@ -151,7 +151,7 @@ def _draws(recipe: Recipe, backbone: BackboneConfig) -> list[tuple[float, Recipe
     found = []
     for share, drawn in recipe.forward.draws():
         one = dataclasses.replace(recipe, forward=drawn)
-        step, arguments = training_step(placed(one, lambda *_: "xla"), backbone)
+        step, arguments = training_step(with_attention_kernel(one, lambda *_: "xla"), backbone)
         found.append((share, one, count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))))
     return found
 
