@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, Stopped, run, write_json
+from sst_jax.console.command import Parser, RunInterrupted, run, write_json
 from sst_jax.errors import InputError
 
 
@@ -61,10 +61,10 @@ def main(argv: Sequence[str]) -> None:
         result = scratch_study.run(recipe_config, workdir)
     else:
         recipe = recipes.resolve(recipe_config)
-        distributed.join(recipe.mesh)
-        with jax.set_mesh(make_mesh(recipe.mesh)), distributed.one_voice():
+        distributed.initialize_distributed(recipe.mesh)
+        with jax.set_mesh(make_mesh(recipe.mesh)), distributed.quiet_non_primary():
             result = train(recipe, recipes.recorded(recipe_config), workdir, watch)
-    if args.json and distributed.speaks():
+    if args.json and distributed.is_primary():
         write_json(args.json, result)
 
 
@@ -83,14 +83,14 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     from sst_jax.model import decoder, kernels, sharding
     from sst_jax.model.config import ModelConfig
     from sst_jax.model.state import alpha_summary
-    from sst_jax.training.distributed import speaks
+    from sst_jax.training.distributed import is_primary
     from sst_jax.training.figures import learning_curve
     from sst_jax.training.optimizer import make_optimizer
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import with_attention_kernel
     from sst_jax.training.run import RunFolder, check_recipe
     from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step, warmth_at
-    from sst_jax.training.watchdog import Stalls, StopSignals, Watch
+    from sst_jax.training.watchdog import StallWatchdog, StopSignals, Watch
     from sst_jax.weights.checkpoint import Checkpoints
     from sst_jax.weights.loading import open_model
 
@@ -116,7 +116,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
 
     run_config = {"recipe": recipe_json, "model_config": config.to_dict()}
     base_facts = {name: opened.facts[name] for name in ("path", "digest", "dtype", "kind", "quantize")}
-    folder = RunFolder(workdir, run_config, base_facts, writes=speaks())
+    folder = RunFolder(workdir, run_config, base_facts, writes=is_primary())
     try:
         # 1. State: fresh, then overwritten by the newest good checkpoint where there is one.
         key = jax.random.key(recipe.seed)
@@ -139,7 +139,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         unfinished = meta.pop("unfinished", None)  # the metrics of a step that was saved before it was evaluated
         folder.start_log(step + 1 if step and unfinished is None else step)
         watch = watch or Watch()
-        stop, stalls = StopSignals(watch.stop_within), Stalls(workdir, watch.stall_minutes)
+        stop, stalls = StopSignals(watch.stop_within), StallWatchdog(workdir, watch.stall_minutes)
 
         # 2. The compiled functions: the step (one for each number of passes that is drawn), and the held-out losses.
         @functools.cache
@@ -198,7 +198,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 meta["unfinished"] = metrics  # for the run that goes on: now there is only time to save
             elif due:
                 if not math.isfinite(loss):
-                    raise Stopped(f"step {step}: the held-out loss is not finite; {recover()}")
+                    raise RunInterrupted(f"step {step}: the held-out loss is not finite; {recover()}")
                 metrics["heldout_loss"] = meta["heldout"][str(step)] = loss
                 print_line(
                     f"step {step}: loss {metrics['loss']:.4f}, held-out loss {loss:.4f}, "
@@ -213,7 +213,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 folder.check_there()
                 checkpoints.save(step, state.trainable, state.optimizer, iterator, meta)
             if stopping and not (last and "unfinished" not in meta):
-                raise Stopped(f"stopped by {stop.requested} and saved at step {step}; the same command goes on")
+                raise RunInterrupted(f"stopped by {stop.requested} and saved at step {step}; the same command goes on")
 
         def recover() -> str:
             return (
@@ -242,7 +242,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                     kept = folder.keep_batch(step, batch, recipe.max_skipped)
                     what = f"step {step}: loss, gradient or update is not finite; its batch is kept in {kept}"
                     if meta["in_a_row"] == recipe.max_skipped:
-                        raise Stopped(f"{what}. So were {recipe.max_skipped} in a row; {recover()}")
+                        raise RunInterrupted(f"{what}. So were {recipe.max_skipped} in a row; {recover()}")
                     print_line(f"{what}, and the step is skipped")
                 finish(step, metrics)
 
@@ -250,7 +250,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         result = summary(recipe, meta, step)
         model = Model(config, {"base": base, **state.trainable}, tokenizer, opened.facts)
         result["samples"] = samples(model, heldout_problems[0], data.format, recipe)
-        if not speaks():
+        if not is_primary():
             return result
         with (workdir / "samples.jsonl").open("w") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in result["samples"])

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args([argument for argument in argv if argument not in overrides]), overrides
 
 
-class Stopped(RuntimeError):
+class RunInterrupted(RuntimeError):
     """Work that was ended in good order before it was done; the message says how to go on. Exit code 1."""
 
 
@@ -69,7 +69,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
         return 2
     except SystemExit as leaving:  # argparse's --help
         return leaving.code if isinstance(leaving.code, int) else 1
-    except Stopped as leaving:
+    except RunInterrupted as leaving:
         print(leaving, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

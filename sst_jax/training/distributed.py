@@ -12,7 +12,7 @@ from sst_jax.errors import InputError
 from sst_jax.model.sharding import MeshConfig
 
 
-def join(config: MeshConfig) -> None:
+def initialize_distributed(config: MeshConfig) -> None:
     """Connects to the run's other processes, named by the recipe or found in the environment; alone it does nothing.
 
     Before anything else touches a device. On CPUs processes talk by Gloo.
@@ -46,15 +46,15 @@ def in_cluster(environment: os._Environ | dict[str, str]) -> bool:
     )
 
 
-def speaks() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that prints, logs and draws."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def quiet_non_primary() -> Iterator[None]:
     """Within this block only the process that speaks prints; errors and warnings stay everybody's."""
-    if speaks():
+    if is_primary():
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

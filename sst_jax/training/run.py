@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from sst_jax.console.command import Stopped, write_json
+from sst_jax.console.command import RunInterrupted, write_json
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 
@@ -84,7 +84,9 @@ class RunFolder:
     def check_there(self) -> None:
         """Raises Stopped where the folder has been removed under the run: saving would make half of it anew."""
         if self.writes and not (self.path / "config.json").is_file():
-            raise Stopped(f"the run folder {self.path} is gone: put it back, or begin again with the same command")
+            raise RunInterrupted(
+                f"the run folder {self.path} is gone: put it back, or begin again with the same command"
+            )
 
     def keep_batch(self, step: int, batch: dict[str, np.ndarray], keep: int) -> Path:
         """Writes the batch of a skipped step to bad_batches/STEP.safetensors, and removes all but the newest `keep`."""

@@ -90,7 +90,7 @@ class StopSignals:
         return self.requested is not None
 
 
-class Stalls:
+class StallWatchdog:
     """Says so when no `beat` comes for a while, and writes every thread's stack to RUN/stall.txt. It ends nothing."""
 
     def __init__(self, run: Path, minutes: float):

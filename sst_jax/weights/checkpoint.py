@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from sst_jax.console.command import Stopped, write_json
+from sst_jax.console.command import RunInterrupted, write_json
 from sst_jax.errors import InputError
 from sst_jax.files import read_json, sha256
 from sst_jax.model.sharding import sharding_of
@@ -54,7 +54,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # ValueError is TensorStore's for all that a disk may say
             shutil.rmtree(self.folder / f"{step}{TORN}", ignore_errors=True)
             reason = " ".join(str(error).split())[-200:]
-            raise Stopped(
+            raise RunInterrupted(
                 f"checkpoint {self.folder / str(step)} cannot be written: {reason}\nThe newest good one is "
                 f"{self.latest_good() or 'the beginning'}; make room or mend the disk, then the same command goes on"
             ) from error

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from sst_jax.console.progress import print_line
 from sst_jax.training import step as steps
 from sst_jax.training.run import read_metrics
-from sst_jax.training.watchdog import Stalls
+from sst_jax.training.watchdog import StallWatchdog
 from sst_jax.weights.checkpoint import newest_good
 from tests.commands.conftest import SMALL, TINY, train_small
 from tests.commands.test_train import assert_same_run, trainables
@@ -78,7 +78,7 @@ def test_skipped_steps_are_counted_and_resumed_over_bit_for_bit(poisoned, tmp_pa
 
 def stopping_at(beats):
     """`Stalls.beat`, with a SIGTERM at one of its calls."""
-    count, beat = [0], Stalls.beat
+    count, beat = [0], StallWatchdog.beat
 
     def counted(self):
         count[0] += 1
@@ -93,7 +93,7 @@ def stopping_at(beats):
 def test_a_signal_at_any_moment_is_saved_and_resumed_from(finished, tmp_path, monkeypatch, capsys, beats):
     """SIGTERM after a step; before, and while, a held-out loss is computed; and while the last one is."""
     with monkeypatch.context() as patch:
-        patch.setattr(Stalls, "beat", stopping_at(beats))
+        patch.setattr(StallWatchdog, "beat", stopping_at(beats))
         assert train_small(tmp_path / "run") == 1
     assert "stopped by SIGTERM and saved at step" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()
@@ -107,7 +107,7 @@ def test_going_on_with_a_held_out_loss_does_not_write_its_checkpoint_again(tmp_p
 
     save, steps = Checkpoints.save, []
     with monkeypatch.context() as patch:
-        patch.setattr(Stalls, "beat", stopping_at(4))
+        patch.setattr(StallWatchdog, "beat", stopping_at(4))
         assert train_small(tmp_path / "run") == 1
     newest = max(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir() if folder.name.isdigit())
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: steps.append(step) or save(self, step, *rest))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sst_jax.errors import InputError
-from sst_jax.training.watchdog import SIGNALS, Stalls, StopSignals, Watch
+from sst_jax.training.watchdog import SIGNALS, StallWatchdog, StopSignals, Watch
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -83,7 +83,7 @@ def test_in_time_the_deadline_does_nothing():
 
 
 def test_a_stall_is_told_once_with_every_stack(tmp_path, capfd):
-    stalls = Stalls(tmp_path, 0.2 / 60)
+    stalls = StallWatchdog(tmp_path, 0.2 / 60)
     with stalls.watching():
         time.sleep(0.9)  # one long silence
         assert stalls.file.read_text().count("nothing for") == 1
@@ -95,13 +95,13 @@ def test_a_stall_is_told_once_with_every_stack(tmp_path, capfd):
 
 
 def test_steps_that_come_are_no_stall(tmp_path):
-    stalls = Stalls(tmp_path, 0.5 / 60)
+    stalls = StallWatchdog(tmp_path, 0.5 / 60)
     with stalls.watching():
         for _ in range(10):
             time.sleep(0.1)
             stalls.beat()
     assert not stalls.file.exists()
-    never = Stalls(tmp_path, 0)
+    never = StallWatchdog(tmp_path, 0)
     with never.watching():
         time.sleep(0.1)
     assert not never.file.exists()
