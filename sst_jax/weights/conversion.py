@@ -21,7 +21,10 @@ from sst_jax.model.config import BackboneConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
 
-__all__ = ["DTYPES", "Piece", "Source", "Tensor", "digest", "fill_base", "lazy_base", "numpy_dtype", "pieces", "slots"]
+__all__ = [
+    "DTYPES", "ConvertedTensor", "Source", "Tensor", "converted_tensors", "digest", "fill_base", "lazy_base", "numpy_dtype",
+    "param_shapes",
+]  # fmt: skip
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -36,7 +36,7 @@ def rotate(xp, x, table):
 def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
     """Normed final hidden states [T, D] of one document; `depths` is the number of iterations, one for all or a list.
 
-    A dict given as `scan_states` takes up what each layer holds after each iteration, under (layer, position, iteration).
+    A dict given as `memories` takes up what each layer holds after each iteration, under (layer, position, iteration).
     """
     backbone, stream = config.backbone, config.stream
     depths = [depths] * len(tokens) if isinstance(depths, int) else depths

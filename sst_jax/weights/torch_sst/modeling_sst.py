@@ -194,7 +194,7 @@ def layer_kinds(config):
 
 @dataclasses.dataclass
 class Steps:
-    """What all layers share in one call: T positions are S steps, `device_put_sharded` [S] the position of each.
+    """What all layers share in one call: T positions are S steps, `place` [S] the position of each.
 
     live, begins   where a state enters, bool [B, S, 1]: from the step before, or the document's initial one
     masks          additive, of each kind of layer, [B, 1, S, past + S]
@@ -371,7 +371,7 @@ class StreamModel:
 
 
 class StreamLayerMixin:
-    """Mixin before a transformers decoder layer, cut in two halves: `attention_residual` ends attention's, `feed_forward` is the
+    """Mixin before a transformers decoder layer, cut in two halves: `rejoin` ends attention's, `feed_forward` is the
     other. Here are those of Llama's layout; a backbone with other norms has its own."""
 
     def rejoin(self, x, out):
