@@ -26,7 +26,7 @@ class Cache(NamedTuple):
 
     kv: KV
     state: jax.Array | None  # [L, B, D], the memory that enters the next step; None without a stream
-    live: jax.Array  # bool [B], whether that memory holds anything
+    has_state: jax.Array  # bool [B], whether that memory holds anything
     length: jax.Array  # int32 [B], positions filled so far
 
 
@@ -114,7 +114,7 @@ def decode_step(
         i, active, used, hidden, kv, state = carry
         masks = None
         if stream is not None:
-            live = jnp.where(i == 0, cache.live, source)
+            live = jnp.where(i == 0, cache.has_state, source)
             begins = ~live & (i == 0) & (position == 0) & (stream.initial in ("zero", "own"))
             masks = Masks(live[:, None, None], begins[:, None, None])
         write = active & ((i == 0) | (stream is None or stream.kv == "overwrite"))
@@ -127,7 +127,7 @@ def decode_step(
             h = attention_residual(layer, x, out)
             if stream is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None
-            s = jnp.where(layer.masks.live, m[:, None], initial_state(stream, x))
+            s = jnp.where(layer.masks.has_state, m[:, None], initial_state(stream, x))
             o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
             new = decay_state(stream, s, state_update(stream, o, f), layer.masks.blends)[:, 0]
             return (o, kv), jnp.where(active[:, None], new, m)
@@ -142,7 +142,7 @@ def decode_step(
     begin = (jnp.int32(start), depth > start, used, hidden, cache.kv, cache.state)
     _, _, used, hidden, kv, state = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), iteration, begin)
     moved = depth > 0
-    cache = Cache(kv, state, jnp.where(moved, source, cache.live), jnp.where(moved, position + 1, cache.length))
+    cache = Cache(kv, state, jnp.where(moved, source, cache.has_state), jnp.where(moved, position + 1, cache.length))
     return hidden, cache, used
 
 

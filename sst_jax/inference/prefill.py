@@ -118,7 +118,7 @@ def fill_chunk(
     source = jnp.ones(batch, bool)
     if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
         source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != bos_id
-    live = jnp.where(going, source, cache.live)
+    live = jnp.where(going, source, cache.has_state)
     cache = Cache(update_kv_cache(config, cache, left, count), state, live, cache.length + count)
     return hidden, x, constrain_tree(cache)
 
@@ -137,8 +137,8 @@ def chunk_context(
     if fresh or config.stream is None:
         return context
     # A chunk's first step is entered from the cache, and no document begins there.
-    live = context.masks.live.at[:, 0, 0].set(cache.live & inside[:, 0])
-    begins = context.masks.begins.at[:, 0, 0].set(False)
+    live = context.masks.has_state.at[:, 0, 0].set(cache.has_state & inside[:, 0])
+    begins = context.masks.is_initial.at[:, 0, 0].set(False)
     return dataclasses.replace(context, masks=context.masks._replace(live=live, begins=begins))
 
 

@@ -204,7 +204,7 @@ def scan_positions(
         return jnp.moveaxis(part, 1, 0).reshape(-1, chunk, rows, part.shape[-1])
 
     s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
-    inputs = jax.tree.map(chunked, (h, s0, layer.masks.live, layer.masks.begins))
+    inputs = jax.tree.map(chunked, (h, s0, layer.masks.has_state, layer.masks.is_initial))
 
     def through(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         return jax.lax.scan(step, m, part)
@@ -231,7 +231,7 @@ def fixed_point_states(layer: Layer, streams: Streams, before: Any, context: Con
     h = residual_after_attention(layer, summands)
 
     def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
-        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.live, to_float32(part), 0.0)), axis=(1, 2)))
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.has_state, to_float32(part), 0.0)), axis=(1, 2)))
 
     def moving(carry: tuple) -> jax.Array:
         count, _, _, change = carry

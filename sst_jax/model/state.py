@@ -30,12 +30,12 @@ EPS = 1e-6
 class Masks(NamedTuple):
     """Where states enter, bool [B, T*I, 1] each; see the module's docstring."""
 
-    live: jax.Array
-    begins: jax.Array
+    has_state: jax.Array
+    is_initial: jax.Array
 
     @property
     def blends(self) -> jax.Array:
-        return self.live | self.begins
+        return self.has_state | self.is_initial
 
 
 def learned_alpha(stream: StreamConfig, theta: jax.Array, warmth: jax.Array | float | None) -> jax.Array:
@@ -110,8 +110,8 @@ def scan_states(
         )
     a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
     b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest)
-    b = b + jnp.where(masks.begins, a * to_float32(initial_state(stream, x)), 0.0)
-    a = jnp.where(masks.live, a, 0.0)
+    b = b + jnp.where(masks.is_initial, a * to_float32(initial_state(stream, x)), 0.0)
+    a = jnp.where(masks.has_state, a, 0.0)
     if before is not None:
         b = b.at[:, 0].add(a[:, 0] * to_float32(before))
 
@@ -128,7 +128,7 @@ def shift_right(
     earlier = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
     if before is not None:
         earlier = earlier.at[:, 0].set(before)
-    return jnp.where(masks.live, earlier, initial_state(stream, x))
+    return jnp.where(masks.has_state, earlier, initial_state(stream, x))
 
 
 def masks_for(stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None) -> Masks:
