@@ -72,10 +72,10 @@ def main(argv: Sequence[str]) -> None:
 
     policy = parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
     model = load(args.model, args.dtype)
-    if isinstance(policy.choose, Probe):
-        policy.choose.check(model)
-    if policy.most > 1 and model.config.stream is None:
-        raise InputError(f"--depth {policy.spelled} needs a model with a stream; {args.model} is a plain backbone")
+    if isinstance(policy.select_depth, Probe):
+        policy.select_depth.check(model)
+    if policy.max_depth > 1 and model.config.stream is None:
+        raise InputError(f"--depth {policy.name} needs a model with a stream; {args.model} is a plain backbone")
     asked: list = prompts
     if args.question is not None:
         asked = [prompt_tokens(args.question, model.tokenizer, args.format or model.prompts)]
@@ -111,13 +111,13 @@ def main(argv: Sequence[str]) -> None:
     tokens, end = sum(len(answer["tokens"]) for answer in found), time.monotonic()
     speed = tokens / (end - started)
     # The first token waits for compilation; what comes after it is the speed that a longer answer would see.
-    note = f"{tokens} tokens in {end - started:.1f} s with compilation, depth {policy.spelled}"
+    note = f"{tokens} tokens in {end - started:.1f} s with compilation, depth {policy.name}"
     rest = tokens - min(len(found), args.batch)
     if rest > 0 and end > first:
         note += f"; {rest / (end - first):.1f} tokens/s after the first"
     print(note, file=sys.stderr)
     if args.json:
-        asked_depth = policy.first if policy.is_flat else policy.spelled
+        asked_depth = policy.first if policy.is_flat else policy.name
         write_json(args.json, {"model": args.model, "depth": asked_depth, "tokens_per_second": speed, "answers": found})
 
 

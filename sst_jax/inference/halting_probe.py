@@ -65,7 +65,7 @@ class Probe:
     def policy(self) -> Policy:
         """Spelled with a piece of the file's digest, so that outcomes say which probe routed them."""
         deepest = max(self.facts["depths"])
-        return Policy(f"probe:{self.path}#{self.digest[:8]}", self.facts["first"], deepest, choose=self)
+        return Policy(f"probe:{self.path}#{self.digest[:8]}", self.facts["first"], deepest, select_depth=self)
 
     def check(self, model: Model) -> None:
         """Raises: InputError where the probe was fitted on another model."""

@@ -139,8 +139,8 @@ class Model:
             raise InputError(f"n={n} must be at least 1")
         policies = [as_policy(each) for each in _one_each(depth, len(prompts), "depth") for _ in range(n)]
         for policy in policies:
-            if policy.most > 1 and self.config.stream is None:
-                raise InputError(f"depth={policy.spelled} needs a stream, which this model has none of: use depth=1")
+            if policy.max_depth > 1 and self.config.stream is None:
+                raise InputError(f"depth={policy.name} needs a stream, which this model has none of: use depth=1")
         tokens = [prompt for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
         seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
@@ -163,7 +163,7 @@ class Model:
                     yield Piece(row, new)
                 if answer.ended:
                     policy, finished = policies[row], answer.ended == "stop"
-                    asked = policy.first if policy.is_flat else policy.spelled
+                    asked = policy.first if policy.is_flat else policy.name
                     yield Piece(
                         row, "",
                         Generation(answer.text, answer.tokens, len(tokens[row]), asked, answer.depths, finished),

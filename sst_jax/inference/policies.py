@@ -31,28 +31,28 @@ class Policy:
     choose     from the states [L, D] after the first position to what replaces `rest`; called on the host.
     """
 
-    spelled: str
+    name: str
     first: int
     rest: int
     tolerance: float = 0.0
-    choose: Callable[[np.ndarray], int] | None = None
+    select_depth: Callable[[np.ndarray], int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("first", "rest"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InputError(f"depth={self.spelled}: {value!r} must be an integer of at least 1")
+                raise InputError(f"depth={self.name}: {value!r} must be an integer of at least 1")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0.0):
-            raise InputError(f"depth={self.spelled}: the tolerance {self.tolerance} must be a number above 0")
+            raise InputError(f"depth={self.name}: the tolerance {self.tolerance} must be a number above 0")
 
     @property
-    def most(self) -> int:
+    def max_depth(self) -> int:
         """The most iterations that it is sure not to exceed; `choose` is not known before."""
         return max(self.first, self.rest)
 
     @property
     def is_flat(self) -> bool:
-        return self.first == self.rest and self.tolerance == 0.0 and self.choose is None
+        return self.first == self.rest and self.tolerance == 0.0 and self.select_depth is None
 
 
 class DepthBudget(NamedTuple):
@@ -90,12 +90,12 @@ def probe(choose: Callable[[np.ndarray], int], first: int = 1) -> Policy:
 
     Raises: InputError, when generating, where the choice is not an integer of at least 1.
     """
-    return Policy(f"probe:{getattr(choose, '__name__', 'choose')}", first, 1, choose=choose)
+    return Policy(f"probe:{getattr(choose, '__name__', 'choose')}", first, 1, select_depth=choose)
 
 
 def selected_depth(policy: Policy, states: np.ndarray) -> int:
     """What `policy.choose` says of the states [L, D], checked."""
-    return dataclasses.replace(policy, rest=policy.choose(states)).rest
+    return dataclasses.replace(policy, rest=policy.select_depth(states)).rest
 
 
 # What may be spelled in a command or a request, each with its parameters' names and types.
@@ -133,7 +133,7 @@ def parse_list(text: str, files: bool = False) -> list[Policy]:
     policies = [parse(part, files) for part in text.split(",")]
     for number, policy in enumerate(policies):
         if policy in policies[:number]:
-            raise InputError(f"depth={text!r} names {policy.spelled} twice")
+            raise InputError(f"depth={text!r} names {policy.name} twice")
     return policies
 
 

@@ -158,9 +158,7 @@ def check(
     if prompt_mode(config) == "all":
         for policy in policies:
             if policy.tolerance:
-                raise InputError(
-                    f'stream.prompt="all" runs a prompt at one depth, which {policy.spelled} does not name'
-                )
+                raise InputError(f'stream.prompt="all" runs a prompt at one depth, which {policy.name} does not name')
 
 
 def prompt_mode(config: ModelConfig) -> str:
@@ -224,7 +222,7 @@ def generate_tokens(
         prompt=prompt, **settings,
     )  # fmt: skip
     # Where depth begins at the first token's own position, that one step goes before the choice.
-    waiting = any(policy.choose for policy in policies)
+    waiting = any(policy.select_depth for policy in policies)
     unmoved = prompt == "none"
     while True:
         if waiting and not unmoved:
@@ -244,6 +242,6 @@ def route(rows: DecodeState, policies: Sequence[Policy]) -> DecodeState:
         return rows
     states, rest = np.asarray(rows.cache.state), np.array(rows.limits.rest)
     for row, policy in enumerate(policies):
-        if policy.choose:
+        if policy.select_depth:
             rest[row] = selected_depth(policy, states[:, row])
     return rows._replace(limits=rows.limits._replace(now=jnp.asarray(rest), rest=jnp.asarray(rest)))

@@ -205,12 +205,12 @@ def _policy(body: Mapping[str, Any], model: Model, limits: Limits) -> Policy:
     except InputError as error:
         raise Refused(400, str(error), "depth") from None
     stream = model.config.stream
-    if policy.most > limits.depth:
-        raise Refused(400, f"depth={policy.spelled} is more than the {limits.depth} that are allowed", "depth")
-    if policy.most > 1 and stream is None:
-        raise Refused(400, f"depth={policy.spelled} needs a model with a stream; this one has none", "depth")
+    if policy.max_depth > limits.depth:
+        raise Refused(400, f"depth={policy.name} is more than the {limits.depth} that are allowed", "depth")
+    if policy.max_depth > 1 and stream is None:
+        raise Refused(400, f"depth={policy.name} needs a model with a stream; this one has none", "depth")
     if policy.tolerance and stream is not None and stream.prompt == "all":
-        raise Refused(400, f'this model iterates its prompt (stream.prompt="all"): {policy.spelled} names no one depth')
+        raise Refused(400, f'this model iterates its prompt (stream.prompt="all"): {policy.name} names no one depth')
     return policy
 
 

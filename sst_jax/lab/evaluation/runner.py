@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
     @property
     def keys(self) -> list[tuple[str, str]]:
-        return [(self.policy.spelled, item.id) for item in self.items]
+        return [(self.policy.name, item.id) for item in self.items]
 
 
 def batches(policies: Sequence[Policy], items: Sequence[Item], size: int) -> list[Batch]:
@@ -204,7 +204,7 @@ def answer(
         outcomes.append(
             {
                 "id": item.id,
-                "policy": batch.policy.spelled,
+                "policy": batch.policy.name,
                 "prompt_sha256": prompt_sha256(prompt[item.id]),
                 "prompt_tokens": generation.prompt_tokens,
                 "output": text,
@@ -236,7 +236,7 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
     return [
         {
             "id": item.id,
-            "policy": batch.policy.spelled,
+            "policy": batch.policy.name,
             "prompt_sha256": prompt_sha256(row[: span[0]]),
             "loss": -float(scored.logprobs.sum(dtype="float64")),
             "answer_tokens": len(span),

@@ -355,7 +355,7 @@ def first_states(model: Model, prompts: Sequence[Sequence[int]], first: int, bat
             found[number] = np.array(states, np.float32)
             return 1
 
-        return Policy("look", first, 1, choose=keep)
+        return Policy("look", first, 1, select_depth=keep)
 
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]

@@ -281,7 +281,7 @@ def test_a_probe_routes_generation_and_evaluation(model, fitted, outcomes, tmp_p
         by_policy.setdefault(outcome["policy"], []).append(outcome["output"])
     # The first position has had its one iteration when the probe chooses; the depth is that of all later ones.
     expected = made.generate(prompts, depth=[Policy("", 1, depth) for depth in depths], max_new_tokens=3)
-    routed = by_policy[probes.load(file).policy.spelled]
+    routed = by_policy[probes.load(file).policy.name]
     assert routed == [answer.text for answer in expected]
     assert all(routed[row] == by_policy["1"][row] for row, depth in enumerate(depths) if depth == 1)
     written = tmp_path / "halted.json"
@@ -316,7 +316,7 @@ def test_requests_cannot_open_files(fitted):
     with pytest.raises(InputError, match="is not one of"):
         parse(f"probe:{fitted / 'probe.safetensors'}")
     policies = parse_list(f"1,probe:{fitted / 'probe.safetensors'}", files=True)
-    assert [policy.most for policy in policies] == [1, 2]
+    assert [policy.max_depth for policy in policies] == [1, 2]
 
 
 def test_damaged_probes_are_named(fitted, tmp_path):
