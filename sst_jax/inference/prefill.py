@@ -102,8 +102,8 @@ def fill_chunk(
 
     def rule(*arguments: Any) -> tuple[tuple, LayerOutputs]:
         streams, left = solve(*arguments)
-        if left.memory is not None:
-            left = left._replace(memory=jnp.take_along_axis(left.memory, last_step[:, None, None], axis=1)[:, 0])
+        if left.state_out is not None:
+            left = left._replace(memory=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
         return streams, left
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)

@@ -39,7 +39,7 @@ class LayerOutputs(NamedTuple):
 
     k: jax.Array | None = None  # [B, T, K, H], rotated, what a cache would hold
     v: jax.Array | None = None
-    memory: jax.Array | None = None  # [B, T*I, D], the memory after every step
+    state_out: jax.Array | None = None  # [B, T*I, D], the memory after every step
     sweeps: jax.Array | None = None  # int32 [], what `fixed_point_states` took
 
 
@@ -135,7 +135,7 @@ def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tupl
             s = next_pass_states(layer, x, memory, context)
         o, memory = pass_once(layer, x, h, s, context)
         outputs.append(o)
-    return tuple(outputs), LayerOutputs(memory=memory)
+    return tuple(outputs), LayerOutputs(state_out=memory)
 
 
 def pass_once(

@@ -102,7 +102,7 @@ def remembered(layer: Layer, streams: Streams, before: Any, context: Context) ->
     if context.config.stream is None:
         return outputs(layer, streams, before, context)
     streams, left = exact(layer, streams, before, context)
-    return streams, left.memory
+    return streams, left.state_out
 
 
 RULES = {"output": outputs, "memory": remembered}

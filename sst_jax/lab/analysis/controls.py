@@ -47,7 +47,7 @@ def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Con
     """
     (x, other), swap, depth = streams, context.options, context.depth
     (o,), left = rules.exact(layer, (x,), before, context)
-    real = shift_right(context.config.stream, x, left.memory, layer.masks, before)
+    real = shift_right(context.config.stream, x, left.state_out, layer.masks, before)
     by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
     if swap.key is None:
         wrong = by_position[swap.row[:, None], swap.order]
