@@ -123,7 +123,7 @@ def decode_step(
         def rule(layer: Layer, streams: tuple, m: jax.Array | None, context: Context) -> tuple[tuple, jax.Array | None]:
             x, kv = streams
             q, k, v = project(layer, x, context)
-            out, kv = attend_cached(backbone, layer.is_global, layer.slot, tables, position, write, q, k, v, kv)
+            out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, tables, position, write, q, k, v, kv)
             h = attention_residual(layer, x, out)
             if stream is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None

@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
     block: Block
     is_global: jax.Array  # bool []
-    slot: jax.Array  # int32 [], the layer's place among the layers of its kind
+    cache_index: jax.Array  # int32 [], the layer's place among the layers of its kind
     masks: Masks | None  # where states enter this layer; None where no stream is
     alpha: jax.Array | None
     gain: jax.Array | None

@@ -83,7 +83,7 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[AttentionResid
     backbone, stream = context.config.backbone, context.config.stream
     keep = "overwrite" if stream is None else stream.kv
     q, k, v = project(layer, x, context)
-    past = None if context.past is None else (context.past, layer.slot)
+    past = None if context.past is None else (context.past, layer.cache_index)
     out, k, v = attend_rows(
         backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v, context.attention,
         past,

@@ -152,7 +152,7 @@ def calibrated(
 
     rest = converted_tensors(source, dtype, "none", elsewhere)
     for piece, (_, entry) in zip(rest, bound.tensors, strict=True):
-        if not is_linear(entry.row.slot, entry.layer):
+        if not is_linear(entry.row.path, entry.layer):
             yield piece
 
     base = lazy_base(source)

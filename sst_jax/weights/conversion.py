@@ -84,12 +84,12 @@ def param_shapes(
     float_type, found = numpy_dtype(dtype), {}
     for row in key_map.table(backbone):
         shape = key_map.param_shape(row, backbone)
-        if quantize == "none" or not row.slot.endswith("/kernel"):
-            found[row.slot] = (shape, float_type)
+        if quantize == "none" or not row.path.endswith("/kernel"):
+            found[row.path] = (shape, float_type)
             continue
         kernel = jax.ShapeDtypeStruct(shape, np.float32)
         leaf = jax.eval_shape(functools.partial(nf4.quantise, kind=quantize), kernel)
-        found |= {f"{row.slot.removesuffix('kernel')}{name}": (part.shape, part.dtype) for name, part in leaf.items()}
+        found |= {f"{row.path.removesuffix('kernel')}{name}": (part.shape, part.dtype) for name, part in leaf.items()}
     return found
 
 
@@ -113,7 +113,7 @@ def converted_tensors(
     target = numpy_dtype(dtype)
     bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
     for tensor, entry in bound.tensors:
-        slot, layer = entry.row.slot, entry.layer
+        slot, layer = entry.row.path, entry.layer
         if done is not None and done(slot, layer):
             yield None
             continue
@@ -189,13 +189,13 @@ def lazy_base(source: Source) -> dict[str, Any]:
     base: dict[str, Any] = {}
     reads: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
     for tensor, entry in bound.tensors:
-        reads.setdefault(entry.row.slot, {})[entry.layer] = tensor.read
+        reads.setdefault(entry.row.path, {})[entry.layer] = tensor.read
     for row in key_map.table(source.backbone):
-        found = reads[row.slot]
+        found = reads[row.path]
         transform = key_map.transform(row, source.backbone, source.kind)
         if None in found:
-            key_map.set_param(base, row.slot, transform(found[None]()))
+            key_map.set_param(base, row.path, transform(found[None]()))
         else:
             layers = [found[layer] for layer in range(source.backbone.num_layers)]
-            key_map.set_param(base, row.slot, SourceStack(key_map.param_shape(row, source.backbone), layers, transform))
+            key_map.set_param(base, row.path, SourceStack(key_map.param_shape(row, source.backbone), layers, transform))
     return base

@@ -104,8 +104,8 @@ def lora_tensors(backbone: BackboneConfig, adapter: Mapping[str, Any], layout: s
     """LoRA's factors in PyTorch's orientation, by key; `layout` as in `names.LAYOUTS`."""
     found = {}
     for entry in key_map.expected(backbone).values():
-        _, _, name = entry.row.slot.removesuffix("/kernel").rpartition("/")
-        if entry.row.slot != f"layers/{name}/kernel" or name not in adapter:
+        _, _, name = entry.row.path.removesuffix("/kernel").rpartition("/")
+        if entry.row.path != f"layers/{name}/kernel" or name not in adapter:
             continue
         linear = key_map.relayout(entry.key, layout).removesuffix(".weight")
         for side in "AB":
@@ -227,7 +227,7 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -
         match = _FACTOR.fullmatch(key)
         linear = match and key_map.normalise(f"{match['linear']}.weight")[0]
         entry = places.get(linear)
-        name = entry.row.slot.split("/")[1] if entry is not None and entry.layer is not None else None
+        name = entry.row.path.split("/")[1] if entry is not None and entry.layer is not None else None
         if name not in wanted:
             raise InputError(f"{tensor.file}: unknown key {tensor.name}")
         stacks = found.setdefault(name, {side: [None] * config.backbone.num_layers for side in ("lora_a", "lora_b")})

@@ -194,10 +194,10 @@ def _base_tensors(
         return np.ascontiguousarray(key_map.transform(entry.row, backbone, "huggingface")(value))
 
     for entry in key_map.expected(backbone).values():
-        slot = key_map.get_param(base, entry.row.slot)
+        slot = key_map.get_param(base, entry.row.path)
         wanted = key_map.param_shape(entry.row, backbone)
         if tuple(slot.shape) != wanted:
-            raise InputError(f"base slot {entry.row.slot} has shape {list(slot.shape)}, expected {list(wanted)}")
+            raise InputError(f"base slot {entry.row.path} has shape {list(slot.shape)}, expected {list(wanted)}")
         size = math.prod(entry.shape) * dtype.itemsize
         yield key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry)
 

@@ -25,7 +25,7 @@ from sst_jax.model.config import BackboneConfig
 
 
 class ParamSpec(NamedTuple):
-    slot: str  # path in the base tree; slots under "layers/" are stacked over L
+    path: str  # path in the base tree; slots under "layers/" are stacked over L
     axes: str  # of one layer's array in the tree; P = N * H, Q = K * H, the others as in `sst_jax.types`
     huggingface: str  # key, with {layer}
     gguf: str
@@ -133,7 +133,7 @@ def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
         "V": config.vocab_size, "D": config.d_model, "F": config.d_ff, "H": config.head_dim,
         "P": config.num_heads * config.head_dim, "Q": config.num_kv_heads * config.head_dim,
     }  # fmt: skip
-    stack = (config.num_layers,) if row.slot.startswith("layers/") else ()
+    stack = (config.num_layers,) if row.path.startswith("layers/") else ()
     return (*stack, *(sizes[axis] for axis in row.axes))
 
 
@@ -145,14 +145,14 @@ def transform(row: ParamSpec, config: BackboneConfig, kind: str) -> Callable[[np
 def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, CheckpointKey]:
     """Every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
     rows = table(config)
-    stacked = [row for row in rows if row.slot.startswith("layers/")]
+    stacked = [row for row in rows if row.path.startswith("layers/")]
     order: list[tuple[ParamSpec, int | None]] = [(row, None) for row in rows if row not in stacked]
     order += [(row, layer) for layer in range(config.num_layers) for row in stacked]
     entries = {}
     for row, layer in order:
         shape = param_shape(row, config)[0 if layer is None else 1 :]
         key = getattr(row, kind).format(layer=layer)
-        entries[key] = CheckpointKey(key, shape[::-1] if row.slot.endswith("/kernel") else shape, row, layer)
+        entries[key] = CheckpointKey(key, shape[::-1] if row.path.endswith("/kernel") else shape, row, layer)
     return entries
 
 
@@ -196,7 +196,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
     tensors = list(tensors)
     layout = detect_layout(tensor.name for tensor in tensors) if kind == "huggingface" else None
     places = expected(config, kind)
-    embedding = next(entry for entry in places.values() if entry.row.slot == "embed/embedding")
+    embedding = next(entry for entry in places.values() if entry.row.path == "embed/embedding")
     found: dict[str, Any] = {}
     for tensor in tensors:
         key, spelled = normalise(tensor.name, kind)
@@ -218,7 +218,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
         if tuple(tensor.shape) != entry.shape:
             raise InputError(
                 f"{tensor.file}: key {tensor.name} has shape {list(tensor.shape)}, expected {list(entry.shape)} for "
-                f"{entry.row.slot} of this config"
+                f"{entry.row.path} of this config"
             )
         found[key] = tensor
     head = found.pop(HEADS[kind][0], None) if config.tied_head else None

@@ -335,8 +335,8 @@ def test_every_array_lands_in_its_slot_and_rows_in_their_order(tmp_path, backbon
     base, lazy = fill_base(source, "float32"), lazy_base(source)
     close = {"rtol": 0, "atol": 0 if quantization is None else 0.3 if quantization == "Q4_1" else 0.03}
     for key, entry in key_map.expected(backbone, "gguf").items():
-        wanted = plain[key].T if entry.row.slot.endswith("kernel") else plain[key]
-        found = [key_map.get_param(tree, entry.row.slot) for tree in (base, lazy)]
+        wanted = plain[key].T if entry.row.path.endswith("kernel") else plain[key]
+        found = [key_map.get_param(tree, entry.row.path) for tree in (base, lazy)]
         for array in found if entry.layer is None else [stack[entry.layer] for stack in found]:
             np.testing.assert_allclose(array, wanted, **close, err_msg=key)
     assert ("head" in base) == (not backbone.tied_head)

@@ -99,7 +99,7 @@ def test_every_array_lands_in_its_slot(tmp_path, quantization, monkeypatch):
             value = gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind)
             assert not np.array_equal(value, arrays[key])
         wanted = value.T if key.startswith("blk") and value.ndim == 2 else value - 1 if value.ndim == 1 else value
-        found = key_map.get_param(base, entry.row.slot)
+        found = key_map.get_param(base, entry.row.path)
         np.testing.assert_array_equal(found if entry.layer is None else found[entry.layer], wanted, err_msg=key)
 
 

@@ -54,7 +54,7 @@ def test_every_place_in_the_tree_is_filled_once_in_any_order(config, kind, rando
     shuffled = headers(config, kind)
     random.shuffle(shuffled)
     bound = key_map.bind(shuffled, config, kind, "here")
-    places = sorted((entry.row.slot, entry.layer or 0) for _, entry in bound.tensors)
+    places = sorted((entry.row.path, entry.layer or 0) for _, entry in bound.tensors)
     shapes = jax.tree_util.tree_leaves_with_path(abstract_params(ModelConfig(config))["base"])
     slots = ["/".join(part.key for part in path) for path, _ in shapes]
     assert places == sorted(
@@ -76,7 +76,7 @@ def test_shapes_on_disk_transform_to_shapes_in_the_tree(config, data):
 def test_linear_shapes_agree_with_the_config():
     for preset in PRESETS.values():
         for row in key_map.table(preset):
-            linear = row.slot.removeprefix("layers/").removesuffix("/kernel")
+            linear = row.path.removeprefix("layers/").removesuffix("/kernel")
             if linear in preset.linear_shapes:
                 assert key_map.param_shape(row, preset) == (preset.num_layers, *preset.linear_shapes[linear])
         total = sum(int(np.prod(key_map.param_shape(row, preset))) for row in key_map.table(preset))
@@ -86,7 +86,7 @@ def test_linear_shapes_agree_with_the_config():
 def test_gguf_norms_lose_the_one_that_gguf_adds():
     weight = np.array([-0.5, 0.0, 0.25, 3.0], np.float32)
     for row in key_map.GEMMA3:
-        assert (row.transform == "norm") == row.slot.endswith("scale")
+        assert (row.transform == "norm") == row.path.endswith("scale")
         if row.transform == "norm":
             np.testing.assert_array_equal(key_map.transform(row, TINY, "gguf")(weight + 1), weight)
 

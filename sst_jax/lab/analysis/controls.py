@@ -53,7 +53,7 @@ def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Con
         wrong = by_position[swap.row[:, None], swap.order]
     else:
         kind = jax.random.fold_in(swap.key, layer.is_global.astype(jnp.int32))
-        noise = jax.random.normal(jax.random.fold_in(kind, layer.slot), by_position.shape)
+        noise = jax.random.normal(jax.random.fold_in(kind, layer.cache_index), by_position.shape)
         length = jnp.linalg.norm(to_float32(by_position), axis=-1, keepdims=True)
         wrong = (noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)).astype(real.dtype)
     again = (jnp.arange(real.shape[1]) % depth > 0)[:, None]
