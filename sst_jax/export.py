@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     own = source_dtype(args.source)  # what the model is read in; it is narrowed or widened as it is written
     dtype = "float32" if args.format == "adapter" else args.dtype or own
     opened = open_model(args.source, own, lazy=True)
-    config, facts = opened.config, opened.facts
+    config, facts = opened.config, opened.provenance
     result: dict[str, Any] = {"to": str(target), "format": args.format, "dtype": dtype, "source": facts}
     if args.format == "adapter":
         result |= write_adapter(args, target, opened)

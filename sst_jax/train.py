@@ -115,7 +115,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     heldout = prepare(heldout_problems, tokenizer, data.length, data.format, data.overlong)
 
     run_config = {"recipe": recipe_json, "model_config": config.to_dict()}
-    base_facts = {name: opened.facts[name] for name in ("path", "digest", "dtype", "kind", "quantize")}
+    base_facts = {name: opened.provenance[name] for name in ("path", "digest", "dtype", "kind", "quantize")}
     folder = RunFolder(workdir, run_config, base_facts, writes=is_primary())
     try:
         # 1. State: fresh, then overwritten by the newest good checkpoint where there is one.
@@ -248,7 +248,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
 
         # 4. What the run came to.
         result = summary(recipe, meta, step)
-        model = Model(config, {"base": base, **state.trainable}, tokenizer, opened.facts)
+        model = Model(config, {"base": base, **state.trainable}, tokenizer, opened.provenance)
         result["samples"] = samples(model, heldout_problems[0], data.format, recipe)
         if not is_primary():
             return result

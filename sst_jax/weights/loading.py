@@ -47,7 +47,7 @@ class LoadedModel(NamedTuple):
     config: ModelConfig
     params: decoder.Params
     tokenizer: Tokenizer
-    facts: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def default_dtype() -> str:
@@ -230,7 +230,7 @@ def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -
     if carried is None:
         return opened
     facts = {
-        **opened.facts,
+        **opened.provenance,
         "carries": "sst" if export_format.is_sst_folder(path) else "stream",
         "prompts": carried.prompts,
     }
@@ -244,10 +244,10 @@ def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> LoadedMo
     except InputError as error:
         raise InputError(f"the base of adapter {path}, {base['path']}, cannot be opened: {error}") from None
     if base["digest"] is not None:
-        check_base(path, export_format.STREAM_CONFIG, base, opened.facts)
+        check_base(path, export_format.STREAM_CONFIG, base, opened.provenance)
     carried = peft.read_folder(path, opened.config.backbone)
     params = {"base": opened.params["base"], **_on_device(carried.params)}
-    facts = {**opened.facts, "adapter": str(path.resolve()), "prompts": carried.prompts}
+    facts = {**opened.provenance, "adapter": str(path.resolve()), "prompts": carried.prompts}
     return LoadedModel(carried.config, params, opened.tokenizer, facts)
 
 
@@ -302,14 +302,14 @@ def _from_run(path: Path, dtype: str, lazy: bool) -> LoadedModel:
         raise InputError(
             f"the base of run {path}, {recorded['path']} (from base.json), cannot be opened: {error}"
         ) from None
-    check_base(path, "base.json", recorded, opened.facts)
+    check_base(path, "base.json", recorded, opened.provenance)
     config = ModelConfig.from_dict(content["model_config"])
     if config.backbone != opened.config.backbone:
         raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded['path']}")
     shapes = decoder.abstract_params(config)
     trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
     prompts = known.get("data", {}).get("format")
-    facts = {**opened.facts, "run": str(path.resolve()), "step": step, "recipe": recipe, "prompts": prompts}
+    facts = {**opened.provenance, "run": str(path.resolve()), "step": step, "recipe": recipe, "prompts": prompts}
     return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
 
 
@@ -342,10 +342,10 @@ def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> L
         opened = open_model(source["path"], dtype, lazy=lazy)
     except InputError as error:
         raise InputError(f"the original weights of {facts['path']} cannot be opened: {error}; {advice}") from None
-    if source["digest"] != opened.facts["digest"]:
+    if source["digest"] != opened.provenance["digest"]:
         raise InputError(f"{source['path']} is not what {facts['path']} was quantised from: put it back, {advice}")
-    if opened.facts["quantize"] != "none":  # a copy of another base in NF4
-        return open_original(opened.facts, dtype, lazy=lazy)
+    if opened.provenance["quantize"] != "none":  # a copy of another base in NF4
+        return open_original(opened.provenance, dtype, lazy=lazy)
     return opened
 
 

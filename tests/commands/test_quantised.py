@@ -44,7 +44,7 @@ def test_a_converted_folder_is_what_loading_with_quantize_gives(folders, tmp_pat
     assert run(convert.main, ["--from", str(folders / "plain"), "--to", str(target), "--quantize", kind]) == 0
     model, opened = sst_jax.load(target), open_model("random:tiny", "float32", kind)
     assert trees_equal(model.params["base"], opened.params["base"])
-    assert nf4.kind_of(model.params["base"]) == model.facts["quantize"] == opened.facts["quantize"] == kind
+    assert nf4.kind_of(model.params["base"]) == model.facts["quantize"] == opened.provenance["quantize"] == kind
     assert model.params["base"]["embed"]["embedding"].dtype == np.float32
     # Another type for the floats leaves the quantised linears bit for bit.
     narrow = sst_jax.load(target, "bfloat16").params["base"]
@@ -159,7 +159,7 @@ def test_the_original_of_a_chain_of_quantised_bases(folders):
     facts = sst_jax.load(folders / "nf4").facts
     assert facts["stored"] == "nf4"
     chained = {**facts, "source": {name: facts[name] for name in ("kind", "path", "digest")}}
-    assert open_original(chained, "float32").facts["quantize"] == "none"
+    assert open_original(chained, "float32").provenance["quantize"] == "none"
 
 
 def test_errors_of_the_forwards_are_measured_on_a_quantised_base(folders, tmp_path):

@@ -267,7 +267,7 @@ def targets(folder: Path) -> list[Target]:
 
     exports.write(plain, folder / "plain", "merged", dtype="bfloat16")
     opened = open_model(folder / "plain", "float32")
-    adapted = exports.model({}, backbone, rank=2, **{**opened.facts, "path": str(folder / "plain")})
+    adapted = exports.model({}, backbone, rank=2, **{**opened.provenance, "path": str(folder / "plain")})
     exports.write(ours, folder / "sst", "sst", "--keep-lora")
     exports.write(ours, folder / "merged", "merged")
     exports.write(adapted, folder / "adapter", "adapter")
@@ -431,7 +431,7 @@ def run_folder(folder: Path, ours: Any) -> dict[str, bytes]:
     from sst_jax.weights.loading import open_model
 
     root = folder / "run"
-    facts = open_model(folder / "plain", "float32").facts
+    facts = open_model(folder / "plain", "float32").provenance
     write_json(root / "base.json", {name: facts[name] for name in ("path", "digest", "dtype", "kind", "quantize")})
     write_json(root / "config.json", {"recipe": {}, "model_config": ours.config.to_dict()})
     state = init_state({name: ours.params[name] for name in ("adapter", "blend")}, optax.sgd(1.0))

@@ -120,7 +120,7 @@ def test_pytorch_may_train_on_and_save_for_us_to_read(tmp_path):
 def test_quantised_on_the_way_in(tmp_path):
     folder = write(model(WILD, PRESETS["tiny"]), tmp_path / "out", "sst", "--keep-lora")
     opened = open_model(folder, "float32", "nf4")
-    assert opened.facts["quantize"] == "nf4"
+    assert opened.provenance["quantize"] == "nf4"
     assert opened.config.stream is not None
     assert opened.params["adapter"]
 
