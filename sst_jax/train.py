@@ -89,7 +89,14 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import with_attention_kernel
     from sst_jax.training.run import RunFolder, check_recipe
-    from sst_jax.training.step import ForwardConfig, TrainState, batch_losses, init_state, train_step, warmth_at
+    from sst_jax.training.step import (
+        ForwardConfig,
+        TrainState,
+        alpha_warmup_fraction_at,
+        batch_losses,
+        init_state,
+        train_step,
+    )
     from sst_jax.training.watchdog import StallWatchdog, StopSignals, Watch
     from sst_jax.weights.checkpoint import Checkpoints
     from sst_jax.weights.loading import open_model
@@ -206,7 +213,7 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
                 )
             stopping = stop.now()
             if "unfinished" not in meta and (step % recipe.log_every == 0 or due):
-                alphas = alpha_summary(config.stream, state.trainable["blend"], warmth_at(config, state))
+                alphas = alpha_summary(config.stream, state.trainable["blend"], alpha_warmup_fraction_at(config, state))
                 folder.log(step, metrics | alphas)
             if not saved and (step % recipe.save_every == 0 or last or stopping):
                 meta["seconds"] = seconds_before + time.monotonic() - started

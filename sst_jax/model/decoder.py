@@ -59,7 +59,7 @@ class Context:
     segment_ids: jax.Array | None = None  # [B, T]; None when decoding
     masks: Masks | None = None
     depth: int = 1
-    warmth: jax.Array | None = None
+    alpha_warmup_fraction: jax.Array | None = None
     dropout_key: jax.Array | None = None
     options: Any = None  # a forward's own settings
     attention: str = "xla"  # the kernel that attends over whole rows, see `model/kernels.py`
@@ -205,7 +205,7 @@ def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer
     """Everything that a rule needs of one layer, from its slice of the stacked parameters."""
     config, masks, alpha, gain, drop = context.config, None, None, None, {}
     if config.stream is not None:
-        alpha, gain = alpha_and_gain(config.stream, block, context.warmth)
+        alpha, gain = alpha_and_gain(config.stream, block, context.alpha_warmup_fraction)
         if context.masks is not None:
             masks = Masks(*(mask & facts["carries"] for mask in context.masks))
     if config.adapter.dropout and context.dropout_key is not None:

@@ -277,7 +277,7 @@ SETTINGS = ("config", "forward", "passes", "depth", "bos_id", "dtype")
 def hidden(
     config: ModelConfig, params: Params, tokens: jax.Array, *, forward: str = "two_pass", passes: int = 2,
     depth: int = 1, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
-    bos_id: int | None = None, warmth: jax.Array | None = None, dropout_key: jax.Array | None = None,
+    bos_id: int | None = None, alpha_warmup_fraction: jax.Array | None = None, dropout_key: jax.Array | None = None,
     dtype: str = "float32", remat: str = "none", attention: str = "xla",
 ) -> jax.Array:  # fmt: skip
     """Final hidden states [B, T, D] of tokens [B, T], after the last norm.
@@ -302,7 +302,7 @@ def hidden(
         # Without a blend there is nothing to scan over or to repeat, and products of other shapes round differently.
         forward, depth = "plain", 1
     context = decoder.row_context(
-        config, tokens, segment_ids, positions, depth=depth, bos_id=bos_id, warmth=warmth, dropout_key=dropout_key,
+        config, tokens, segment_ids, positions, depth=depth, bos_id=bos_id, alpha_warmup_fraction=alpha_warmup_fraction, dropout_key=dropout_key,
         options={"passes": passes}, attention=attention, recompute=remat != "none",
     )  # fmt: skip
 

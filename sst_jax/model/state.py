@@ -38,17 +38,19 @@ class Masks(NamedTuple):
         return self.has_state | self.is_initial
 
 
-def learned_alpha(stream: StreamConfig, theta: jax.Array, warmth: jax.Array | float | None) -> jax.Array:
-    """alpha, as many as theta; `warmth` as for `alpha_and_gain`."""
+def learned_alpha(stream: StreamConfig, theta: jax.Array, alpha_warmup_fraction: jax.Array | float | None) -> jax.Array:
+    """alpha, as many as theta; `alpha_warmup_fraction` as for `alpha_and_gain`."""
     lo, hi = stream.alpha_range
     alpha = lo + (hi - lo) * jax.nn.sigmoid(theta)
-    return alpha if warmth is None else lo + (alpha - lo) * warmth
+    return alpha if alpha_warmup_fraction is None else lo + (alpha - lo) * alpha_warmup_fraction
 
 
-def alpha_and_gain(stream: StreamConfig, block: Block, warmth: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """alpha, [D] or [1], and gain, [1], of one layer. `warmth` in [0, 1] scales alpha up from the range's lower end."""
+def alpha_and_gain(
+    stream: StreamConfig, block: Block, alpha_warmup_fraction: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """alpha, [D] or [1], and gain, [1], of one layer. `alpha_warmup_fraction` in [0, 1] scales alpha up from the range's lower end."""
     fixed = stream.alpha is not None
-    alpha = jnp.full(1, stream.alpha) if fixed else learned_alpha(stream, block.theta[...], warmth)
+    alpha = jnp.full(1, stream.alpha) if fixed else learned_alpha(stream, block.theta[...], alpha_warmup_fraction)
     return alpha, block.gain[...] if stream.learn_gain else jnp.full(1, stream.gain)
 
 
@@ -156,10 +158,10 @@ def carriers(stream: StreamConfig, stack: Any) -> Any:
 
 
 def alpha_summary(
-    stream: StreamConfig | None, blend: dict[str, jax.Array], warmth: jax.Array | float | None = None
+    stream: StreamConfig | None, blend: dict[str, jax.Array], alpha_warmup_fraction: jax.Array | float | None = None
 ) -> dict[str, float]:  # fmt: skip
     """Mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
     if stream is None or "theta" not in blend:
         return {}
-    alpha = learned_alpha(stream, carriers(stream, blend["theta"]), warmth)
+    alpha = learned_alpha(stream, carriers(stream, blend["theta"]), alpha_warmup_fraction)
     return {"alpha_mean": float(alpha.mean()), "alpha_min": float(alpha.min()), "alpha_max": float(alpha.max())}

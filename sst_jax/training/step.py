@@ -92,20 +92,20 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tr
 
 def batch_losses(
     config: ModelConfig, settings: ForwardConfig, base: Params, trainable: Params, batch: Batch, *,
-    bos_id: int | None, warmth: jax.Array | None = None, dropout_key: jax.Array | None = None,
+    bos_id: int | None, alpha_warmup_fraction: jax.Array | None = None, dropout_key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
     hidden = rules.hidden(
         config, {"base": base, **trainable}, batch["tokens"], forward=settings.forward, passes=settings.passes,
         depth=settings.depth,
-        segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, warmth=warmth,
+        segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, alpha_warmup_fraction=alpha_warmup_fraction,
         dropout_key=dropout_key, dtype=settings.dtype, remat=settings.remat,
         attention=settings.attention,
     )  # fmt: skip
     return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
 
 
-def warmth_at(config: ModelConfig, state: TrainState) -> jax.Array | None:
+def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> jax.Array | None:
     """How far alpha has been warmed up, in [0, 1], counted in updates; None where it is not."""
     if config.stream is None or not config.stream.alpha_warmup:
         return None
@@ -123,13 +123,20 @@ def train_step(
     Where loss, gradient or update is not finite the step is skipped: nothing changes but the count of steps, and
     metrics["skipped"] is 1.
     """
-    warmth = warmth_at(config, state)
+    alpha_warmup_fraction = alpha_warmup_fraction_at(config, state)
     dropout_key = jax.random.fold_in(key, state.step) if config.adapter.dropout else None
     count = jnp.maximum(batch["answer_mask"].sum(), 1)
 
     def mean_loss(trainable: Params) -> jax.Array:
         losses = batch_losses(
-            config, settings, base, trainable, batch, bos_id=bos_id, warmth=warmth, dropout_key=dropout_key
+            config,
+            settings,
+            base,
+            trainable,
+            batch,
+            bos_id=bos_id,
+            alpha_warmup_fraction=alpha_warmup_fraction,
+            dropout_key=dropout_key,
         )
         return losses.sum() / count
 

@@ -12,7 +12,7 @@ from sst_jax.model.state import alpha_summary
 from sst_jax.training import loss
 from sst_jax.training.loss import answer_losses, token_losses
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
-from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step, warmth_at
+from sst_jax.training.step import ForwardConfig, alpha_warmup_fraction_at, batch_losses, init_state, train_step
 from tests.support import toys
 
 
@@ -227,15 +227,16 @@ def test_alpha_warms_up_by_updates_and_is_logged_as_it_is_in_use(accumulate):
     step = jax.jit(functools.partial(train_step, config, ForwardConfig("exact"), optimizer, None))
     seen = []
     for batch in batches(3 * accumulate):
-        warmth = warmth_at(config, state)
-        seen.append(float(warmth))
+        alpha_warmup_fraction = alpha_warmup_fraction_at(config, state)
+        seen.append(float(alpha_warmup_fraction))
         logged, full = (
-            alpha_summary(config.stream, state.trainable["blend"], at)["alpha_mean"] for at in (warmth, None)
+            alpha_summary(config.stream, state.trainable["blend"], at)["alpha_mean"]
+            for at in (alpha_warmup_fraction, None)
         )
-        assert logged == pytest.approx(float(warmth) * full)
+        assert logged == pytest.approx(float(alpha_warmup_fraction) * full)
         state, _ = step(state, params["base"], batch, jax.random.key(0))
     assert seen == [at for at in (0.0, 0.5, 1.0) for _ in range(accumulate)]
-    assert warmth_at(toys.config({}), state) is None
+    assert alpha_warmup_fraction_at(toys.config({}), state) is None
 
 
 def test_an_update_that_is_not_finite_is_skipped_though_loss_and_gradient_are():
@@ -270,7 +271,7 @@ def test_alpha_warms_up_from_the_lower_end():
     plain = functools.partial(
         batch_losses, config, ForwardConfig("plain"), params["base"], trainable(params), batch, bos_id=None
     )
-    cold, warm, done = (losses(batch, bos_id=None, warmth=jnp.float32(at)) for at in (0.0, 0.5, 1.0))
+    cold, warm, done = (losses(batch, bos_id=None, alpha_warmup_fraction=jnp.float32(at)) for at in (0.0, 0.5, 1.0))
     np.testing.assert_allclose(cold, plain(), atol=1e-5)
     np.testing.assert_allclose(done, losses(batch, bos_id=None), atol=1e-6)
     assert np.abs(np.asarray(warm - cold)).max() > 1e-4

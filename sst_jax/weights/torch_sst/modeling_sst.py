@@ -79,7 +79,7 @@ def linear_scan(a, b):
 class StreamParameters(nn.Module):
     """theta [L, D] or [L, 1] or [1, 1] (where alpha is learned) and gain [L, 1] (where it is), float32.
 
-    `warmth` in [0, 1] scales a learned alpha up from the range's lower end; a trainer may raise it over alpha_warmup.
+    `alpha_warmup_fraction` in [0, 1] scales a learned alpha up from the range's lower end; a trainer may raise it over alpha_warmup.
     """
 
     def __init__(self, config):
