@@ -120,8 +120,10 @@ def decode_step(
         write = active & ((i == 0) | (stream is None or stream.kv == "overwrite"))
         context = Context(config, tables, masks=masks)
 
-        def rule(layer: Layer, streams: tuple, m: jax.Array | None, context: Context) -> tuple[tuple, jax.Array | None]:
-            x, kv = streams
+        def rule(
+            layer: Layer, residuals: tuple, m: jax.Array | None, context: Context
+        ) -> tuple[tuple, jax.Array | None]:
+            x, kv = residuals
             q, k, v = project(layer, x, context)
             out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, tables, position, write, q, k, v, kv)
             h = attention_residual(layer, x, out)

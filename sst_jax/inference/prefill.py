@@ -101,10 +101,10 @@ def fill_chunk(
     last_step = last * depth + depth - 1
 
     def rule(*arguments: Any) -> tuple[tuple, LayerOutputs]:
-        streams, left = solve(*arguments)
+        residuals, left = solve(*arguments)
         if left.state_out is not None:
             left = left._replace(memory=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
-        return streams, left
+        return residuals, left
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
     (x,), left = decoder.run_layers(params, rule, (x,), context, None if fresh else cache.state)

@@ -35,7 +35,7 @@ Params = dict[str, Any]
 REMAT = ("none", "products", "memories", "layer", "offload")
 # Memories at the borders of `exact`'s chunks: 6% of the layers' inputs, which spare it one of four walks.
 KEPT = "kept"
-Streams = tuple[jax.Array, ...]
+Residuals = tuple[jax.Array, ...]
 
 
 class Layer(NamedTuple):
@@ -138,16 +138,16 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Para
 
 
 def run_layers(
-    params: Params, rule: Callable[..., tuple[Any, Any]], streams: Any, context: Context, extras: Any = None,
+    params: Params, rule: Callable[..., tuple[Any, Any]], residuals: Any, context: Context, extras: Any = None,
     *, remat: str = "none",
 ) -> tuple[Any, Any]:  # fmt: skip
     """Runs `rule` through the stack in one scan over layers.
 
-    `streams` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a layer
+    `residuals` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a layer
     at a time, and what the rule returns beside the streams comes back stacked, [L, ...]. `remat` is one of REMAT.
     """
     config, backbone = context.config, context.config.backbone
-    dtype = streams[0].dtype if streams else jnp.bfloat16
+    dtype = residuals[0].dtype if residuals else jnp.bfloat16
     block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     graphdef = nnx.split(block, Base, Adapter, Blend)[0]
     layers = backbone.num_layers
@@ -164,17 +164,17 @@ def run_layers(
         "carries": carries,
     }
 
-    def body(streams: Any, slices: tuple) -> tuple[Any, Any]:
+    def body(residuals: Any, slices: tuple) -> tuple[Any, Any]:
         base, adapter, blend, facts, extra = slices
         if context.segment_ids is not None:  # a single position has less to send than a layer has
             base, adapter = gather(base), gather(adapter)
-            streams = tuple(constrain(x, "rows", "sequence", None) for x in streams)
+            residuals = tuple(constrain(x, "rows", "sequence", None) for x in residuals)
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
         layer = unpack(nnx.merge(graphdef, dequantise(base, dtype), adapter, blend), facts, context)
-        return rule(layer, streams, extra, context)
+        return rule(layer, residuals, extra, context)
 
     xs = (params["base"]["layers"], params["adapter"], blend, facts, extras)
-    return jax.lax.scan(recomputed(body, remat), streams, xs)
+    return jax.lax.scan(recomputed(body, remat), residuals, xs)
 
 
 def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
@@ -194,8 +194,8 @@ def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
         ),
     }[remat]  # fmt: skip
 
-    def named(streams: Any, slices: tuple) -> tuple[Any, Any]:
-        return body(checkpoint_name(streams, "streams"), slices)
+    def named(residuals: Any, slices: tuple) -> tuple[Any, Any]:
+        return body(checkpoint_name(residuals, "streams"), slices)
 
     # The scan already keeps XLA from undoing the recomputation, so the costly barrier is not needed.
     return jax.checkpoint(named, prevent_cse=False, policy=policy)

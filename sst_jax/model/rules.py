@@ -26,7 +26,7 @@ from sst_jax.errors import InputError
 from sst_jax.model import decoder
 from sst_jax.model.attention import attend_rows
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Context, Layer, Params, Streams
+from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.layers import ACTIVATIONS, to_float32
 from sst_jax.model.state import Masks, blend, decay_state, initial_state, scan_states, shift_right, state_update
 
@@ -114,22 +114,22 @@ def feed(
     return (mixed + f).astype(dtype), f
 
 
-def plain(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
+def plain(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
     """The backbone: no state."""
-    (x,) = streams
+    (x,) = residuals
     h, kv = attend(layer, x, context)
     o, _ = feed(layer, h, context, x.dtype)
     return (o,), LayerOutputs(*kv)
 
 
-def k_pass(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
+def k_pass(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Each stream blended with the states of the one before it; the first is plain.
 
     All streams enter the first layer as the same embeddings. Computing its attention once would take a branch in every
     layer, and what a branch keeps for its gradients costs more memory, and no less time, than the sharing saves.
     """
     s, memory, outputs = None, None, []
-    for number, x in enumerate(streams):
+    for number, x in enumerate(residuals):
         h, _ = attend(layer, x, context)
         if number:
             s = next_pass_states(layer, x, memory, context)
@@ -158,9 +158,9 @@ def next_pass_states(layer: Layer, x: jax.Array, memory: jax.Array, context: Con
     return shift_right(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
 
 
-def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple[Streams, LayerOutputs]:
+def local(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Attention once; the feed-forward `passes` times, each blended with the states of the time before."""
-    (x,), s = streams, None
+    (x,), s = residuals, None
     h, kv = attend(layer, x, context)
     for _ in range(context.options["passes"]):
         o, memory = pass_once(layer, x, h, s, context)
@@ -168,9 +168,9 @@ def local(layer: Layer, streams: Streams, extra: Any, context: Context) -> tuple
     return (o,), LayerOutputs(*kv, memory)
 
 
-def exact(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, LayerOutputs]:
+def exact(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
-    (x,) = streams
+    (x,) = residuals
     h, kv = attend(layer, x, context)
     o, memory = scan_positions(layer, x, residual_after_attention(layer, h), context, before)
     return (o,), LayerOutputs(*kv, memory)
@@ -221,12 +221,14 @@ def scan_positions(
     return o, memory
 
 
-def fixed_point_states(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, LayerOutputs]:
+def fixed_point_states(
+    layer: Layer, residuals: Residuals, before: Any, context: Context
+) -> tuple[Residuals, LayerOutputs]:
     """`local` with as many sweeps as it takes for the states to stand still, else `exact`. Not differentiable.
 
     `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
     """
-    stream, (x,) = context.config.stream, streams
+    stream, (x,) = context.config.stream, residuals
     summands, kv = attend(layer, x, context)
     h = residual_after_attention(layer, summands)
 
@@ -306,12 +308,12 @@ def hidden(
         options={"passes": passes}, attention=attention, recompute=remat != "none",
     )  # fmt: skip
 
-    def rule(*arguments: Any) -> tuple[Streams, None]:
+    def rule(*arguments: Any) -> tuple[Residuals, None]:
         return RULES[forward](*arguments)[0], None  # what the layers leave behind would be stacked for nobody
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    streams, _ = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context, remat=remat)
-    x = streams[-1].reshape(*tokens.shape, depth, -1)[:, :, -1]
+    residuals, _ = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context, remat=remat)
+    x = residuals[-1].reshape(*tokens.shape, depth, -1)[:, :, -1]
     return decoder.final_norm(config, params, x)
 
 
@@ -342,9 +344,9 @@ def states(
         config, tokens, segment_ids, depth=depth, bos_id=bos_id, options={"passes": passes}
     )  # fmt: skip
 
-    def rule(*arguments: Any) -> tuple[Streams, jax.Array]:
-        streams, left = RULES[forward](*arguments)
-        return streams, left.memory
+    def rule(*arguments: Any) -> tuple[Residuals, jax.Array]:
+        residuals, left = RULES[forward](*arguments)
+        return residuals, left.memory
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
     _, memory = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context)

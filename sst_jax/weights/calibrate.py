@@ -119,9 +119,11 @@ def through(
     context = decoder.row_context(config, tokens, segment_ids)
     stacked = jax.tree.map(lambda part: part[None], layer)
 
-    def rule(layer: decoder.Layer, streams: decoder.Streams, grams: Any, context: decoder.Context) -> tuple[Any, None]:
+    def rule(
+        layer: decoder.Layer, residuals: decoder.Residuals, grams: Any, context: decoder.Context
+    ) -> tuple[Any, None]:
         observed = layer._replace(block=_Observed(layer.block, grams))
-        return rules.plain(observed, streams, None, context)[0], None
+        return rules.plain(observed, residuals, None, context)[0], None
 
     def run(grams: dict[str, jax.Array]) -> jax.Array:
         params = {"base": {"layers": stacked}, "adapter": {}, "blend": {}}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sst_jax.errors import InputError
 from sst_jax.model.config import LINEARS, PRESETS, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
 
-streams = st.builds(
+residuals = st.builds(
     StreamConfig,
     state=st.sampled_from(["ffn", "block"]),
     norm=st.sampled_from(["none", "rms", "match"]),
@@ -26,7 +26,7 @@ streams = st.builds(
 adapters = st.builds(AdapterConfig, rank=st.integers(0, 64), targets=st.lists(st.sampled_from(LINEARS), unique=True))
 
 
-@given(st.sampled_from(list(PRESETS)), st.none() | streams, adapters)
+@given(st.sampled_from(list(PRESETS)), st.none() | residuals, adapters)
 def test_a_config_survives_json(name, stream, adapter):
     stream = stream if stream is None or name == "270m" else dataclasses.replace(stream, layers=None)
     config = ModelConfig(PRESETS[name], stream, adapter)

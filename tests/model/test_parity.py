@@ -139,13 +139,13 @@ def test_layer_and_its_attention(pair, number):
 
     seen = {}
 
-    def rule(unpacked, streams, extra, context):
+    def rule(unpacked, residuals, extra, context):
         q, k, v = rules.project(unpacked, jnp.asarray(x), context)
         out, _, _ = attend_rows(
             config.backbone, unpacked.is_global, context.ropes, context.segment_ids, 1, "overwrite", q, k, v
         )
         (o,), _ = rules.plain(unpacked, (jnp.asarray(x),), None, context)
-        return streams, (unpacked.block.o(out), o)
+        return residuals, (unpacked.block.o(out), o)
 
     context = decoder.row_context(config, jnp.asarray(ids(2, 30)))
     _, (seen["attention"], seen["layer"]) = decoder.run_layers(params, rule, (), context)

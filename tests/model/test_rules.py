@@ -181,9 +181,9 @@ def test_dropout_keeps_the_adapter_s_mean():
     config = toys.config(None, dropout=0.25)
     seen = {}
 
-    def look(layer, streams, extra, context):
+    def look(layer, residuals, extra, context):
         seen.update({name: mask.shape for name, mask in layer.drop.items()})
-        return streams, layer.drop
+        return residuals, layer.drop
 
     tokens = toys.tokens(200, 4)
     context = decoder.row_context(config, tokens, dropout_key=jax.random.key(0))

@@ -62,8 +62,8 @@ def test_the_two_halves_of_a_layer(depth):
     def move(x: Hidden, memory: Hidden, layer) -> Hidden:
         return state.shift_right(CONFIG.stream, x, memory, layer.masks)
 
-    def rule(layer, streams, extra, context):
-        (x,) = streams
+    def rule(layer, residuals, extra, context):
+        (x,) = residuals
         project(x, layer, context)
         summands, _ = rules.attend(layer, x, context)
         h = rules.residual_after_attention(layer, summands)

@@ -38,7 +38,7 @@ from sst_jax.inference.session import prompt_mode
 from sst_jax.lab.analysis import controls
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Context, Layer, Params, Streams
+from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.quantization import nf4
 from sst_jax.model.rules import exact, plain
 from sst_jax.training.run import diff
@@ -91,18 +91,18 @@ class DepthStates(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- Walking texts
 
 
-def outputs(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, jax.Array]:
+def outputs(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, jax.Array]:
     """A rule that leaves each layer's output behind, under the exact recurrence or without a stream."""
-    streams, _ = (plain if context.config.stream is None else exact)(layer, streams, before, context)
-    return streams, streams[0]
+    residuals, _ = (plain if context.config.stream is None else exact)(layer, residuals, before, context)
+    return residuals, residuals[0]
 
 
-def remembered(layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, jax.Array]:
+def remembered(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, jax.Array]:
     """A rule that leaves each layer's memory behind; without a stream there is none, and it is the output."""
     if context.config.stream is None:
-        return outputs(layer, streams, before, context)
-    streams, left = exact(layer, streams, before, context)
-    return streams, left.state_out
+        return outputs(layer, residuals, before, context)
+    residuals, left = exact(layer, residuals, before, context)
+    return residuals, left.state_out
 
 
 RULES = {"output": outputs, "memory": remembered}
@@ -111,7 +111,7 @@ RULES = {"output": outputs, "memory": remembered}
 @functools.partial(jax.jit, static_argnames=("config", "rule", "copies", "depth", "every", "bos_id", "dtype"))
 def run_texts(
     config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache, options: Any = None, *,
-    rule: Callable[..., tuple[Streams, jax.Array]] = outputs, copies: int = 1, depth: int = 1, every: bool = False,
+    rule: Callable[..., tuple[Residuals, jax.Array]] = outputs, copies: int = 1, depth: int = 1, every: bool = False,
     bos_id: int | None = None, dtype: str = "float32",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Right-padded texts tokens [B, T], `count` [B] of whose positions are real, on from the caches of their prompts.
@@ -130,13 +130,13 @@ def run_texts(
     def looked_at(steps: jax.Array) -> jax.Array:
         return steps.reshape(batch, length, depth, -1)[:, :, first:]
 
-    def keeping(*arguments: Any) -> tuple[Streams, jax.Array]:
-        streams, kept = rule(*arguments)
-        return streams, looked_at(kept)
+    def keeping(*arguments: Any) -> tuple[Residuals, jax.Array]:
+        residuals, kept = rule(*arguments)
+        return residuals, looked_at(kept)
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
-    streams, states = decoder.run_layers(params, keeping, (x,) * copies, context, cache.state)
-    hidden = decoder.final_norm(config, params, looked_at(streams[-1]))
+    residuals, states = decoder.run_layers(params, keeping, (x,) * copies, context, cache.state)
+    hidden = decoder.final_norm(config, params, looked_at(residuals[-1]))
     # One row at a time, so that a vocabulary's worth of logits exists for one row's positions only.
     top_logits, top_ids = jax.lax.map(
         lambda row: jax.lax.top_k(decoder.head(params, row), min(TOP, config.backbone.vocab_size)), hidden

@@ -23,7 +23,7 @@ import numpy as np
 from sst_jax.lab.analysis.basins import overlap
 from sst_jax.lab.statistics import bootstrap_mean, finite
 from sst_jax.model import rules
-from sst_jax.model.decoder import Context, Layer, Streams
+from sst_jax.model.decoder import Context, Layer, Residuals
 from sst_jax.model.layers import to_float32
 from sst_jax.model.state import shift_right
 
@@ -39,13 +39,15 @@ class Swap(NamedTuple):
     key: jax.Array | None = None
 
 
-def swapped(keep: str, layer: Layer, streams: Streams, before: Any, context: Context) -> tuple[Streams, jax.Array]:
+def swapped(
+    keep: str, layer: Layer, residuals: Residuals, before: Any, context: Context
+) -> tuple[Residuals, jax.Array]:
     """A rule over two streams: the real one, and one entered by the real one's states out of their places.
 
     Only iterations from the second on are tampered with: the state from the position before comes in as it was.
     Leaves the second stream's "output" or "memory" behind, as `keep` says.
     """
-    (x, other), swap, depth = streams, context.options, context.depth
+    (x, other), swap, depth = residuals, context.options, context.depth
     (o,), left = rules.exact(layer, (x,), before, context)
     real = shift_right(context.config.stream, x, left.state_out, layer.masks, before)
     by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
