@@ -23,9 +23,14 @@ from sst_jax.errors import InputError
 from sst_jax.files import read_json
 
 ROWS = (  # target, storage of the base
-    ("v5e-8", "nf4"), ("v5p-8", "none"), ("v6e-8", "none"),
-    ("rtx-pro-6000", "nf4"), ("rtx-pro-6000x2", "nf4"), ("rtx-pro-6000x8", "nf4"), ("h100x8", "none"),
-)  # fmt: skip
+    ("v5e-8", "nf4"),
+    ("v5p-8", "none"),
+    ("v6e-8", "none"),
+    ("rtx-pro-6000", "nf4"),
+    ("rtx-pro-6000x2", "nf4"),
+    ("rtx-pro-6000x8", "nf4"),
+    ("h100x8", "none"),
+)
 UPDATE = 32  # rows, as in configs/sst.py
 CONFIG = Path(__file__).parents[1] / "configs" / "sst.py"
 GIB = 2**30

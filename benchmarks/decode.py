@@ -55,9 +55,18 @@ def ours(model: Any, depth: int, prompt: list[int], count: int) -> Timing:
 
     start = time.perf_counter()
     running = generate_tokens(
-        model.config, model.params, [prompt], depth=[depth], max_new_tokens=count, sampling=Sampling(), seeds=[0],
-        stop_ids=(), pad_id=0, bos_id=model.tokenizer.bos_id, dtype=model.dtype,
-    )  # fmt: skip
+        model.config,
+        model.params,
+        [prompt],
+        depth=[depth],
+        max_new_tokens=count,
+        sampling=Sampling(),
+        seeds=[0],
+        stop_ids=(),
+        pad_id=0,
+        bos_id=model.tokenizer.bos_id,
+        dtype=model.dtype,
+    )
     tokens = next(running).tokens[0].tolist()
     first = time.perf_counter()
     for chunk in running:
@@ -165,10 +174,17 @@ def measure(args: Any) -> list[dict[str, Any]]:
     for name, timings in found.items():
         prefills, rates = ([t.prefill for t in timings], [(len(t.tokens) - 1) / t.decode for t in timings])
         records.append(
-            {"job": name, "prompt_tokens": len(prompt), "new_tokens": args.new_tokens, "prefill_seconds": min(prefills),
-             "prefill_median": statistics.median(prefills), "tokens_per_second": max(rates),
-             "tokens_per_second_median": statistics.median(rates), "tokens": timings[0].tokens}
-        )  # fmt: skip
+            {
+                "job": name,
+                "prompt_tokens": len(prompt),
+                "new_tokens": args.new_tokens,
+                "prefill_seconds": min(prefills),
+                "prefill_median": statistics.median(prefills),
+                "tokens_per_second": max(rates),
+                "tokens_per_second_median": statistics.median(rates),
+                "tokens": timings[0].tokens,
+            }
+        )
         print(
             f"{name:14} prefill {min(prefills):7.3f} s (median {statistics.median(prefills):7.3f})   "
             f"decode {max(rates):7.2f} tokens/s (median {statistics.median(rates):7.2f})",

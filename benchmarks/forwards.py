@@ -96,10 +96,18 @@ def training(args: Any) -> list[dict[str, Any]]:
             for name, values in seconds.items():
                 best, plain_best = min(values), min(seconds["plain"])
                 records.append(
-                    {"dtype": dtype, "batch": rows, "length": args.length, "remat": args.remat, "forward": name,
-                     "seconds": best, "spread": max(values) / min(values), "ratio": best / plain_best,
-                     "tokens_per_second": rows * args.length / best}
-                )  # fmt: skip
+                    {
+                        "dtype": dtype,
+                        "batch": rows,
+                        "length": args.length,
+                        "remat": args.remat,
+                        "forward": name,
+                        "seconds": best,
+                        "spread": max(values) / min(values),
+                        "ratio": best / plain_best,
+                        "tokens_per_second": rows * args.length / best,
+                    }
+                )
                 print(
                     f"{dtype:9} B={rows:<3} T={args.length}  {name:28} {best:8.2f} s  "
                     f"{best / plain_best:5.2f} x plain  {rows * args.length / best:7.1f} tokens/s"

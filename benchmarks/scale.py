@@ -35,9 +35,16 @@ def parser() -> Parser:
 
 
 def hidden_apart(
-    config: Any, params: Any, tokens: Any, *, passes: int = 2, segment_ids: Any = None, dtype: str = "float32",
-    remat: str = "none", attention: str = "xla",
-) -> Any:  # fmt: skip
+    config: Any,
+    params: Any,
+    tokens: Any,
+    *,
+    passes: int = 2,
+    segment_ids: Any = None,
+    dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "xla",
+) -> Any:
     """Final hidden states [B, T, D] of k_pass with its passes one after the other: every layer's states wait between.
 
     The published order of things, and what lockstep is measured and tested against.
@@ -90,9 +97,14 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
             def loss(trainable: Any) -> Any:
                 segment_ids, params = jnp.ones_like(tokens), {"base": base, **trainable}
                 hidden = way(
-                    config, params, tokens, segment_ids=segment_ids, dtype="bfloat16", remat="layer",
+                    config,
+                    params,
+                    tokens,
+                    segment_ids=segment_ids,
+                    dtype="bfloat16",
+                    remat="layer",
                     attention=attention,
-                )  # fmt: skip
+                )
                 return answer_losses(hidden, head_table(base), tokens, mask).sum()
 
             return jax.value_and_grad(loss)(trainable)
@@ -105,9 +117,17 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
             real, counted = (functools.partial(step, way=way, attention=kind) for kind in (attention, "xla"))
             plan = compiling.plan_step(target, alone, real, counted, arguments, attention=attention)
             records.append(
-                {"target": target.name, "batch": rows, "length": length, "way": name, "temporaries": plan.temporaries,
-                 "peak": plan.peak, "flops": plan.work.flops, "compile_seconds": plan.compile_seconds}
-            )  # fmt: skip
+                {
+                    "target": target.name,
+                    "batch": rows,
+                    "length": length,
+                    "way": name,
+                    "temporaries": plan.temporaries,
+                    "peak": plan.peak,
+                    "flops": plan.work.flops,
+                    "compile_seconds": plan.compile_seconds,
+                }
+            )
             share = plan.temporaries / records[-1 - list(ways).index(name)]["temporaries"]
             print(
                 f"{target.title}: {rows} x {length}, {name:8}  temporaries {plan.temporaries / GIB:6.2f} GiB "
@@ -144,9 +164,16 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
             work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
             times[name] = roofline(work, target)
             records.append(
-                {"target": target.name, "batch": rows, "length": length, "forward": name, "flops": work.flops,
-                 "bytes": work.bytes, "seconds": times[name]}
-            )  # fmt: skip
+                {
+                    "target": target.name,
+                    "batch": rows,
+                    "length": length,
+                    "forward": name,
+                    "flops": work.flops,
+                    "bytes": work.bytes,
+                    "seconds": times[name],
+                }
+            )
         print(
             f"{target.title}: {rows:3} x {length}  two_pass {times['two_pass']:6.1f} s, exact {times['exact']:6.1f} s, "
             f"ratio {times['exact'] / times['two_pass']:.2f}",

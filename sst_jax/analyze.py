@@ -131,8 +131,10 @@ def read_asked(args: Any) -> list[Any]:
         from sst_jax.data.prompts import read_prompts
 
         for flag, value, usual in (
-            ("--data", args.data, None), ("--format", args.format, None), ("--text", args.text, "generated")
-        ):  # fmt: skip
+            ("--data", args.data, None),
+            ("--format", args.format, None),
+            ("--text", args.text, "generated"),
+        ):
             if value != usual:
                 raise InputError(f"{flag} goes with --task")
         asked = read_prompts(args.prompts)

@@ -21,19 +21,25 @@ from sst_jax.errors import InputError
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.convert", description=__doc__)
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="MODEL",
+        "--from",
+        dest="source",
+        required=True,
+        metavar="MODEL",
         help="a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run",
-    )  # fmt: skip
+    )
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder; one that holds anything is refused")
     parser.add_argument(
-        "--quantize", choices=("none", "nf4", "nf4_double"), default="none",
+        "--quantize",
+        choices=("none", "nf4", "nf4_double"),
+        default="none",
         help="storage of the linears: as they are (default), 4.25 bits a weight, or 4.13 with quantised scales",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--calibrate", metavar="FILE",
+        "--calibrate",
+        metavar="FILE",
         help="quantise for what this text feeds the linears (GPTQ): a text file, or .jsonl with text, or question and "
         "answer; texts like those to be trained on, and never a test",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--calibrate-tokens", type=int, default=32_768, metavar="N", help="of FILE (default: %(default)s)"
     )

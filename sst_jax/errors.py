@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input: a file, key, field or flag. The message names the culprit and says how to mend it."""
+
+
+class RunInterrupted(RuntimeError):
+    """Work that was ended in good order before it was done; the message says how to go on. Exit code 1."""

@@ -93,7 +93,7 @@ def asked(args: Any, policies: Sequence[Any]) -> Asked:
     settings = {
         "task": task.name,
         "measure": args.measure,
-        "policies": [policy.spelled for policy in policies],
+        "policies": [policy.name for policy in policies],
         "items": len(items),
         "items_sha256": tasks.items_digest(items),
         "data": args.data,
@@ -111,12 +111,12 @@ def open_model(args: Any, policies: Sequence[Any]) -> tuple[Any, str]:
     from sst_jax.inference.model import load
 
     model = load(args.model, args.dtype)
-    deep = [policy.spelled for policy in policies if policy.most > 1]
+    deep = [policy.name for policy in policies if policy.max_depth > 1]
     if deep and model.config.stream is None:
         raise InputError(f"--depth {deep[0]} needs a model with a stream; {args.model} is a plain backbone")
     for policy in policies:
-        if isinstance(policy.choose, Probe):
-            policy.choose.check(model)
+        if isinstance(policy.select_depth, Probe):
+            policy.select_depth.check(model)
     return model, args.format or model.prompts
 
 
@@ -248,10 +248,18 @@ def through_harness(args: Any, policies: Sequence[Any]) -> dict[str, Any]:
     found = {}
     with runner.locked(out):
         for policy in policies:
-            found[policy.spelled] = harness.measure(
-                model, policy.first, names, manager, out, header, chat=format == "chat", limit=args.limit or None,
-                fewshot=args.fewshot, batch_size=args.batch_size,
-            )  # fmt: skip
+            found[policy.name] = harness.measure(
+                model,
+                policy.first,
+                names,
+                manager,
+                out,
+                header,
+                chat=format == "chat",
+                limit=args.limit or None,
+                fewshot=args.fewshot,
+                batch_size=args.batch_size,
+            )
         # What other depths came to earlier, under the same settings, stays in the result.
         result = {**header, "policies": harness.measured(out, header)}
         write_json(out / "result.json", result)

@@ -54,14 +54,17 @@ def parser() -> Parser:
         "--dtype", choices=("float32", "bfloat16"), help="type of the weights (default: the source's own)"
     )
     parser.add_argument(
-        "--layout", choices=("text", "multimodal", "multimodal_v5"), help="merged: spelling of the keys (default: the "
-        "source's)",
-    )  # fmt: skip
+        "--layout",
+        choices=("text", "multimodal", "multimodal_v5"),
+        help="merged: spelling of the keys (default: the source's)",
+    )
     parser.add_argument("--text-only", action="store_true", help="leave a multimodal source's vision tower out")
     parser.add_argument(
-        "--measure-gap", action=argparse.BooleanOptionalAction, help="read the export back and compare its logits with "
+        "--measure-gap",
+        action=argparse.BooleanOptionalAction,
+        help="read the export back and compare its logits with "
         f"the model's on a short text (default: up to {MEASURED / 1e6:.0f}M parameters)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--push", metavar="REPO", help="then upload to this hub repository (owner/name), private if new"
     )
@@ -166,9 +169,16 @@ def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any)
             meter.update(done - meter.n)
 
         write_folder(
-            target, config.backbone, merged, dtype, layout, extra_files=files, extra_tensors=tensors,
-            extra_config=own_config, progress=update,
-        )  # fmt: skip
+            target,
+            config.backbone,
+            merged,
+            dtype,
+            layout,
+            extra_files=files,
+            extra_tensors=tensors,
+            extra_config=own_config,
+            progress=update,
+        )
     return {"merge_base": args.merge_base, "gap": gaps, "layout": layout}
 
 
@@ -202,9 +212,7 @@ def merge_base(choice: str, opened: Any) -> tuple[dict[str, Any], dict[str, floa
     return original, gap(original, base, opened.config.adapter)
 
 
-def onto(
-    args: argparse.Namespace, config: Any, facts: dict[str, Any], gaps: dict[str, float] | None
-) -> str | None:  # fmt: skip
+def onto(args: argparse.Namespace, config: Any, facts: dict[str, Any], gaps: dict[str, float] | None) -> str | None:
     """What the weights are, those under the adapter where there is one, if they could be others than it says."""
     kind = facts["quantize"]
     if kind == "none":

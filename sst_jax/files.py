@@ -94,3 +94,11 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         stage.rename(path)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old, new) wherever two JSON values differ, keys written with dots."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [found for key in keys for found in diff(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [(path, old, new)]

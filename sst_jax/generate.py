@@ -90,10 +90,16 @@ def main(argv: Sequence[str]) -> None:
         for begin in range(0, len(numbers), args.batch):
             batch = range(begin, min(begin + args.batch, len(numbers)))
             for piece in model.stream(
-                [asked[numbers[row]] for row in batch], depth=policy, max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=args.stop, chat=args.chat,
+                [asked[numbers[row]] for row in batch],
+                depth=policy,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                stop=args.stop,
+                chat=args.chat,
                 seed=[args.seed + row for row in batch],
-            ):  # fmt: skip
+            ):
                 first = first or time.monotonic()
                 if live:
                     print(piece.text, end="", flush=True)

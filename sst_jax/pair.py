@@ -50,10 +50,11 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--seeds {args.seeds} must be at least 1")
 
     from sst_jax import evaluate
+    from sst_jax.files import diff
     from sst_jax.inference.policies import parse_list
     from sst_jax.lab.studies import arms
     from sst_jax.training import recipe
-    from sst_jax.training.run import check_recipe, diff
+    from sst_jax.training.run import check_recipe
     from sst_jax.weights.loading import backbone_of
 
     # Everything that can be wrong with the input shows before the first run.
@@ -142,9 +143,24 @@ def evaluate_one(args: Any, target: Path, out: Path, deep: bool) -> None:
         if all(there.get(key) == value for key, value in settings.items()):
             return  # without reading the model
     evaluate.main(
-        ["--model", str(target), "--task", args.task, "--measure", args.measure, "--depth", depth, *data,
-         "--limit", str(args.limit), "--batch-size", str(args.batch_size), "--out", str(out)]
-    )  # fmt: skip
+        [
+            "--model",
+            str(target),
+            "--task",
+            args.task,
+            "--measure",
+            args.measure,
+            "--depth",
+            depth,
+            *data,
+            "--limit",
+            str(args.limit),
+            "--batch-size",
+            str(args.batch_size),
+            "--out",
+            str(out),
+        ]
+    )
 
 
 def heldout(runs: Sequence[tuple[str, Path, list[str]]]) -> dict[str, list[dict[str, Any]]]:

@@ -41,9 +41,12 @@ def parser() -> Parser:
     parser.add_argument("--capacity", type=int, default=4096, help="with --decode: positions kept (default: 4096)")
     parser.add_argument("--depth", type=int, default=1, help="with --decode: iterations a position (default: 1)")
     parser.add_argument(
-        "--efficiency", type=float, default=0.4, metavar="E",
+        "--efficiency",
+        type=float,
+        default=0.4,
+        metavar="E",
         help="assumed share of the peak FLOP/s that a step reaches; of bandwidth it is twice that (default: 0.4)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     return parser
 

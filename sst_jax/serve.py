@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     engine.answered = engine.tokens = 0
     limits = Limits(
         engine.capacity, args.max_new_tokens or engine.capacity, args.max_depth, args.waiting, args.max_body
-    )  # fmt: skip
+    )
 
     def announce() -> None:
         host, port = listener.getsockname()[:2]

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sst_jax.console.command import Parser, RunInterrupted, run, write_json
-from sst_jax.errors import InputError
+from sst_jax.console.command import Parser, run, write_json
+from sst_jax.errors import InputError, RunInterrupted
 
 
 def parser() -> Parser:
@@ -31,13 +31,19 @@ def parser() -> Parser:
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME-OF-RECIPE)")
     parser.add_argument("--json", metavar="FILE", help="write the summary here too (always in DIR/result.json)")
     parser.add_argument(
-        "--stop-within", type=float, default=0.0, metavar="S",
+        "--stop-within",
+        type=float,
+        default=0.0,
+        metavar="S",
         help="after SIGTERM, SIGINT or SIGUSR1 end in S seconds, saved or not (default: as long as the save takes)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--stall-minutes", type=float, default=15.0, metavar="M",
+        "--stall-minutes",
+        type=float,
+        default=15.0,
+        metavar="M",
         help="say so and write DIR/stall.txt when no step has finished for M minutes, 0: never (default: %(default)g)",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -134,9 +140,13 @@ def train(recipe: Any, recipe_json: dict[str, Any], workdir: Path, watch: Any = 
         state = sharding.device_put_sharded(init_state(fresh, optimizer))
         places = sharding.shardings(mesh, state)
         iterator = rows(
-            examples, length=data.length, batch_size=data.batch_size, seed=recipe.seed, pack=data.pack,
+            examples,
+            length=data.length,
+            batch_size=data.batch_size,
+            seed=recipe.seed,
+            pack=data.pack,
             pad_id=tokenizer.pad_id,
-        )  # fmt: skip
+        )
         checkpoints = Checkpoints(workdir, recipe.keep)
         step, meta = checkpoints.latest_good() or 0, {"heldout": {}, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
         if step:

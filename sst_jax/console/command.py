@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sst_jax.errors import InputError
+from sst_jax.errors import InputError, RunInterrupted
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,10 +53,6 @@ class Parser(argparse.ArgumentParser):
             if argument in overrides and "=" not in argument and not following.startswith("-"):
                 raise InputError(f"write {argument}={following}, without a space")
         return self.parse_args([argument for argument in argv if argument not in overrides]), overrides
-
-
-class RunInterrupted(RuntimeError):
-    """Work that was ended in good order before it was done; the message says how to go on. Exit code 1."""
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:

@@ -11,9 +11,15 @@ from tqdm import tqdm
 def bar(total: int | None, description: str, unit: str = "it", **kwargs: Any) -> tqdm:
     """A tqdm bar on standard error, silent when that is not a terminal."""
     return tqdm(
-        total=total, desc=description, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False,
-        file=sys.stderr, **kwargs,
-    )  # fmt: skip
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+        file=sys.stderr,
+        **kwargs,
+    )
 
 
 def print_line(text: str) -> None:

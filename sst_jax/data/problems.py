@@ -95,9 +95,32 @@ SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 RESIDUES = sum(map(len, SPLITS.values()))
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 _NAMES = (
-    "Ada", "Ben", "Carla", "Dimitri", "Elif", "Farid", "Grace", "Hana", "Ivan", "Joana", "Kofi", "Lena", "Mateo",
-    "Nadia", "Omar", "Priya", "Quentin", "Rosa", "Sven", "Tara", "Umar", "Vera", "Wanda", "Yusuf", "Zoe",
-)  # fmt: skip
+    "Ada",
+    "Ben",
+    "Carla",
+    "Dimitri",
+    "Elif",
+    "Farid",
+    "Grace",
+    "Hana",
+    "Ivan",
+    "Joana",
+    "Kofi",
+    "Lena",
+    "Mateo",
+    "Nadia",
+    "Omar",
+    "Priya",
+    "Quentin",
+    "Rosa",
+    "Sven",
+    "Tara",
+    "Umar",
+    "Vera",
+    "Wanda",
+    "Yusuf",
+    "Zoe",
+)
 
 
 class Template(NamedTuple):
@@ -127,7 +150,10 @@ TRAIN_TEMPLATES = (
         "all = boxes * each | {A} buys {all} {thing}.",
         "rest = all - given | After the gift to {B}, {rest} {thing} are left.",
         "share = rest / classes | Each class gets {share} {thing}.",
-        boxes=range(3, 13), each=range(6, 25), given=range(2, 30), classes=range(2, 9),
+        boxes=range(3, 13),
+        each=range(6, 25),
+        given=range(2, 30),
+        classes=range(2, 9),
         thing=("pencils", "markers", "erasers", "notebooks", "stickers"),
     ),
     _story(
@@ -137,7 +163,10 @@ TRAIN_TEMPLATES = (
         "cost = price * count | The {thing} cost {cost} dollars.",
         "bill = cost + drink | With the drink, {A} has to pay {bill} dollars.",
         "back = paid - bill | {A} gets {back} dollars back.",
-        price=range(2, 9), count=range(2, 12), drink=range(2, 7), paid=range(20, 101, 5),
+        price=range(2, 9),
+        count=range(2, 12),
+        drink=range(2, 7),
+        paid=range(20, 101, 5),
         thing=("cakes", "pies", "loaves", "tarts"),
     ),
     _story(
@@ -147,7 +176,10 @@ TRAIN_TEMPLATES = (
         "first = hours * speed | Before the break {A} covers {first} miles.",
         "second = more * slow | After the break {A} covers {second} miles.",
         "all = first + second | In total that is {all} miles.",
-        hours=range(2, 8), speed=range(40, 76, 5), more=range(2, 6), slow=range(20, 41),
+        hours=range(2, 8),
+        speed=range(40, 76, 5),
+        more=range(2, 6),
+        slow=range(20, 41),
         drives=("drives", "travels", "rides a motorcycle"),
     ),
     _story(
@@ -157,7 +189,9 @@ TRAIN_TEMPLATES = (
         "b = age * 2 | {B} is {b} years old.",
         "c = b - younger | {C} is {c} years old.",
         "then = c + later | In the years to come {C} will reach {then} years.",
-        age=range(6, 40), younger=range(2, 20), later=range(2, 16),
+        age=range(6, 40),
+        younger=range(2, 20),
+        later=range(2, 16),
     ),
     _story(
         "wages",
@@ -166,7 +200,10 @@ TRAIN_TEMPLATES = (
         "time = hours * days | {A} works {time} hours.",
         "pay = time * rate | {A} earns {pay} dollars.",
         "left = pay - spent | After the shopping, {left} dollars are left.",
-        rate=range(9, 26), hours=range(3, 9), days=range(2, 7), spent=range(20, 121),
+        rate=range(9, 26),
+        hours=range(3, 9),
+        days=range(2, 7),
+        spent=range(20, 121),
         thing=("shoes", "books", "groceries", "tools"),
     ),
     _story(
@@ -177,7 +214,11 @@ TRAIN_TEMPLATES = (
         "crop = all * fruits | They give {crop} {thing}.",
         "good = crop - bad | Of these, {good} {thing} are good.",
         "crates = good / crate | They fill {crates} crates.",
-        rows=range(2, 9), trees=range(3, 12), fruits=range(5, 16), bad=range(3, 40), crate=range(4, 13),
+        rows=range(2, 9),
+        trees=range(3, 12),
+        fruits=range(5, 16),
+        bad=range(3, 40),
+        crate=range(4, 13),
         thing=("apples", "pears", "oranges", "plums"),
     ),
     _story(
@@ -186,7 +227,9 @@ TRAIN_TEMPLATES = (
         "it?",
         "need = price - have | {A} still needs {need} dollars.",
         "weeks = need / weekly | That takes {weeks} weeks.",
-        price=range(60, 301), have=range(5, 60), weekly=range(5, 26),
+        price=range(60, 301),
+        have=range(5, 60),
+        weekly=range(5, 26),
         thing=("bicycle", "guitar", "camera", "telescope"),
     ),
     _story(
@@ -197,7 +240,9 @@ TRAIN_TEMPLATES = (
         "off = part / 100 | So the discount is {off} dollars.",
         "now = price - off | The {thing} now costs {now} dollars.",
         "pay = now + hat | With the hat, {A} pays {pay} dollars.",
-        price=range(20, 201), percent=(5, 10, 15, 20, 25, 30, 40, 50, 60), hat=range(5, 31),
+        price=range(20, 201),
+        percent=(5, 10, 15, 20, 25, 30, 40, 50, 60),
+        hat=range(5, 31),
         thing=("jacket", "coat", "dress", "suit"),
     ),
     _story(
@@ -207,7 +252,10 @@ TRAIN_TEMPLATES = (
         "read = slow * days | {A} first reads {read} pages.",
         "rest = pages - read | Then {rest} pages are left.",
         "more = rest / fast | They take {more} more days.",
-        pages=range(120, 401), slow=range(8, 21), days=range(3, 8), fast=range(15, 41),
+        pages=range(120, 401),
+        slow=range(8, 21),
+        days=range(3, 8),
+        fast=range(15, 41),
     ),
     _story(
         "recipe",
@@ -216,7 +264,10 @@ TRAIN_TEMPLATES = (
         "times = many / few | {A} has to make the recipe {times} times over.",
         "need = times * cups | That needs {need} cups of {thing}.",
         "buy = need - have | {A} has to buy {buy} cups.",
-        few=range(2, 7), cups=range(3, 12), many=range(8, 61), have=range(2, 12),
+        few=range(2, 7),
+        cups=range(3, 12),
+        many=range(8, 61),
+        have=range(2, 12),
         thing=("flour", "rice", "milk", "sugar"),
     ),
     _story(
@@ -226,7 +277,10 @@ TRAIN_TEMPLATES = (
         "net = rate - leak | The tank gains {net} liters a minute.",
         "gain = net * minutes | Over the whole time it gains {gain} liters.",
         "all = start + gain | In the end it holds {all} liters.",
-        rate=range(12, 41), leak=range(2, 12), start=range(10, 101), minutes=range(3, 21),
+        rate=range(12, 41),
+        leak=range(2, 12),
+        start=range(10, 101),
+        minutes=range(3, 21),
     ),
     _story(
         "collections",
@@ -236,7 +290,10 @@ TRAIN_TEMPLATES = (
         "c = b - fewer | {C} has {c} {thing}.",
         "two = count + b | {A} and {B} together have {two} {thing}.",
         "all = two + c | All three have {all} {thing}.",
-        count=range(4, 40), times=range(3, 7), fewer=range(3, 30), thing=("marbles", "stamps", "coins", "shells"),
+        count=range(4, 40),
+        times=range(3, 7),
+        fewer=range(3, 30),
+        thing=("marbles", "stamps", "coins", "shells"),
     ),
     _story(
         "tickets",
@@ -248,10 +305,14 @@ TRAIN_TEMPLATES = (
         "all = a + c | The school takes in {all} dollars.",
         "rest = all - cost | After paying for the hall it has {rest} dollars.",
         "share = rest / clubs | Each club gets {share} dollars.",
-        adults=range(10, 41), high=range(6, 13), children=range(10, 41), low=range(2, 6), cost=range(30, 91),
+        adults=range(10, 41),
+        high=range(6, 13),
+        children=range(10, 41),
+        low=range(2, 6),
+        cost=range(30, 91),
         clubs=range(2, 6),
     ),
-)  # fmt: skip
+)
 
 TEST_TEMPLATES = (
     _story(
@@ -261,7 +322,9 @@ TEST_TEMPLATES = (
         "more = start + on | With the new passengers there are {more} people.",
         "fewer = more - off | After the others leave, there are {fewer} people.",
         "stay = fewer / 2 | Half of them stay, which is {stay} passengers.",
-        start=range(10, 41), on=range(3, 20), off=range(2, 10),
+        start=range(10, 41),
+        on=range(3, 20),
+        off=range(2, 10),
     ),
     _story(
         "fence",
@@ -271,7 +334,10 @@ TEST_TEMPLATES = (
         "around = half * 2 | The way around is {around} meters.",
         "fence = around * price | The fence costs {fence} dollars.",
         "all = fence + gate | With the gate it costs {all} dollars.",
-        long=range(8, 31), wide=range(4, 16), price=range(3, 13), gate=range(20, 81),
+        long=range(8, 31),
+        wide=range(4, 16),
+        price=range(3, 13),
+        gate=range(20, 81),
     ),
     _story(
         "printers",
@@ -280,7 +346,10 @@ TEST_TEMPLATES = (
         "both = fast + slow | Together they make {both} pages a minute.",
         "all = both * minutes | In that time they make {all} pages.",
         "good = all - spoiled | The good ones are {good} pages.",
-        fast=range(15, 41), slow=range(5, 15), minutes=range(4, 31), spoiled=range(3, 40),
+        fast=range(15, 41),
+        slow=range(5, 15),
+        minutes=range(4, 31),
+        spoiled=range(3, 40),
     ),
     _story(
         "eggs",
@@ -290,7 +359,10 @@ TEST_TEMPLATES = (
         "sold = all - kept | {A} sells {sold} eggs.",
         "dozens = sold / 12 | These are {dozens} dozens.",
         "money = dozens * price | {A} earns {money} dollars.",
-        hens=range(8, 41), each=range(3, 7), kept=range(4, 30), price=range(2, 9),
+        hens=range(8, 41),
+        each=range(3, 7),
+        kept=range(4, 30),
+        price=range(2, 9),
     ),
     _story(
         "phone",
@@ -299,7 +371,10 @@ TEST_TEMPLATES = (
         "data = extra * used | The extra gigabytes cost {data} dollars a month.",
         "month = fee + data | A month costs {month} dollars.",
         "all = month * months | In that time {A} pays {all} dollars.",
-        fee=range(10, 41), extra=range(2, 8), used=range(2, 11), months=range(3, 13),
+        fee=range(10, 41),
+        extra=range(2, 8),
+        used=range(2, 11),
+        months=range(3, 13),
     ),
     _story(
         "pooling",
@@ -309,10 +384,14 @@ TEST_TEMPLATES = (
         "all = two + third | With those from {C} there are {all} {thing}.",
         "bags = all / bag | They fill {bags} bags.",
         "left = bags - eaten | In the end {left} bags are left.",
-        first=range(20, 80), second=range(20, 80), third=range(5, 40), bag=range(4, 13), eaten=range(2, 6),
+        first=range(20, 80),
+        second=range(20, 80),
+        third=range(5, 40),
+        bag=range(4, 13),
+        eaten=range(2, 6),
         thing=("berries", "chestnuts", "walnuts", "cherries"),
     ),
-)  # fmt: skip
+)
 
 
 class WordProblems(Sequence[Problem]):

@@ -24,9 +24,13 @@ START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 TURN_ENDS = (END_OF_TURN, "<|im_end|>", "<|eot_id|>")  # Gemma's, SmolLM's and Qwen's, Llama's
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what chat models have beside an EOS that ends a turn
 HF_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
     "chat_template.jinja",
-)  # fmt: skip
+)
 
 # What `Tokenizer.chat` does, for users of an exported folder.
 CHAT_TEMPLATE = (

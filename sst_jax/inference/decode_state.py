@@ -75,18 +75,33 @@ def map_rows(function: Callable[..., jax.Array], *caches: Cache) -> Cache:
 
 
 def decode_step_at_depth(
-    config: ModelConfig, params: Params, token: jax.Array, cache: Cache, depth: jax.Array, start: int = 0,
-    bos_id: int | None = None, dtype: str = "float32", hidden: jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    token: jax.Array,
+    cache: Cache,
+    depth: jax.Array,
+    start: int = 0,
+    bos_id: int | None = None,
+    dtype: str = "float32",
+    hidden: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
     """`decode_step` without a tolerance: every row iterates `depth` [B] times. Returns hidden [B, D] and the cache."""
     never = jnp.zeros(depth.shape, jnp.float32)
     return decode_step(config, params, token, cache, depth, never, start, bos_id, dtype, hidden)[:2]
 
 
 def decode_step(
-    config: ModelConfig, params: Params, token: jax.Array, cache: Cache, depth: jax.Array, tolerance: jax.Array,
-    start: int = 0, bos_id: int | None = None, dtype: str = "float32", hidden: jax.Array | None = None,
-) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    token: jax.Array,
+    cache: Cache,
+    depth: jax.Array,
+    tolerance: jax.Array,
+    start: int = 0,
+    bos_id: int | None = None,
+    dtype: str = "float32",
+    hidden: jax.Array | None = None,
+) -> tuple[jax.Array, Cache, jax.Array]:
     """One position a row, iterated up to `depth` [B] times: the whole stack again for each, from the same token [B].
 
     A row with a `tolerance` [B] above 0 stops before that, after the first iteration from the second on that moves its

@@ -82,9 +82,15 @@ class Model:
         )
 
     def logits(
-        self, tokens: Any, forward: str | None = None, *, passes: int = 2, depth: int = 1, segment_ids: Any = None,
+        self,
+        tokens: Any,
+        forward: str | None = None,
+        *,
+        passes: int = 2,
+        depth: int = 1,
+        segment_ids: Any = None,
         positions: Any = None,
-    ) -> jax.Array:  # fmt: skip
+    ) -> jax.Array:
         """Logits [B, T, V], float32, of tokens [B, T].
 
         Args:
@@ -107,9 +113,16 @@ class Model:
         name = forward or ("plain" if self.config.stream is None else "exact")
         with self._mesh():
             return forwards.logits(
-                self.config, self.params, tokens, forward=name, passes=passes, depth=depth,
-                bos_id=self.tokenizer.bos_id, dtype=self.dtype, **given,
-            )  # fmt: skip
+                self.config,
+                self.params,
+                tokens,
+                forward=name,
+                passes=passes,
+                depth=depth,
+                bos_id=self.tokenizer.bos_id,
+                dtype=self.dtype,
+                **given,
+            )
 
     def _mesh(self) -> contextlib.AbstractContextManager:
         """The mesh that the parameters lie on, where they do, as the one in force."""
@@ -129,10 +142,19 @@ class Model:
         return jnp.asarray(tokens, jnp.int32)
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], *, depth: Depth | Sequence[Depth] = 1, n: int = 1,
-        max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int | Sequence[int] = 0, stop: str | Sequence[str] = (), chat: bool = False,
-    ) -> Iterator[Piece]:  # fmt: skip
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        depth: Depth | Sequence[Depth] = 1,
+        n: int = 1,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+    ) -> Iterator[Piece]:
         """Generates and yields text as it comes; arguments as for `generate`."""
         prompts = _as_list(prompts)
         if n < 1:
@@ -146,10 +168,18 @@ class Model:
         seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
         _one_each(seeds, len(tokens), "seed")
         running = session.generate_tokens(
-            self.config, self.params, tokens, depth=policies, max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p), seeds=seeds, stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
-            pad_id=self.tokenizer.pad_id, bos_id=self.tokenizer.bos_id, dtype=self.dtype,
-        )  # fmt: skip
+            self.config,
+            self.params,
+            tokens,
+            depth=policies,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seeds=seeds,
+            stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
+            pad_id=self.tokenizer.pad_id,
+            bos_id=self.tokenizer.bos_id,
+            dtype=self.dtype,
+        )
         marks = [stop] if isinstance(stop, str) else stop
         answers = [Answer(self.tokenizer, marks) for _ in tokens]
         with self._mesh():
@@ -165,9 +195,10 @@ class Model:
                     policy, finished = policies[row], answer.ended == "stop"
                     asked = policy.first if policy.is_flat else policy.name
                     yield Piece(
-                        row, "",
+                        row,
+                        "",
                         Generation(answer.text, answer.tokens, len(tokens[row]), asked, answer.depths, finished),
-                    )  # fmt: skip
+                    )
             try:
                 with self._mesh():
                     chunk = running.send(np.array([answer.ended is not None for answer in answers]))

@@ -25,10 +25,10 @@ from sst_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """At most `first` iterations at the first position and `rest` at all later ones; `spelled` is its name.
+    """At most `first` iterations at the first position and `rest` at all later ones, under a `name` such as "4".
 
     tolerance  above 0: a position stops early, see `until_stable`.
-    choose     from the states [L, D] after the first position to what replaces `rest`; called on the host.
+    select_depth  from the states [L, D] after the first position to what replaces `rest`; called on the host.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Policy:
 
     @property
     def max_depth(self) -> int:
-        """The most iterations that it is sure not to exceed; `choose` is not known before."""
+        """The most iterations that it is sure not to exceed; `select_depth` is not known before."""
         return max(self.first, self.rest)
 
     @property
@@ -79,10 +79,10 @@ def until_stable(tolerance: float, most: int) -> Policy:
     At least two iterations (there is nothing to compare the first with), and never more than `most`.
     Raises: InputError where tolerance is not above 0.
     """
-    spelled = f"until_stable:{tolerance:g}:{most}"
+    name = f"until_stable:{tolerance:g}:{most}"
     if not tolerance > 0.0:
-        raise InputError(f"depth={spelled}: the tolerance must be a number above 0")
-    return Policy(spelled, most, most, tolerance)
+        raise InputError(f"depth={name}: the tolerance must be a number above 0")
+    return Policy(name, most, most, tolerance)
 
 
 def probe(choose: Callable[[np.ndarray], int], first: int = 1) -> Policy:
@@ -94,7 +94,7 @@ def probe(choose: Callable[[np.ndarray], int], first: int = 1) -> Policy:
 
 
 def selected_depth(policy: Policy, states: np.ndarray) -> int:
-    """What `policy.choose` says of the states [L, D], checked."""
+    """What `policy.select_depth` says of the states [L, D], checked."""
     return dataclasses.replace(policy, rest=policy.select_depth(states)).rest
 
 

@@ -44,9 +44,17 @@ def capacity_for(length: int) -> int:
 
 
 def prefill(
-    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
-    bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    capacity: int,
+    depth: int = 1,
+    bos_id: int | None = None,
+    dtype: str = "float32",
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, Cache]:
     """Solves the recurrence over right-padded prompts tokens [B, T] of `lengths` [B], as `stream.prefill` says.
 
     Returns the normed hidden state of each prompt's last position, [B, D], and the cache behind it.
@@ -66,9 +74,17 @@ class PrefillChunk(NamedTuple):
 
 
 def prefill_chunks(
-    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, capacity: int, depth: int = 1,
-    bos_id: int | None = None, dtype: str = "float32", chunk: int = CHUNK,
-) -> Iterator[PrefillChunk]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    capacity: int,
+    depth: int = 1,
+    bos_id: int | None = None,
+    dtype: str = "float32",
+    chunk: int = CHUNK,
+) -> Iterator[PrefillChunk]:
     """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
     cache = device_put_sharded(init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype)))
     hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(dtype))
@@ -83,9 +99,18 @@ def prefill_chunks(
 
 @functools.partial(jax.jit, static_argnames=("config", "fresh", "depth", "bos_id", "dtype"), donate_argnums=(4,))
 def fill_chunk(
-    config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache, hidden: jax.Array, *,
-    fresh: bool, depth: int, bos_id: int | None, dtype: str,
-) -> tuple[jax.Array, jax.Array, Cache]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    count: jax.Array,
+    cache: Cache,
+    hidden: jax.Array,
+    *,
+    fresh: bool,
+    depth: int,
+    bos_id: int | None,
+    dtype: str,
+) -> tuple[jax.Array, jax.Array, Cache]:
     """Takes the caches `count` [B] positions on, over right-padded tokens [B, T]; rows with count 0 stay as they are.
 
     `fresh` says that the caches are empty, and saves looking into them. `hidden` [B, D] is what rows that stay keep.
@@ -124,9 +149,15 @@ def fill_chunk(
 
 
 def chunk_context(
-    config: ModelConfig, tokens: jax.Array, count: jax.Array, cache: Cache, *, fresh: bool, depth: int,
+    config: ModelConfig,
+    tokens: jax.Array,
+    count: jax.Array,
+    cache: Cache,
+    *,
+    fresh: bool,
+    depth: int,
     bos_id: int | None,
-) -> decoder.Context:  # fmt: skip
+) -> decoder.Context:
     """The context of right-padded rows [B, T], `count` [B] of whose positions are real, that go on from caches."""
     inside = jnp.arange(tokens.shape[1])[None, :] < count[:, None]
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
@@ -139,7 +170,7 @@ def chunk_context(
     # A chunk's first step is entered from the cache, and no document begins there.
     live = context.masks.has_state.at[:, 0, 0].set(cache.has_state & inside[:, 0])
     begins = context.masks.is_initial.at[:, 0, 0].set(False)
-    return dataclasses.replace(context, masks=context.masks._replace(live=live, begins=begins))
+    return dataclasses.replace(context, masks=context.masks._replace(has_state=live, is_initial=begins))
 
 
 def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count: jax.Array) -> Any:

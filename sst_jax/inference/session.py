@@ -65,10 +65,22 @@ def _draw(
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "prompt"), donate_argnums=(2,))
 def begin(
-    config: ModelConfig, params: Params, cache: Cache, hidden: jax.Array, last: jax.Array, left: jax.Array,
-    depth_budget: DepthBudget, sampling_params: SamplingParams, *, prompt: str, stop_ids: tuple[int, ...], bos_id: int | None, dtype: str,
-    top: int = 0, scored: jax.Array | None = None,
-) -> tuple[SampledTokens, DecodeState]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    hidden: jax.Array,
+    last: jax.Array,
+    left: jax.Array,
+    depth_budget: DepthBudget,
+    sampling_params: SamplingParams,
+    *,
+    prompt: str,
+    stop_ids: tuple[int, ...],
+    bos_id: int | None,
+    dtype: str,
+    top: int = 0,
+    scored: jax.Array | None = None,
+) -> tuple[SampledTokens, DecodeState]:
     """Draws the first token [B, 1] after `prefill`.
 
     last: the last prompt token [B], at which depth begins with prompt="last" (see StreamConfig; "all" says that the
@@ -79,7 +91,7 @@ def begin(
     if prompt == "last":
         hidden, cache, used = decode_step(
             config, params, last, cache, depth_budget.now, depth_budget.tolerance, 1, bos_id, dtype, hidden
-        )  # fmt: skip
+        )
     elif prompt == "all":
         used = depth_budget.now
     if prompt != "none":
@@ -91,9 +103,18 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "size"), donate_argnums=(2,))
 def decode_chunk(
-    config: ModelConfig, params: Params, rows: DecodeState, count: jax.Array | int, *, stop_ids: tuple[int, ...],
-    bos_id: int | None, dtype: str, top: int = 0, scored: jax.Array | None = None, size: int = CHUNK,
-) -> tuple[SampledTokens, DecodeState]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    rows: DecodeState,
+    count: jax.Array | int,
+    *,
+    stop_ids: tuple[int, ...],
+    bos_id: int | None,
+    dtype: str,
+    top: int = 0,
+    scored: jax.Array | None = None,
+    size: int = CHUNK,
+) -> tuple[SampledTokens, DecodeState]:
     """`count` <= `size` more tokens a row, in columns [B, size]. Stops early when all rows have ended.
 
     top: above 0, tokens come with their scores and those of the `top` likeliest, where `scored` (bool []) is true.
@@ -108,7 +129,7 @@ def decode_chunk(
         depth = jnp.where(rows.done, 0, rows.limits.now)
         hidden, cache, used = decode_step(
             config, params, rows.token, rows.cache, depth, rows.limits.tolerance, 0, bos_id, dtype
-        )  # fmt: skip
+        )
         moved = rows._replace(cache=cache, limits=rows.limits._replace(now=rows.limits.rest))
         after, scores = _draw(params, moved, hidden, stop_ids, top, scored)
         new = SampledTokens(jnp.where(rows.done, -1, after.token), used, scores)
@@ -180,10 +201,19 @@ class Chunk(NamedTuple):
 
 
 def generate_tokens(
-    config: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], *, depth: Sequence[int | str | Policy],
-    max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], stop_ids: tuple[int, ...], pad_id: int,
-    bos_id: int | None, dtype: str,
-) -> Iterator[Chunk]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    depth: Sequence[int | str | Policy],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    bos_id: int | None,
+    dtype: str,
+) -> Iterator[Chunk]:
     """Yields new tokens of every prompt, the first chunk being one token; prompts that are equal are prefilled once.
 
     The receiver may `send` a bool [B] of rows to end (a stop string was seen). Rows do not depend on each other.
@@ -218,9 +248,17 @@ def generate_tokens(
     last = np.array([each[-1] for each in prompts], np.int32)
     left = np.full(len(prompts), max_new_tokens, np.int32)
     drawn, rows = begin(
-        config, params, cache, hidden, last, left, depth_budget(policies), sampling_params([sampling] * len(prompts), seeds),
-        prompt=prompt, **settings,
-    )  # fmt: skip
+        config,
+        params,
+        cache,
+        hidden,
+        last,
+        left,
+        depth_budget(policies),
+        sampling_params([sampling] * len(prompts), seeds),
+        prompt=prompt,
+        **settings,
+    )
     # Where depth begins at the first token's own position, that one step goes before the choice.
     waiting = any(policy.select_depth for policy in policies)
     unmoved = prompt == "none"

@@ -61,16 +61,24 @@ def bootstrap_mean(
     if len(values) < 2:
         return Interval(float(values.mean()), -math.inf, math.inf)
     result = stats.bootstrap(
-        (values,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile", batch=500,
+        (values,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method="percentile",
+        batch=500,
         rng=np.random.default_rng(seed),
-    )  # fmt: skip
+    )
     return Interval(float(values.mean()), *map(float, result.confidence_interval))
 
 
 def clustered_ratio(
-    above: Sequence[float], below: Sequence[float], confidence: float = CONFIDENCE, resamples: int = RESAMPLES,
+    above: Sequence[float],
+    below: Sequence[float],
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Interval:  # fmt: skip
+) -> Interval:
     """sum(above) / sum(below) over clusters with a percentile interval from resampling clusters.
 
     The mean of values that come in clusters (positions of a text), given each cluster's sum and count. Clusters that
@@ -101,9 +109,13 @@ def t_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
 
 
 def redraw_union(
-    right: Sequence[bool], changed: Sequence[int], chance: Sequence[float], draws: int = RESAMPLES, seed: int = 0,
+    right: Sequence[bool],
+    changed: Sequence[int],
+    chance: Sequence[float],
+    draws: int = RESAMPLES,
+    seed: int = 0,
     confidence: float = CONFIDENCE,
-) -> Interval:  # fmt: skip
+) -> Interval:
     """The any-policy union that chance alone would give: the noise control of an oracle.
 
     Policy 1 was right where `right` [items] says. Further policy j is replaced by one that knows nothing: as many

@@ -51,9 +51,15 @@ def ring_positions(newest: jax.Array, size: int) -> jax.Array:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, *, is_causal: bool = False,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    *,
+    is_causal: bool = False,
     window: int | None = None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Softmax attention, [B, T, N, H] from q [B, T, N, H], k and v [B, S, K, H] and mask bool [B or 1, 1, T, S].
 
     `window` W keeps a query's own and the W - 1 keys before it.
@@ -62,7 +68,7 @@ def attention(
         sides = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=is_causal, local_window_size=sides
-        )  # fmt: skip
+        )
     # The library rounds its softmax to float32, which would be the floor of every error measured in float64.
     distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
     if is_causal:
@@ -109,10 +115,18 @@ def by_kind(backbone: BackboneConfig, is_global: jax.Array, branch: Callable[[st
 
 
 def attend_rows(
-    backbone: BackboneConfig, is_global: jax.Array, tables: Ropes, segment_ids: jax.Array, depth: int, keep: str,
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla",
+    backbone: BackboneConfig,
+    is_global: jax.Array,
+    tables: Ropes,
+    segment_ids: jax.Array,
+    depth: int,
+    keep: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str = "xla",
     past: tuple[Past, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Causal attention within documents; q [B, T*I, N, H], k and v [B, T*I, K, H] not yet rotated.
 
     Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
@@ -188,9 +202,17 @@ def earlier(
 
 
 def attend_cached(
-    backbone: BackboneConfig, is_global: jax.Array, slot: jax.Array, tables: Ropes, position: jax.Array,
-    write: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, kv: KV,
-) -> tuple[jax.Array, KV]:  # fmt: skip
+    backbone: BackboneConfig,
+    is_global: jax.Array,
+    slot: jax.Array,
+    tables: Ropes,
+    position: jax.Array,
+    write: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv: KV,
+) -> tuple[jax.Array, KV]:
     """One position a row: q [B, 1, N, H] against the caches, which take in k and v first where `write` [B] says so.
 
     `slot` is the layer's place in its kind's stack, `position` [B] each row's position. Returns [B, 1, N*H] and caches.

@@ -173,14 +173,27 @@ def _preset(**fields: Any) -> BackboneConfig:
 
 
 def _decoder(
-    family: str, num_layers: int, d_model: int, d_ff: int, num_heads: int, num_kv_heads: int, head_dim: int,
+    family: str,
+    num_layers: int,
+    d_model: int,
+    d_ff: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
     **fields: Any,
-) -> BackboneConfig:  # fmt: skip
+) -> BackboneConfig:
     """A decoder with global attention only, whose queries are scaled by its head_dim."""
     return BackboneConfig(
-        num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim,
-        query_pre_attn_scalar=float(head_dim), family=family, **{**FAMILIES[family], **fields},
-    )  # fmt: skip
+        num_layers,
+        d_model,
+        d_ff,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        query_pre_attn_scalar=float(head_dim),
+        family=family,
+        **{**FAMILIES[family], **fields},
+    )
 
 
 _SMOLLM2 = {"vocab_size": 49_152, "norm_eps": 1e-5, "max_positions": 8192}

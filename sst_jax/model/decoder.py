@@ -68,9 +68,15 @@ class Context:
 
 
 def row_context(
-    config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
-    *, depth: int = 1, bos_id: int | None = None, **rest: Any,
-) -> Context:  # fmt: skip
+    config: ModelConfig,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    *,
+    depth: int = 1,
+    bos_id: int | None = None,
+    **rest: Any,
+) -> Context:
     """The context of whole rows. Without segment_ids a row is one document; positions restart with every document."""
     if positions is None and segment_ids is None:  # plainly, or XLA spends seconds folding a constant scan
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -138,13 +144,18 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Para
 
 
 def run_layers(
-    params: Params, rule: Callable[..., tuple[Any, Any]], residuals: Any, context: Context, extras: Any = None,
-    *, remat: str = "none",
-) -> tuple[Any, Any]:  # fmt: skip
+    params: Params,
+    rule: Callable[..., tuple[Any, Any]],
+    residuals: Any,
+    context: Context,
+    extras: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Any, Any]:
     """Runs `rule` through the stack in one scan over layers.
 
-    `residuals` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a layer
-    at a time, and what the rule returns beside the streams comes back stacked, [L, ...]. `remat` is one of REMAT.
+    `residuals` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a
+    layer at a time, and what the rule returns beside them comes back stacked, [L, ...]. `remat` is one of REMAT.
     """
     config, backbone = context.config, context.config.backbone
     dtype = residuals[0].dtype if residuals else jnp.bfloat16

@@ -69,16 +69,27 @@ def cudnn(
     # The backward kernel takes even lengths only. The position more is of no document, and nobody earlier looks ahead.
     q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=_same(segment_ids), scale=scale, is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0), implementation="cudnn",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        mask=_same(segment_ids),
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
     return out[:, :length]
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    scale: float,
+    window: int | None,
     interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """JAX's splash attention for TPU, shapes as for `cudnn`; `interpret` runs it on a CPU, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -88,9 +99,12 @@ def splash(
     one = library.CausalMask(square) if window is None else library.LocalMask(square, (window - 1, 0), 0)
     block = next(size for size in (512, 256, LANES) if q.shape[1] % size == 0)
     kernel = library.make_splash_mha(
-        library.MultiHeadMask([one] * q.shape[2]), head_shards=1, q_seq_shards=1, interpret=interpret,
+        library.MultiHeadMask([one] * q.shape[2]),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
         block_sizes=library.BlockSizes(*[block] * 3, *[block] * 3, *[block] * 2),
-    )  # fmt: skip
+    )
     heads_first = [jnp.moveaxis(part, 2, 1) for part in (q * jnp.asarray(scale, q.dtype), k, v)]
     segments = library.SegmentIds(segment_ids, segment_ids)
     return jnp.moveaxis(jax.vmap(kernel)(*heads_first, segments), 1, 2)[:, :length]

@@ -140,7 +140,7 @@ def initial_theta(stream: StreamConfig) -> float:
 
 def rope_frequencies(
     head_dim: int, theta: float, scale: float, llama3: tuple[float, float, int] | None = None
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Radians a position [H/2] of rotary embedding (arXiv 2104.09864), divided by `scale`.
 
     With `llama3` (low, high, original positions), wavelengths below original / high stay as they are, those above

@@ -85,16 +85,29 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[AttentionResid
     q, k, v = project(layer, x, context)
     past = None if context.past is None else (context.past, layer.cache_index)
     out, k, v = attend_rows(
-        backbone, layer.is_global, context.ropes, context.segment_ids, context.depth, keep, q, k, v, context.attention,
+        backbone,
+        layer.is_global,
+        context.ropes,
+        context.segment_ids,
+        context.depth,
+        keep,
+        q,
+        k,
+        v,
+        context.attention,
         past,
-    )  # fmt: skip
+    )
     return attention_residual(layer, x, out), (k, v)
 
 
 def feed(
-    layer: Layer, h: AttentionResidual | jax.Array, context: Context, dtype: jnp.dtype, s: jax.Array | None = None,
+    layer: Layer,
+    h: AttentionResidual | jax.Array,
+    context: Context,
+    dtype: jnp.dtype,
+    s: jax.Array | None = None,
     where: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """o in `dtype` and f wide, [B, T*I, D]: the feed-forward half, with the state s blended in `where` one enters."""
     block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
 
@@ -277,11 +290,22 @@ SETTINGS = ("config", "forward", "passes", "depth", "bos_id", "dtype")
 
 @functools.partial(jax.jit, static_argnames=(*SETTINGS, "remat", "attention"))
 def hidden(
-    config: ModelConfig, params: Params, tokens: jax.Array, *, forward: str = "two_pass", passes: int = 2,
-    depth: int = 1, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
-    bos_id: int | None = None, alpha_warmup_fraction: jax.Array | None = None, dropout_key: jax.Array | None = None,
-    dtype: str = "float32", remat: str = "none", attention: str = "xla",
-) -> jax.Array:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    forward: str = "two_pass",
+    passes: int = 2,
+    depth: int = 1,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    bos_id: int | None = None,
+    alpha_warmup_fraction: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "xla",
+) -> jax.Array:
     """Final hidden states [B, T, D] of tokens [B, T], after the last norm.
 
     Args:
@@ -304,9 +328,18 @@ def hidden(
         # Without a blend there is nothing to scan over or to repeat, and products of other shapes round differently.
         forward, depth = "plain", 1
     context = decoder.row_context(
-        config, tokens, segment_ids, positions, depth=depth, bos_id=bos_id, alpha_warmup_fraction=alpha_warmup_fraction, dropout_key=dropout_key,
-        options={"passes": passes}, attention=attention, recompute=remat != "none",
-    )  # fmt: skip
+        config,
+        tokens,
+        segment_ids,
+        positions,
+        depth=depth,
+        bos_id=bos_id,
+        alpha_warmup_fraction=alpha_warmup_fraction,
+        dropout_key=dropout_key,
+        options={"passes": passes},
+        attention=attention,
+        recompute=remat != "none",
+    )
 
     def rule(*arguments: Any) -> tuple[Residuals, None]:
         return RULES[forward](*arguments)[0], None  # what the layers leave behind would be stacked for nobody
@@ -330,9 +363,17 @@ def logits(config: ModelConfig, params: Params, tokens: jax.Array, **settings: A
 
 @functools.partial(jax.jit, static_argnames=SETTINGS)
 def states(
-    config: ModelConfig, params: Params, tokens: jax.Array, *, forward: str = "exact", passes: int = 2, depth: int = 1,
-    segment_ids: jax.Array | None = None, bos_id: int | None = None, dtype: str = "float32",
-) -> jax.Array:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    forward: str = "exact",
+    passes: int = 2,
+    depth: int = 1,
+    segment_ids: jax.Array | None = None,
+    bos_id: int | None = None,
+    dtype: str = "float32",
+) -> jax.Array:
     """What every layer remembers after every iteration, [L, B, T, I, D], as the named forward has it (not plain).
 
     Raises: InputError as `hidden`, and where there is no stream.
@@ -340,9 +381,7 @@ def states(
     check(forward, passes, depth)
     if config.stream is None or forward == "plain":
         raise InputError("states need a stream and a forward other than 'plain'")
-    context = decoder.row_context(
-        config, tokens, segment_ids, depth=depth, bos_id=bos_id, options={"passes": passes}
-    )  # fmt: skip
+    context = decoder.row_context(config, tokens, segment_ids, depth=depth, bos_id=bos_id, options={"passes": passes})
 
     def rule(*arguments: Any) -> tuple[Residuals, jax.Array]:
         residuals, left = RULES[forward](*arguments)

@@ -7,10 +7,10 @@ thinking. Entering the next step that memory is the state s, blended into the po
     f  = FFN(h'),   o = h' + f
     u  = f  or  o                             `state_update`
     m  = decay * s + (1 - decay) * u          `decay_state`: sequential, one step
-    s_t = m_{t-1}                             `scan_states` and `shift_right`: all steps at once, from an earlier pass's h and f
+    s_t = m_{t-1}                             `scan_states` and `shift_right`: all steps at once, from an earlier pass
 
-Two masks say where. `live`: a state comes in from the step before. `begins`: nothing comes in, but the config gives an
-initial state. Neither holds on padding, and `live` is off where a document begins, so no state crosses a border.
+Two masks say where. `has_state`: a state comes in from the step before. `is_initial`: nothing comes in, but the config
+gives an initial state. Neither holds on padding; `has_state` is off where a document begins: no state crosses a border.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def learned_alpha(stream: StreamConfig, theta: jax.Array, alpha_warmup_fraction:
 def alpha_and_gain(
     stream: StreamConfig, block: Block, alpha_warmup_fraction: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """alpha, [D] or [1], and gain, [1], of one layer. `alpha_warmup_fraction` in [0, 1] scales alpha up from the range's lower end."""
+    """alpha, [D] or [1], and gain, [1], of one layer. `alpha_warmup_fraction` [] scales it up."""
     fixed = stream.alpha is not None
     alpha = jnp.full(1, stream.alpha) if fixed else learned_alpha(stream, block.theta[...], alpha_warmup_fraction)
     return alpha, block.gain[...] if stream.learn_gain else jnp.full(1, stream.gain)
@@ -92,9 +92,16 @@ def decay_state(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Arr
 
 
 def scan_states(
-    stream: StreamConfig, alpha: jax.Array, gain: jax.Array, x: jax.Array, h: jax.Array, f: jax.Array, o: jax.Array,
-    masks: Masks, before: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
+    stream: StreamConfig,
+    alpha: jax.Array,
+    gain: jax.Array,
+    x: jax.Array,
+    h: jax.Array,
+    f: jax.Array,
+    o: jax.Array,
+    masks: Masks,
+    before: jax.Array | None = None,
+) -> jax.Array:
     """What the layer holds after every step, from a pass over all steps: x into the layer, h, f and o inside it.
 
     Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in. Without decay and
@@ -159,7 +166,7 @@ def carriers(stream: StreamConfig, stack: Any) -> Any:
 
 def alpha_summary(
     stream: StreamConfig | None, blend: dict[str, jax.Array], alpha_warmup_fraction: jax.Array | float | None = None
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
     if stream is None or "theta" not in blend:
         return {}

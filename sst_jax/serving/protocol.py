@@ -122,23 +122,32 @@ def read_chat(body: Mapping[str, Any], model: Model, name: str, limits: Limits) 
 
 
 def _call(
-    body: Mapping[str, Any], chat: bool, prompts: list[list[int]], count: int, policy: Policy, limits: Limits,
+    body: Mapping[str, Any],
+    chat: bool,
+    prompts: list[list[int]],
+    count: int,
+    policy: Policy,
+    limits: Limits,
     **scores: bool,
-) -> Call:  # fmt: skip
+) -> Call:
     n = _number(body, "n", 1, int, 1, limits.answers)
     if len(prompts) * n > limits.answers:
         raise Refused(400, f"{len(prompts)} prompts with n={n} are more than {limits.answers} answers", "n")
     for prompt in prompts:
         if len(prompt) + count > limits.positions:
             raise Refused(
-                400, f"a prompt of {len(prompt)} tokens and max_tokens={count} exceed this server's "
-                f"{limits.positions} positions", "max_tokens", "context_length_exceeded",
-            )  # fmt: skip
+                400,
+                f"a prompt of {len(prompt)} tokens and max_tokens={count} exceed this server's "
+                f"{limits.positions} positions",
+                "max_tokens",
+                "context_length_exceeded",
+            )
     try:
         sampling = Sampling(
-            _number(body, "temperature", 1.0, float, 0.0, 100.0), _number(body, "top_k", 0, int, 0, 2**31 - 1),
+            _number(body, "temperature", 1.0, float, 0.0, 100.0),
+            _number(body, "top_k", 0, int, 0, 2**31 - 1),
             _number(body, "top_p", 1.0, float, 0.0, 1.0),
-        )  # fmt: skip
+        )
     except InputError as error:
         raise Refused(400, str(error), "top_p") from None
     seed = _number(body, "seed", secrets.randbits(31), int, -(2**63), 2**63 - 1)

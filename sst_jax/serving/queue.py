@@ -261,11 +261,19 @@ class Engine:
             return
         cache, hidden = pick_rows(self._kept.cache, self._kept.hidden, np.zeros(1, np.int32))
         drawn, rows = begin(
-            config, params, cache, hidden, np.array(request.tokens[-1:], np.int32),
-            np.array([request.max_new_tokens], np.int32), depth_budget([request.policy]),
-            sampling_params([request.sampling], [request.seed]), prompt=prompt, top=TOP, scored=np.bool_(request.scored),
+            config,
+            params,
+            cache,
+            hidden,
+            np.array(request.tokens[-1:], np.int32),
+            np.array([request.max_new_tokens], np.int32),
+            depth_budget([request.policy]),
+            sampling_params([request.sampling], [request.seed]),
+            prompt=prompt,
+            top=TOP,
+            scored=np.bool_(request.scored),
             **self._settings,
-        )  # fmt: skip
+        )
         row = next(row for row in range(self.rows) if row not in self._seated)
         self._batch = seat(self._batch, rows, np.int32(row))
         self._seated[row] = job
@@ -277,9 +285,15 @@ class Engine:
         scored = any(job.request.scored for job in self._seated.values())
         try:
             drawn, self._batch = decode_chunk(
-                self.model.config, self.model.params, self._batch, np.int32(CHUNK), top=TOP, scored=np.bool_(scored),
-                size=CHUNK, **self._settings,
-            )  # fmt: skip
+                self.model.config,
+                self.model.params,
+                self._batch,
+                np.int32(CHUNK),
+                top=TOP,
+                scored=np.bool_(scored),
+                size=CHUNK,
+                **self._settings,
+            )
             done = np.asarray(self._batch.done)
         except Exception as error:  # the caches were donated and are gone
             traceback.print_exc()

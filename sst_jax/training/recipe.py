@@ -52,9 +52,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         kind, colon, part = self.name.partition(":")
-        if tracking.parse(self.name) is None and (
-            kind not in ("gsm8k", "words", "auto") or (colon and part != RESULT)
-        ):  # fmt: skip
+        if tracking.parse(self.name) is None and (kind not in ("gsm8k", "words", "auto") or (colon and part != RESULT)):
             known = ", ".join(map(repr, ("gsm8k", "words", "auto", *tracking.STORIES)))
             raise InputError(f"data.name={self.name!r} is not one of {known}, nor one of the first with :{RESULT}")
         if kind == "auto":
@@ -114,10 +112,18 @@ def defaults() -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict(_fields(MeshConfig))
     config.train = ml_collections.ConfigDict(
         {
-            "steps": 100, "seed": 0, "log_every": 1, "eval_every": 50, "eval_forward": "exact", "save_every": 50,
-            "keep": 2, "remat": "layer", "max_skipped": 10, "sample_tokens": 64,
+            "steps": 100,
+            "seed": 0,
+            "log_every": 1,
+            "eval_every": 50,
+            "eval_forward": "exact",
+            "save_every": 50,
+            "keep": 2,
+            "remat": "layer",
+            "max_skipped": 10,
+            "sample_tokens": 64,
         }
-    )  # fmt: skip
+    )
     return config.lock()
 
 

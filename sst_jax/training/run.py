@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from sst_jax.console.command import RunInterrupted, write_json
-from sst_jax.errors import InputError
-from sst_jax.files import read_json
+from sst_jax.console.command import write_json
+from sst_jax.errors import InputError, RunInterrupted
+from sst_jax.files import diff, read_json
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -140,14 +140,6 @@ def _same(path: Path, there: Any, now: Any) -> None:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])
         more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
-
-
-def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, old, new) wherever two JSON values differ, keys written with dots."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        return [found for key in keys for found in diff(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
-    return [] if old == new else [(path, old, new)]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

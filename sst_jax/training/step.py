@@ -91,17 +91,33 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tr
 
 
 def batch_losses(
-    config: ModelConfig, settings: ForwardConfig, base: Params, trainable: Params, batch: Batch, *,
-    bos_id: int | None, alpha_warmup_fraction: jax.Array | None = None, dropout_key: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
+    config: ModelConfig,
+    settings: ForwardConfig,
+    base: Params,
+    trainable: Params,
+    batch: Batch,
+    *,
+    bos_id: int | None,
+    alpha_warmup_fraction: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
     """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
     hidden = rules.hidden(
-        config, {"base": base, **trainable}, batch["tokens"], forward=settings.forward, passes=settings.passes,
+        config,
+        {"base": base, **trainable},
+        batch["tokens"],
+        forward=settings.forward,
+        passes=settings.passes,
         depth=settings.depth,
-        segment_ids=batch["segment_ids"], positions=batch["positions"], bos_id=bos_id, alpha_warmup_fraction=alpha_warmup_fraction,
-        dropout_key=dropout_key, dtype=settings.dtype, remat=settings.remat,
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        bos_id=bos_id,
+        alpha_warmup_fraction=alpha_warmup_fraction,
+        dropout_key=dropout_key,
+        dtype=settings.dtype,
+        remat=settings.remat,
         attention=settings.attention,
-    )  # fmt: skip
+    )
     return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
 
 
@@ -115,9 +131,15 @@ def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> jax.Arra
 
 
 def train_step(
-    config: ModelConfig, settings: ForwardConfig, optimizer: optax.GradientTransformation, bos_id: int | None,
-    state: TrainState, base: Params, batch: Batch, key: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
+    config: ModelConfig,
+    settings: ForwardConfig,
+    optimizer: optax.GradientTransformation,
+    bos_id: int | None,
+    state: TrainState,
+    base: Params,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss over the batch's answer tokens. Only `state` changes; `base` is frozen.
 
     Where loss, gradient or update is not finite the step is skipped: nothing changes but the count of steps, and

@@ -74,8 +74,9 @@ class StopSignals:
         print(
             f"no save within {self._within:g} s of {self.requested} (--stop-within): ending without; the same command "
             "goes on from the newest checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)  # the main thread may be inside a computation that no exception reaches
 
     def now(self) -> bool:
@@ -127,5 +128,6 @@ class StallWatchdog:
             print(
                 f"no step has finished for {(time.monotonic() - last) / 60:.1f} minutes (--stall-minutes); "
                 f"what every thread is doing is in {self.file}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )

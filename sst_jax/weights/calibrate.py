@@ -137,7 +137,7 @@ def through(
 def calibrated(
     source: Source, dtype: str, quantize: str, texts: Texts, done: Callable[[str, int | None], bool]
 ) -> Iterator[ConvertedTensor | None]:
-    """`source.converted_tensors` with every linear quantised for the inputs that the texts give it, in the order of layers.
+    """`converted_tensors` with every linear quantised for the inputs that the texts give it, in the order of layers.
 
     Computes in float32. Memory: the texts' states [rows, 256, D], a layer, and a few times its largest Gram matrix.
 

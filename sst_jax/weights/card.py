@@ -67,9 +67,12 @@ def public_name(path: str) -> str:
 
 
 def model_card(
-    kind: str, config: ModelConfig, facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]],
+    kind: str,
+    config: ModelConfig,
+    facts: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
     merged_onto: str | None,
-) -> str:  # fmt: skip
+) -> str:
     """Markdown with the hub's metadata block.
 
     Args:

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from sst_jax.console.command import RunInterrupted, write_json
-from sst_jax.errors import InputError
+from sst_jax.console.command import write_json
+from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import read_json, sha256
 from sst_jax.model.sharding import sharding_of
 

@@ -22,9 +22,17 @@ from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
 
 __all__ = [
-    "DTYPES", "ConvertedTensor", "Source", "Tensor", "converted_tensors", "digest", "fill_base", "lazy_base", "numpy_dtype",
+    "DTYPES",
+    "ConvertedTensor",
+    "Source",
+    "Tensor",
+    "converted_tensors",
+    "digest",
+    "fill_base",
+    "lazy_base",
+    "numpy_dtype",
     "param_shapes",
-]  # fmt: skip
+]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

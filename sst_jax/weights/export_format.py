@@ -194,9 +194,7 @@ def read_carried(source: Source) -> StreamBundle:
     return StreamBundle(found, params, _prompts(options, where))
 
 
-def read_stream(
-    folder: Path, backbone: BackboneConfig
-) -> tuple[StreamConfig | None, dict[str, Any], str | None]:  # fmt: skip
+def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | None, dict[str, Any], str | None]:
     """(options, parameters, format of prompts) of stream.json and stream.safetensors.
 
     Raises: InputError naming the file and the option, key or version at fault.

@@ -176,9 +176,12 @@ _FACTS: dict[str, Callable[[_Keys, dict[str, Any]], dict[str, Any]]] = {
 
 
 def backbone_from_metadata(
-    metadata: Mapping[str, Any], vocab_size: int, where: str = "GGUF", tied_head: bool = True,
+    metadata: Mapping[str, Any],
+    vocab_size: int,
+    where: str = "GGUF",
+    tied_head: bool = True,
     rope_factors: np.ndarray | None = None,
-) -> BackboneConfig:  # fmt: skip
+) -> BackboneConfig:
     """A BackboneConfig from the keys `gemma3.*`, `llama.*` or `qwen3.*`, and from what the tensors alone tell.
 
     Raises: InputError naming the key that is missing, misshapen or unsupported.
@@ -235,7 +238,7 @@ def open_file(file: str | Path) -> Source:
     tied = key_map.HEADS["gguf"][0] not in by_name or metadata.get("general.architecture") == "gemma3"
     backbone = backbone_from_metadata(
         metadata, embedding.shape[0] if embedding else 1, str(file), tied, None if factors is None else factors.read()
-    )  # fmt: skip
+    )
     headers = tuple(tensor for tensor in tensors if tensor is not factors)
     return Source("gguf", file, backbone, headers, None, [file], "float32", metadata)
 

@@ -26,9 +26,10 @@ def check(repo: str, force: bool, api: Any = None) -> str | None:
     held = sorted({part.rfilename for part in info.siblings or ()} - _OWN)
     if held and not force:
         raise InputError(
-            f"--push {repo} already holds {held[0]}" + (f" and {len(held) - 1} more files" if len(held) > 1 else "")
+            f"--push {repo} already holds {held[0]}"
+            + (f" and {len(held) - 1} more files" if len(held) > 1 else "")
             + ": nothing is overwritten, choose another name or add --force"
-        )  # fmt: skip
+        )
     return info.sha
 
 

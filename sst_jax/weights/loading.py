@@ -140,7 +140,7 @@ def is_run_folder(path: Path) -> bool:
 
 def open_model(
     model: str | Path, dtype: str | None = None, quantize: str = "none", *, lazy: bool = False
-) -> LoadedModel:  # fmt: skip
+) -> LoadedModel:
     """Opens anything that MODEL may be; `dtype` ("float32", "bfloat16") is the base's, None: `default_dtype()`.
 
     quantize: "nf4" or "nf4_double" stores the linears so (`model/quantization/nf4.py`), "none" leaves them as they are.

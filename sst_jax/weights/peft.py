@@ -38,9 +38,13 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def write_folder(
-    path: str | Path, config: ModelConfig, adapter: Mapping[str, Any], base_name: str, layout: str,
+    path: str | Path,
+    config: ModelConfig,
+    adapter: Mapping[str, Any],
+    base_name: str,
+    layout: str,
     files: Mapping[str, bytes],
-) -> None:  # fmt: skip
+) -> None:
     """Writes an adapter, with `files` beside it. `layout` is the base's: where PEFT will find its linears.
 
     Raises: InputError when `path` is not empty.
@@ -122,9 +126,11 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamB
     modules = _modules(backbone)
     held = {name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)}
     adapter = AdapterConfig(
-        rank=config.get("r"), alpha=config.get("lora_alpha"), dropout=config.get("lora_dropout", 0.0),
+        rank=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        dropout=config.get("lora_dropout", 0.0),
         targets=sorted(held, key=lambda name: _place(targets, modules[name])),
-    )  # fmt: skip
+    )
     stream, blend, prompts = None, {}, None
     if (folder / export_format.STREAM_CONFIG).is_file():
         stream, blend, prompts = export_format.read_stream(folder, backbone)

@@ -110,8 +110,8 @@ def stream_base(
     `facts` is called at the end, so that the source may be hashed meanwhile. With `texts` linears are quantised for
     what these feed them.
 
-    Raises: InputError as `converted_tensors` or `calibrated`, when `directory` is not empty, or holds the beginning of another
-    conversion.
+    Raises: InputError as `converted_tensors` or `calibrated`, when `directory` is not empty, or holds the beginning of
+    another conversion.
     """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -65,9 +65,14 @@ def test_generate_writes_answers_to_jsonl_as_they_finish(finished, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("content", "culprit"),
-    [("", "holds no prompt"), ('{"prompt": "x"}\n{', "line 2"), ('{"text": "x"}', "key prompt"), ("[1]", "line 1"),
-     ('{"prompt": 3}', "key prompt")],
-)  # fmt: skip
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": "x"}\n{', "line 2"),
+        ('{"text": "x"}', "key prompt"),
+        ("[1]", "line 1"),
+        ('{"prompt": 3}', "key prompt"),
+    ],
+)
 def test_generate_names_the_line_of_a_bad_prompt(content, culprit, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)

@@ -73,9 +73,18 @@ def test_greedy_text_equals_transformers_for_40_tokens(ours, theirs, chat):
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, eos_token_id=None
         )
     pieces = generate_tokens(
-        ours.config, ours.params, [tokens], depth=[1], max_new_tokens=40, sampling=Sampling(), seeds=[0], stop_ids=(),
-        pad_id=ours.tokenizer.pad_id, bos_id=None, dtype="float32",
-    )  # fmt: skip
+        ours.config,
+        ours.params,
+        [tokens],
+        depth=[1],
+        max_new_tokens=40,
+        sampling=Sampling(),
+        seeds=[0],
+        stop_ids=(),
+        pad_id=ours.tokenizer.pad_id,
+        bos_id=None,
+        dtype="float32",
+    )
     got = np.concatenate([piece.tokens for piece in pieces], axis=1)[0, :40]
     assert got.tolist() == out[0, len(tokens) :].tolist()
 

@@ -24,8 +24,10 @@ def test_serves_until_it_is_told_to_stop(stop, finished, tmp_path):
     arguments = ["--model", str(finished), "--name", "run", "--port", "0", "--rows", "2", "--context", "512"]
     server = subprocess.Popen(
         [sys.executable, "-m", "sst_jax.serve", *arguments, "--json", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         said = server.stdout.readline()
         assert said.startswith("serving run at http://127.0.0.1:"), server.stderr.read()

@@ -148,9 +148,13 @@ def test_a_disk_that_takes_no_more_is_named_and_the_last_checkpoint_stays(copied
     limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # noqa: E731
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     ended = subprocess.run(
-        command, preexec_fn=limited, capture_output=True, text=True, timeout=300,
+        command,
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**environment, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     assert ended.returncode == 1
     assert "checkpoints/3 cannot be written" in ended.stderr
     assert "File too large" in ended.stderr

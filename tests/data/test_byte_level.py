@@ -235,9 +235,13 @@ def test_smol_round_trip(smol, text):
 def test_smol_chat_equals_transformers(smol, theirs):
     for messages in (
         [{"role": "user", "content": "\n What is 2+2? "}],
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
-         {"role": "assistant", "content": "b 1"}, {"role": "user", "content": "c"}],
-    ):  # fmt: skip
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b 1"},
+            {"role": "user", "content": "c"},
+        ],
+    ):
         for prompt in (True, False):
             templated = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
             assert smol.chat(messages, prompt) == list(templated)

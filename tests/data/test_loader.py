@@ -63,9 +63,13 @@ def _same(one: dict, other: dict) -> bool:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    count=st.integers(1, 200), length=st.integers(30, 80), batch_size=st.integers(1, 5), pack=st.booleans(),
-    seed=st.integers(0, 5), epochs=st.integers(1, 3),
-)  # fmt: skip
+    count=st.integers(1, 200),
+    length=st.integers(30, 80),
+    batch_size=st.integers(1, 5),
+    pack=st.booleans(),
+    seed=st.integers(0, 5),
+    epochs=st.integers(1, 3),
+)
 def test_an_epoch_holds_every_document_once_and_whole(count, length, batch_size, pack, seed, epochs):
     examples = _examples(count, seed=seed)
     batches = list(rows(examples, length=length, batch_size=batch_size, seed=seed, pack=pack, epochs=epochs))

@@ -64,21 +64,32 @@ def worst_step(config, params, cache, tokens, depth, truth):
 
 @pytest.mark.parametrize(
     ("name", "depth"),
-    [("plain", 1), ("ffn", 1), ("ffn", 3), ("block-first", 3), ("match-decay-own", 3), ("rms-skip_bos", 3),
-     ("block-zero", 3)],
-)  # fmt: skip
+    [
+        ("plain", 1),
+        ("ffn", 1),
+        ("ffn", 3),
+        ("block-first", 3),
+        ("match-decay-own", 3),
+        ("rms-skip_bos", 3),
+        ("block-zero", 3),
+    ],
+)
 def test_steps_continue_what_exact_computes(name, depth, float64):
     """From prompts of unequal lengths, and from nothing, past the window."""
     config = toys.config(STREAMS[name])
     params, tokens = toys.params(config, "float64"), rows()
     forward = "plain" if config.stream is None else "exact"
-    truth = np.asarray(
-        toys.hidden_in_float64(config, params, tokens, forward=forward, depth=depth, bos_id=toys.BOS)
-    )  # fmt: skip
+    truth = np.asarray(toys.hidden_in_float64(config, params, tokens, forward=forward, depth=depth, bos_id=toys.BOS))
     hidden, cache = PREFILL(
-        config, params, tokens[:, : LENGTHS.max()], LENGTHS, capacity=CAPACITY, depth=depth, bos_id=toys.BOS,
+        config,
+        params,
+        tokens[:, : LENGTHS.max()],
+        LENGTHS,
+        capacity=CAPACITY,
+        depth=depth,
+        bos_id=toys.BOS,
         dtype="float64",
-    )  # fmt: skip
+    )
     assert np.abs(hidden - truth[np.arange(3), LENGTHS - 1]).max() <= 1e-11
     assert worst_step(config, params, cache, tokens, depth, truth) <= 1e-11
     empty = init_cache(config, 3, CAPACITY, jnp.dtype("float64"))
@@ -125,9 +136,15 @@ CHUNKED = {**{name: (fields, toys.BACKBONE) for name, fields in STREAMS.items()}
 
 @pytest.mark.parametrize(
     ("name", "depth", "method"),
-    [("plain", 1, "sequential"), ("block-first", 3, "sweeps"), ("llama", 3, "sequential"),
-     ("match-decay-own", 1, "sequential"), ("rms-skip_bos", 3, "sequential"), ("block-zero", 1, "sweeps")],
-)  # fmt: skip
+    [
+        ("plain", 1, "sequential"),
+        ("block-first", 3, "sweeps"),
+        ("llama", 3, "sequential"),
+        ("match-decay-own", 1, "sequential"),
+        ("rms-skip_bos", 3, "sequential"),
+        ("block-zero", 1, "sweeps"),
+    ],
+)
 def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):
     """Chunks of 6 at a window of 6: one prompt ends in the first, one in the second, and in the third rings turn.
 
@@ -146,9 +163,16 @@ def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):
     )
     lengths = np.array([4, 8, 16], np.int32)
     hidden, cache = PREFILL(
-        config, params, tokens[:, :16], lengths, capacity=CAPACITY, depth=depth, bos_id=toys.BOS, dtype="float64",
+        config,
+        params,
+        tokens[:, :16],
+        lengths,
+        capacity=CAPACITY,
+        depth=depth,
+        bos_id=toys.BOS,
+        dtype="float64",
         chunk=6,
-    )  # fmt: skip
+    )
     assert np.abs(hidden - truth[np.arange(3), lengths - 1]).max() <= 1e-11
     assert cache.length.tolist() == lengths.tolist()
     assert worst_step(config, params, cache, tokens, depth, truth) <= 1e-11

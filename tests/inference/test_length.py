@@ -44,9 +44,18 @@ def test_8k_tokens_compile_once_and_keep_their_memory(compiled):
     params = decoder.init_params(TINY, jax.random.key(0))
     prompt = toys.tokens(1, 20, vocabulary=262)[0].tolist()
     running = generate_tokens(
-        TINY, params, [prompt], depth=[2], max_new_tokens=8192, sampling=Sampling(), seeds=[0], stop_ids=(), pad_id=0,
-        bos_id=None, dtype="float32",
-    )  # fmt: skip
+        TINY,
+        params,
+        [prompt],
+        depth=[2],
+        max_new_tokens=8192,
+        sampling=Sampling(),
+        seeds=[0],
+        stop_ids=(),
+        pad_id=0,
+        bos_id=None,
+        dtype="float32",
+    )
     sizes, memory, programs = [], [], []
     for chunk in running:
         sizes.append(chunk.tokens.shape[1])
@@ -86,9 +95,18 @@ def test_prompts_of_many_lengths_share_their_programs(compiled):
     def answer(size):
         prompt = toys.tokens(1, size, seed=size, vocabulary=262)[0].tolist()
         for _ in generate_tokens(
-            TINY, params, [prompt], depth=[1], max_new_tokens=20, sampling=Sampling(), seeds=[0], stop_ids=(), pad_id=0,
-            bos_id=None, dtype="float32",
-        ):  # fmt: skip
+            TINY,
+            params,
+            [prompt],
+            depth=[1],
+            max_new_tokens=20,
+            sampling=Sampling(),
+            seeds=[0],
+            stop_ids=(),
+            pad_id=0,
+            bos_id=None,
+            dtype="float32",
+        ):
             pass
 
     answer(30)

@@ -31,10 +31,19 @@ def generate(config, params, prompts, policies, new=NEW, stop_ids=()):
     """(tokens, depths) of every row."""
     chunks = list(
         generate_tokens(
-            config, params, prompts, depth=policies, max_new_tokens=new, sampling=Sampling(), seeds=range(len(prompts)),
-            stop_ids=stop_ids, pad_id=0, bos_id=None, dtype="float32",
+            config,
+            params,
+            prompts,
+            depth=policies,
+            max_new_tokens=new,
+            sampling=Sampling(),
+            seeds=range(len(prompts)),
+            stop_ids=stop_ids,
+            pad_id=0,
+            bos_id=None,
+            dtype="float32",
         )
-    )  # fmt: skip
+    )
     tokens, depths = (np.concatenate([getattr(chunk, name) for chunk in chunks], 1) for name in ("tokens", "depths"))
     return [(row[row >= 0].tolist(), depth[row >= 0].tolist()) for row, depth in zip(tokens, depths, strict=True)]
 
@@ -118,9 +127,14 @@ def test_a_probe_sees_the_states_of_the_first_position_and_chooses_the_rest(prom
     hidden, cache = filled(config, params, before)
     start = 1 if prompt == "last" else 0
     _, cache = STEP(
-        config, params, np.array(tokens[-1:], np.int32), cache, np.array([2]), start=start,
+        config,
+        params,
+        np.array(tokens[-1:], np.int32),
+        cache,
+        np.array([2]),
+        start=start,
         hidden=hidden if start else None,
-    )  # fmt: skip
+    )
     assert cache.length.tolist() == [size]
     assert len(seen) == 1
     np.testing.assert_allclose(seen[0], cache.state[:, 0], atol=1e-3)
@@ -140,12 +154,18 @@ def test_a_prompt_at_one_depth_has_no_tolerance():
 
 @pytest.mark.parametrize(
     ("text", "policy"),
-    [("1", flat(1)), ("4", flat(4)), (" 2", flat(2)), ("first_token:3", first_token(3)),
-     ("until_stable:0.01:4", until_stable(0.01, 4)), ("until_stable:1e-3:2", until_stable(0.001, 2))],
-)  # fmt: skip
+    [
+        ("1", flat(1)),
+        ("4", flat(4)),
+        (" 2", flat(2)),
+        ("first_token:3", first_token(3)),
+        ("until_stable:0.01:4", until_stable(0.01, 4)),
+        ("until_stable:1e-3:2", until_stable(0.001, 2)),
+    ],
+)
 def test_spellings_are_read_and_written(text, policy):
     assert parse(text) == policy
-    assert parse(policy.spelled) == policy
+    assert parse(policy.name) == policy
     assert as_policy(policy) is policy
     assert as_policy(text) == policy
 
@@ -158,10 +178,27 @@ def test_a_comma_list():
 
 @pytest.mark.parametrize(
     "text",
-    ["0", "-1", "two", "", "1.5", "first_token", "first_token:0", "first_token:1:2", "until_stable:4",
-     "until_stable:0:4", "until_stable:nan:4", "until_stable:-1:4", "until_stable:inf:4", "until_stable:0.1:0",
-     "until_stable:0.1:2.5", "probe:x", "4:1", "1,2"],
-)  # fmt: skip
+    [
+        "0",
+        "-1",
+        "two",
+        "",
+        "1.5",
+        "first_token",
+        "first_token:0",
+        "first_token:1:2",
+        "until_stable:4",
+        "until_stable:0:4",
+        "until_stable:nan:4",
+        "until_stable:-1:4",
+        "until_stable:inf:4",
+        "until_stable:0.1:0",
+        "until_stable:0.1:2.5",
+        "probe:x",
+        "4:1",
+        "1,2",
+    ],
+)
 def test_what_is_no_policy_is_quoted(text):
     with pytest.raises(InputError, match="depth="):
         parse(text)

@@ -128,8 +128,14 @@ def test_unknown_and_missing_fields_are_named():
 def test_configs_from_before_there_were_families_are_gemmas():
     now = ModelConfig(PRESETS["270m"]).to_dict()
     facts = (
-        "rope_llama3", "norm_offset", "post_norms", "qk_norm", "activation", "scale_embedding", "tied_head",
-    )  # fmt: skip
+        "rope_llama3",
+        "norm_offset",
+        "post_norms",
+        "qk_norm",
+        "activation",
+        "scale_embedding",
+        "tied_head",
+    )
     then = {**now, "backbone": {name: value for name, value in now["backbone"].items() if name not in facts}}
     assert ModelConfig.from_dict(then).backbone == PRESETS["270m"]
 

@@ -47,11 +47,17 @@ def test_every_forward_is_the_naive_recurrence(backbone, fields, float64):
 @pytest.mark.parametrize(
     "change",
     [
-        {"norm_offset": 1.0}, {"activation": "gelu_tanh"}, {"scale_embedding": True}, {"rope_llama3": None},
-        {"rope_scale_global": 1.0}, {"post_norms": True}, {"qk_norm": True}, {"tied_head": True},
+        {"norm_offset": 1.0},
+        {"activation": "gelu_tanh"},
+        {"scale_embedding": True},
+        {"rope_llama3": None},
+        {"rope_scale_global": 1.0},
+        {"post_norms": True},
+        {"qk_norm": True},
+        {"tied_head": True},
     ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_each_fact_of_a_family_is_computed_on_its_own(change, float64):
     """One at a time turned to what Gemma has, against the naive reading of the same mixture."""
     config = toys.config({"alpha": 0.3}, dataclasses.replace(toys.LLAMA, **change))
@@ -72,9 +78,18 @@ def test_decoding_is_the_naive_recurrence(backbone):
     config = toys.config({"alpha": 0.3}, backbone)
     params, prompt, new = toys.params(config), toys.tokens(11), 12
     pieces = generate_tokens(
-        config, params, [prompt.tolist()], depth=[3], max_new_tokens=new, sampling=Sampling(), seeds=[0], stop_ids=(),
-        pad_id=0, bos_id=None, dtype="float32",
-    )  # fmt: skip
+        config,
+        params,
+        [prompt.tolist()],
+        depth=[3],
+        max_new_tokens=new,
+        sampling=Sampling(),
+        seeds=[0],
+        stop_ids=(),
+        pad_id=0,
+        bos_id=None,
+        dtype="float32",
+    )
     out = np.concatenate([piece.tokens for piece in pieces], axis=1)[0, :new]
     numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     logits = naive.logits(config, numbers, [*prompt, *out], [1] * 10 + [3] * (new + 1))
@@ -89,9 +104,18 @@ def test_batches_decode_in_bfloat16(backbone):
 
     def generate(prompts):
         pieces = generate_tokens(
-            config, params, prompts, depth=[2] * len(prompts), max_new_tokens=4, sampling=Sampling(),
-            seeds=[0] * len(prompts), stop_ids=(), pad_id=0, bos_id=None, dtype="bfloat16",
-        )  # fmt: skip
+            config,
+            params,
+            prompts,
+            depth=[2] * len(prompts),
+            max_new_tokens=4,
+            sampling=Sampling(),
+            seeds=[0] * len(prompts),
+            stop_ids=(),
+            pad_id=0,
+            bos_id=None,
+            dtype="bfloat16",
+        )
         return np.concatenate([piece.tokens for piece in pieces], axis=1)[:, :4].tolist()
 
     assert generate(prompts) == [generate([prompt])[0] for prompt in prompts]

@@ -54,9 +54,14 @@ def test_a_document_does_not_depend_on_its_row(name, depth, float64, layout):
     for n, size in enumerate(sizes):
         tokens[n + 1, :size] = tokens[0, shared == n + 1]
     out = toys.hidden_in_float64(
-        CONFIG, parameters(CONFIG, "float64"), tokens, forward=name, passes=3 if name == "k_pass" else 2, depth=depth,
+        CONFIG,
+        parameters(CONFIG, "float64"),
+        tokens,
+        forward=name,
+        passes=3 if name == "k_pass" else 2,
+        depth=depth,
         segment_ids=np.concatenate([shared[None], alone]),
-    )  # fmt: skip
+    )
     for n, size in enumerate(sizes):
         assert np.abs(out[0, shared == n + 1] - out[n + 1, :size]).max() <= 1e-12
 

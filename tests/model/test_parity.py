@@ -46,9 +46,15 @@ def pair(request, tmp_path_factory):
     """(transformers' model, our config, our params): seven layers, sharp attention, norms away from one."""
     family, config_class, shape, facts = CASES[request.param]
     config = getattr(transformers, config_class)(
-        vocab_size=99, hidden_size=48, intermediate_size=56, num_hidden_layers=7, max_position_embeddings=1024,
-        attn_implementation="eager", **SHAPES[shape], **facts,
-    )  # fmt: skip
+        vocab_size=99,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=7,
+        max_position_embeddings=1024,
+        attn_implementation="eager",
+        **SHAPES[shape],
+        **facts,
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -163,9 +169,18 @@ def test_greedy_text_past_the_window(pair):
     with torch.no_grad():
         expected = theirs.generate(torch.tensor(prompt), max_new_tokens=33, do_sample=False, eos_token_id=None)
     pieces = generate_tokens(
-        config, params, [prompt[0].tolist()], depth=[1], max_new_tokens=33, sampling=Sampling(), seeds=[0],
-        stop_ids=(), pad_id=0, bos_id=None, dtype="float32",
-    )  # fmt: skip
+        config,
+        params,
+        [prompt[0].tolist()],
+        depth=[1],
+        max_new_tokens=33,
+        sampling=Sampling(),
+        seeds=[0],
+        stop_ids=(),
+        pad_id=0,
+        bos_id=None,
+        dtype="float32",
+    )
     got = np.concatenate([piece.tokens for piece in pieces], axis=1)[0]
     assert got.tolist() == expected[0, 19:].tolist()
 
@@ -200,12 +215,23 @@ def test_block_is_a_module_whose_variables_fall_into_three_trees():
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
-        ("270m", 268), ("1b", 1000), ("4b", 3880), ("12b", 11766), ("27b", 27009),
-        ("smollm2-135m", 135), ("smollm2-360m", 362), ("smollm2-1.7b", 1711),
-        ("llama-3.2-1b", 1236), ("llama-3.2-3b", 3213), ("llama-3.1-8b", 8030),
-        ("qwen3-0.6b", 596), ("qwen3-1.7b", 1721), ("qwen3-4b", 4022), ("qwen3-8b", 8191),
+        ("270m", 268),
+        ("1b", 1000),
+        ("4b", 3880),
+        ("12b", 11766),
+        ("27b", 27009),
+        ("smollm2-135m", 135),
+        ("smollm2-360m", 362),
+        ("smollm2-1.7b", 1711),
+        ("llama-3.2-1b", 1236),
+        ("llama-3.2-3b", 3213),
+        ("llama-3.1-8b", 8030),
+        ("qwen3-0.6b", 596),
+        ("qwen3-1.7b", 1721),
+        ("qwen3-4b", 4022),
+        ("qwen3-8b", 8191),
     ],
-)  # fmt: skip
+)
 def test_presets_have_the_published_size(name, millions):
     from sst_jax.model.config import PRESETS
 

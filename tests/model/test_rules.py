@@ -197,9 +197,13 @@ def test_dropout_keeps_the_adapter_s_mean():
 
 @pytest.mark.parametrize(
     ("settings", "culprit"),
-    [({"forward": "sideways"}, "forward"), ({"passes": 0}, "passes"), ({"depth": 0}, "depth"),
-     ({"forward": "plain", "depth": 2}, "depth")],
-)  # fmt: skip
+    [
+        ({"forward": "sideways"}, "forward"),
+        ({"passes": 0}, "passes"),
+        ({"depth": 0}, "depth"),
+        ({"forward": "plain", "depth": 2}, "depth"),
+    ],
+)
 def test_settings_that_do_not_fit_are_named(settings, culprit):
     config = toys.config({})
     with pytest.raises(InputError, match=culprit):

@@ -138,9 +138,14 @@ def test_lm_evaluation_harness_own_client(model, client, tmp_path):
     for name, data in model.tokenizer.export_files().items():
         (tmp_path / name).write_bytes(data)
     theirs = models.LocalCompletionsAPI(
-        base_url=f"http://127.0.0.1:{client.port}/v1/completions", model="tiny", tokenizer=str(tmp_path),
-        tokenizer_backend="huggingface", batch_size=2, max_length=400, add_bos_token=True,
-    )  # fmt: skip
+        base_url=f"http://127.0.0.1:{client.port}/v1/completions",
+        model="tiny",
+        tokenizer=str(tmp_path),
+        tokenizer_backend="huggingface",
+        batch_size=2,
+        max_length=400,
+        add_bos_token=True,
+    )
     pairs = [("the cat sat", " on the mat"), ("1 + 1 =", " 2"), ("a b", "c")]
     found = theirs.loglikelihood([Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(pairs)])
     for (context, end), (value, greedy) in zip(pairs, found, strict=True):

@@ -16,9 +16,16 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+)
 
 
 class Browser:
@@ -94,9 +101,10 @@ def browser():
         # The program wants to read from descriptor 3 and to write to descriptor 4.
         start = f"import os, sys; os.dup2({theirs}, 3); os.dup2({back}, 4); os.execv(sys.argv[1], sys.argv[1:])"
         process = subprocess.Popen(
-            [sys.executable, "-c", start, CHROMIUM, *FLAGS, f"--user-data-dir={folder}"], pass_fds=(theirs, back),
+            [sys.executable, "-c", start, CHROMIUM, *FLAGS, f"--user-data-dir={folder}"],
+            pass_fds=(theirs, back),
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         for descriptor in (theirs, back):  # so that the end of the program is the end of the pipe
             os.close(descriptor)
         try:

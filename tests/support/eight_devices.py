@@ -35,9 +35,18 @@ from tests.support import toys
 
 # Every axis that the table cuts divides by 8, but for a few that do not and stay whole.
 BACKBONE = BackboneConfig(
-    num_layers=3, layer_types=("local", "global", "local"), d_model=128, d_ff=512, num_heads=16, num_kv_heads=8,
-    head_dim=8, vocab_size=272, window=6, query_pre_attn_scalar=9.0, max_positions=600,
-)  # fmt: skip
+    num_layers=3,
+    layer_types=("local", "global", "local"),
+    d_model=128,
+    d_ff=512,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=8,
+    vocab_size=272,
+    window=6,
+    query_pre_attn_scalar=9.0,
+    max_positions=600,
+)
 ROWS, LENGTH = 8, 24
 CONFIG = toys.config({"learn_gain": True}, backbone=BACKBONE, rank=4)
 
@@ -107,9 +116,13 @@ def decoded(storage):
     answers = model.generate(prompts, depth=[1, 2] * (ROWS // 2), max_new_tokens=6)
     tokens = np.zeros((ROWS, prefill.SMALLEST), np.int32)
     _, cache = prefill.prefill(
-        CONFIG, model.params, tokens, np.full(ROWS, 9, np.int32), capacity=prefill.SMALLEST,
+        CONFIG,
+        model.params,
+        tokens,
+        np.full(ROWS, 9, np.int32),
+        capacity=prefill.SMALLEST,
         bos_id=model.tokenizer.bos_id,
-    )  # fmt: skip
+    )
     for part in (*cache.kv, *[cache.state] * (jax.sharding.get_mesh().shape["tensor"] == 1)):
         assert np.prod(part.sharding.shard_shape(part.shape)) * jax.sharding.get_mesh().size == part.size
     return {"logits": model.logits(batch()["tokens"]), "tokens": [answer.tokens for answer in answers]}

@@ -16,9 +16,18 @@ from sst_jax.model.decoder import abstract_params
 
 # Seven layers, so that a global one has local ones on both sides; the window is shorter than any text in the tests.
 BACKBONE = BackboneConfig(
-    num_layers=7, d_model=32, d_ff=44, num_heads=6, num_kv_heads=2, head_dim=10, vocab_size=61, window=6,
-    query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=600,
-)  # fmt: skip
+    num_layers=7,
+    d_model=32,
+    d_ff=44,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=10,
+    vocab_size=61,
+    window=6,
+    query_pre_attn_scalar=9.0,
+    rope_scale_global=8.0,
+    max_positions=600,
+)
 # The other families, every head and norm of its own kind; Llama's scaling cuts in within the tests' lengths.
 _SMALL = {"num_layers": 3, "layer_types": None, "query_pre_attn_scalar": 10.0, "rope_theta_global": 500.0}
 LLAMA = dataclasses.replace(
@@ -72,8 +81,13 @@ def quick_jit(function, *static):
 
 hidden_in_float64 = quick_jit(
     functools.partial(rules.hidden, dtype="float64"),
-    "config", "forward", "passes", "depth", "bos_id", "remat",
-)  # fmt: skip
+    "config",
+    "forward",
+    "passes",
+    "depth",
+    "bos_id",
+    "remat",
+)
 
 
 CHOICES = {

@@ -15,9 +15,18 @@ from sst_jax.weights import huggingface, key_map
 
 # Eight layers so that a global one has local ones on both sides; sizes that no two axes share.
 BACKBONE = BackboneConfig(
-    num_layers=8, d_model=24, d_ff=44, num_heads=6, num_kv_heads=2, head_dim=10, vocab_size=67, window=5,
-    query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=300,
-)  # fmt: skip
+    num_layers=8,
+    d_model=24,
+    d_ff=44,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=10,
+    vocab_size=67,
+    window=5,
+    query_pre_attn_scalar=9.0,
+    rope_scale_global=8.0,
+    max_positions=300,
+)
 
 
 def random_state(backbone=BACKBONE, dtype=ml_dtypes.bfloat16, layout="text", seed=0):
@@ -75,10 +84,18 @@ def torch_model():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.Gemma3TextConfig(
-        vocab_size=67, hidden_size=24, intermediate_size=44, num_hidden_layers=8, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, sliding_window=5, query_pre_attn_scalar=9, max_position_embeddings=300,
+        vocab_size=67,
+        hidden_size=24,
+        intermediate_size=44,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        sliding_window=5,
+        query_pre_attn_scalar=9,
+        max_position_embeddings=300,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = transformers.Gemma3ForCausalLM(config).eval()
     with torch.no_grad():

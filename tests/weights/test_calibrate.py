@@ -25,9 +25,18 @@ from sst_jax.weights.calibrate import ROW, Texts, read_texts
 from tests.support import toys
 
 BACKBONE = BackboneConfig(
-    num_layers=7, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=262, window=5,
-    query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=300,
-)  # fmt: skip
+    num_layers=7,
+    d_model=64,
+    d_ff=192,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=262,
+    window=5,
+    query_pre_attn_scalar=9.0,
+    rope_scale_global=8.0,
+    max_positions=300,
+)
 
 
 def inputs_of(rng, count, size):

@@ -184,11 +184,15 @@ def test_layouts_are_gemmas_alone(backbone):
 @pytest.mark.parametrize(
     ("hub", "name"),
     [
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"), ("meta-llama/Meta-Llama-3.1-8B", "llama-3.1-8b"),
-        ("meta-llama/Llama-3.2-1B-Instruct", "llama-3.2-1b"), ("Qwen/Qwen3-0.6B-Base", "qwen3-0.6b"),
-        ("google/gemma-3-1b-pt", "1b"), ("somebody/llama-1b", None), ("somebody/tiny-llama", None),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("meta-llama/Meta-Llama-3.1-8B", "llama-3.1-8b"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama-3.2-1b"),
+        ("Qwen/Qwen3-0.6B-Base", "qwen3-0.6b"),
+        ("google/gemma-3-1b-pt", "1b"),
+        ("somebody/llama-1b", None),
+        ("somebody/tiny-llama", None),
     ],
-)  # fmt: skip
+)
 def test_a_hub_id_tells_the_shapes_before_anything_is_fetched(hub, name):
     if name is not None:
         assert backbone_of(hub) == PRESETS[name]

@@ -21,9 +21,18 @@ gguf = pytest.importorskip("gguf")
 
 # Rows that are multiples of Q8_0's block of 32, so that every linear can be quantised.
 BACKBONE = BackboneConfig(
-    num_layers=7, d_model=32, d_ff=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=67, window=5,
-    query_pre_attn_scalar=16.0, rope_scale_global=8.0, max_positions=300,
-)  # fmt: skip
+    num_layers=7,
+    d_model=32,
+    d_ff=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=67,
+    window=5,
+    query_pre_attn_scalar=16.0,
+    rope_scale_global=8.0,
+    max_positions=300,
+)
 
 
 def metadata(backbone):
@@ -153,13 +162,20 @@ def test_optional_metadata():
         *[
             (f"gemma3.{key}", None, f"metadata key gemma3.{key} is missing")
             for key in (
-                "block_count", "embedding_length", "feed_forward_length", "attention.head_count",
-                "attention.head_count_kv", "attention.key_length", "attention.sliding_window",
-                "attention.layer_norm_rms_epsilon", "context_length", "rope.freq_base",
+                "block_count",
+                "embedding_length",
+                "feed_forward_length",
+                "attention.head_count",
+                "attention.head_count_kv",
+                "attention.key_length",
+                "attention.sliding_window",
+                "attention.layer_norm_rms_epsilon",
+                "context_length",
+                "rope.freq_base",
             )
         ],
     ],
-)  # fmt: skip
+)
 def test_unsupported_metadata_is_named(key, value, message):
     pairs = metadata(BACKBONE)
     pairs[key] = value

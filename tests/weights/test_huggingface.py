@@ -654,11 +654,14 @@ def test_extras_go_in_beside(tiny, tmp_path, folder):
     base = fill_base(open_folder(folder), "bfloat16")
     base["final_norm"]["scale"] = jnp.asarray(base["final_norm"]["scale"])
     write_folder(
-        tmp_path / "out", tiny.backbone, base, "bfloat16",
+        tmp_path / "out",
+        tiny.backbone,
+        base,
+        "bfloat16",
         extra_files={"tokenizer.json": b"{}", "generation_config.json": b'{"eos_token_id": [1, 106]}'},
         extra_tensors={"model.blend.theta": np.ones((8, 24), np.float32)},
         extra_config={"model_type": "sst_gemma3", "auto_map": {}, "dtype": "float32"},
-    )  # fmt: skip
+    )
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [1, 106]}
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -28,10 +28,18 @@ def backbones(draw, families=tuple(FAMILIES)):
     (heads, kv_heads), half = draw(st.sampled_from([(1, 1), (4, 1), (6, 3), (8, 8)])), draw(st.integers(1, 4))
     size = st.integers(1, 40)
     return BackboneConfig(
-        num_layers=draw(st.integers(1, 13)), d_model=draw(size), d_ff=draw(size), num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=2 * half, vocab_size=draw(size), query_pre_attn_scalar=1.0, family=family,
-        tied_head=family == "gemma3" or draw(st.booleans()), **{"window": 4, **FAMILIES[family]},
-    )  # fmt: skip
+        num_layers=draw(st.integers(1, 13)),
+        d_model=draw(size),
+        d_ff=draw(size),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=2 * half,
+        vocab_size=draw(size),
+        query_pre_attn_scalar=1.0,
+        family=family,
+        tied_head=family == "gemma3" or draw(st.booleans()),
+        **{"window": 4, **FAMILIES[family]},
+    )
 
 
 def headers(config, kind="huggingface", layout="text"):

@@ -100,9 +100,17 @@ def test_an_adapter_of_a_multimodal_model_leaves_its_vision_tower_alone(tmp_path
 def multimodal(transformers, torch, folder):
     """A tiny multimodal model, and its hub folder with a tokenizer at `folder`/base."""
     text = transformers.Gemma3TextConfig(
-        vocab_size=262, hidden_size=36, intermediate_size=44, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, sliding_window=6, query_pre_attn_scalar=9, max_position_embeddings=600,
-    )  # fmt: skip
+        vocab_size=262,
+        hidden_size=36,
+        intermediate_size=44,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        sliding_window=6,
+        query_pre_attn_scalar=9,
+        max_position_embeddings=600,
+    )
     vision = {
         "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,

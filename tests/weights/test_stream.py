@@ -21,9 +21,18 @@ from sst_jax.weights import huggingface, key_map, store
 from sst_jax.weights.conversion import fill_base
 
 BACKBONE = BackboneConfig(
-    num_layers=7, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=262, window=5,
-    query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=300,
-)  # fmt: skip
+    num_layers=7,
+    d_model=64,
+    d_ff=192,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=262,
+    window=5,
+    query_pre_attn_scalar=9.0,
+    rope_scale_global=8.0,
+    max_positions=300,
+)
 
 
 @pytest.fixture
@@ -198,9 +207,16 @@ def test_a_4b_checkpoint_converts_both_ways_in_bounded_memory_and_survives_a_kil
     code, inwards = watched(*command)
     assert code == 0
     code, outwards = watched(
-        "sst_jax.export", "--from", tmp_path / "base", "--to", tmp_path / "out", "--format", "merged",
-        "--merge-base", "dequantized",
-    )  # fmt: skip
+        "sst_jax.export",
+        "--from",
+        tmp_path / "base",
+        "--to",
+        tmp_path / "out",
+        "--format",
+        "merged",
+        "--merge-base",
+        "dequantized",
+    )
     assert code == 0
     assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 4
     print(f"peak anonymous memory: {inwards:.2f} GiB in, {outwards:.2f} GiB out")

@@ -102,9 +102,15 @@ def with_adapter(config: ModelConfig, params: Params, rank: int = 4) -> tuple[Mo
 
 
 def measure(
-    config: ModelConfig, params: Params, tokens: np.ndarray, todo: Sequence[Case], dtype: str, bos_id: int | None,
-    gradients: bool = True, progress: Any = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: np.ndarray,
+    todo: Sequence[Case],
+    dtype: str,
+    bos_id: int | None,
+    gradients: bool = True,
+    progress: Any = None,
+) -> list[dict[str, Any]]:
     """One record a case: its fields, the errors named in MEASURES, gradient cosines, and the effect of the stream.
 
     tokens [B, T] with T at least the longest length asked for.
@@ -141,9 +147,15 @@ def measure(
 
 
 def _look(
-    config: ModelConfig, params: Params, tokens: jax.Array, forward: str, passes: int, depth: int,
-    common: dict[str, Any], gradients: bool,
-) -> dict[str, Any]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    forward: str,
+    passes: int,
+    depth: int,
+    common: dict[str, Any],
+    gradients: bool,
+) -> dict[str, Any]:
     settings = {"forward": forward, "passes": passes, "depth": depth, **common}
     seen = {
         "states": forwards.states(config, params, tokens, **settings),

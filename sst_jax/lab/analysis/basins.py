@@ -65,9 +65,15 @@ def measure(problem: Problem) -> TextMetrics:
         return np.square(other.astype(np.float64) - reference).mean(axis=0)
 
     return TextMetrics(
-        problem.id, moved(problem.states, reference[None]), top - kept, winner, rank, square(problem.states[-1]),
-        None if problem.rounded is None else square(problem.rounded), problem.controls,
-    )  # fmt: skip
+        problem.id,
+        moved(problem.states, reference[None]),
+        top - kept,
+        winner,
+        rank,
+        square(problem.states[-1]),
+        None if problem.rounded is None else square(problem.rounded),
+        problem.controls,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- One mode or two?
@@ -239,9 +245,13 @@ def count_orders(state: np.ndarray, token: np.ndarray, never: int) -> dict[str, 
     """Positions by which of two onsets came first; `never` is what stands for none."""
     both = (state < never) & (token < never)
     parts = (
-        both & (state < token), both & (state == token), both & (state > token),
-        (state < never) & (token == never), (state == never) & (token < never), (state == never) & (token == never),
-    )  # fmt: skip
+        both & (state < token),
+        both & (state == token),
+        both & (state > token),
+        (state < never) & (token == never),
+        (state == never) & (token < never),
+        (state == never) & (token == never),
+    )
     return {name: int(part.sum()) for name, part in zip(ORDERS, parts, strict=True)}
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from sst_jax.console.command import write_json
 from sst_jax.errors import InputError
-from sst_jax.files import read_json
+from sst_jax.files import diff, read_json
 from sst_jax.inference.decode_state import Cache
 from sst_jax.inference.halting_probe import fingerprint
 from sst_jax.inference.model import Model
@@ -41,7 +41,6 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.quantization import nf4
 from sst_jax.model.rules import exact, plain
-from sst_jax.training.run import diff
 
 TOP = 100  # likeliest tokens that are kept
 MANIFEST, TEXT = "manifest.json", "text.json"
@@ -110,13 +109,23 @@ RULES = {"output": outputs, "memory": remembered}
 
 @functools.partial(jax.jit, static_argnames=("config", "rule", "copies", "depth", "every", "bos_id", "dtype"))
 def run_texts(
-    config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache, options: Any = None, *,
-    rule: Callable[..., tuple[Residuals, jax.Array]] = outputs, copies: int = 1, depth: int = 1, every: bool = False,
-    bos_id: int | None = None, dtype: str = "float32",
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    count: jax.Array,
+    cache: Cache,
+    options: Any = None,
+    *,
+    rule: Callable[..., tuple[Residuals, jax.Array]] = outputs,
+    copies: int = 1,
+    depth: int = 1,
+    every: bool = False,
+    bos_id: int | None = None,
+    dtype: str = "float32",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Right-padded texts tokens [B, T], `count` [B] of whose positions are real, on from the caches of their prompts.
 
-    rule: what is kept of each layer, [B, T*I, D]; it is handed `num_residuals` streams, and the last one's logits are kept.
+    rule: what is kept of each layer, [B, T*I, D], of `num_residuals` residuals; the last one's logits are kept.
     every: look after each of K = I iterations, else after the last one only, K = 1.
 
     Returns states [L, B, T, K, D], and the TOP likeliest next tokens and their logits [B, T, K, TOP].
@@ -186,20 +195,42 @@ class Walker:
         self._bases: dict[str, Params] = {model.dtype: model.params["base"]}
 
     def __call__(
-        self, batch: Batch, depth: int, *, every: bool = False, config: ModelConfig | None = None,
-        dtype: str | None = None, rule: Any = None, **more: Any,
-    ) -> list[DepthStates]:  # fmt: skip
+        self,
+        batch: Batch,
+        depth: int,
+        *,
+        every: bool = False,
+        config: ModelConfig | None = None,
+        dtype: str | None = None,
+        rule: Any = None,
+        **more: Any,
+    ) -> list[DepthStates]:
         """The batch after its last iteration, or after `every` one. config, dtype: other than the model's own."""
         config, dtype = config or self.model.config, dtype or self.model.dtype
         params, bos_id = self._params(config, dtype), self.model.tokenizer.bos_id
         _, cache = prefill(
-            config, params, batch.prefix, batch.prefix_count, capacity=self.capacity,
-            depth=depth if prompt_mode(config) == "all" else 1, bos_id=bos_id, dtype=dtype,
-        )  # fmt: skip
+            config,
+            params,
+            batch.prefix,
+            batch.prefix_count,
+            capacity=self.capacity,
+            depth=depth if prompt_mode(config) == "all" else 1,
+            bos_id=bos_id,
+            dtype=dtype,
+        )
         states, *top = run_texts(
-            config, params, batch.walked, batch.count, cache, depth=depth, every=every, bos_id=bos_id, dtype=dtype,
-            rule=rule or RULES[self.settings.what], **more,
-        )  # fmt: skip
+            config,
+            params,
+            batch.walked,
+            batch.count,
+            cache,
+            depth=depth,
+            every=every,
+            bos_id=bos_id,
+            dtype=dtype,
+            rule=rule or RULES[self.settings.what],
+            **more,
+        )
         states, (ids, logits) = np.asarray(states), map(np.asarray, top)
         return [DepthStates(states[..., k, :], ids[:, :, k], logits[:, :, k]) for k in range(ids.shape[2])]
 
@@ -334,7 +365,7 @@ def manifest_of(model: Model, texts: Sequence[Text], settings: Settings) -> dict
 
 def collect(
     model: Model, texts: Sequence[Text], settings: Settings, path: Path, advance: Callable[[int], Any] = lambda _: None
-) -> Collection:  # fmt: skip
+) -> Collection:
     """Walks all texts at all depths into a folder; goes on where an earlier call with the same settings stopped.
 
     Problems are cut into the same batches each time, and a batch that a kill interrupted is computed again.
@@ -404,7 +435,11 @@ def look(walker: Walker, texts: Sequence[Text], batch: Batch, numbers: range) ->
         count = int(batch.count[row])
         parts = (np.stack(parts) for parts in zip(*(run_texts.row(row, count) for run_texts in walks), strict=True))
         yield Problem(
-            text.id, batch.prefix[row, : batch.prefix_count[row]].tolist(), batch.walked[row, :count].tolist(),
-            batch.predicted[row], *parts,
-            None if rounded is None else rounded.row(row, count).states, controlled[row],
-        )  # fmt: skip
+            text.id,
+            batch.prefix[row, : batch.prefix_count[row]].tolist(),
+            batch.walked[row, :count].tolist(),
+            batch.predicted[row],
+            *parts,
+            None if rounded is None else rounded.row(row, count).states,
+            controlled[row],
+        )

@@ -61,9 +61,12 @@ def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
         total[: len(values)] += values
         count[: len(values)] += 1
     image = axes.imshow(
-        np.log10(np.maximum(total / count, basins.FLOOR)).T, origin="lower", aspect="auto", cmap="viridis",
+        np.log10(np.maximum(total / count, basins.FLOOR)).T,
+        origin="lower",
+        aspect="auto",
+        cmap="viridis",
         interpolation="nearest",
-    )  # fmt: skip
+    )
     axes.set(xlabel="position in the text (0 gives its first token)", ylabel="layer")
     bar = figure.colorbar(image, label=f"overlap of depths {first} and {last}")
     bar.ax.yaxis.set_major_formatter(as_overlap)
@@ -227,9 +230,13 @@ def controls(found: AnalysisResult) -> Drawn:
         intervals(axes, [place], [records[name]["moved"]], f"C{place}")
         changed, moved = records[name]["argmax_changed"]["value"], records[name]["moved"]["value"]
         axes.annotate(
-            f"{moved:.1e}\n{changed:.1%} of\ntokens change" if moved else "exactly 0", (place, moved),
-            textcoords="offset points", xytext=(9, 0), va="center", fontsize=8,
-        )  # fmt: skip
+            f"{moved:.1e}\n{changed:.1%} of\ntokens change" if moved else "exactly 0",
+            (place, moved),
+            textcoords="offset points",
+            xytext=(9, 0),
+            va="center",
+            fontsize=8,
+        )
     axes.set_xticks(range(len(names)), [CONTROLS[name] for name in names])
     axes.set(ylabel="mean of 1 - overlap", xlim=(-0.5, len(names) - 0.2))
     return Drawn(

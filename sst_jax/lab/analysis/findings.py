@@ -29,7 +29,7 @@ class AnalysisResult(NamedTuple):
 
 def measure(
     model: Model, collection: Collection, settings: Settings, layer: int, advance: Callable[[int], Any] = lambda _: None
-) -> AnalysisResult:  # fmt: skip
+) -> AnalysisResult:
     """Reads a collection problem by problem and measures it; shifts are looked for at `layer`.
 
     Raises: InputError as `Collection.read` and `basins.modes`.
@@ -105,12 +105,14 @@ def examples(model: Model, collection: Collection, measured: Sequence[TextMetric
         read = [*problem.prefix, *problem.walked[: place + 1]]
         found.append(
             {
-                "id": problem.id, "position": place, "overlap": float(1.0 - most[number]),
+                "id": problem.id,
+                "position": place,
+                "overlap": float(1.0 - most[number]),
                 "context": model.tokenizer.decode(read[-CONTEXT:]),
                 "before": tokens(model, problem.top_ids[0, place], problem.top_logits[0, place]),
                 "after": tokens(model, problem.top_ids[-1, place], problem.top_logits[-1, place]),
             }
-        )  # fmt: skip
+        )
     return found
 
 

@@ -129,10 +129,13 @@ def at_shifts(result: dict[str, Any]) -> str:
         ranks = found["winner_rank"]
         rows.append(
             (
-                name, str(found["positions"]), number(found["changed"], ".1%"), number(found["replaced"], ".1f"),
+                name,
+                str(found["positions"]),
+                number(found["changed"], ".1%"),
+                number(found["replaced"], ".1f"),
                 f"{ranks['median']:.0f}, at most {ranks['largest']}" if ranks else "–",
             )
-        )  # fmt: skip
+        )
     zero = result["position_zero"]
     rows.append(("first position of a text", "", number(zero["changed"]["first"], ".1%"), "", ""))
     head = ("positions", "how many", "other likeliest token", "of the top 100 replaced", "its rank before (median)")

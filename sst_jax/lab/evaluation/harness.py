@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:  # fmt: skip
+    ) -> list[tuple[float, bool]]:
         rows, starts = [], []
         for _, context, continuation in requests:
             row = (context + continuation)[-(self.max_length + 1) :]  # cut on the left, as the harness does
@@ -141,9 +141,13 @@ class HarnessModel(TemplateLM):
                 prompts = {i: self.tok_encode(requests[i].args[0])[-(self.max_length - room) :] for i in indices}
                 for batch in _chunks(sorted(indices, key=lambda i: -len(prompts[i])), self.batch_size):
                     answers = self.model.generate(
-                        [prompts[i] for i in batch], depth=self.depth, max_new_tokens=room, stop=settings["until"],
-                        seed=batch, **sampling,
-                    )  # fmt: skip
+                        [prompts[i] for i in batch],
+                        depth=self.depth,
+                        max_new_tokens=room,
+                        stop=settings["until"],
+                        seed=batch,
+                        **sampling,
+                    )
                     found.update(zip(batch, (answer.text for answer in answers), strict=True))
                     meter.update(len(batch))
         return [found[index] for index in range(len(requests))]
@@ -176,9 +180,18 @@ def check_names(manager: TaskManager, names: Sequence[str]) -> None:
 
 
 def measure(
-    model: Model, depth: int, names: Sequence[str], manager: TaskManager, out: Path, header: dict[str, Any], *,
-    chat: bool, limit: int | None, fewshot: int | None, batch_size: int,
-) -> dict[str, Any]:  # fmt: skip
+    model: Model,
+    depth: int,
+    names: Sequence[str],
+    manager: TaskManager,
+    out: Path,
+    header: dict[str, Any],
+    *,
+    chat: bool,
+    limit: int | None,
+    fewshot: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
     """The harness's results by task at one depth, and its samples in OUT; taken from there where they already stand.
 
     Raises: InputError where OUT holds results of other settings.
@@ -188,9 +201,15 @@ def measure(
         return there[str(depth)]
     header = {**header, "depth": depth}
     found = simple_evaluate(
-        model=HarnessModel(model, depth, batch_size), tasks=list(names), task_manager=manager, limit=limit,
-        num_fewshot=fewshot, apply_chat_template=chat, torch_random_seed=None, bootstrap_iters=BOOTSTRAPS,
-    )  # fmt: skip
+        model=HarnessModel(model, depth, batch_size),
+        tasks=list(names),
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=fewshot,
+        apply_chat_template=chat,
+        torch_random_seed=None,
+        bootstrap_iters=BOOTSTRAPS,
+    )
     results = json.loads(json.dumps(found["results"], default=utils.handle_non_serializable))
     out.mkdir(parents=True, exist_ok=True)
     for task, samples in found["samples"].items():

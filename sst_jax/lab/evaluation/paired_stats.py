@@ -15,10 +15,9 @@ import numpy as np
 
 from sst_jax.console.figure import new_figure
 from sst_jax.errors import InputError
-from sst_jax.files import read_json
+from sst_jax.files import diff, read_json
 from sst_jax.lab.evaluation.runner import HEADER, RESULT, Outcome, by_policy, read_outcomes
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
-from sst_jax.training.run import diff
 
 # What must agree, or the items are not the same test; all else that differs is shown.
 SAME = ("task", "measure", "items", "items_sha256")

@@ -20,13 +20,12 @@ from typing import IO, Any, NamedTuple
 from sst_jax.console.command import write_json
 from sst_jax.data.prompts import prompt_tokens, render
 from sst_jax.errors import InputError
-from sst_jax.files import read_json
+from sst_jax.files import diff, read_json
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy
 from sst_jax.lab.evaluation.extractors import second_opinion
 from sst_jax.lab.evaluation.scoring import score
 from sst_jax.lab.evaluation.tasks import Item, Task
-from sst_jax.training.run import diff
 
 Outcome = dict[str, Any]
 HEADER, ITEMS, OUTCOMES, RESULT = "evaluation.json", "items.jsonl", "outcomes.jsonl", "result.json"
@@ -155,7 +154,7 @@ def read_outcomes(path: Path, torn: bool = False) -> list[Outcome]:
 
 def run(
     folder: Folder, plan: Sequence[Batch], measure: Callable[[Batch], list[Outcome]], advance: Callable[[int], Any]
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """All outcomes of a plan in its order; `advance` is told how many items each batch adds, those on disk first."""
     outcomes = folder.resume(plan)
     advance(len(outcomes))
@@ -185,9 +184,14 @@ def prompts(model: Model, items: Sequence[Item], format: str, room: int) -> dict
 
 
 def answer(
-    model: Model, task: Task, prompt: dict[str, list[int]], stop: Sequence[str], max_new_tokens: int, check: bool,
+    model: Model,
+    task: Task,
+    prompt: dict[str, list[int]],
+    stop: Sequence[str],
+    max_new_tokens: int,
+    check: bool,
     batch: Batch,
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """Greedy answers to a batch, read by both filters; `check`: with a second opinion where the task has one."""
     started, found = time.monotonic(), {}
     stream = model.stream(

@@ -45,9 +45,15 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
     flat = np.concatenate(places)
     padded = np.pad(flat, (0, -len(flat) % CHUNK)).astype(np.int32)
     logprobs, greedy = _score(
-        model.config, model.params, tokens, segments.astype(np.int32), padded, depth=depth,
-        bos_id=model.tokenizer.bos_id, dtype=model.dtype,
-    )  # fmt: skip
+        model.config,
+        model.params,
+        tokens,
+        segments.astype(np.int32),
+        padded,
+        depth=depth,
+        bos_id=model.tokenizer.bos_id,
+        dtype=model.dtype,
+    )
     cuts = np.cumsum([len(part) for part in places])[:-1]
     parts = (np.split(np.asarray(array)[: len(flat)], cuts) for array in (logprobs, greedy))
     return [Scores(*pair) for pair in zip(*parts, strict=True)]
@@ -55,9 +61,16 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
 
 @functools.partial(jax.jit, static_argnames=("config", "depth", "bos_id", "dtype"))
 def _score(
-    config: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.Array, places: jax.Array, *,
-    depth: int, bos_id: int | None, dtype: str,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    places: jax.Array,
+    *,
+    depth: int,
+    bos_id: int | None,
+    dtype: str,
+) -> tuple[jax.Array, jax.Array]:
     hidden = rules.hidden(
         config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids, bos_id=bos_id, dtype=dtype
     )

@@ -87,11 +87,16 @@ def between(groups: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
         mended = [a["id"] for a, b in pairs if b["correct"] and not a["correct"]]
         found.append(
             {
-                "from": first, "to": policy, "broken": len(broken), "mended": len(mended),
+                "from": first,
+                "to": policy,
+                "broken": len(broken),
+                "mended": len(mended),
                 "changed": sum(a["strict"] != b["strict"] for a, b in pairs),
-                "p": mcnemar(len(broken), len(mended)), "broken_items": broken, "mended_items": mended,
+                "p": mcnemar(len(broken), len(mended)),
+                "broken_items": broken,
+                "mended_items": mended,
             }
-        )  # fmt: skip
+        )
     for record, adjusted in zip(found, holm([record["p"] for record in found]), strict=True):
         record["p_holm"] = adjusted
     return found

@@ -164,9 +164,7 @@ def frozen_order(question: str, choices: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(range(len(choices)), key=lambda index: (keys[index], index)))
 
 
-def _multiple_choice(
-    identity: str, question: str, shown: Sequence[str], right: int, order: tuple[int, ...]
-) -> Item:  # fmt: skip
+def _multiple_choice(identity: str, question: str, shown: Sequence[str], right: int, order: tuple[int, ...]) -> Item:
     lines = [f"({name}) {choice.strip()}" for name, choice in zip(LETTERS, shown, strict=False)]
     asked = (
         "\n".join([question.strip(), *lines])

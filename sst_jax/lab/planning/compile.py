@@ -196,10 +196,18 @@ def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple
 
 
 def plan_step(
-    target: Target, mesh: jax.sharding.Mesh, step: Callable, counted: Callable, arguments: Callable[[], tuple], *,
-    attention: str, donated: bool = False, trips: int = 1, flash: bool = True,
+    target: Target,
+    mesh: jax.sharding.Mesh,
+    step: Callable,
+    counted: Callable,
+    arguments: Callable[[], tuple],
+    *,
+    attention: str,
+    donated: bool = False,
+    trips: int = 1,
+    flash: bool = True,
     kinds: Callable[..., dict[str, Any]] = lambda *_: {},
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Compiles `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
 
     They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
@@ -224,9 +232,16 @@ def plan_step(
     memory = compiled.memory_analysis()
     parts = {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in kinds(*abstract).items()}
     return Plan(
-        memory.argument_size_in_bytes, parts, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, work, attention,
-        time.monotonic() - started, sent(compiled.as_text(), mesh.size), dict(mesh.shape),
-    )  # fmt: skip
+        memory.argument_size_in_bytes,
+        parts,
+        memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
+        work,
+        attention,
+        time.monotonic() - started,
+        sent(compiled.as_text(), mesh.size),
+        dict(mesh.shape),
+    )
 
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:

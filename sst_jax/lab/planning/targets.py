@@ -52,9 +52,18 @@ class Target:
 
 def _gpu(name, title, memory, flops, bandwidth, capability, cores, clock, cache, link) -> Target:
     return Target(
-        name, title, "cuda", memory * GIB, flops * 1e12, bandwidth * 1e9, capability, cores, clock, cache * 2**20,
+        name,
+        title,
+        "cuda",
+        memory * GIB,
+        flops * 1e12,
+        bandwidth * 1e9,
+        capability,
+        cores,
+        clock,
+        cache * 2**20,
         link=link * 1e9,
-    )  # fmt: skip
+    )
 
 
 def _slice(name, title, memory, flops, bandwidth, topology, chips, link) -> Target:
@@ -124,6 +133,13 @@ def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str
     lines.append(f"  cuda_compute_capability {{ major: {major} minor: {minor}{feature} }}")
     version = "major: {} minor: {} patch: {}".format(*cudnn)
     return "\n".join(
-        ["gpu_device_info {", *lines, "}", 'platform_name: "CUDA"', f"dnn_version_info {{ {version} }}",
-         f'device_description_str: "{target.title}"', ""]
-    )  # fmt: skip
+        [
+            "gpu_device_info {",
+            *lines,
+            "}",
+            'platform_name: "CUDA"',
+            f"dnn_version_info {{ {version} }}",
+            f'device_description_str: "{target.title}"',
+            "",
+        ]
+    )

@@ -87,7 +87,7 @@ class Settings:
 
 def fit(
     x: np.ndarray, labels: np.ndarray, used: np.ndarray, strengths: np.ndarray, settings: Settings
-) -> tuple[dict[str, np.ndarray], np.ndarray]:  # fmt: skip
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """F probes side by side, each on its own items and labels.
 
     x [n, D]; labels, used [F, n], 0 or 1: what is learned, and from which items alone; strengths [F].
@@ -110,9 +110,16 @@ def fit(
     inputs = (x.T[chosen] - mean[:, :, None]) / scale[:, :, None]  # [F, k, n]
     share = 0.5 * used * np.where(labels, 1 / np.maximum(positive, 1), 1 / np.maximum(total - positive, 1))
     trained = train(
-        np.float32(inputs), labels, np.float32(share), np.float32(strengths), hidden=settings.hidden,
-        decay=settings.decay, steps=settings.steps, rate=settings.rate, seed=settings.seed,
-    )  # fmt: skip
+        np.float32(inputs),
+        labels,
+        np.float32(share),
+        np.float32(strengths),
+        hidden=settings.hidden,
+        decay=settings.decay,
+        steps=settings.steps,
+        rate=settings.rate,
+        seed=settings.seed,
+    )
     weights = {"chosen": chosen.astype(np.int32), "mean": mean, "scale": scale}
     weights |= {name: np.asarray(part) for name, part in trained.items() if name != "p"}
     return weights, np.asarray(trained["p"])
@@ -120,9 +127,17 @@ def fit(
 
 @functools.partial(jax.jit, static_argnames=("hidden", "decay", "steps", "rate", "seed"))
 def train(
-    inputs: jax.Array, labels: jax.Array, share: jax.Array, strengths: jax.Array, *, hidden: int, decay: float,
-    steps: int, rate: float, seed: int,
-) -> dict[str, jax.Array]:  # fmt: skip
+    inputs: jax.Array,
+    labels: jax.Array,
+    share: jax.Array,
+    strengths: jax.Array,
+    *,
+    hidden: int,
+    decay: float,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> dict[str, jax.Array]:
     """Weights [F, ...] and probabilities "p" [F, n]; share [F, n] is each item's part in the loss."""
     count, wide, _ = inputs.shape
     first, second = jax.random.split(jax.random.key(seed))
@@ -360,10 +375,18 @@ def first_states(model: Model, prompts: Sequence[Sequence[int]], first: int, bat
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         for _ in generate_tokens(
-            model.config, model.params, part, depth=[looking(start + row) for row in range(len(part))],
-            max_new_tokens=2, sampling=Sampling(), seeds=[0] * len(part), stop_ids=(), pad_id=model.tokenizer.pad_id,
-            bos_id=model.tokenizer.bos_id, dtype=model.dtype,
-        ):  # fmt: skip
+            model.config,
+            model.params,
+            part,
+            depth=[looking(start + row) for row in range(len(part))],
+            max_new_tokens=2,
+            sampling=Sampling(),
+            seeds=[0] * len(part),
+            stop_ids=(),
+            pad_id=model.tokenizer.pad_id,
+            bos_id=model.tokenizer.bos_id,
+            dtype=model.dtype,
+        ):
             pass
     return np.stack([found[number] for number in range(len(prompts))])
 
@@ -376,9 +399,16 @@ class Fitted(NamedTuple):
 
 
 def fit_probe(
-    model: Model, items: Sequence[Item], states: np.ndarray, depths: tuple[int, int], label: str, layer: int,
-    first: int, settings: Settings, every_layer: bool,
-) -> Fitted:  # fmt: skip
+    model: Model,
+    items: Sequence[Item],
+    states: np.ndarray,
+    depths: tuple[int, int],
+    label: str,
+    layer: int,
+    first: int,
+    settings: Settings,
+    every_layer: bool,
+) -> Fitted:
     """The probe of one layer of `states` [items, L, D]; items that are not asked about are routed by the whole fit.
 
     Raises: InputError as `asked_about` and `judge`.

@@ -118,9 +118,17 @@ def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: 
     if heads < 1 or d_model < 1 or d_model % (2 * heads):
         raise InputError(f"model.d_model={d_model} must be an even number for each of model.heads={heads}")
     return BackboneConfig(
-        num_layers=layers, d_model=d_model, d_ff=d_ff, num_heads=heads, num_kv_heads=heads, head_dim=d_model // heads,
-        vocab_size=task.vocabulary, window=64, query_pre_attn_scalar=d_model / heads, layer_types=("global",) * layers,
-    )  # fmt: skip
+        num_layers=layers,
+        d_model=d_model,
+        d_ff=d_ff,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=d_model // heads,
+        vocab_size=task.vocabulary,
+        window=64,
+        query_pre_attn_scalar=d_model / heads,
+        layer_types=("global",) * layers,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- Training
@@ -156,9 +164,14 @@ def fit(
 
 
 def _step(
-    config: ModelConfig, settings: ForwardConfig, optimizer: optax.GradientTransformation, state: Any,
-    symbols: jax.Array, states: jax.Array, asked: jax.Array,
-) -> tuple[Any, jax.Array]:  # fmt: skip
+    config: ModelConfig,
+    settings: ForwardConfig,
+    optimizer: optax.GradientTransformation,
+    state: Any,
+    symbols: jax.Array,
+    states: jax.Array,
+    asked: jax.Array,
+) -> tuple[Any, jax.Array]:
     """One step of one seed: the mean loss over the places where the state is asked."""
 
     def mean_loss(params: Params) -> jax.Array:

@@ -37,7 +37,7 @@ class Stream:
     norm         N: "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
     alpha        None: learned within alpha_range, lo + (hi - lo) * sigmoid(theta). A number: fixed there.
     alpha_init   where a learned alpha began.
-    alpha_warmup optimizer steps over which alpha rose from lo in training; `StreamParameters.alpha_warmup_fraction` does it here.
+    alpha_warmup optimizer steps over which alpha rose from lo in training; `StreamParameters.warmth` does it here.
     granularity  one alpha a layer and "dimension", one a "layer", or one "scalar".
     gain         factor on N(s); learn_gain: one learned factor a layer.
     decay        s_t = decay * s_{t-1} + (1 - decay) * u_t.

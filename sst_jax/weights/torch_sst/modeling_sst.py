@@ -79,7 +79,7 @@ def linear_scan(a, b):
 class StreamParameters(nn.Module):
     """theta [L, D] or [L, 1] or [1, 1] (where alpha is learned) and gain [L, 1] (where it is), float32.
 
-    `alpha_warmup_fraction` in [0, 1] scales a learned alpha up from the range's lower end; a trainer may raise it over alpha_warmup.
+    `warmth` in [0, 1] scales a learned alpha up from the range's lower end; a trainer may raise it over alpha_warmup.
     """
 
     def __init__(self, config):
@@ -273,9 +273,19 @@ class StreamModel:
         return dict.fromkeys(layer_kinds(self.config), self.rotary_emb(x, position_ids))
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, depth=1, forward=None, passes=2, cache=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        depth=1,
+        forward=None,
+        passes=2,
+        cache=None,
+        **kwargs,
+    ):
         """Final hidden states [B, T, D] after each position's last iteration; arguments as for the causal LM."""
         config, stream = self.config, self.config.stream
         forward = forward or config.sst.get("forward") or "exact"
@@ -299,10 +309,17 @@ class StreamModel:
         kinds = set(layer_kinds(config))
         masks = {kind: attention_mask_of(config, kind, segments, place, seen, x.dtype) for kind in kinds}
         steps = Steps(
-            forward, 2 if forward == "two_pass" else passes, stream, place, last, live[..., None], begins[..., None],
-            masks, self.rotations(x, position_ids[:, place]),
+            forward,
+            2 if forward == "two_pass" else passes,
+            stream,
+            place,
+            last,
+            live[..., None],
+            begins[..., None],
+            masks,
+            self.rotations(x, position_ids[:, place]),
             "sequential" if torch.is_grad_enabled() else stream.prefill,
-        )  # fmt: skip
+        )
         if cache is not None:
             cache.segments, cache.live = segments, alive & (forward == "exact")  # plain leaves no memories
             for layer in cache.layers:
@@ -411,9 +428,11 @@ class StreamLayerMixin:
     def attend(self, x, steps, cache=None):
         kind = layer_kinds(self.self_attn.config)[self.self_attn.layer_idx]
         out, _ = self.self_attn(
-            hidden_states=self.input_layernorm(x), position_embeddings=steps.rotations[kind],
-            attention_mask=steps.masks[kind], **{CACHE: cache},
-        )  # fmt: skip
+            hidden_states=self.input_layernorm(x),
+            position_embeddings=steps.rotations[kind],
+            attention_mask=steps.masks[kind],
+            **{CACHE: cache},
+        )
         return self.rejoin(x, out)
 
     def feed(self, mixed, dtype):
@@ -515,9 +534,21 @@ class StreamForCausalLM:
         self.post_init()
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, logits_to_keep=0, depth=1, forward=None, passes=2, cache=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        depth=1,
+        forward=None,
+        passes=2,
+        cache=None,
+        **kwargs,
+    ):
         """Logits [B, T, V], with `labels` the loss, differentiable in every parameter.
 
         Args:
@@ -529,10 +560,19 @@ class StreamForCausalLM:
           passes: of k_pass and local.
         """
         return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, depth=depth,
-            forward=forward, passes=passes, **{CACHE: past_key_values if cache is None else cache}, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            depth=depth,
+            forward=forward,
+            passes=passes,
+            **{CACHE: past_key_values if cache is None else cache},
+            **kwargs,
+        )
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, depth=1, use_cache=True, **kwargs

@@ -42,9 +42,15 @@ def measured(moved, winner=None, replaced=None, rank=None, depth=None, rounding=
     zeros = np.zeros(moved.shape)
     square = np.ones((1, 3)) if depth is None else depth
     return TextMetrics(
-        "planted", moved[..., None], zeros if replaced is None else replaced, winner, zeros if rank is None else rank,
-        square, square if rounding is None else rounding, {},
-    )  # fmt: skip
+        "planted",
+        moved[..., None],
+        zeros if replaced is None else replaced,
+        winner,
+        zeros if rank is None else rank,
+        square,
+        square if rounding is None else rounding,
+        {},
+    )
 
 
 @settings(max_examples=30, deadline=None)

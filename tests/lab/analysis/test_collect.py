@@ -63,12 +63,13 @@ def by_decoding(model, text, depth):
 @pytest.mark.parametrize(
     ("stream", "depth"),
     [
-        ({"state": "block"}, 4), ({"state": "ffn", "prompt": "none"}, 4),
+        ({"state": "block"}, 4),
+        ({"state": "ffn", "prompt": "none"}, 4),
         pytest.param({"state": "block", "kv": "first"}, 3, marks=pytest.mark.slow),
         pytest.param({"state": "ffn", "prompt": "all", "norm": "rms"}, 2, marks=pytest.mark.slow),
         pytest.param({"state": "block", "initial": "skip_bos"}, 1, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_forced_text_equals_token_by_token_decoding(stream, depth):
     """With state="block" a layer remembers its output, so decoding's caches show the outputs of all layers."""
     model = toy(alpha=0.1, **stream)  # the upper end of the published range

@@ -63,11 +63,14 @@ def test_the_compiler_s_own_count_of_a_loop_is_taken():
         ("%a = f32[8]{0} reduce-scatter(%x), replica_groups=[1,8]<=[8], to_apply=%sum", "reduce-scatter", 224),
         ("%a = (f32[8]{0}, s8[8]{0}) all-reduce(%x, %y), replica_groups=[4,2]<=[8], to_apply=%sum", "all-reduce", 40),
         ("%a = u8[64]{0} all-to-all(%x), replica_groups=[1,8]<=[8]", "all-to-all", 56),
-        ("%a = (u8[64]{0}, u8[64]{0}) collective-permute-start(%x), source_target_pairs={{0,1}}",
-         "collective-permute", 64),
+        (
+            "%a = (u8[64]{0}, u8[64]{0}) collective-permute-start(%x), source_target_pairs={{0,1}}",
+            "collective-permute",
+            64,
+        ),
         ("%a = f8e4m3fn[64]{0} collective-permute(%x), source_target_pairs={{0,1}}", "collective-permute", 64),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_each_kind(line, kind, size):
     assert sent(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  {line}\n}}\n", 8) == {kind: size}
 

@@ -244,7 +244,9 @@ def test_first_states_are_what_routing_sees(model):
         states = room.first_states(made, prompts, first)
         assert states.shape == (3, 7, 64)
         seen = []
-        policy = dataclasses.replace(parse("1"), first=first, choose=lambda found, seen=seen: seen.append(found) or 1)
+        policy = dataclasses.replace(
+            parse("1"), first=first, select_depth=lambda found, seen=seen: seen.append(found) or 1
+        )
         made.generate(prompts, depth=policy, max_new_tokens=3)
         np.testing.assert_array_equal(states, seen)
 

@@ -14,9 +14,18 @@ from sst_jax.model.quantization import nf4
 from tests.support import toys
 
 BACKBONE = BackboneConfig(
-    num_layers=7, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=61, window=6,
-    query_pre_attn_scalar=9.0, rope_scale_global=8.0, max_positions=600,
-)  # fmt: skip
+    num_layers=7,
+    d_model=64,
+    d_ff=192,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=61,
+    window=6,
+    query_pre_attn_scalar=9.0,
+    rope_scale_global=8.0,
+    max_positions=600,
+)
 
 
 def kernel(inputs, outputs, dtype="float32", seed=0):
