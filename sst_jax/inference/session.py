@@ -51,7 +51,7 @@ def _draw(
 ) -> tuple[DecodeState, Scores | None]:
     """Rows with their next token, the first of those that `rows.left` still counts, and its scores."""
     logits = decoder.head(params, hidden)
-    token = sample(rows.draws, logits, rows.cache.length)
+    token = sample(rows.sampling_params, logits, rows.cache.length)
     scores = None
     if top:
         shapes = jax.eval_shape(lambda: score(logits, token, top))
@@ -126,11 +126,11 @@ def decode_chunk(
 
     def one(carry: tuple) -> tuple:
         i, out, rows = carry
-        depth = jnp.where(rows.done, 0, rows.limits.now)
+        depth = jnp.where(rows.done, 0, rows.depth_budget.now)
         hidden, cache, used = decode_step(
-            config, params, rows.token, rows.cache, depth, rows.limits.tolerance, 0, bos_id, dtype
+            config, params, rows.token, rows.cache, depth, rows.depth_budget.tolerance, 0, bos_id, dtype
         )
-        moved = rows._replace(cache=cache, limits=rows.limits._replace(now=rows.limits.rest))
+        moved = rows._replace(cache=cache, depth_budget=rows.depth_budget._replace(now=rows.depth_budget.rest))
         after, scores = _draw(params, moved, hidden, stop_ids, top, scored)
         new = SampledTokens(jnp.where(rows.done, -1, after.token), used, scores)
         return i + 1, jax.tree.map(lambda column, part: column.at[:, i].set(part), out, new), after
@@ -278,8 +278,8 @@ def route(rows: DecodeState, policies: Sequence[Policy]) -> DecodeState:
     """Rows that go on as their policies choose from the states at hand."""
     if rows.cache.state is None:
         return rows
-    states, rest = np.asarray(rows.cache.state), np.array(rows.limits.rest)
+    states, rest = np.asarray(rows.cache.state), np.array(rows.depth_budget.rest)
     for row, policy in enumerate(policies):
         if policy.select_depth:
             rest[row] = selected_depth(policy, states[:, row])
-    return rows._replace(limits=rows.limits._replace(now=jnp.asarray(rest), rest=jnp.asarray(rest)))
+    return rows._replace(depth_budget=rows.depth_budget._replace(now=jnp.asarray(rest), rest=jnp.asarray(rest)))

@@ -4,8 +4,8 @@
     fsdp     rows of the batch too; parameters are spread, and gathered a layer at a time (NF4 as it is stored)
     tensor   heads, feed-forward width, vocabulary; activations are summed over it twice a layer
 
-A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `device_put_sharded` puts arrays there,
-`constrain` and `gather` say inside a jitted function where they are to lie. Without a mesh all three change nothing.
+A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `device_put_sharded` puts arrays on
+it, `constrain` and `gather` say inside a jitted function where they are to lie. Without a mesh they change nothing.
 """
 
 from __future__ import annotations
