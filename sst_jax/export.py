@@ -206,9 +206,9 @@ def merge_base(choice: str, opened: Any) -> tuple[dict[str, Any], dict[str, floa
     from sst_jax.weights.lora import gap
 
     base = opened.params["base"]
-    if opened.facts["quantize"] == "none" or choice == "dequantized":
+    if opened.provenance["quantize"] == "none" or choice == "dequantized":
         return base, None
-    original = open_original(opened.facts, opened.facts["dtype"], lazy=True).params["base"]
+    original = open_original(opened.provenance, opened.provenance["dtype"], lazy=True).params["base"]
     return original, gap(original, base, opened.config.adapter)
 
 
@@ -231,7 +231,7 @@ def card(args: argparse.Namespace, opened: Any, gaps: dict[str, float] | None) -
     from sst_jax.training.run import read_metrics
     from sst_jax.weights.card import model_card
 
-    facts, metrics = opened.facts, []
+    facts, metrics = opened.provenance, []
     if facts.get("run") and (Path(facts["run"]) / "config.json").is_file():
         facts = {**facts, "recipe": read_json(Path(facts["run"]) / "config.json").get("recipe")}
         metrics = [line for line in read_metrics(Path(facts["run"])) if line["step"] <= facts["step"]]

@@ -128,7 +128,7 @@ def fill_chunk(
     def rule(*arguments: Any) -> tuple[tuple, LayerOutputs]:
         residuals, left = solve(*arguments)
         if left.state_out is not None:
-            left = left._replace(memory=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
+            left = left._replace(state_out=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
         return residuals, left
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
@@ -139,7 +139,7 @@ def fill_chunk(
     hidden = jnp.where(going[:, None], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], hidden)
     state = cache.state
     if state is not None:
-        state = jnp.where(going[:, None], left.memory, state)
+        state = jnp.where(going[:, None], left.state_out, state)
     source = jnp.ones(batch, bool)
     if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
         source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != bos_id

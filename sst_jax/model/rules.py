@@ -385,7 +385,7 @@ def states(
 
     def rule(*arguments: Any) -> tuple[Residuals, jax.Array]:
         residuals, left = RULES[forward](*arguments)
-        return residuals, left.memory
+        return residuals, left.state_out
 
     x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
     _, memory = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context)

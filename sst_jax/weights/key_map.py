@@ -124,7 +124,7 @@ class Binding(NamedTuple):
 
 def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
     """The rows of a config's family; without the output head where it is tied."""
-    return tuple(row for row in TABLES[config.family] if not (config.tied_head and row.slot == "head/embedding"))
+    return tuple(row for row in TABLES[config.family] if not (config.tied_head and row.path == "head/embedding"))
 
 
 def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:

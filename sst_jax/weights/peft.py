@@ -29,7 +29,7 @@ _HARMLESS = {
 
 def _modules(backbone: BackboneConfig) -> dict[str, str]:
     """Each linear's module inside a layer, as the hub spells it: {"q": "self_attn.q_proj", ...}."""
-    rows = {row.slot: row.huggingface for row in key_map.TABLES[backbone.family]}
+    rows = {row.path: row.huggingface for row in key_map.TABLES[backbone.family]}
     return {name: rows[f"layers/{name}/kernel"].split("{layer}.")[1].removesuffix(".weight") for name in LINEARS}
 
 
