@@ -25,7 +25,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Block, embed, to_float32
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
-from sst_jax.weights.conversion import ConvertedTensor, Source, converted_tensors, lazy_base
+from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, lazy_base
 
 ROW = 256  # tokens of a row
 ROWS = 8  # rows that run at once

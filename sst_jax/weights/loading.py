@@ -27,7 +27,7 @@ from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import export_format, gguf, huggingface, key_map, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
-from sst_jax.weights.conversion import Source, fill_base, lazy_base
+from sst_jax.weights.source import Source, fill_base, lazy_base
 
 RUN_FILES = ("config.json", "base.json")
 

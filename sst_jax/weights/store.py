@@ -27,8 +27,8 @@ from sst_jax.files import Progress, is_plain_name, read_json, sha256, staged_fol
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import key_map
 from sst_jax.weights.calibrate import Texts, calibrated
-from sst_jax.weights.conversion import DTYPES, ConvertedTensor, Source, converted_tensors, numpy_dtype, param_shapes
 from sst_jax.weights.key_map import set_param
+from sst_jax.weights.source import DTYPES, ConvertedTensor, Source, converted_tensors, numpy_dtype, param_shapes
 
 FORMAT, VERSION = "sst_jax", 1
 HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"

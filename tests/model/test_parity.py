@@ -10,8 +10,8 @@ from sst_jax.model import decoder, rules
 from sst_jax.model.attention import attend_rows, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import RMSNorm, rotate
-from sst_jax.weights.conversion import fill_base
 from sst_jax.weights.huggingface import open_folder
+from sst_jax.weights.source import fill_base
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch: extra `torch`")
 transformers = pytest.importorskip("transformers")

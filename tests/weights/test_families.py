@@ -18,9 +18,9 @@ from sst_jax.model.config import FAMILIES, PRESETS, BackboneConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import gguf as reader
 from sst_jax.weights import key_map
-from sst_jax.weights.conversion import fill_base, lazy_base
 from sst_jax.weights.huggingface import backbone_from_config, config_json, open_folder, write_folder
 from sst_jax.weights.loading import backbone_of
+from sst_jax.weights.source import fill_base, lazy_base
 
 # Rows that are multiples of Q8_0's block of 32 and NF4's of 64, so that every linear can be quantised.
 _SHAPES = {

@@ -15,7 +15,7 @@ from sst_jax.errors import InputError
 from sst_jax.model.config import PRESETS, BackboneConfig
 from sst_jax.weights import gguf as reader
 from sst_jax.weights import key_map
-from sst_jax.weights.conversion import digest, fill_base
+from sst_jax.weights.source import digest, fill_base
 
 gguf = pytest.importorskip("gguf")
 

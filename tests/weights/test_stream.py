@@ -18,7 +18,7 @@ from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
 from sst_jax.weights import huggingface, key_map, store
-from sst_jax.weights.conversion import fill_base
+from sst_jax.weights.source import fill_base
 
 BACKBONE = BackboneConfig(
     num_layers=7,
