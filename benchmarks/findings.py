@@ -220,7 +220,7 @@ def report(result: dict[str, Any]) -> None:
     for task, found in result["tasks"].items():
         controls = [name for name in found["scores"] if name in CONTROLS]
         print(f"\n{task}, {result['seeds']} seeds\n")
-        print("| arm | nats per token | answers right |" + "".join(f" nats, less {name}'s |" for name in controls))
+        print("| arm | nats/token | accuracy |" + "".join(f" minus {name} |" for name in controls))
         print("|---|---|---|" + "---|" * len(controls))
         for name, scores in found["scores"].items():
             loss, right = (sum(scores[key]) / len(scores[key]) for key in ("nats_per_token", "greedy"))
@@ -230,7 +230,7 @@ def report(result: dict[str, Any]) -> None:
                 row += f" {interval(record)} |" if record else " |"
             print(row)
     if result["deeper"]:
-        print(f"\n{next(iter(result['tasks']))}: nats, less the same stream's at depth 1; answers right\n")
+        print(f"\n{next(iter(result['tasks']))}: nats minus the same stream's at depth 1; accuracy\n")
         print("| arm |" + "".join(f" depth {depth} |" for depth in DEEPER.split(",")))
         print("|---|" + "---|" * len(DEEPER.split(",")))
         for name, records in result["deeper"].items():
@@ -239,13 +239,13 @@ def report(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
-    """Loss and share of right answers of every arm, a point a seed, for each task."""
+    """Draw loss and accuracy of every arm, a point a seed, for each task."""
     from sst_jax.console.figure import new_figure
 
     figure = new_figure(8.4, 3.4)
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
-        panels, ("nats_per_token", "greedy"), ("loss (nats per answer token)", "share of answers right"), strict=True
+        panels, ("nats_per_token", "greedy"), ("loss (nats per answer token)", "accuracy"), strict=True
     ):
         for number, (task, found) in enumerate(result["tasks"].items()):
             for place, (name, scores) in enumerate(found["scores"].items()):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on one NVIDIA GPU after looking whether it can.
+# Train on one NVIDIA GPU, after checking driver, memory, disk and JAX.
 #
 #   bash launch/gpu.sh --config configs/sst.py --config.model.source=models/27b-nf4 --workdir runs/27b
 #
@@ -15,7 +15,7 @@ command -v nvidia-smi > /dev/null || fail "nvidia-smi is missing: install the NV
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1) || fail "nvidia-smi sees no GPU"
 [ "${driver%%.*}" -ge 580 ] || fail "driver $driver is too old for CUDA 13: install 580 or newer"
 
-# 2. Memory. The first visible GPU, and who else is on it.
+# 2. Memory of the first visible GPU, and whether other processes use it.
 gpu=${CUDA_VISIBLE_DEVICES:-0}; gpu=${gpu%%,*}
 export CUDA_VISIBLE_DEVICES=$gpu
 IFS=, read -r name total used < <(nvidia-smi -i "$gpu" --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits)
@@ -39,9 +39,9 @@ free=$(df --output=avail -BG "$parent" | tail -n 1 | tr -dc 0-9)
 # 4. JAX on that GPU.
 "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' || fail "JAX sees no GPU: pip install 'sst-jax[cuda]'"
 
-# 5. Settings, each with its reason; none of XLA's own flags, as none has been measured here.
-# JAX takes three quarters of the card unless told otherwise, and the plan's peak may need more.
+# 5. Settings. No XLA flags, as none has been measured here.
+# JAX takes three quarters of the card by default; the planned peak may need more.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
-# A resumed run finds its step compiled.
+# With the cache a resumed run does not compile its step again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/sst_jax/xla}
 exec "$python" -m sst_jax.train "$@"

@@ -32,7 +32,7 @@ def learning_curve(run: Path, title: str) -> Path:
 def study_figure(
     result: dict[str, Any], outcomes: dict[str, dict[str, np.ndarray]], losses: dict[str, np.ndarray], target: Path
 ) -> Path:
-    """Draws a study: accuracy over length and training loss; with depths, accuracy over depth and overlaps too."""
+    """Draw a study: accuracy over length and training loss; with depths, accuracy over depth and similarities too."""
     deep = {name: found["overlap"] for name, found in outcomes.items() if "overlap" in found}
     figure = new_figure(9.0, 7.0 if deep else 3.6)
     axes = figure.subplots(2 if deep else 1, 2, squeeze=False)
@@ -50,20 +50,19 @@ def study_figure(
             axes[1, 1].hist(deep[name].ravel(), np.linspace(-1, 1, 61), histtype="step", color=colour, density=True)
     for ax, x in (
         (axes[0, 0], "length (positions)"),
-        *(((axes[1, 0], "depth (iterations a position)"),) if deep else ()),
+        *(((axes[1, 0], "iterations per token"),) if deep else ()),
     ):
-        ax.axhline(result["chance"], color="0.6", linewidth=0.8, linestyle=":")
-        ax.set(xlabel=x, ylabel="share of answers right", ylim=(0, 1.05), xticks=ax.get_lines()[0].get_xdata())
+        ax.axhline(result["chance"], color="0.6", linewidth=0.8, linestyle=":", label="chance")
+        ax.set(xlabel=x, ylabel="accuracy", ylim=(0, 1.05), xticks=ax.get_lines()[0].get_xdata())
         ax.grid(alpha=0.3)
     axes[0, 0].legend()
     axes[0, 1].set(xlabel="step", ylabel="training loss (nats)")
     axes[0, 1].grid(alpha=0.3)
     if deep:
-        axes[1, 1].set(xlabel="cosine of a memory after the first and the last iteration", ylabel="density")
+        axes[1, 1].set(xlabel="cosine similarity of a state after the first and the last iteration", ylabel="density")
         axes[1, 1].set(yscale="log", xticks=np.linspace(-1, 1, 5))
-    figure.suptitle(
-        f"{result['task']}, trained at length {result['trained_at']}; mean and range of {result['seeds']} seeds"
-    )
+    seeds = f"mean and range of {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
+    figure.suptitle(f"{result['task']}, from scratch, trained at length {result['trained_at']}; {seeds}")
     figure.savefig(target, dpi=110)
     return target
 

@@ -238,11 +238,11 @@ def summarise(outcomes: dict[str, dict[str, np.ndarray]], times: Sequence[int], 
 
 
 def report(result: dict[str, Any], study: Study) -> None:
-    """The tables that a person reads."""
+    """Print the tables of the summary."""
     lengths = [study.length * factor for factor in study.times]
     print(
-        f"\n{study.task.name}, trained at length {study.length}, {study.schedule.seeds} seeds, {study.rows} new words "
-        f"a length; answers right, mean over seeds [95% over words] (chance {study.task.chance:.2f})"
+        f"\n{study.task.name}, trained at length {study.length}; accuracy on {study.rows} new words a length, "
+        f"seeds: {study.schedule.seeds} (mean) [95% over words]; chance {study.task.chance:.2f}"
     )
     print(f"{'arm':10}" + "".join(f"{f'length {length}':>24}" for length in lengths) + "    each seed, longest")
     for name, cells in result["arms"].items():
@@ -262,7 +262,7 @@ def report(result: dict[str, Any], study: Study) -> None:
                 where = f"depth {record['depth']}" + f" of {record['arm']}"
                 counts = ", ".join(f"{seed['broken']} / {seed['mended']}" for seed in record["seeds"])
                 worst = max(seed["p_holm"] for seed in record["seeds"])
-                print(f"{title} {where}: words broken / mended {counts}; largest Holm p {worst:.2g}")
+                print(f"{title} {where}: regressions / fixes (words) {counts}; largest Holm p {worst:.2g}")
     print(f"\nfigure: {result['figure']}")
 
 
