@@ -140,7 +140,7 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     shared = [*study.overrides, *overrides]
     reference = recipe.resolve(recipe.read(config, [*shared, *ARMS[REFERENCE]]))
     baseline = recipe.resolve(recipe.read(config, [*shared, arms.OFF]))
-    found = arms.costs(reference, baseline, backbone_of(reference.model))
+    found = arms.costs(reference, baseline, backbone_of(reference.model.source))
     own = {name: ARMS[name] if name in ARMS else arms.overrides(name, reference, found) for name in names}
     runs = {
         (name, seed): [*shared, *own[name], f"--config.train.seed={seed}"]

@@ -84,7 +84,7 @@ def training(args: Any) -> list[dict[str, Any]]:
             jobs = {}
             for text in args.forwards.split(","):
                 name, _, passes = text.partition(":")
-                settings = ForwardConfig(name, int(passes or 2), args.remat, dtype)
+                settings = ForwardConfig(name, int(passes or 2), remat=args.remat, dtype=dtype)
                 plain = ModelConfig(config.backbone, None, config.adapter)
                 start = state if name != "plain" else init_state({**fresh, "blend": {}}, optimizer)
                 which = config if name != "plain" else plain

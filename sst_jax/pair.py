@@ -65,12 +65,12 @@ def main(argv: Sequence[str]) -> None:
     stream = recipe.resolve(recipe.read(args.config, overrides))
     arms.check(chosen, stream)
     baseline = recipe.resolve(recipe.read(args.config, [*overrides, arms.OFF]))
-    found = arms.costs(stream, baseline, backbone_of(stream.model))
+    found = arms.costs(stream, baseline, backbone_of(stream.model.source))
     workdir = Path(args.workdir)
     record: dict[str, Any] = {
         "config": args.config, "overrides": overrides, "step_flops": {"stream": found.stream_flops,
         "baseline": found.baseline_flops, "ratio": found.ratio}, "stream_parameters": found.blend_parameters,
-        "seeds": [stream.seed + number for number in range(args.seeds)], "arms": {},
+        "seeds": [stream.train.seed + number for number in range(args.seeds)], "arms": {},
     }  # fmt: skip
     runs: list[tuple[str, Path, list[str]]] = []
     resolved: dict[str, Any] = {}
@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
             for key, there, here in diff(resolved.get("stream", resolved[arm]), resolved[arm])
         ]
         record["arms"][arm] = {
-            "overrides": own, "steps": arm_recipe.steps, "rank": arm_recipe.adapter.rank, "differences": differences,
+            "overrides": own, "steps": arm_recipe.train.steps, "rank": arm_recipe.adapter.rank,
+            "differences": differences,
             "resolved": resolved[arm],
         }  # fmt: skip
         for seed in record["seeds"]:

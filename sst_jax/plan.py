@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
     chosen = [targets.find(name) for name in args.target.split(",")]
     recipe = recipes.resolve(recipes.read(args.config, overrides))
-    backbone = backbone_of(recipe.model)
+    backbone = backbone_of(recipe.model.source)
     found = []
     for target in chosen:
         record = search(args, recipe, backbone, target) if args.search else plan_once(args, recipe, backbone, target)
@@ -83,22 +83,26 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
     """One compile as a JSON-ready record."""
     from sst_jax.inference.decode_state import bytes_per_sequence
     from sst_jax.lab.planning import compile as compiling
-    from sst_jax.model.config import ModelConfig
 
-    config = ModelConfig(backbone, recipe.stream, recipe.adapter)
+    config = recipe.model_config(backbone)
     reserve, data = target.reserve, recipe.data
     record = {
         "target": target.name, "title": target.title, "chips": target.chips, "memory": target.memory,
-        "reserve": reserve, "quantize": recipe.quantize, "dtype": recipe.dtype,
+        "reserve": reserve, "quantize": recipe.model.quantize, "dtype": recipe.model.dtype,
     }  # fmt: skip
     if args.decode:
         record |= {
             "rows": args.rows, "capacity": args.capacity, "depth": args.depth,
-            "cache_per_sequence": bytes_per_sequence(config, args.capacity, recipe.dtype),
+            "cache_per_sequence": bytes_per_sequence(config, args.capacity, recipe.model.dtype),
         }  # fmt: skip
     else:
         forward = recipe.forward.forward
-        record |= {"batch_size": data.batch_size, "length": data.length, "forward": forward, "steps": recipe.steps}
+        record |= {
+            "batch_size": data.batch_size,
+            "length": data.length,
+            "forward": forward,
+            "steps": recipe.train.steps,
+        }
     try:
         if args.decode:
             plan = compiling.plan_decoding(recipe, backbone, target, args.rows, args.capacity, args.depth)
@@ -119,7 +123,7 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
         "assumed_seconds": assumed, "tokens_per_second": tokens / assumed,
     }  # fmt: skip
     if not args.decode:
-        record["hours"] = assumed * recipe.steps / 3600
+        record["hours"] = assumed * recipe.train.steps / 3600
     if target.chips > 1:
         record["sent_seconds"] = sum(plan.sent.values()) / target.link
     return record

@@ -23,14 +23,14 @@ def split_problems(data: DataConfig, seed: int) -> tuple[Sequence[Problem], Sequ
 
     Raises: InputError when the dataset is missing, empty or smaller than data.heldout.
     """
-    kind, _, part = data.name.partition(":")
+    kind, _, part = data.dataset.partition(":")
     if part == RESULT:
         training, heldout = split_problems(dataclasses.replace(data, name=kind), seed)
         return result_only(training), result_only(heldout)
     if (spec := parse(data.name)) is not None:
         stories = functools.partial(Stories, spec, seed=seed)
         return stories("train", data.limit or GENERATED), stories("validation", data.heldout)
-    if data.name == "words":
+    if kind == "words":
         return word_problems("train", data.limit or GENERATED, seed), word_problems("test", data.heldout, seed)
     problems = list(load_gsm8k(data.path, "train"))
     if len(problems) <= data.heldout:

@@ -1,7 +1,8 @@
 """Recipes: every knob of a training run with its default, as a locked ConfigDict, and its way into dataclasses.
 
 A file in `configs/` calls `defaults()`, sets what it is about and returns it; a misspelt knob is an error there and on
-the command line. Nothing below the commands sees a ConfigDict: `resolve` turns one into frozen, validated dataclasses.
+the command line. A section of a recipe is a frozen dataclass that checks itself: its docstring is the place where its
+knobs are documented, its defaults are theirs. `Recipe` holds the sections and checks them against one another.
 """
 
 from __future__ import annotations
@@ -9,35 +10,112 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from sst_jax.data import tracking
 from sst_jax.data.problems import RESULT
 from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
 from sst_jax.model import rules
-from sst_jax.model.config import AdapterConfig, StreamConfig, from_mapping
+from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.model.quantization import nf4
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
-from sst_jax.training.step import ForwardConfig
+from sst_jax.training.step import ForwardConfig, ForwardSchedule
+
+DTYPES = ("float32", "bfloat16")
+DATASETS = ("gsm8k", "words", "auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Section `model`: the frozen base.
+
+    source     a folder, a hub id, a GGUF file, "package:NAME" or "random:PRESET"
+    dtype      type of the base and of activations: "float32" or "bfloat16"
+    quantize   storage of the base's linears: "none", "nf4" or "nf4_double"
+    attention  kernel that attends over whole sequences: "auto", "xla", "cudnn" or "splash" (`model/kernels.py`)
+    """
+
+    source: str = ""
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
+        if self.quantize not in nf4.KINDS:
+            raise InputError(f"model.quantize={self.quantize!r} is not one of {', '.join(nf4.KINDS)}")
+        if not self.source:
+            raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSection:
+    """Section `stream`, whose knobs stand side by side in a recipe: `on`, those of `StreamConfig`, those of
+    `ForwardSchedule`.
+
+    on        whether the model has a stream; without it the plain backbone trains its adapter
+    state     the mechanism
+    schedule  which forward trains it at which step
+    """
+
+    on: bool = True
+    state: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    schedule: ForwardSchedule = dataclasses.field(default_factory=ForwardSchedule)
+
+    @classmethod
+    def from_knobs(cls, knobs: Mapping[str, Any]) -> StreamSection:
+        """Return the section of a recipe's knobs.
+
+        Raises: InputError naming the knob.
+        """
+        scheduling = _defaults(ForwardSchedule)
+        return cls(
+            knobs["on"],
+            from_mapping(StreamConfig, {key: value for key, value in knobs.items() if key not in ("on", *scheduling)}),
+            from_mapping(ForwardSchedule, {key: knobs[key] for key in scheduling}),
+        )
+
+    def to_knobs(self) -> dict[str, Any]:
+        """Return the knobs as `from_knobs` takes them."""
+        return {**dataclasses.asdict(self.state), "on": self.on, **dataclasses.asdict(self.schedule)}
+
+    @property
+    def config(self) -> StreamConfig | None:
+        """The mechanism, None where it is off."""
+        return self.state if self.on else None
+
+    def forward(self, **settings: str) -> ForwardConfig:
+        """Return the forward that trains: the schedule's, "plain" without a stream.
+
+        settings: fields of ForwardConfig that the schedule does not have.
+        """
+        schedule = dataclasses.asdict(self.schedule) if self.on else {"forward": "plain"}
+        return ForwardConfig(**schedule, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """name: "gsm8k", "words" (the embedded word problems) or "auto" (gsm8k where a path is given, else words); with
-    ":result" behind it only the result is learned, without the steps. Or a story of `data/tracking.py`, as "boxes:1-4".
+    """Section `data`: what is learned, and how it is put into rows.
 
-    path: a folder with GSM8K's JSONL files, or a hub id.
-
-    heldout: examples kept out of training by seed, for the loss before, during and after; of GSM8K they come from the
-    training split, the test split is never read here. limit: use at most so many training examples (0: all).
-    format: "plain" or "chat". overlong: what an example that does not fit a row is, an "error" or "drop".
+    name        "gsm8k", "words" (the embedded word problems) or "auto" (gsm8k where a path is given, else words); with
+                ":result" behind it only the result is learned, without the steps. Or a story of `data/tracking.py`, as
+                "boxes:1-4".
+    path        a folder with GSM8K's JSONL files, or a hub id
+    length      positions of a row
+    batch_size  rows of a batch
+    pack        whether a row holds several documents
+    format      "plain" or "chat"
+    heldout     examples kept out of training by seed, for the loss before, during and after; of GSM8K they come from
+                the training split, the test split is never read here
+    limit       use at most so many training examples (0: all)
+    overlong    what an example that does not fit a row is: an "error", or left out ("drop")
     """
 
     name: str = "gsm8k"
@@ -52,11 +130,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         kind, colon, part = self.name.partition(":")
-        if tracking.parse(self.name) is None and (kind not in ("gsm8k", "words", "auto") or (colon and part != RESULT)):
-            known = ", ".join(map(repr, ("gsm8k", "words", "auto", *tracking.STORIES)))
+        if tracking.parse(self.name) is None and (kind not in DATASETS or (colon and part != RESULT)):
+            known = ", ".join(map(repr, (*DATASETS, *tracking.STORIES)))
             raise InputError(f"data.name={self.name!r} is not one of {known}, nor one of the first with :{RESULT}")
-        if kind == "auto":
-            object.__setattr__(self, "name", ("gsm8k" if self.path else "words") + colon + part)
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
@@ -65,97 +141,191 @@ class DataConfig:
         if self.format not in FORMATS:
             raise InputError(f"data.format={self.format!r} is not one of {', '.join(map(repr, FORMATS))}")
 
+    @property
+    def dataset(self) -> str:
+        """`name`, with "auto" decided."""
+        kind, colon, part = self.name.partition(":")
+        return ("gsm8k" if self.path else "words") + colon + part if kind == "auto" else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Section `train`: how long a run is, and what it measures and keeps on its way.
+
+    steps          batches that are trained on
+    seed           of the data's order, of fresh parameters, of dropout and of drawn forwards
+    log_every      steps between two lines of metrics.jsonl
+    eval_every     steps between two held-out losses
+    eval_forward   forward that the held-out loss is evaluated with; without a stream it is "plain"
+    save_every     steps between two checkpoints
+    keep           checkpoints that stay
+    remat          activations kept for the backward pass, see `decoder.REMAT`
+    max_skipped    steps skipped one after another, for numbers that are not finite, that end the run
+    sample_tokens  length of the answers written at the end
+    """
+
+    steps: int = 100
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 50
+    eval_forward: str = "exact"
+    save_every: int = 50
+    keep: int = 2
+    remat: str = "layer"
+    max_skipped: int = 10
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "sample_tokens"):
+            if getattr(self, field) < 1:
+                raise InputError(f"train.{field}={getattr(self, field)} must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"train.seed={self.seed} must not be negative")
+        if self.eval_forward not in rules.FORWARDS:
+            raise InputError(f"train.eval_forward={self.eval_forward!r} is not one of {', '.join(rules.FORWARDS)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A resolved run."""
+    """A run, section by section; see the sections for their knobs."""
 
-    model: str
-    dtype: str
-    quantize: str
-    stream: StreamConfig | None
+    model: SourceConfig
+    stream: StreamSection
     adapter: AdapterConfig
-    forward: ForwardConfig
-    heldout_forward: ForwardConfig
     optimizer: OptimizerConfig
     data: DataConfig
     mesh: MeshConfig
-    steps: int
-    seed: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep: int
-    max_skipped: int
-    sample_tokens: int
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        steps, accumulate, stream = self.train.steps, self.optimizer.accumulate, self.stream.config
+        if steps % accumulate:
+            raise InputError(
+                f"train.steps={steps} must be a multiple of optimizer.accumulate={accumulate}: the "
+                "micro-batches left over would change nothing"
+            )
+        if stream is not None and stream.layers == ():
+            raise InputError("stream.layers is empty: a stream needs a layer that carries it")
+        if self.adapter.rank and not self.adapter.targets:
+            raise InputError(f"adapter.rank={self.adapter.rank} needs linears: adapter.targets is empty")
+        if stream is not None and stream.alpha is not None and stream.alpha_warmup:
+            raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a learned alpha; stream.alpha fixes it")
+        _ = self.forward, self.heldout_forward  # their checks
+
+    @property
+    def forward(self) -> ForwardConfig:
+        """The forward that trains."""
+        return self.stream.forward(remat=self.train.remat, dtype=self.model.dtype, attention=self.model.attention)
+
+    @property
+    def heldout_forward(self) -> ForwardConfig:
+        """The forward that held-out losses are evaluated with."""
+        name, forward = self.train.eval_forward if self.stream.on else "plain", self.forward
+        # With the passes of training where the same forward trains, else with the forward's own.
+        passes = forward.passes if name == forward.forward else ForwardSchedule.passes
+        return ForwardConfig(name, passes=passes, remat="none", dtype=self.model.dtype, attention=self.model.attention)
+
+    def with_schedule(self, schedule: ForwardSchedule) -> Recipe:
+        """Return the recipe that trains by this schedule."""
+        own = ForwardSchedule(**{name: getattr(schedule, name) for name in _defaults(ForwardSchedule)})
+        return dataclasses.replace(self, stream=dataclasses.replace(self.stream, schedule=own))
+
+    def model_config(self, backbone: BackboneConfig) -> ModelConfig:
+        """Return the config of the model that trains on this backbone."""
+        return ModelConfig(backbone, self.stream.config, self.adapter)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as its run records it: without the mesh, as a run resumes on any number of devices."""
+        sections = {
+            "model": dataclasses.asdict(self.model),
+            "stream": self.stream.to_knobs(),
+            "adapter": dataclasses.asdict(self.adapter),
+            "optimizer": dataclasses.asdict(self.optimizer),
+            "data": dataclasses.asdict(self.data),
+            "train": dataclasses.asdict(self.train),
+        }
+        return json.loads(json.dumps(sections))
 
 
 def with_attention_kernel(recipe: Recipe, pick: Callable[[str, str], str]) -> Recipe:
-    """The recipe with its forwards' attention="auto" decided by `pick(attention, dtype)`."""
-    forwards = {
-        name: dataclasses.replace(part, attention=pick(part.attention, part.dtype))
-        for name, part in (("forward", recipe.forward), ("heldout_forward", recipe.heldout_forward))
-    }
-    return dataclasses.replace(recipe, **forwards)
+    """Return the recipe with attention="auto" decided by `pick(attention, dtype)`."""
+    model = recipe.model
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, attention=pick(model.attention, model.dtype)))
 
 
-def defaults() -> ml_collections.ConfigDict:
-    """All knobs. Sections mirror the dataclasses; their docstrings say what a field means."""
-    config = ml_collections.ConfigDict()
-    config.model = ml_collections.ConfigDict(
-        {"source": "", "dtype": "bfloat16", "quantize": "none", "attention": "auto"}
-    )
-    config.stream = stream_knobs()
-    config.adapter = ml_collections.ConfigDict(_fields(AdapterConfig))
-    config.optimizer = ml_collections.ConfigDict(_fields(OptimizerConfig))
-    config.data = ml_collections.ConfigDict(_fields(DataConfig))
-    config.mesh = ml_collections.ConfigDict(_fields(MeshConfig))
-    config.train = ml_collections.ConfigDict(
+def defaults() -> ConfigDict:
+    """Return all knobs with their defaults, locked; a recipe file sets those that it is about."""
+    config = ConfigDict(
         {
-            "steps": 100,
-            "seed": 0,
-            "log_every": 1,
-            "eval_every": 50,
-            "eval_forward": "exact",
-            "save_every": 50,
-            "keep": 2,
-            "remat": "layer",
-            "max_skipped": 10,
-            "sample_tokens": 64,
+            "model": _knobs(SourceConfig),
+            "stream": stream_knobs(),
+            "adapter": _knobs(AdapterConfig),
+            "optimizer": _knobs(OptimizerConfig),
+            "data": _knobs(DataConfig),
+            "mesh": _knobs(MeshConfig),
+            "train": _knobs(TrainConfig),
         }
     )
     return config.lock()
 
 
-def stream_knobs() -> ml_collections.ConfigDict:
-    """The section `stream`: whether it is on, its own fields, and the forward that trains it."""
-    drawn = {"forward": "two_pass", "passes": 2, "mix_share": 0.0, "mix_passes": 3, "depths": (1,)}
-    return ml_collections.ConfigDict({**_fields(StreamConfig), "on": True, **drawn})
+def stream_knobs() -> ConfigDict:
+    """Return the knobs of the section `stream`."""
+    return ConfigDict({**_knobs(StreamConfig), "on": True, **_knobs(ForwardSchedule)})
 
 
-def stream_settings(knobs: dict[str, Any]) -> tuple[StreamConfig | None, dict[str, Any]]:
-    """The stream of that section, None where it is off, and the fields of ForwardConfig that go with it.
-
-    Raises: InputError naming the field.
-    """
-    knobs = dict(knobs)
-    on = knobs.pop("on")
-    drawn = {name: knobs.pop(name) for name in ("forward", "passes", "mix_share", "mix_passes", "depths")}
-    return (from_mapping(StreamConfig, knobs), drawn) if on else (None, {"forward": "plain"})
+def _defaults(section: type) -> dict[str, Any]:
+    """Return a dataclass's fields with their defaults, unchecked: a recipe without a source is none yet."""
+    return {field.name: field.default for field in dataclasses.fields(section)}
 
 
-def _fields(cls: type) -> dict[str, Any]:
+def _knobs(section: type) -> dict[str, Any]:
+    """Return a section's knobs; those whose default is None get the type that a value would have."""
     optional = {"alpha": config_dict.placeholder(float), "layers": config_dict.placeholder(tuple)}
-    values = dataclasses.asdict(cls())
-    return {name: optional[name] if value is None else value for name, value in values.items()}
+    return {name: optional[name] if value is None else value for name, value in _defaults(section).items()}
 
 
-def read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    """The recipe at `path` (with an optional :argument) with `--config.key=value` overrides.
+def resolve(config: ConfigDict) -> Recipe:
+    """Check a recipe's knobs and freeze them.
+
+    Raises: InputError naming the knob.
+    """
+    if "kind" in config:
+        raise InputError(
+            f"this recipe trains from scratch (kind={config.kind!r}): `python -m sst_jax.train` alone takes it"
+        )
+    knobs: dict[str, dict[str, Any]] = config.to_dict()
+    return Recipe(
+        model=from_mapping(SourceConfig, knobs["model"]),
+        stream=StreamSection.from_knobs(knobs["stream"]),
+        adapter=from_mapping(AdapterConfig, knobs["adapter"]),
+        optimizer=from_mapping(OptimizerConfig, knobs["optimizer"]),
+        data=from_mapping(DataConfig, knobs["data"]),
+        mesh=from_mapping(MeshConfig, knobs["mesh"]),
+        train=from_mapping(TrainConfig, knobs["train"]),
+    )
+
+
+def read_recipe(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
+    """Return the recipe at `path`, checked: `read`, then `resolve`.
+
+    Args:
+        path: a recipe file, with an optional :argument, as --config takes it.
+        overrides: knobs by their dotted names, {"train.steps": 200}, or flags as --config.train.steps=200.
+
+    Raises: InputError naming the file, the knob or the value.
+    """
+    if isinstance(overrides, Mapping):
+        overrides = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return resolve(read(path, overrides))
+
+
+def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Return the knobs of the recipe at `path` (with an optional :argument) with `--config.key=value` overrides.
 
     A recipe is a Python file that the user names, the one place where code is run on request.
 
-    Raises: InputError naming the file, the key or the value.
+    Raises: InputError naming the file, the knob or the value.
     """
     file = pathlib.Path(path.split(":", 1)[0])
     if not file.is_file():
@@ -176,69 +346,6 @@ def read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     return values.config
 
 
-def recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A recipe as its run records it, JSON-ready: without the mesh, as a run goes on on any number of devices."""
-    values = json.loads(config.to_json_best_effort())
-    del values["mesh"]
-    return values
-
-
-def resolve(config: ml_collections.ConfigDict) -> Recipe:
-    """Checks a recipe and freezes it.
-
-    Raises: InputError naming the field.
-    """
-    if "kind" in config:
-        raise InputError(
-            f"this recipe trains from scratch (kind={config.kind!r}): `python -m sst_jax.train` alone takes it"
-        )
-    (stream, drawn), train = stream_settings(config.stream.to_dict()), config.train.to_dict()
-    dtype = config.model.dtype
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"model.dtype={dtype!r} is not one of 'float32', 'bfloat16'")
-    if config.model.quantize not in nf4.KINDS:
-        raise InputError(f"model.quantize={config.model.quantize!r} is not one of {', '.join(nf4.KINDS)}")
-    if not config.model.source:
-        raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
-    for key in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "sample_tokens"):
-        if train[key] < 1:
-            raise InputError(f"train.{key}={train[key]} must be at least 1")
-    if train["seed"] < 0:
-        raise InputError(f"train.seed={train['seed']} must not be negative")
-    optimizer = from_mapping(OptimizerConfig, config.optimizer.to_dict())
-    if train["steps"] % optimizer.accumulate:
-        raise InputError(
-            f"train.steps={train['steps']} must be a multiple of optimizer.accumulate={optimizer.accumulate}: the "
-            "micro-batches left over would change nothing"
-        )
-    if stream is not None and stream.layers == ():
-        raise InputError("stream.layers is empty: a stream needs a layer that carries it")
-    adapter = from_mapping(AdapterConfig, config.adapter.to_dict())
-    if adapter.rank and not adapter.targets:
-        raise InputError(f"adapter.rank={adapter.rank} needs linears: adapter.targets is empty")
-    if stream is not None and stream.alpha is not None and stream.alpha_warmup:
-        raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a learned alpha; stream.alpha fixes it")
-    shared = {"dtype": dtype, "attention": config.model.attention}
-    trains = ForwardConfig(remat=train.pop("remat"), **drawn, **shared)
-    judge = train.pop("eval_forward")
-    if judge not in rules.FORWARDS:
-        raise InputError(f"train.eval_forward={judge!r} is not one of {', '.join(rules.FORWARDS)}")
-    judges = ForwardConfig(judge, remat="none", **shared)
-    if stream is None:
-        judges = dataclasses.replace(judges, forward="plain")
-    # Measured with the same number of passes where the same kind of forward measures, else with the forward's own.
-    if judges.forward == trains.forward:
-        judges = dataclasses.replace(judges, passes=trains.passes)
-    return Recipe(
-        model=config.model.source,
-        dtype=dtype,
-        quantize=config.model.quantize,
-        stream=stream,
-        adapter=adapter,
-        forward=trains,
-        heldout_forward=judges,
-        optimizer=optimizer,
-        data=from_mapping(DataConfig, config.data.to_dict()),
-        mesh=from_mapping(MeshConfig, config.mesh.to_dict()),
-        **train,
-    )
+def recorded(config: ConfigDict) -> dict[str, Any]:
+    """Return knobs as a run records them: `Recipe.to_json`."""
+    return resolve(config).to_json()

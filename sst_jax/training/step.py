@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,21 @@ Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; ans
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig:
-    """Which forward trains: its name, and `passes` for k_pass and local.
+class ForwardSchedule:
+    """Which forward trains, and what it draws: the knobs of a recipe's section `stream` that are about training.
 
-    mix_share of the steps, drawn by seed, run mix_passes passes instead: two_pass and exact become k_pass there.
-    remat: what is kept for the backward pass, see `decoder.REMAT`.
-    depths: every step runs one of these iteration depths, drawn by seed, at all positions.
+    forward     a forward's name
+    passes      passes of k_pass and local
+    mix_share   share of the steps, drawn by seed, that run mix_passes passes instead: two_pass and exact become k_pass
+                there
+    mix_passes  passes of those steps
+    depths      every step runs one of these iteration depths, drawn by seed, at all positions
     """
 
     forward: str = "two_pass"
     passes: int = 2
-    remat: str = "layer"
-    dtype: str = "float32"
     mix_share: float = 0.0
     mix_passes: int = 3
-    attention: str = "xla"
     depths: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
@@ -47,25 +47,42 @@ class ForwardConfig:
         if self.mix_share and self.forward == "plain":
             raise InputError("stream.mix_share needs a forward with a stream, not 'plain'")
         rules.check("k_pass", self.mix_passes, depth=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig(ForwardSchedule):
+    """A schedule, and how its forwards are computed.
+
+    remat      activations kept for the backward pass, see `decoder.REMAT`
+    dtype      of activations: "float32" or "bfloat16"
+    attention  kernel that attends over whole sequences
+    """
+
+    remat: str = "layer"
+    dtype: str = "float32"
+    attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.remat not in REMAT:
             raise InputError(f"train.remat={self.remat!r} is not one of {', '.join(map(repr, REMAT))}")
 
     def at(self, step: int, seed: int) -> ForwardConfig:
-        """What runs at one step, at one depth; the same on every resume, as it depends on seed and step alone."""
+        """Return the forward of one step, at one depth; it depends on seed and step alone, so on every resume too."""
         rng = np.random.default_rng((seed, step))
         mixed = rng.random() < self.mix_share
         return self._drawn(int(rng.choice(self.depths)), mixed)
 
     def draws(self) -> list[tuple[float, ForwardConfig]]:
-        """Everything that `at` may draw, with its probability."""
-        found = []
+        """Return everything that `at` may draw, with its probability."""
+        drawn = []
         for mixed, share in ((False, 1.0 - self.mix_share), (True, self.mix_share)):
             for depth in dict.fromkeys(self.depths) if share else ():
-                found.append((share * self.depths.count(depth) / len(self.depths), self._drawn(depth, mixed)))
-        return found
+                drawn.append((share * self.depths.count(depth) / len(self.depths), self._drawn(depth, mixed)))
+        return drawn
 
     def _drawn(self, depth: int, mixed: bool) -> ForwardConfig:
-        """One depth, and mix_passes passes where they are mixed in."""
+        """Return the forward of one depth, with mix_passes passes where they are mixed in."""
         one = dataclasses.replace(self, mix_share=0.0, depths=(depth,))
         if not mixed:
             return one
@@ -74,7 +91,7 @@ class ForwardConfig:
 
     @property
     def depth(self) -> int:
-        """Of what `at` has drawn."""
+        """The iteration depth of what `at` has drawn."""
         return self.depths[0]
 
 
@@ -83,10 +100,11 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 []
     trainable: Params  # {"adapter": ..., "blend": ...}, float32
-    optimizer: Any
+    optimizer: optax.OptState
 
 
 def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
@@ -118,7 +136,8 @@ def batch_losses(
         remat=settings.remat,
         attention=settings.attention,
     )
-    return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
+    with jax.named_scope("loss"):
+        return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
 
 
 def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> jax.Array | None:
@@ -163,8 +182,9 @@ def train_step(
         return losses.sum() / count
 
     loss, gradient = jax.value_and_grad(mean_loss)(state.trainable)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    with jax.named_scope("optimizer"):
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
     norm = optax.tree.norm(gradient)
     # Not optax.apply_if_finite, which looks at the gradient alone, and lets it in after some failures in a row.
     good = jnp.isfinite(loss) & jnp.isfinite(norm)

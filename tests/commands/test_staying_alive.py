@@ -133,7 +133,7 @@ def test_data_that_vanished_is_named_and_the_run_stays_as_it_was(tmp_path, capsy
 def test_a_run_folder_that_vanishes_is_not_made_anew(copied, monkeypatch, capsys):
     for later in (3, 4):
         shutil.rmtree(copied / "checkpoints" / str(later))
-    monkeypatch.setattr("sst_jax.console.progress.say", lambda text: (print_line(text), shutil.rmtree(copied)))
+    monkeypatch.setattr("sst_jax.training.loop.print_line", lambda text: (print_line(text), shutil.rmtree(copied)))
     assert train_small(copied) == 1
     assert f"the run folder {copied} is gone" in capsys.readouterr().err
     assert not (copied / "checkpoints").exists()

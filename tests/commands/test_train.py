@@ -100,7 +100,7 @@ def test_killed_for_real_and_restarted(finished, tmp_path, sent):
     _, errors = process.communicate(timeout=300)
     if sent != signal.SIGKILL and process.returncode:
         assert process.returncode == 1
-        assert "the same command goes on" in errors
+        assert "the same command resumes" in errors
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert_same_run(tmp_path / "run", finished)
 

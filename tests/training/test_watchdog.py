@@ -90,7 +90,7 @@ def test_a_stall_is_told_once_with_every_stack(tmp_path, capfd):
         stalls.beat()
         time.sleep(0.5)
     assert stalls.file.read_text().count("nothing for") == 2
-    assert "test_watch.py" in stalls.file.read_text()  # this very line is what the main thread is doing
+    assert "test_watchdog.py" in stalls.file.read_text()  # this very line is what the main thread is doing
     assert capfd.readouterr().err.count("no step has finished") == 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import time
@@ -129,11 +128,11 @@ def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
 
 def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
     """The train step of a recipe whose attention is placed, and what its arguments are under `jax.eval_shape`."""
-    config, data = ModelConfig(backbone, recipe.stream, recipe.adapter), recipe.data
-    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    config, data = recipe.model_config(backbone), recipe.data
+    optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
 
     def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.dtype, recipe.quantize)
+        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
         whole = {name: jnp.zeros((data.batch_size, data.length), jnp.int32) for name in ROWS}
         batch = {**whole, "answer_mask": jnp.zeros((data.batch_size, data.length), bool)}
         return init_state(trainable, optimizer), base, batch, jax.random.key(0)
@@ -150,7 +149,7 @@ def _draws(recipe: Recipe, backbone: BackboneConfig) -> list[tuple[float, Recipe
     """What a recipe's steps may be: with which probability, the recipe of such steps alone, and the work of one."""
     found = []
     for share, drawn in recipe.forward.draws():
-        one = dataclasses.replace(recipe, forward=drawn)
+        one = recipe.with_schedule(drawn)
         step, arguments = training_step(with_attention_kernel(one, lambda *_: "xla"), backbone)
         found.append((share, one, count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))))
     return found
@@ -167,15 +166,20 @@ def plan_decoding(
     recipe: Recipe, backbone: BackboneConfig, target: Target, rows: int, capacity: int, depth: int
 ) -> Plan:
     """Compiles one decode step of `rows` sequences with caches of `capacity` positions, and counts it at `depth`."""
-    config, dtype = ModelConfig(backbone, recipe.stream, recipe.adapter), jnp.dtype(recipe.dtype)
+    config, dtype = recipe.model_config(backbone), recipe.model.dtype
 
     def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.dtype, recipe.quantize)
+        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
         token = jnp.zeros(rows, jnp.int32)
-        return decode_state.init_cache(config, rows, capacity, dtype), {"base": base, **trainable}, token, token
+        return (
+            decode_state.init_cache(config, rows, capacity, jnp.dtype(dtype)),
+            {"base": base, **trainable},
+            token,
+            token,
+        )
 
     def step(caches: decode_state.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
-        hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth, dtype=recipe.dtype)
+        hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth, dtype=dtype)
         return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
 
     mesh = mesh_on(target, recipe.mesh)

@@ -54,8 +54,10 @@ def costs(stream: Recipe, baseline: Recipe, backbone: BackboneConfig) -> Costs:
 
     def blend() -> dict[str, Any]:
         """What the stream learns: parameters of layers that carry no state are there, and do nothing."""
-        whole = trained(stream.adapter, stream.stream)["blend"]
-        return jax.eval_shape(lambda: {name: carriers(stream.stream, jnp.zeros(x.shape)) for name, x in whole.items()})
+        whole = trained(stream.adapter, stream.stream.config)["blend"]
+        return jax.eval_shape(
+            lambda: {name: carriers(stream.stream.state, jnp.zeros(x.shape)) for name, x in whole.items()}
+        )
 
     one = trained(dataclasses.replace(baseline.adapter, rank=1), None)
     return Costs(
@@ -77,7 +79,7 @@ def overrides(arm: str, recipe: Recipe, found: Costs) -> list[str]:
         return [OFF]
     if arm == "compute":
         every = recipe.optimizer.accumulate  # whole updates only
-        return [OFF, f"--config.train.steps={max(round(recipe.steps * found.ratio / every), 1) * every}"]
+        return [OFF, f"--config.train.steps={max(round(recipe.train.steps * found.ratio / every), 1) * every}"]
     if arm == "parameters":
         if not found.blend_parameters:
             raise InputError("the arm parameters has nothing to match: this recipe's stream has no learned parameters")
@@ -97,7 +99,7 @@ def check(arms: Sequence[str], recipe: Recipe) -> None:
             raise InputError(f"--arms names {arm} twice")
     if "stream" not in arms or len(arms) < 2:
         raise InputError(f"--arms {','.join(arms)}: needs stream, and something to compare it with")
-    if recipe.stream is None:
+    if not recipe.stream.on:
         raise InputError("the recipe has its stream off: give the one that has it on, its baseline follows from it")
     if not recipe.adapter.rank:
         raise InputError("adapter.rank=0: a baseline without stream and adapter has nothing to train")

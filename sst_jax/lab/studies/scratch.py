@@ -28,7 +28,7 @@ from sst_jax.errors import InputError
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.training.recipe import stream_knobs, stream_settings
+from sst_jax.training.recipe import StreamSection, stream_knobs
 from sst_jax.training.step import ForwardConfig
 
 KIND = "statetrack"
@@ -105,12 +105,13 @@ class Schedule:
 
 def make_arm(backbone: BackboneConfig, knobs: dict[str, Any]) -> Arm:
     """An arm from the knobs of a section `stream`. Raises: InputError naming the knob."""
-    stream, drawn = stream_settings(knobs)
+    section = StreamSection.from_knobs(knobs)
+    stream = section.config
     if stream is not None and stream.alpha_warmup:
         raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a backbone that a fresh stream disturbs")
     if stream is not None and stream.initial == "skip_bos":
         raise InputError("stream.initial='skip_bos': the words of these tasks have no BOS")
-    return Arm(ModelConfig(backbone, stream), ForwardConfig(remat="none", **drawn))
+    return Arm(ModelConfig(backbone, stream), section.forward(remat="none"))
 
 
 def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: int) -> BackboneConfig:
