@@ -1,7 +1,5 @@
 """Which problems train and which are held out, by the name of the data."""
 
-import dataclasses
-
 import pytest
 
 from sst_jax.errors import InputError
@@ -32,11 +30,11 @@ def test_hidden_steps_change_the_answer_alone(name):
         assert all(problem.answer for problem in problems)
 
 
-def test_auto_becomes_what_it_stands_for():
-    assert data("auto").name == "words"
-    assert data("auto:result").name == "words:result"
-    assert data("auto:result", path="somewhere").name == "gsm8k:result"
-    assert dataclasses.replace(data("auto:result", path="somewhere")).name == "gsm8k:result"
+def test_auto_becomes_what_it_stands_for_and_is_recorded_as_it_was_written():
+    assert data("auto").dataset == "words"
+    assert data("auto:result").dataset == "words:result"
+    assert data("auto:result", path="somewhere").dataset == "gsm8k:result"
+    assert data("auto:result", path="somewhere").name == "auto:result"
 
 
 @pytest.mark.parametrize("name", ["", "gsm8k:steps", "word", "words:", "boxes:none", "boxes:4-1"])
