@@ -1,4 +1,4 @@
-"""Files as the weight formats need them: JSON that names itself when broken, streamed hashes, whole folders or none."""
+"""File helpers: JSON with errors that name the file, streamed hashes, folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK = 1 << 18  # stays in the cache, between being read and being hashed
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a UTF-8 file.
+    """Return the JSON object in a UTF-8 file.
 
     Raises: InputError, naming the file, when it is missing, malformed or not an object.
     """
@@ -35,18 +35,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a name found in a file may be joined to a folder: one component that cannot leave it."""
+    """Return whether a name from a file may be joined to a folder: a single component that cannot leave it."""
     return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of one file's bytes."""
+    """Return the hex SHA-256 of one file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest(files: Iterable[Path], progress: Progress | None = None) -> str:
-    """Hex SHA-256 over the names and contents of files, sorted by name: what a base is recognised by.
+    """Return the hex SHA-256 over names and contents of files, sorted by name; it identifies a base.
 
     Folders do not count, so a copy of a checkpoint elsewhere has the same digest.
     """
@@ -75,7 +75,7 @@ def _refuse_non_empty(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path` that becomes `path` when the block ends well and disappears otherwise.
+    """Yield a temporary sibling of `path` that becomes `path` when the block ends well and disappears otherwise.
 
     Raises: InputError when `path` exists and is not an empty folder, or cannot be made.
     """
@@ -88,7 +88,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error}") from error
     try:
         yield stage
-        _refuse_non_empty(path)  # somebody may have filled it meanwhile
+        _refuse_non_empty(path)  # another process may have filled it meanwhile
         if path.exists():
             path.rmdir()
         stage.rename(path)
@@ -97,7 +97,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, old, new) wherever two JSON values differ, keys written with dots."""
+    """Return (key, old, new) wherever two JSON values differ, keys written with dots."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
         return [found for key in keys for found in diff(old.get(key), new.get(key), f"{path}.{key}" if path else key)]

@@ -1,1 +1,1 @@
-"""What the commands share: exit codes, progress bars, JSON results."""
+"""Shared by the commands: exit codes, progress bars, JSON results."""

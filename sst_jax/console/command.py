@@ -1,4 +1,4 @@
-"""How every command starts and ends: parsing, exit codes, JSON beside the human text.
+"""Start and end of every command: parsing, exit codes, JSON beside the printed text.
 
 Exit codes: 0 success, 2 bad input (one line on standard error that names the culprit), 1 anything else.
 """
@@ -20,7 +20,7 @@ from sst_jax.errors import InputError, RunInterrupted
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with readable help, whose complaints are `InputError`s like all others."""
+    """argparse with readable help, whose errors are `InputError`s."""
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -30,7 +30,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        """Raises: InputError as usual, and where the file of --json, which is written last, could not be."""
+        """Parse as argparse does.
+
+        Raises: InputError on bad arguments, or where the file of --json, which is written last, could not be written.
+        """
         found = super().parse_args(*args, **kwargs)
         if file := getattr(found, "json", None):
             if pathlib.Path(file).is_dir():
@@ -39,15 +42,15 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def takes_overrides(self, example: str = "--config.train.steps=200") -> None:
-        """Adds the knobs of a recipe, which `parse_with_overrides` takes apart from the flags, to the help."""
+        """Add the knobs of a recipe, which `parse_with_overrides` takes apart from the flags, to the help."""
         self.add_argument("--config.KEY=VALUE", action="store_true", help=f"override a knob of the recipe: {example}")
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The flags, and the --config.KEY=VALUE arguments.
+        """Return the flags, and the --config.KEY=VALUE arguments.
 
         Raises: InputError as `parse_args`, and on a knob whose value stands apart.
         """
-        # A known flag may not be mistaken for an override, nor the other way round.
+        # Overrides are taken out first, so that neither is mistaken for the other.
         overrides = [argument for argument in argv if argument.startswith("--config.")]
         for argument, following in itertools.pairwise(argv):
             if argument in overrides and "=" not in argument and not following.startswith("-"):
@@ -56,11 +59,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)` and returns the exit code."""
+    """Run `main(argv)` and returns the exit code."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        # One line, and nothing that a terminal would obey: names out of files are part of the message.
+        # One line without control characters: names from files are part of the message.
         print("error:", "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
         return 2
     except SystemExit as leaving:  # argparse's --help
@@ -81,7 +84,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` beside its place and renames it there, so that a reader never meets half a file."""
+    """Write `value` to a temporary file and rename it, so that a reader never sees half a file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -99,7 +102,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def folder_for(flag: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder that a flag names, made where it is not there.
+    """Return the folder that a flag names, creating it if needed.
 
     Raises: InputError where it cannot be one, or cannot be written to.
     """
@@ -113,7 +116,7 @@ def folder_for(flag: str, path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def new_folder(path: str) -> pathlib.Path:
-    """The folder that --to names.
+    """Return the folder that --to names.
 
     Raises: InputError when it holds anything: checked before any work, and once more when the output is put there.
     """

@@ -1,4 +1,4 @@
-"""Figures that need no display."""
+"""Figures without a display."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches wide and high, drawn by Agg: no display, and no global state as pyplot has."""
+    """Return an empty figure, inches wide and high, drawn by Agg: no display, and none of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

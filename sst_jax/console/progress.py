@@ -1,4 +1,4 @@
-"""Progress bars with rate and ETA on a terminal; nothing at all elsewhere."""
+"""Progress bars with rate and ETA, on a terminal only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 def bar(total: int | None, description: str, unit: str = "it", **kwargs: Any) -> tqdm:
-    """A tqdm bar on standard error, silent when that is not a terminal."""
+    """Return a tqdm bar on standard error, disabled when that is not a terminal."""
     return tqdm(
         total=total,
         desc=description,
@@ -23,6 +23,6 @@ def bar(total: int | None, description: str, unit: str = "it", **kwargs: Any) ->
 
 
 def print_line(text: str) -> None:
-    """Prints a line of human text without tearing a bar that is up."""
+    """Print a line of text without breaking a progress bar that is shown."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()

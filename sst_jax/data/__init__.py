@@ -1,1 +1,1 @@
-"""Data: problems, prompts, tokenizers, packed rows, resumable iterators."""
+"""Data: problems, prompt formats, tokenizers, packed sequences, resumable iterators."""

@@ -1,4 +1,4 @@
-"""Reading a final answer out of generated text, by GSM8K's own rule."""
+"""Extract a final answer from generated text, by GSM8K's own rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FLEXIBLE = re.compile(_NUMBER)
 
 
 def canonical(number: str) -> str:
-    """A number as written, without commas, dollar signs and idle zeros: "$1,200.50" is "1200.5", "18.0" is "18".
+    """Return a number without commas, dollar signs and trailing zeros: "$1,200.50" is "1200.5", "18.0" is "18".
 
     Raises: ValueError when it is not a number.
     """
@@ -30,10 +30,10 @@ def canonical(number: str) -> str:
 
 
 def extract_result(text: str, strict: bool) -> str | None:
-    """The final answer in its canonical form, or None when there is none to read.
+    """Return the final answer in its canonical form, or None when there is none.
 
     strict: the number after the first "####" (openai/grade-school-math, `extract_answer`), allowing for a dollar sign
-    and a unit behind it. Not strict: the last number anywhere.
+    and a unit after it. Not strict: the last number anywhere.
     """
     found = _STRICT.findall(text)[:1] if strict else _FLEXIBLE.findall(text)[-1:]
     return canonical(found[0]) if found else None

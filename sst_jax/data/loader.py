@@ -1,4 +1,4 @@
-"""Packed rows from examples, as a grain iterator that resumes exactly; and fixed batches for held-out evaluation.
+"""Packed sequences from examples, as a grain iterator that resumes exactly, and fixed batches for held-out evaluation.
 
 A batch is a dict of arrays [B, T]: tokens int32; segment_ids int32 (0 is padding, documents count from 1); positions
 int32 (restart at 0 with every document); answer_mask bool (aligned with tokens, see `prompts.Example`).
@@ -20,14 +20,14 @@ from sst_jax.data.prompts import Example, render
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 
-PACKING_BINS = 64  # rows filled side by side: more bins waste less padding, and delay documents by as many rows
+PACKING_BINS = 64  # sequences filled at the same time: more bins waste less padding and delay documents longer
 Batch = dict[str, np.ndarray]
 
 
 def prepare(
     problems: Iterable[Problem], tokenizer: Tokenizer, length: int, format: str = "plain", overlong: str = "error"
 ) -> list[Example]:
-    """Tokenises every problem once and checks it against the row length, before anything trains.
+    """Tokenise every problem once and check it against the sequence length, before training begins.
 
     overlong: "error" raises; "drop" leaves examples of more than `length` tokens out and logs how many.
     Raises: InputError naming an over-long example and the length needed, or when no example is left.
@@ -66,10 +66,10 @@ def rows(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """An iterator over batches of rows of packed documents (pack) or one document a row.
+    """Return an iterator over batches of packed sequences (pack), or of one document a sequence.
 
     Every epoch is reshuffled; the order depends on `seed` alone. `epochs=None` never ends; otherwise the last batch is
-    filled with rows of padding. A shard takes every shard_count-th document of each epoch's order, so shards are
+    filled with padding. A shard takes every shard_count-th document of each epoch's order, so shards are
     disjoint within an epoch and together hold all of it. `get_state`/`set_state` (and `grain.checkpoint`) resume
     exactly, given the same arguments.
     Raises: InputError for no examples, an example longer than `length`, or a bad count.
@@ -82,7 +82,7 @@ def rows(
     _check_lengths(examples, length)
 
     documents = grain.MapDataset.source(examples).seed(seed).shuffle()[shard_index::shard_count].repeat(epochs)
-    # Everything is in memory: reading ahead in threads would only cost.
+    # All examples are in memory: threads that read ahead would only add cost.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if pack:
         dataset = grain.experimental.FirstFitPackIterDataset(
@@ -100,7 +100,7 @@ def rows(
 def fixed_batches(
     examples: Sequence[Example], *, length: int, batch_size: int, pack: bool = False, pad_id: int = 0
 ) -> list[dict[str, Any]]:
-    """All examples once, in their order, as a list of batches; the last is filled with rows of padding.
+    """Return all examples once, in their order, as a list of batches; the last is filled with padding.
 
     Each batch has one more entry, "ids": for each row the example ids of its segments 1, 2, ... in order. With `pack`,
     a document goes into the first row with room for it.
@@ -158,7 +158,7 @@ def _packed_row(row: Batch) -> Batch:
 
 
 def _lay_out(documents: Sequence[Example], length: int) -> Batch:
-    """One row [T] holding the documents one after another."""
+    """Return one sequence [T] that holds the documents one after another."""
     row = {key: np.zeros(length, np.int32) for key in ("tokens", "segment_ids", "positions")}
     row["answer_mask"] = np.zeros(length, bool)
     start = 0

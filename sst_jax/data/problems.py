@@ -1,4 +1,4 @@
-"""Worded problems: GSM8K from a folder or the hub, and an embedded generator that needs neither.
+"""Word problems: GSM8K from a folder or the hub, and an embedded generator that needs neither.
 
 Generated problems are held out twice: the test split has story templates of its own, and numbers whose sum falls in a
 residue class (mod 5) that the training split never uses, so no tuple of numbers is shared. The validation split keeps
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
 
 def result_only(problems: Iterable[Problem]) -> list[Problem]:
-    """The same problems with their intermediate steps hidden."""
+    """Return the same problems without their intermediate steps."""
     return [problem._replace(answer="") for problem in problems]
 
 
@@ -39,9 +39,9 @@ def result_only(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def load_gsm8k(source: str = "openai/gsm8k", split: str = "train", setting: str = "data.path") -> list[Problem]:
-    """GSM8K (arXiv 2110.14168) from a folder holding `{split}.jsonl`, or else from the hub by id.
+    """Return GSM8K (arXiv 2110.14168) from a folder that holds `{split}.jsonl`, else from the hub by id.
 
-    `setting`: what a user sets the source with, for errors.
+    `setting`: the knob or flag that names the source, for error messages.
 
     Raises: InputError naming file and line (or row) of the first bad record, an empty or missing file, a hub id that
     cannot be reached.
@@ -395,7 +395,7 @@ TEST_TEMPLATES = (
 
 
 class WordProblems(Sequence[Problem]):
-    """Generated problems, made when asked for: problem i depends on (split, seed, i) alone."""
+    """Generated problems, made on access: problem i depends on (split, seed, i) alone."""
 
     def __init__(self, split: str, count: int, seed: int = 0):
         if split not in SPLITS:
@@ -428,7 +428,7 @@ class WordProblems(Sequence[Problem]):
 
 
 def _work(template: Template, numbers: Mapping[str, int]) -> dict[str, str] | None:
-    """Each step's variable as its written-out equation, or None when a step has no whole or a negative outcome."""
+    """Return each step's variable as its equation, or None when a step's value is not whole or is negative."""
     known, written = dict(numbers), {}
     for step, _ in template.steps:
         target, _, left, sign, right = step.split()
@@ -441,8 +441,10 @@ def _work(template: Template, numbers: Mapping[str, int]) -> dict[str, str] | No
 
 
 def word_problems(split: str, count: int, seed: int = 0) -> WordProblems:
-    """`count` arithmetic problems of two to five steps with GSM8K-style solutions; results are whole and not negative.
+    """Return `count` arithmetic problems of two to five steps with GSM8K-style solutions.
 
-    Splits are "train", "validation" and "test". Raises: InputError for another split, or a count below one.
+    Results are whole and not negative. Splits are "train", "validation" and "test".
+
+    Raises: InputError for another split, or a count below one.
     """
     return WordProblems(split, count, seed)

@@ -1,4 +1,4 @@
-"""From a problem to an example: prompt and answer as tokens, and which of them are the answer.
+"""Render a problem as an example: prompt and answer as tokens, with a mask of the answer.
 
 Prompt and answer are tokenised apart, so that training sees exactly the prompt that generation is given.
 """
@@ -31,9 +31,9 @@ class Example(NamedTuple):
 
 
 def prompt_tokens(question: str, tokenizer: Tokenizer, format: str = "plain") -> list[int]:
-    """Ids of the prompt, BOS first.
+    """Return the ids of the prompt, BOS first.
 
-    plain: "Question: ...\\nAnswer:", without a space behind it: SentencePiece keeps a space with the word that follows.
+    plain: "Question: ...\\nAnswer:", without a space after it: SentencePiece keeps a space with the word that follows.
     chat: the question as a user turn of the tokenizer's template, then the opening of the model's turn.
     Raises: InputError for another format.
     """
@@ -45,13 +45,16 @@ def prompt_tokens(question: str, tokenizer: Tokenizer, format: str = "plain") ->
 
 
 def answer_text(problem: Problem) -> str:
-    """The worked solution and GSM8K's result line; the result alone where no solution is to be written."""
+    """Return the worked solution with GSM8K's result line, or the result alone where there is no solution."""
     return f"{problem.answer}\n#### {problem.result}" if problem.answer else problem.result
 
 
 def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Example:
-    """The whole example; it begins with `prompt_tokens(problem.question, ...)` and ends the answer with eos (plain) or
-    the end of the turn and a newline, which is not scored (chat). Raises: InputError for another format."""
+    """Return the whole example.
+
+    It begins with `prompt_tokens(problem.question, ...)`; the answer ends with EOS (plain), or with the end of the turn
+    and a newline that is not scored (chat). Raises: InputError for another format.
+    """
     prompt = prompt_tokens(problem.question, tokenizer, format)
     if format == "plain":
         answer, rest = [*tokenizer.encode_text(" " + answer_text(problem)), tokenizer.eos_id], []
@@ -65,7 +68,7 @@ def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Exa
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Records with the text `prompt`: of each line of a text file, or the objects of a .jsonl file, one a line.
+    """Return records with the text `prompt`: one for each line of a text file, or the objects of a .jsonl file.
 
     Raises: InputError naming the file and the line.
     """

@@ -1,4 +1,4 @@
-"""Records of a data set, each with where it stands: from JSON lines, CSV, or the hub."""
+"""Read the records of a data set, each with its place: from JSON lines, CSV, or the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sst_jax.errors import InputError
 
 
 class Record(NamedTuple):
-    """`index` counts lines or rows from 0, empty lines included; `where` says it in words."""
+    """A record; `index` counts lines or rows from 0, empty lines included, and `where` names the place in words."""
 
     index: int
     where: str
@@ -21,7 +21,7 @@ class Record(NamedTuple):
 
 
 def read_jsonl(file: Path) -> Iterator[Record]:
-    """Every record of a file of JSON lines; empty lines are passed over.
+    """Yield every record of a file of JSON lines; empty lines are skipped.
 
     Raises: InputError naming the file, and the line that is not JSON.
     """
@@ -34,7 +34,7 @@ def read_jsonl(file: Path) -> Iterator[Record]:
 
 
 def read_csv(file: Path) -> Iterator[Record]:
-    """Every row of a CSV file with a header, as a dict.
+    """Yield every row of a CSV file with a header, as a dict.
 
     Raises: InputError naming the file, and the line whose cells are not those of the header.
     """
@@ -60,7 +60,7 @@ def _content(file: Path) -> bytes:
 
 
 def read_hub(name: str, subset: str, split: str, advice: str) -> Iterator[Record]:
-    """Every record of a split on the hub.
+    """Yield every record of a split on the hub.
 
     Raises: InputError with `advice` when it cannot be reached; on gated data it says how to be let in.
     """

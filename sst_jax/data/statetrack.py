@@ -1,4 +1,4 @@
-"""Words over small alphabets whose answer is a state: what a tiny model is trained on from scratch.
+"""State-tracking tasks for tiny models: words over small alphabets whose answer is the state of an automaton.
 
 s3, s5       a symbol is a permutation of three or five things; the answer is the product so far
 parity       of the ones so far
@@ -6,9 +6,9 @@ sums         of the digits so far, modulo seven
 arithmetic   additions and multiplications modulo ten; only where "=" stands is the value asked for, and it is never
              written, so that every intermediate result is hidden
 
-The answer at a position is a state after the symbol there, so a model without memory has to work out the whole word
-anew at every position, and one that is trained at one length does not know longer ones. In plain English, for
-pretrained models, the same automata are `data/tracking.py`'s stories.
+The answer at a position is the state after the symbol there. A model without a recurrence has to compute the whole word
+again at every position, and one that is trained at one length has not seen longer ones. `data/tracking.py` has the same
+automata as stories in English, for pretrained models.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Automaton:
 
     @property
     def vocabulary(self) -> int:
-        """Ids that a model needs for symbols and states, which share them."""
+        """Number of ids that a model needs; symbols and states share them."""
         return max(self.table.shape)
 
     @property
     def chance(self) -> float:
-        """How often a blind guess is right."""
+        """Accuracy of a uniform guess."""
         return 1.0 / len(self.table)
 
 
@@ -57,19 +57,22 @@ class Words(NamedTuple):
 
 
 def group(size: int) -> np.ndarray:
-    """The multiplication table of the permutations of `size` things: table[a, b] is "a, then b". 0 is the identity."""
+    """Return the multiplication table of the permutations of `size` things.
+
+    table[a, b] is "a, then b"; 0 is the identity.
+    """
     elements = list(itertools.permutations(range(size)))
     index = {element: number for number, element in enumerate(elements)}
     return np.array([[index[tuple(b[i] for i in a)] for b in elements] for a in elements], np.int32)
 
 
 def cyclic(modulus: int) -> np.ndarray:
-    """Sums modulo `modulus`."""
+    """Return the table of sums modulo `modulus`."""
     return np.add.outer(np.arange(modulus), np.arange(modulus)).astype(np.int32) % modulus
 
 
 def calculator() -> np.ndarray:
-    """Modulo ten: add 1 to 9, multiply by 3, 7 or 9 (which lose nothing), and "=" which leaves the value."""
+    """Return the table modulo ten: add 1 to 9, multiply by 3, 7 or 9 (invertible), and "=", which keeps the value."""
     value = np.arange(10)[:, None]
     return np.hstack([(value + np.arange(1, 10)) % 10, value * np.array([3, 7, 9]) % 10, value]).astype(np.int32)
 
@@ -87,14 +90,14 @@ TASKS = {
 
 
 def find(name: str) -> Automaton:
-    """Raises: InputError with the names there are."""
+    """Return the task of that name. Raises: InputError with the known names."""
     if name not in TASKS:
         raise InputError(f"task.name={name!r} is not one of {', '.join(map(repr, TASKS))}")
     return TASKS[name]
 
 
 def draw(task: Automaton, split: str, rows: int, length: int, seed: tuple[int, ...]) -> Words:
-    """Random words of one split, the same for the same arguments.
+    """Draw random words of one split, the same for the same arguments.
 
     A word's split is a hash of its symbols, so no word is in two of them.
     Raises: InputError for another split, or a length too short for words of every split.
@@ -111,7 +114,7 @@ def draw(task: Automaton, split: str, rows: int, length: int, seed: tuple[int, .
 
 
 def follow(task: Automaton, symbols: np.ndarray) -> Words:
-    """The states that words [B, T] lead through."""
+    """Return the words [B, T] with the state after every symbol."""
     states, state = np.zeros_like(symbols), np.zeros(len(symbols), np.int32)
     for position, column in enumerate(symbols.T):
         states[:, position] = state = task.table[state, column]
@@ -120,17 +123,17 @@ def follow(task: Automaton, symbols: np.ndarray) -> Words:
 
 
 def reread(task: Automaton, words: Words, times: int) -> Words:
-    """The same words with the states that they would lead to if every symbol stood `times` times in a row."""
+    """Return the same words with the states that result if every symbol is repeated `times` times."""
     return words._replace(states=follow(task, np.repeat(words.symbols, times, axis=1)).states[:, times - 1 :: times])
 
 
 def right(words: Words, guesses: np.ndarray) -> np.ndarray:
-    """The answer checker: bool [..., B, T], whether guesses [..., B, T] were asked for and are the state."""
+    """Return bool [..., B, T]: whether guesses [..., B, T] were asked for and equal the state."""
     return words.asked & (guesses == words.states)
 
 
 def residues(symbols: np.ndarray) -> np.ndarray:
-    """The part of all words, [B], that each word [B, T] is in: a polynomial hash, mixed (splitmix64)."""
+    """Return the hash class [B] of each word [B, T], which decides its split: a polynomial hash, mixed (splitmix64)."""
     value = np.full(len(symbols), symbols.shape[1], np.uint64)
     for column in symbols.T:
         value = value * np.uint64(0x9E3779B97F4A7C15) + column.astype(np.uint64) + np.uint64(1)
@@ -141,7 +144,7 @@ def residues(symbols: np.ndarray) -> np.ndarray:
 
 def _symbols(task: Automaton, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
     symbols = rng.integers(0, task.table.shape[1] - task.query, (rows, length), np.int32)
-    if task.query:  # anywhere but at the beginning, and always at the end
+    if task.query:  # never at the beginning, always at the end
         where = rng.random((rows, length)) < QUERIES
         where[:, 0], where[:, -1] = False, True
         symbols[where] = task.table.shape[1] - 1

@@ -1,4 +1,4 @@
-"""Things that change while one reads, in plain English: the question asks for a state that is nowhere written.
+"""State-tracking stories in English: the question asks for a state that the text never writes out.
 
 boxes    three boxes hold an object each and are swapped pair by pair: words in the group S3
 shelves  the same with five shelves: words in S5
@@ -28,13 +28,13 @@ COLOURS = ("red", "blue", "green", "black", "white")
 THINGS = ("key", "coin", "ball", "ring", "book", "cup", "pen", "hat", "shoe", "map", "egg", "bell")
 PEOPLE = ("Ann", "Ben", "Dan", "Eva", "Jack", "Lucy", "Mary", "Tom")
 ROOMS = ("kitchen", "garden", "office", "garage")
-UNITS = (3, 7, 9)  # what may be multiplied by without losing anything of the last digit
+UNITS = (3, 7, 9)  # factors that are invertible modulo ten
 
 Story = tuple[str, str]  # question, result
 
 
 def swaps(places: int, noun: str, rng: random.Random, steps: int) -> Story:
-    """Objects in `places` coloured places, and swaps of two of them."""
+    """Return a story of objects in `places` coloured places, and swaps of two of them."""
     colours, held = COLOURS[:places], rng.sample(THINGS, places)
     holds = [f"the {colour} {noun} has the {thing}" for colour, thing in zip(colours, held, strict=True)]
     text = [f"{', '.join(holds).capitalize()}."]
@@ -47,7 +47,7 @@ def swaps(places: int, noun: str, rng: random.Random, steps: int) -> Story:
 
 
 def rooms(rng: random.Random, steps: int) -> Story:
-    """Four people; each step one of them changes rooms, half of the time to where another one is."""
+    """Return a story of four people; each step one changes rooms, half of the time to where another one is."""
     people = rng.sample(PEOPLE, 4)
     place = {person: rng.choice(ROOMS) for person in people}
     text = [f"{person} is in the {place[person]}." for person in people]
@@ -66,7 +66,7 @@ def rooms(rng: random.Random, steps: int) -> Story:
 
 
 def chain(rng: random.Random, steps: int) -> Story:
-    """A number modulo ten under additions and multiplications."""
+    """Return a story of a number modulo ten under additions and multiplications."""
     value = rng.randrange(10)
     text = [f"Begin with {value}."]
     for _ in range(steps):
@@ -82,7 +82,7 @@ def chain(rng: random.Random, steps: int) -> Story:
 
 
 def lamp(rng: random.Random, steps: int) -> Story:
-    """A lamp whose switch people press or leave alone."""
+    """Return a story of a lamp whose switch people press or leave alone."""
     on = rng.random() < 0.5
     text = [f"The lamp in the {rng.choice(ROOMS)} is {'on' if on else 'off'}."]
     for _ in range(steps):
@@ -93,7 +93,7 @@ def lamp(rng: random.Random, steps: int) -> Story:
 
 
 def clock(rng: random.Random, steps: int) -> Story:
-    """A clock of twelve hours."""
+    """Return a story of a clock of twelve hours."""
     hour = rng.randrange(12)
     text = [f"It is {hour or 12} o'clock."]
     for _ in range(steps):
@@ -122,7 +122,7 @@ class Spec(NamedTuple):
 
 
 def parse(name: str) -> Spec | None:
-    """The stories that `name` asks for ("boxes", "boxes:6", "boxes:1-4"), or None where it is not about stories.
+    """Return the stories that `name` asks for ("boxes", "boxes:6", "boxes:1-4"), or None for other names.
 
     Raises: InputError where what follows the colon is no number of steps.
     """
@@ -139,7 +139,7 @@ def parse(name: str) -> Spec | None:
 
 
 class Stories(Sequence[Problem]):
-    """Problems without a worked solution, made when asked for: story i depends on (spec, split, seed, i) alone."""
+    """Problems without a worked solution, made on access: story i depends on (spec, split, seed, i) alone."""
 
     def __init__(self, spec: Spec, split: str, count: int, seed: int = 0):
         if split not in SPLITS:
@@ -163,5 +163,5 @@ class Stories(Sequence[Problem]):
 
 
 def residue(text: str) -> int:
-    """Which part of all texts this one is in, by its hash."""
+    """Return the hash class of a text, which decides its split."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % RESIDUES
