@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Run `main(argv)` and returns the exit code."""
+    """Run `main(argv)` and return the exit code."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
