@@ -69,7 +69,8 @@ def hidden_apart(
 
 
 def model_config(size: str, rank: int = 32) -> Any:
-    from sst_jax.model.config import PRESETS, AdapterConfig, ModelConfig, StreamConfig
+    from sst_jax.families.registry import PRESETS
+    from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
 
     return ModelConfig(PRESETS[size], StreamConfig(), AdapterConfig(rank=rank))
 

@@ -155,7 +155,7 @@ def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any)
     layout = args.layout or ("text" if args.text_only or sst else facts.get("layout")) or "text"
     tensors, own_config = ({}, {}) if layout == "text" else vision_of(facts)
     if sst:
-        files |= export_format.torch_files(config.backbone.family)
+        files |= export_format.torch_files(config.backbone)
         own_config = ends | export_format.sst_config(config, facts, args.keep_lora)
         tensors = export_format.blend_tensors(params["blend"])
         if args.keep_lora:

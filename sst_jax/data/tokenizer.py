@@ -18,11 +18,10 @@ from typing import Any
 from sst_jax.data import vocabulary as vocabularies
 from sst_jax.data.gguf_header import metadata_of
 from sst_jax.errors import InputError
+from sst_jax.families.registry import TEXT_ENDS, TURN_ENDS
 
 MARKER = "sst_tokenizer.json"  # says which of our own tokenizers a folder holds
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-TURN_ENDS = (END_OF_TURN, "<|im_end|>", "<|eot_id|>")  # Gemma's, SmolLM's and Qwen's, Llama's
-TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what chat models have beside an EOS that ends a turn
 HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

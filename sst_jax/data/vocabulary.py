@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sst_jax.errors import InputError
+from sst_jax.families.registry import SPLITTINGS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same numbers in GGUF and in a ModelProto
 SPACE = "\u2581"  # how a piece writes a space
@@ -245,37 +246,6 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------- byte-level BPE
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(digits: str) -> list[dict[str, Any]]:
-    pattern = {"Regex": f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}"}
-    return [
-        {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ]
-
-
-class Splitting(NamedTuple):
-    """How text is cut into words before merging: what `tokenizer.ggml.pre` stands for (llama.cpp, llama-vocab.cpp)."""
-
-    pre_tokenizers: list[dict[str, Any]]
-    normalizer: dict[str, Any] | None = None
-    ignore_merges: bool = False  # whether a word that is a piece is that piece, however merging would spell it
-
-
-SPLITTINGS = {
-    "smollm": Splitting(
-        [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        ]
-    ),
-    "llama-bpe": Splitting(_split(r"\p{N}{1,3}"), ignore_merges=True),
-    "qwen2": Splitting(_split(r"\p{N}"), {"type": "NFC"}),
-}
 
 
 def byte_level_json(facts: Mapping[str, Any]) -> bytes:

@@ -17,13 +17,6 @@ from sst_jax.errors import InputError
 MAX_LAYERS = 4096  # a file may claim any number; beyond this the claim is nonsense, and tables so long are refused
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
-# What the families of decoders differ in, as fields of `BackboneConfig`; Gemma 3's are the defaults.
-_LLAMA = {
-    "norm_offset": 0.0, "post_norms": False, "qk_norm": False, "activation": "silu", "scale_embedding": False,
-    "window": None,
-}  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {"gemma3": {}, "llama": _LLAMA, "qwen3": {**_LLAMA, "qk_norm": True}}
-
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -67,9 +60,9 @@ def from_mapping(cls: type, mapping: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """Shapes and family facts of a text decoder: Gemma 3 (arXiv 2503.19786), Llama 3 (2407.21783), Qwen 3 (2505.09388).
+    """Shapes of a text decoder, and what its family's block computes; Gemma 3's are the defaults.
 
-    family           whose checkpoints it reads and writes; FAMILIES has the facts that go with each
+    family           whose checkpoints it reads and writes: `families.registry` knows the names, and the facts of each
     layer_types      each layer's attention, "local" (a sliding window, rope_theta_local) or "global" (the whole prefix,
                      rope_theta_global). None: five local layers to one global, or all global without a window.
     rope_scale_global  positions of global layers are divided by it, or with rope_llama3 only the low frequencies' are
@@ -107,7 +100,7 @@ class BackboneConfig:
     tied_head: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("backbone", "family", self.family, tuple(FAMILIES))
+        _require(isinstance(self.family, str), f"backbone.family={self.family!r} must be a name")
         _one_of("backbone", "activation", self.activation, ("gelu_tanh", "silu"))
         whole = ["num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size"]
         for field in whole + ["window"] * (self.window is not None):
@@ -166,86 +159,6 @@ class BackboneConfig:
         norms = (2 + 2 * self.post_norms) * self.d_model + 2 * self.qk_norm * self.head_dim
         tables = (2 - self.tied_head) * self.vocab_size * self.d_model
         return tables + self.d_model + self.num_layers * (linears + norms)
-
-
-def _preset(**fields: Any) -> BackboneConfig:
-    return BackboneConfig(**{"vocab_size": 262_208, "rope_scale_global": 8.0, "max_positions": 131_072, **fields})
-
-
-def _decoder(
-    family: str,
-    num_layers: int,
-    d_model: int,
-    d_ff: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    **fields: Any,
-) -> BackboneConfig:
-    """A decoder with global attention only, whose queries are scaled by its head_dim."""
-    return BackboneConfig(
-        num_layers,
-        d_model,
-        d_ff,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        query_pre_attn_scalar=float(head_dim),
-        family=family,
-        **{**FAMILIES[family], **fields},
-    )
-
-
-_SMOLLM2 = {"vocab_size": 49_152, "norm_eps": 1e-5, "max_positions": 8192}
-_LLAMA3 = {
-    "vocab_size": 128_256, "norm_eps": 1e-5, "max_positions": 131_072, "rope_theta_global": 500_000.0,
-    "rope_llama3": (1.0, 4.0, 8192),
-}  # fmt: skip
-_QWEN3 = {"vocab_size": 151_936, "max_positions": 40_960, "rope_theta_global": 1_000_000.0}
-_TINY = {"vocab_size": 262, "max_positions": 4096}
-
-
-# Shapes as published with the checkpoints. The two smallest are text-only: 64 fewer vocabulary rows, no RoPE scaling.
-PRESETS: dict[str, BackboneConfig] = {
-    "270m": _preset(
-        num_layers=18, d_model=640, d_ff=2048, num_heads=4, num_kv_heads=1, head_dim=256, vocab_size=262_144,
-        window=512, query_pre_attn_scalar=256.0, rope_scale_global=1.0, max_positions=32_768,
-    ),
-    "1b": _preset(
-        num_layers=26, d_model=1152, d_ff=6912, num_heads=4, num_kv_heads=1, head_dim=256, vocab_size=262_144,
-        window=512, query_pre_attn_scalar=256.0, rope_scale_global=1.0, max_positions=32_768,
-    ),
-    "4b": _preset(
-        num_layers=34, d_model=2560, d_ff=10_240, num_heads=8, num_kv_heads=4, head_dim=256,
-        window=1024, query_pre_attn_scalar=256.0,
-    ),
-    "12b": _preset(
-        num_layers=48, d_model=3840, d_ff=15_360, num_heads=16, num_kv_heads=8, head_dim=256,
-        window=1024, query_pre_attn_scalar=256.0,
-    ),
-    "27b": _preset(
-        num_layers=62, d_model=5376, d_ff=21_504, num_heads=32, num_kv_heads=16, head_dim=128,
-        window=1024, query_pre_attn_scalar=168.0,
-    ),
-    # Random weights, the byte tokenizer: for tests and `configs/tiny.py`. Seven layers, so that a global one is inside.
-    "tiny": _preset(
-        num_layers=7, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=262,
-        window=16, query_pre_attn_scalar=16.0, rope_scale_global=1.0, max_positions=4096,
-    ),
-    # The other families; the word in front of a hub id's size is part of the name.
-    "smollm2-135m": _decoder("llama", 30, 576, 1536, 9, 3, 64, rope_theta_global=100_000.0, **_SMOLLM2),
-    "smollm2-360m": _decoder("llama", 32, 960, 2560, 15, 5, 64, rope_theta_global=100_000.0, **_SMOLLM2),
-    "smollm2-1.7b": _decoder("llama", 24, 2048, 8192, 32, 32, 64, rope_theta_global=130_000.0, **_SMOLLM2),
-    "llama-3.2-1b": _decoder("llama", 16, 2048, 8192, 32, 8, 64, rope_scale_global=32.0, **_LLAMA3),
-    "llama-3.2-3b": _decoder("llama", 28, 3072, 8192, 24, 8, 128, rope_scale_global=32.0, **_LLAMA3),
-    "llama-3.1-8b": _decoder("llama", 32, 4096, 14_336, 32, 8, 128, rope_scale_global=8.0, tied_head=False, **_LLAMA3),
-    "qwen3-0.6b": _decoder("qwen3", 28, 1024, 3072, 16, 8, 128, **_QWEN3),
-    "qwen3-1.7b": _decoder("qwen3", 28, 2048, 6144, 16, 8, 128, **_QWEN3),
-    "qwen3-4b": _decoder("qwen3", 36, 2560, 9728, 32, 8, 128, **_QWEN3),
-    "qwen3-8b": _decoder("qwen3", 36, 4096, 12_288, 32, 8, 128, tied_head=False, **_QWEN3),
-    "tiny-llama": _decoder("llama", 4, 64, 128, 4, 2, 16, **_TINY),
-    "tiny-qwen3": _decoder("qwen3", 4, 64, 128, 4, 2, 16, tied_head=False, **_TINY),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

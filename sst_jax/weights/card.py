@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sst_jax.families.registry import family_of
 from sst_jax.model.config import ModelConfig
 from sst_jax.weights.export_format import origin
 
@@ -52,14 +53,6 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FO
 ```""",
 }
 
-LICENCES = {
-    "gemma3": (
-        "gemma",
-        "A derivative of Gemma: the [Gemma Terms of Use](https://ai.google.dev/gemma/terms) and their prohibited use\n"
-        "policy bind it and whatever is made from it.",
-    ),
-}
-
 
 def public_name(path: str) -> str:
     """How to call a base in public: a hub id or a package as it is, a folder or file on this disk by its last name."""
@@ -83,7 +76,7 @@ def model_card(
     """
     source = origin(facts)
     base, invented = public_name(source["path"]), source["kind"] == "random"
-    licence, terms = LICENCES.get(config.backbone.family, (None, "The terms of the base model bind this one too."))
+    licence, terms = family_of(config.backbone).licence or (None, "The terms of the base model bind this one too.")
     if invented:
         licence, terms = None, "The base has random weights: there are no terms to pass on."
     meta: dict[str, Any] = {

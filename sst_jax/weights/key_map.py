@@ -1,14 +1,11 @@
-"""The name tables: where each tensor of a checkpoint belongs in the base tree, read in both directions.
+"""Where each tensor of a checkpoint belongs in the base tree, read in both directions, by the families' own tables.
 
-One table a family. The base tree is nested dicts with layers stacked on axis 0; linear kernels are [in, out], the
-transpose of PyTorch's. Converting only renames, transposes and stacks, so a round trip is bit for bit. GGUF is
-read-only: it stores Gemma's norm weights as 1 + w and Llama's rotated pairs side by side, which the tables take back.
+The base tree is nested dicts with layers stacked on axis 0; linear kernels are [in, out], the transpose of PyTorch's.
+Converting only renames, transposes and stacks, so a round trip is bit for bit. GGUF is read-only: it stores Gemma's
+norm weights as 1 + w and Llama's rotated pairs side by side, which the transforms take back.
 
-Hugging Face checkpoints of Gemma come with three spellings of the same keys. `LAYOUTS` names them:
-
-    text           model.layers.0...                  Gemma3ForCausalLM
-    multimodal     language_model.model.layers.0...   Gemma3ForConditionalGeneration, as on the hub
-    multimodal_v5  model.language_model.layers.0...   the same, as transformers 5 names it in memory
+Hugging Face checkpoints of one family may come with several spellings of the same keys, its layouts ("text" is all
+families'; `families.registry.LAYOUTS`).
 """
 
 from __future__ import annotations
@@ -21,64 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sst_jax.errors import InputError
+from sst_jax.families.base import ParamSpec
+from sst_jax.families.registry import IGNORED, LAYOUTS, family_of
 from sst_jax.model.config import BackboneConfig
-
-
-class ParamSpec(NamedTuple):
-    path: str  # path in the base tree; slots under "layers/" are stacked over L
-    axes: str  # of one layer's array in the tree; P = N * H, Q = K * H, the others as in `sst_jax.types`
-    huggingface: str  # key, with {layer}
-    gguf: str
-    transform: str
-
-
-def _layer(slot: str, axes: str, huggingface: str, gguf: str, transform: str) -> ParamSpec:
-    return ParamSpec(
-        f"layers/{slot}",
-        axes,
-        f"model.layers.{{layer}}.{huggingface}.weight",
-        f"blk.{{layer}}.{gguf}.weight",
-        transform,
-    )
-
-
-GEMMA3 = (
-    ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
-    ParamSpec("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "norm"),
-    _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "norm"),
-    _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "transpose"),
-    _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "transpose"),
-    _layer("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
-    _layer("q_norm/scale", "H", "self_attn.q_norm", "attn_q_norm", "norm"),
-    _layer("k_norm/scale", "H", "self_attn.k_norm", "attn_k_norm", "norm"),
-    _layer("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
-    _layer("post_attn_norm/scale", "D", "post_attention_layernorm", "post_attention_norm", "norm"),
-    _layer("pre_ffn_norm/scale", "D", "pre_feedforward_layernorm", "ffn_norm", "norm"),
-    _layer("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
-    _layer("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
-    _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
-    _layer("post_ffn_norm/scale", "D", "post_feedforward_layernorm", "post_ffw_norm", "norm"),
-)
-LLAMA = (
-    ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
-    ParamSpec("head/embedding", "VD", "lm_head.weight", "output.weight", "copy"),
-    ParamSpec("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "copy"),
-    _layer("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "copy"),
-    _layer("q/kernel", "DP", "self_attn.q_proj", "attn_q", "rotary"),
-    _layer("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "rotary"),
-    _layer("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
-    _layer("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
-    _layer("pre_ffn_norm/scale", "D", "post_attention_layernorm", "ffn_norm", "copy"),
-    _layer("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
-    _layer("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
-    _layer("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
-)
-QWEN3 = (
-    *(row._replace(transform="transpose") if row.transform == "rotary" else row for row in LLAMA),
-    _layer("q_norm/scale", "H", "self_attn.q_norm", "attn_q_norm", "copy"),
-    _layer("k_norm/scale", "H", "self_attn.k_norm", "attn_k_norm", "copy"),
-)
-TABLES = {"gemma3": GEMMA3, "llama": LLAMA, "qwen3": QWEN3}
 
 
 def _halves(kernel: np.ndarray, head_dim: int) -> np.ndarray:
@@ -98,11 +40,6 @@ TRANSFORMS: dict[str, dict[str, Callable[[np.ndarray, int], np.ndarray]]] = {
     },
 }  # fmt: skip
 
-LAYOUTS = {"text": "model.", "multimodal": "language_model.model.", "multimodal_v5": "model.language_model."}
-VISION = {
-    "huggingface": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-    "gguf": ("v.", "mm."),
-}
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
 
 
@@ -123,8 +60,8 @@ class Binding(NamedTuple):
 
 
 def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
-    """The rows of a config's family; without the output head where it is tied."""
-    return tuple(row for row in TABLES[config.family] if not (config.tied_head and row.path == "head/embedding"))
+    """Return the arrays of a config's base tree: its family's, without the output head where it is tied."""
+    return tuple(row for row in family_of(config).params if not (config.tied_head and row.path == "head/embedding"))
 
 
 def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
@@ -161,10 +98,10 @@ def normalise(key: str, kind: str = "huggingface") -> tuple[str | None, str | No
 
     The layout is None where the key does not tell: vision, a tied head, anything unknown, and all of GGUF.
     """
-    if key.startswith(VISION[kind]):
+    if key.startswith(IGNORED[kind]):
         return None, None
     if kind == "huggingface":
-        for layout in ("multimodal", "multimodal_v5", "text"):  # the longer prefixes first
+        for layout in sorted(LAYOUTS, key=lambda layout: len(LAYOUTS[layout]), reverse=True):  # the longest first
             if key.startswith(LAYOUTS[layout]):
                 return LAYOUTS["text"] + key.removeprefix(LAYOUTS[layout]), layout
     return key, None

@@ -21,21 +21,16 @@ from safetensors.numpy import load_file
 from sst_jax.console.progress import bar
 from sst_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sst_jax.errors import InputError
+from sst_jax.families.registry import HUB_NAMES, PRESETS, family_of
 from sst_jax.files import digest, read_json, sha256
 from sst_jax.model import decoder, sharding
-from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
+from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import export_format, gguf, huggingface, key_map, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
 from sst_jax.weights.source import Source, fill_base, lazy_base
 
 RUN_FILES = ("config.json", "base.json")
-
-# What the hub's names of the presets hold, in small letters.
-_HUB_NAMES = {
-    ("gemma-3-" if preset.family == "gemma3" else "") + name: preset
-    for name, preset in PRESETS.items() if not name.startswith("tiny")
-}  # fmt: skip
 
 
 class LoadedModel(NamedTuple):
@@ -95,7 +90,7 @@ def backbone_of(model: str | Path) -> BackboneConfig:
         return backbone_of(peft.base_of(path)["path"])
     if (path / "config.json").is_file():
         return export_format.backbone_of(path)
-    named = [preset for part, preset in _HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b", name.lower())]
+    named = [preset for part, preset in HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b", name.lower())]
     if not path.exists() and is_hub_id(name) and named:
         return named[0]
     raise InputError(f"{name} does not exist here, and its name does not tell its size (gemma-3-1b and the like do)")
@@ -152,6 +147,7 @@ def open_model(
     if quantize not in nf4.KINDS:
         raise InputError(f"quantize={quantize!r} is not one of {', '.join(nf4.KINDS)}")
     config, params, tokenizer, facts = _open(model, dtype or default_dtype(), quantize, lazy)
+    family_of(config.backbone)  # what a folder of ours records may be of a family that this version does not know
     stored = nf4.kind_of(params["base"])
     if quantize == "none" or stored == quantize:
         return LoadedModel(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})

@@ -10,9 +10,10 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from sst_jax.errors import InputError
+from sst_jax.families import registry
 from sst_jax.files import read_json, staged_folder
 from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig
-from sst_jax.weights import export_format, huggingface, key_map
+from sst_jax.weights import export_format, huggingface
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper around the model
@@ -29,7 +30,7 @@ _HARMLESS = {
 
 def _modules(backbone: BackboneConfig) -> dict[str, str]:
     """Each linear's module inside a layer, as the hub spells it: {"q": "self_attn.q_proj", ...}."""
-    rows = {row.path: row.huggingface for row in key_map.TABLES[backbone.family]}
+    rows = {row.path: row.huggingface for row in registry.family_of(backbone).params}
     return {name: rows[f"layers/{name}/kernel"].split("{layer}.")[1].removesuffix(".weight") for name in LINEARS}
 
 

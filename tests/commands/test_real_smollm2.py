@@ -44,7 +44,7 @@ def theirs():
 
 
 def test_it_is_the_preset(ours):
-    from sst_jax.model.config import PRESETS
+    from sst_jax.families.registry import PRESETS
 
     assert ours.config.backbone == PRESETS["smollm2-135m"]
 

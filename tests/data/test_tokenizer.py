@@ -20,7 +20,7 @@ from sst_jax.data.tokenizer import (
     load_tokenizer,
 )
 from sst_jax.errors import InputError
-from sst_jax.model.config import PRESETS
+from sst_jax.families.registry import PRESETS
 
 HARD_TEXTS = [
     "", " ", "  ", "   leading and trailing   ", "a\tb\t\tc", "\n", "\n\n\n\nx\n\n y", "tab\t \n mixed \n\t\n",

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sst_jax.families.registry import PRESETS
 from sst_jax.inference.decode_state import bytes_per_sequence, decode_step_at_depth, init_cache
 from sst_jax.inference.prefill import capacity_for, padded, prefill
 from sst_jax.model import rules
-from sst_jax.model.config import PRESETS, ModelConfig, StreamConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from tests.support import toys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

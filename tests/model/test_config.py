@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import LINEARS, PRESETS, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
+from sst_jax.families.registry import PRESETS
+from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
 
 residuals = st.builds(
     StreamConfig,
@@ -76,7 +77,7 @@ def test_bad_stream_fields_are_named(fields, culprit):
         ({"head_dim": 7}, "backbone.head_dim"),
         ({"layer_types": ("local",)}, "backbone.layer_types"),
         ({"layer_types": ("cross",) * 7}, "backbone.layer_types"),
-        ({"family": "gemma9"}, "backbone.family"),
+        ({"family": None}, "backbone.family"),
         ({"query_pre_attn_scalar": 0.0}, "backbone.query_pre_attn_scalar"),
         ({"rope_theta_global": "1e6"}, "backbone.rope_theta_global"),
         ({"rope_scale_global": -8.0}, "backbone.rope_scale_global"),

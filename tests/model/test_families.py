@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sst_jax.families.registry import PRESETS
 from sst_jax.inference.sampling import Sampling
 from sst_jax.inference.session import generate_tokens
 from sst_jax.model import decoder, rules
-from sst_jax.model.config import PRESETS, ModelConfig, StreamConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step

@@ -116,7 +116,8 @@ def test_positions_count_within_documents(layout):
 @pytest.mark.parametrize("name", ["plain", "two_pass", "local", "exact"])
 def test_in_float32_a_document_stays_within_rounding_wherever_it_lies(name):
     """The published alphas, logits of 40 tokens alone, packed, and padded on either side: 1e-6 of their norm."""
-    from sst_jax.model.config import PRESETS, ModelConfig, StreamConfig
+    from sst_jax.families.registry import PRESETS
+    from sst_jax.model.config import ModelConfig, StreamConfig
 
     config = ModelConfig(PRESETS["tiny"], StreamConfig())
     params = decoder.init_params(config, jax.random.key(0))

@@ -199,7 +199,8 @@ def test_bfloat16_stays_as_close_as_the_reference_does(pair):
 
 
 def test_block_is_a_module_whose_variables_fall_into_three_trees():
-    from sst_jax.model.config import PRESETS, AdapterConfig, StreamConfig
+    from sst_jax.families.registry import PRESETS
+    from sst_jax.model.config import AdapterConfig, StreamConfig
     from sst_jax.model.layers import Adapter, Base, Blend, Block
 
     config = ModelConfig(PRESETS["27b"], StreamConfig(), AdapterConfig(rank=32))
@@ -233,7 +234,7 @@ def test_block_is_a_module_whose_variables_fall_into_three_trees():
     ],
 )
 def test_presets_have_the_published_size(name, millions):
-    from sst_jax.model.config import PRESETS
+    from sst_jax.families.registry import PRESETS
 
     assert round(PRESETS[name].num_params / 1e6) == millions
     shapes = decoder.abstract_params(ModelConfig(PRESETS[name]), jnp.bfloat16)

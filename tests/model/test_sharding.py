@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sst_jax.errors import InputError
+from sst_jax.families.registry import PRESETS
 from sst_jax.model import sharding
-from sst_jax.model.config import PRESETS, AdapterConfig, ModelConfig, StreamConfig
+from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import init_params
 from sst_jax.model.quantization import nf4
 from sst_jax.model.sharding import AXES, MeshConfig

@@ -469,13 +469,17 @@ def _gguf(file: Path, family: str, keys: dict[str, Any], facts: dict[str, Any]) 
     import gguf
     import numpy as np
 
-    from sst_jax.model.config import FAMILIES
+    from sst_jax.families.registry import BY_NAME
     from sst_jax.weights import key_map
     from tests.support import toys
 
     sizes = {"num_layers": 1, "d_model": 32, "d_ff": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
     backbone = dataclasses.replace(
-        toys.BACKBONE, family=family, layer_types=None, vocab_size=len(facts["tokens"]), **{**FAMILIES[family], **sizes}
+        toys.BACKBONE,
+        family=family,
+        layer_types=None,
+        vocab_size=len(facts["tokens"]),
+        **{**BY_NAME[family].block, **sizes},
     )
     keys = {
         "block_count": 1, "embedding_length": 32, "feed_forward_length": 32, "attention.head_count": 2,

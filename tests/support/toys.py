@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.families.registry import BY_NAME
 from sst_jax.model import rules
-from sst_jax.model.config import FAMILIES, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
+from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import abstract_params
 
 # Seven layers, so that a global one has local ones on both sides; the window is shorter than any text in the tests.
@@ -31,9 +32,9 @@ BACKBONE = BackboneConfig(
 # The other families, every head and norm of its own kind; Llama's scaling cuts in within the tests' lengths.
 _SMALL = {"num_layers": 3, "layer_types": None, "query_pre_attn_scalar": 10.0, "rope_theta_global": 500.0}
 LLAMA = dataclasses.replace(
-    BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 64), tied_head=False, **{**FAMILIES["llama"], **_SMALL}
+    BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 64), tied_head=False, **{**BY_NAME["llama"].block, **_SMALL}
 )
-QWEN3 = dataclasses.replace(BACKBONE, family="qwen3", **{**FAMILIES["qwen3"], **_SMALL})
+QWEN3 = dataclasses.replace(BACKBONE, family="qwen3", **{**BY_NAME["qwen3"].block, **_SMALL})
 SHALLOW = dataclasses.replace(BACKBONE, num_layers=4, layer_types=("local", "global", "local", "local"))
 BOS = 2
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import sst_jax
 from sst_jax.errors import InputError
-from sst_jax.model.config import PRESETS
+from sst_jax.families.registry import PRESETS
 from sst_jax.weights import export_format, huggingface
 from sst_jax.weights.loading import open_model, source_dtype
 from sst_jax.weights.lora import merge

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import FAMILIES, PRESETS, BackboneConfig
+from sst_jax.families.registry import BY_NAME, PRESETS
+from sst_jax.model.config import BackboneConfig
 from sst_jax.model.quantization import nf4
 from sst_jax.weights import gguf as reader
 from sst_jax.weights import key_map
@@ -28,13 +29,13 @@ _SHAPES = {
     "query_pre_attn_scalar": 32.0, "max_positions": 300, "rope_theta_global": 20_000.0,
 }  # fmt: skip
 BACKBONES = {
-    "llama, tied": BackboneConfig(family="llama", **_SHAPES, **FAMILIES["llama"]),
+    "llama, tied": BackboneConfig(family="llama", **_SHAPES, **BY_NAME["llama"].block),
     "llama, llama3": BackboneConfig(
         family="llama", tied_head=False, rope_scale_global=8.0, rope_llama3=(1.0, 4.0, 8192), **_SHAPES,
-        **FAMILIES["llama"],
+        **BY_NAME["llama"].block,
     ),
     "qwen3": BackboneConfig(
-        family="qwen3", tied_head=False, rope_scale_global=4.0, norm_eps=1e-5, **_SHAPES, **FAMILIES["qwen3"]
+        family="qwen3", tied_head=False, rope_scale_global=4.0, norm_eps=1e-5, **_SHAPES, **BY_NAME["qwen3"].block
     ),
 }  # fmt: skip
 PUBLISHED = [name for name, preset in PRESETS.items() if preset.family != "gemma3" and "tiny" not in name]
@@ -177,7 +178,7 @@ def test_any_config_is_read_or_refused(name, data):
 
 
 def test_layouts_are_gemmas_alone(backbone):
-    with pytest.raises(InputError, match="'multimodal' is Gemma 3's"):
+    with pytest.raises(InputError, match="'multimodal' is not one of"):
         config_json(backbone, "float32", "multimodal")
 
 

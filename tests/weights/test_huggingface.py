@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import sst_jax
 from sst_jax.errors import InputError
-from sst_jax.model.config import PRESETS
+from sst_jax.families.registry import PRESETS
 from sst_jax.weights import huggingface, key_map
 from sst_jax.weights.huggingface import INDEX, backbone_from_config, config_json, open_folder, resolve_hub, write_folder
 from sst_jax.weights.source import digest, fill_base

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import FAMILIES, PRESETS, BackboneConfig, ModelConfig
+from sst_jax.families.registry import BY_NAME, PRESETS
+from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.decoder import abstract_params
 from sst_jax.weights import key_map
 
@@ -23,7 +24,7 @@ class Header(NamedTuple):
 
 
 @st.composite
-def backbones(draw, families=tuple(FAMILIES)):
+def backbones(draw, families=tuple(BY_NAME)):
     family = draw(st.sampled_from(families))
     (heads, kv_heads), half = draw(st.sampled_from([(1, 1), (4, 1), (6, 3), (8, 8)])), draw(st.integers(1, 4))
     size = st.integers(1, 40)
@@ -38,7 +39,7 @@ def backbones(draw, families=tuple(FAMILIES)):
         query_pre_attn_scalar=1.0,
         family=family,
         tied_head=family == "gemma3" or draw(st.booleans()),
-        **{"window": 4, **FAMILIES[family]},
+        **{"window": 4, **BY_NAME[family].block},
     )
 
 
@@ -93,7 +94,7 @@ def test_linear_shapes_agree_with_the_config():
 
 def test_gguf_norms_lose_the_one_that_gguf_adds():
     weight = np.array([-0.5, 0.0, 0.25, 3.0], np.float32)
-    for row in key_map.GEMMA3:
+    for row in BY_NAME["gemma3"].params:
         assert (row.transform == "norm") == row.path.endswith("scale")
         if row.transform == "norm":
             np.testing.assert_array_equal(key_map.transform(row, TINY, "gguf")(weight + 1), weight)
@@ -163,7 +164,7 @@ def test_a_transposed_kernel_is_refused_where_shapes_can_tell():
 @given(st.text(max_size=60), st.lists(st.integers(0, 2**63), max_size=4))
 def test_a_stray_key_is_either_vision_or_refused(key, shape):
     stray = Header(key, tuple(shape))
-    if key.startswith(key_map.VISION["huggingface"]):
+    if key.startswith(key_map.IGNORED["huggingface"]):
         key_map.bind([*headers(TINY), stray], TINY, "huggingface", "here")
     else:
         with pytest.raises(InputError):

@@ -13,7 +13,8 @@ import pytest
 
 import sst_jax
 from sst_jax.errors import InputError
-from sst_jax.model.config import PRESETS, ModelConfig
+from sst_jax.families.registry import PRESETS
+from sst_jax.model.config import ModelConfig
 from sst_jax.weights.huggingface import open_folder
 from sst_jax.weights.source import digest, fill_base
 from sst_jax.weights.store import is_base_folder, load_base, read_header, save_base, verify

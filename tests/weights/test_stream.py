@@ -16,7 +16,8 @@ from sst_jax import convert, export
 from sst_jax.console.command import run
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from sst_jax.model.config import PRESETS, BackboneConfig, ModelConfig
+from sst_jax.families.registry import PRESETS
+from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.weights import huggingface, key_map, store
 from sst_jax.weights.source import fill_base
 

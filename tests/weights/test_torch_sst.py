@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sst_jax.families.registry import PRESETS
 from sst_jax.model import rules as forwards
-from sst_jax.model.config import PRESETS, StreamConfig
+from sst_jax.model.config import StreamConfig
 from tests.support import naive, toys
 from tests.support.torch_exports import SHALLOW, apart, model, open_torch, torch_model, write
 

@@ -1,4 +1,4 @@
-"""Configs of State Stream Transformers in PyTorch: the backbone's own, with the stream's options under the key "sst".
+"""What configs of State Stream Transformers in PyTorch add to their backbone's: options under the key "sst".
 
     "sst": {"format": "sst_jax.sst", "version": 1, "stream": {...}, "adapter": {...} or null, "forward": "exact"}
 
@@ -8,7 +8,6 @@ call of the model runs unless it is told (see `modeling_sst.py`).
 
 import dataclasses
 
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.utils.versions import require_version
 
 require_version("transformers>=5.20")  # the layers that the modelling files call have these arguments since then
@@ -90,7 +89,7 @@ class Stream:
 
 
 class SSTConfigMixin:
-    """What the configs of all backbones add."""
+    """Mixin before a backbone's config, which declares `model_type` and `sst`."""
 
     @property
     def stream(self):
@@ -106,18 +105,3 @@ class SSTConfigMixin:
         if unknown:
             raise ValueError(f"config.json: sst.stream has the unknown option {', '.join(unknown)}")
         return Stream(**found["stream"])
-
-
-class SSTGemma3Config(SSTConfigMixin, Gemma3TextConfig):
-    model_type = "sst_gemma3_text"
-    sst: dict | None = None
-
-
-class SSTLlamaConfig(SSTConfigMixin, LlamaConfig):
-    model_type = "sst_llama"
-    sst: dict | None = None
-
-
-class SSTQwen3Config(SSTConfigMixin, Qwen3Config):
-    model_type = "sst_qwen3"
-    sst: dict | None = None

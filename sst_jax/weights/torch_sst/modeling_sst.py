@@ -11,7 +11,7 @@ queries see the keys of earlier positions as their last iteration left them, and
     local     inside each layer: attention once, the feed-forward `passes` times, states moved on in between
     plain     the backbone: no states                                                                  yes
 
-A backbone is three small classes over its own layer, model and causal LM: see the `modeling_sst_*.py` beside this file.
+A backbone is four small classes over its own config, layer, model and causal LM: see a `modeling_sst_*.py` beside this.
 """
 
 import dataclasses

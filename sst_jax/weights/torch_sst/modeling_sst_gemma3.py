@@ -1,9 +1,15 @@
 """Gemma 3 with a state stream."""
 
+from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
 
-from .configuration_sst import SSTGemma3Config
+from .configuration_sst import SSTConfigMixin
 from .modeling_sst import StreamForCausalLM, StreamLayerMixin, StreamModel
+
+
+class SSTGemma3Config(SSTConfigMixin, Gemma3TextConfig):
+    model_type = "sst_gemma3_text"
+    sst: dict | None = None
 
 
 class SSTGemma3DecoderLayer(StreamLayerMixin, Gemma3DecoderLayer):

@@ -1,9 +1,15 @@
 """Llama (and what shares its layout, such as SmolLM2) with a state stream."""
 
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
-from .configuration_sst import SSTLlamaConfig
+from .configuration_sst import SSTConfigMixin
 from .modeling_sst import StreamForCausalLM, StreamLayerMixin, StreamModel
+
+
+class SSTLlamaConfig(SSTConfigMixin, LlamaConfig):
+    model_type = "sst_llama"
+    sst: dict | None = None
 
 
 class SSTLlamaDecoderLayer(StreamLayerMixin, LlamaDecoderLayer):

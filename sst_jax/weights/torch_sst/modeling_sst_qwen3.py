@@ -1,9 +1,15 @@
 """Qwen 3 with a state stream."""
 
+from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
-from .configuration_sst import SSTQwen3Config
+from .configuration_sst import SSTConfigMixin
 from .modeling_sst import StreamForCausalLM, StreamLayerMixin, StreamModel
+
+
+class SSTQwen3Config(SSTConfigMixin, Qwen3Config):
+    model_type = "sst_qwen3"
+    sst: dict | None = None
 
 
 class SSTQwen3DecoderLayer(StreamLayerMixin, Qwen3DecoderLayer):

@@ -158,8 +158,8 @@ def test_says_which_extra_is_missing_for_tpu(capsys):
 
 
 def test_the_baseline_differs_from_the_recipe_in_one_line():
+    from sst_jax.families.registry import PRESETS
     from sst_jax.files import diff
-    from sst_jax.model.config import PRESETS
     from sst_jax.training.recipe import read
     from sst_jax.weights.loading import backbone_of
 

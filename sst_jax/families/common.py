@@ -1,0 +1,200 @@
+"""What several families share: the Llama layout of tensors, of config.json and of GGUF metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sst_jax.errors import InputError
+from sst_jax.families.base import Fields, JsonObject, Metadata, ParamSpec, Splitting
+from sst_jax.model.config import BackboneConfig
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+def layer_param(path: str, axes: str, huggingface: str, gguf: str, transform: str) -> ParamSpec:
+    """An array of every layer, whose last part is "bias" where its path's is, "weight" elsewhere."""
+    last = "bias" if path.endswith("/bias") else "weight"
+    return ParamSpec(
+        f"layers/{path}",
+        axes,
+        f"model.layers.{{layer}}.{huggingface}.{last}",
+        f"blk.{{layer}}.{gguf}.{last}",
+        transform,
+    )
+
+
+LLAMA_PARAMS = (
+    ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
+    ParamSpec("head/embedding", "VD", "lm_head.weight", "output.weight", "copy"),
+    ParamSpec("final_norm/scale", "D", "model.norm.weight", "output_norm.weight", "copy"),
+    layer_param("pre_attn_norm/scale", "D", "input_layernorm", "attn_norm", "copy"),
+    layer_param("q/kernel", "DP", "self_attn.q_proj", "attn_q", "transpose"),
+    layer_param("k/kernel", "DQ", "self_attn.k_proj", "attn_k", "transpose"),
+    layer_param("v/kernel", "DQ", "self_attn.v_proj", "attn_v", "transpose"),
+    layer_param("o/kernel", "PD", "self_attn.o_proj", "attn_output", "transpose"),
+    layer_param("pre_ffn_norm/scale", "D", "post_attention_layernorm", "ffn_norm", "copy"),
+    layer_param("gate/kernel", "DF", "mlp.gate_proj", "ffn_gate", "transpose"),
+    layer_param("up/kernel", "DF", "mlp.up_proj", "ffn_up", "transpose"),
+    layer_param("down/kernel", "FD", "mlp.down_proj", "ffn_down", "transpose"),
+)
+
+# ------------------------------------------------------------------------------------------------------ block, shapes
+
+LLAMA_BLOCK: Mapping[str, Any] = {
+    "norm_offset": 0.0, "post_norms": False, "qk_norm": False, "activation": "silu", "scale_embedding": False,
+    "window": None,
+}  # fmt: skip
+TINY: Mapping[str, Any] = {"vocab_size": 262, "max_positions": 4096}  # the byte tokenizer's vocabulary
+
+
+def global_decoder(
+    family: str,
+    block: Mapping[str, Any],
+    shape: tuple[int, int, int, int, int, int],
+    **fields: Any,
+) -> BackboneConfig:
+    """A decoder with global attention only, whose queries are scaled by its head_dim.
+
+    Args:
+      family: its name.
+      block: what its block computes, as fields of BackboneConfig.
+      shape: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim.
+      fields: others of BackboneConfig.
+    """
+    return BackboneConfig(*shape, query_pre_attn_scalar=float(shape[-1]), family=family, **{**block, **fields})
+
+
+# ------------------------------------------------------------------------------------------------------ config.json
+
+
+def positive_number(fields: JsonObject, name: str, default: float | None, where: str) -> Any:
+    """A positive number of a JSON object: an int where its default is one, else a float.
+
+    Raises: InputError naming the field.
+    """
+    value = fields.get(name, default)
+    kind = int if isinstance(default, int) else (int, float)
+    # Fields reach array shapes and Python ranges: the bound keeps absurd claims out of both.
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**40:
+        raise InputError(f"{where}: {name}={value!r} must be a positive {'integer' if kind is int else 'number'}")
+    return value if kind is int else float(value)
+
+
+_SHAPES = {
+    "num_layers": "num_hidden_layers", "d_model": "hidden_size", "d_ff": "intermediate_size",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
+}  # fmt: skip
+
+
+def shape_fields(*defaults: int | float | None) -> dict[str, tuple[str, int | float | None]]:
+    """`ConfigFormat.fields` of the shapes that all families have, from transformers' defaults.
+
+    They are those of num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim, vocab_size, norm_eps and
+    max_positions.
+    """
+    return {name: (_SHAPES[name], default) for name, default in zip(_SHAPES, defaults, strict=True)}
+
+
+LLAMA_ALLOWED: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",), "attention_bias": (False, None), "partial_rotary_factor": (None, 1),
+    "quantization_config": (None,),
+}  # fmt: skip
+LLAMA_UNWRITTEN = ("partial_rotary_factor", "quantization_config")
+_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _llama_rope(config: JsonObject, max_positions: int, where: str) -> Fields:
+    """theta and scaling of the one kind of layer, from either style of config."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{where}: {name}={rope!r} must be an object")
+    kind, here = rope.get("rope_type", rope.get("type", "default")), f"{where}: {name}"
+    unknown = set(rope) - {"rope_type", "type", "rope_theta", "factor", *_LLAMA3}
+    if rope.get("partial_rotary_factor") in (None, 1):
+        unknown -= {"partial_rotary_factor"}
+    if kind not in ("default", "linear", "llama3") or unknown:
+        raise InputError(
+            f"{here}={rope!r} is unsupported; known are linear and llama3 scaling, of all of a head's dimensions"
+        )
+    holder, place = (rope, here) if "rope_theta" in rope else (config, where)
+    fields = {"rope_theta_global": positive_number(holder, "rope_theta", 10_000.0, place)}
+    if kind != "default":
+        fields["rope_scale_global"] = positive_number(rope, "factor", None, here)
+    if kind == "llama3":
+        defaults = (None, None, max_positions)
+        fields["rope_llama3"] = tuple(
+            positive_number(rope, *part, here) for part in zip(_LLAMA3, defaults, strict=True)
+        )
+    return fields
+
+
+def read_llama_config(config: JsonObject, fields: Fields, where: str) -> Fields:
+    """`ConfigFormat.read` of a decoder with global attention only."""
+    tied, layer_types = config.get("tie_word_embeddings", False), config.get("layer_types")
+    if not isinstance(tied, bool):
+        raise InputError(f"{where}: tie_word_embeddings={tied!r} must be true or false")
+    if layer_types is not None and layer_types != ["full_attention"] * fields["num_layers"]:
+        raise InputError(f"{where}: layer_types must be full_attention for each of the layers")
+    rope = _llama_rope(config, fields["max_positions"], where)
+    return {"tied_head": tied, "query_pre_attn_scalar": float(fields["head_dim"]), **rope}
+
+
+def write_llama_config(backbone: BackboneConfig) -> dict[str, Any]:
+    """`ConfigFormat.write` of a decoder with global attention only."""
+    scaling: dict[str, Any] | None = {"rope_type": "linear", "factor": backbone.rope_scale_global}
+    if backbone.rope_llama3 is not None:
+        scaling |= {"rope_type": "llama3", **dict(zip(_LLAMA3, backbone.rope_llama3, strict=True))}
+    elif backbone.rope_scale_global == 1.0:
+        scaling = None
+    return {
+        "tie_word_embeddings": backbone.tied_head,
+        "rope_scaling": scaling,
+        "rope_theta": backbone.rope_theta_global,
+        # The vocabularies differ: generation_config.json, from the tokenizer, says which ids these are.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def read_llama_metadata(metadata: Metadata, fields: Fields) -> Fields:
+    """`GGUFFormat.read` of a decoder with global attention only."""
+    head_dim = metadata.number("attention.key_length", default=fields["d_model"] // fields["num_heads"])
+    for name, allowed, problem in (
+        ("expert_count", (None, 0), "is unsupported: mixtures of experts are not read"),
+        ("rope.dimension_count", (None, head_dim), f"is unsupported: all {head_dim} dimensions of a head are rotated"),
+        ("attention.sliding_window", (None, 0), "is unsupported: attention is global here"),
+    ):
+        if metadata.value(name) not in allowed:
+            raise metadata.error(name, problem)
+    return {
+        "num_kv_heads": metadata.number("attention.head_count_kv", default=fields["num_heads"]),
+        "head_dim": head_dim,
+        "rope_theta_global": metadata.number("rope.freq_base", float, 10_000.0),
+        "query_pre_attn_scalar": float(head_dim),
+    }
+
+
+ROPE_LLAMA3 = (1.0, 4.0, 8192)  # the only low and high factors and original length that were published
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split_words(digits: str, normalizer: dict[str, Any] | None = None, ignore_merges: bool = False) -> Splitting:
+    """Words as GPT-4 cuts them, with numbers cut as the pattern `digits` says."""
+    pattern = {"Regex": f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}"}
+    return Splitting(
+        [
+            {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+        normalizer,
+        ignore_merges,
+    )
