@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import sst_jax
+from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
 from sst_jax.model.config import ModelConfig
@@ -230,3 +231,12 @@ def test_from_hugging_face_to_a_base_folder(tiny, tmp_path):
     assert ModelConfig.from_dict(config).backbone == tiny.backbone
     assert found == facts
     assert flat(loaded["base"]) == flat(base)
+
+
+def test_a_base_folder_of_an_unknown_family_is_refused_by_name(tmp_path):
+    config = ModelConfig(PRESETS["tiny"]).to_dict()
+    config["backbone"]["family"] = "gemma9"
+    params = {"base": {"embed": {"embedding": np.zeros((4, 2), np.float32)}, "layers": {}}}
+    save_base(tmp_path / "base", config, params, FACTS, ByteTokenizer().files())
+    with pytest.raises(InputError, match=r"backbone\.family='gemma9' is not one of 'gemma3', 'llama'"):
+        sst_jax.load(tmp_path / "base")
