@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+import sst_jax
 from sst_jax.data import tracking
 from sst_jax.data.problems import RESULT
 from sst_jax.data.prompts import FORMATS
@@ -28,6 +30,13 @@ from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.step import ForwardConfig, ForwardSchedule
 
 DTYPES = ("float32", "bfloat16")
+
+# Former name of a knob -> its name: recipe files, flags and run folders may still use the former one.
+RENAMED: dict[str, str] = {}
+# A knob that is no more -> the value that meant what happens without it.
+RETIRED: dict[str, Any] = {}
+
+PACKAGE = pathlib.Path(sst_jax.__file__).parent
 DATASETS = ("gsm8k", "words", "auto")
 
 
@@ -253,25 +262,47 @@ def with_attention_kernel(recipe: Recipe, pick: Callable[[str, str], str]) -> Re
     return dataclasses.replace(recipe, model=dataclasses.replace(model, attention=pick(model.attention, model.dtype)))
 
 
+class Section(ConfigDict):
+    """The knobs of a section, which are found by their former names too."""
+
+    def __init__(self, knobs: Mapping[str, Any] | None = None, name: str = ""):
+        object.__setattr__(self, "_name", name)
+        super().__init__(knobs)
+
+    def __setitem__(self, key: str, value: object) -> None:
+        super().__setitem__(self._current(key), value)
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(self._current(key))
+
+    def _current(self, key: str) -> str:
+        return current_name(f"{self._name}.{key}").removeprefix(f"{self._name}.")
+
+
+def current_name(key: str) -> str:
+    """Return the name of a knob, "section.knob", given it or a former one; a former one brings a warning."""
+    if key in RENAMED:
+        warnings.warn(f"the knob {key} is {RENAMED[key]} now", FutureWarning, stacklevel=2)
+    return RENAMED.get(key, key)
+
+
 def defaults() -> ConfigDict:
     """Return all knobs with their defaults, locked; a recipe file sets those that it is about."""
-    config = ConfigDict(
-        {
-            "model": _knobs(SourceConfig),
-            "stream": stream_knobs(),
-            "adapter": _knobs(AdapterConfig),
-            "optimizer": _knobs(OptimizerConfig),
-            "data": _knobs(DataConfig),
-            "mesh": _knobs(MeshConfig),
-            "train": _knobs(TrainConfig),
-        }
-    )
-    return config.lock()
+    sections = {
+        "model": _knobs(SourceConfig),
+        "stream": stream_knobs(),
+        "adapter": _knobs(AdapterConfig),
+        "optimizer": _knobs(OptimizerConfig),
+        "data": _knobs(DataConfig),
+        "mesh": _knobs(MeshConfig),
+        "train": _knobs(TrainConfig),
+    }
+    return ConfigDict({name: Section(knobs, name) for name, knobs in sections.items()}).lock()
 
 
-def stream_knobs() -> ConfigDict:
-    """Return the knobs of the section `stream`."""
-    return ConfigDict({**_knobs(StreamConfig), "on": True, **_knobs(ForwardSchedule)})
+def stream_knobs() -> dict[str, Any]:
+    """Return the knobs of the section `stream` with their defaults."""
+    return {**_knobs(StreamConfig), "on": True, **_knobs(ForwardSchedule)}
 
 
 def _defaults(section: type) -> dict[str, Any]:
@@ -283,6 +314,13 @@ def _knobs(section: type) -> dict[str, Any]:
     """Return a section's knobs; those whose default is None get the type that a value would have."""
     optional = {"alpha": config_dict.placeholder(float), "layers": config_dict.placeholder(tuple)}
     return {name: optional[name] if value is None else value for name, value in _defaults(section).items()}
+
+
+def default_record() -> dict[str, Any]:
+    """Return all knobs with their defaults as a run would record them."""
+    record = json.loads(defaults().to_json_best_effort())
+    del record["mesh"]
+    return record
 
 
 def resolve(config: ConfigDict) -> Recipe:
@@ -306,6 +344,38 @@ def resolve(config: ConfigDict) -> Recipe:
     )
 
 
+def recipe_folder() -> pathlib.Path:
+    """Return the folder of the recipes that come with the package: `configs/` of a checkout, its copy in a wheel."""
+    folder = PACKAGE / "recipes"
+    return folder if folder.is_dir() else PACKAGE.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(file.stem for file in recipe_folder().glob("*.py") if file.stem != "__init__")
+
+
+def find_file(name: str) -> pathlib.Path:
+    """Return the file of a recipe: one that exists, or, as NAME or configs/NAME.py, one that the package carries.
+
+    Raises: InputError with the names of those.
+    """
+    file = pathlib.Path(name)
+    if file.is_file():
+        return file
+    if name.removeprefix("configs/").removesuffix(".py") in recipe_names():
+        return recipe_folder() / f"{file.stem}.py"
+    raise InputError(
+        f"--config {name} does not exist; the recipes that come with sst_jax are {', '.join(recipe_names())}"
+    )
+
+
+def _renamed(override: str) -> str:
+    """Return an override under the name that its knob has now."""
+    key, equals, value = override.removeprefix("--config.").partition("=")
+    return f"--config.{current_name(key)}{equals}{value}"
+
+
 def read_recipe(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
     """Return the recipe at `path`, checked: `read`, then `resolve`.
 
@@ -327,11 +397,9 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises: InputError naming the file, the knob or the value.
     """
-    file = pathlib.Path(path.split(":", 1)[0])
-    if not file.is_file():
-        raise InputError(f"--config {file} does not exist; recipes that come with the project are in configs/")
+    name, colon, argument = path.partition(":")
     values = flags.FlagValues()
-    command_line = ["train", f"--config={path}", *overrides]
+    command_line = ["train", f"--config={find_file(name)}{colon}{argument}", *map(_renamed, overrides)]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=command_line)
     try:
         rest = values(command_line)

@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, what it records, and where a resumed run goes on.
+"""The run folder: who may write in it, what it records, and where a resumed run begins.
 
 RUN/config.json       recipe and model config       RUN/metrics.jsonl    a line a logged step
 RUN/base.json         the base it stands on         RUN/samples.jsonl    answers at several depths
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from safetensors.numpy import save_file
 from sst_jax.console.command import write_json
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
+from sst_jax.model.config import ModelConfig
+from sst_jax.training.recipe import RENAMED, RETIRED, default_record
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -33,8 +36,23 @@ class RunFolder:
     Of the processes of one run the first writes; for the others, `writes=False`, nothing here does anything.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], base: dict[str, Any], writes: bool = True):
-        """Opens a new folder, or one that holds a run of the same config on the same base.
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        base: dict[str, Any],
+        *,
+        writes: bool = True,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        """Open a new folder, or one that holds a run of the same config on the same base.
+
+        Args:
+            path: the folder.
+            config: what config.json holds: "recipe", and "model_config" where one model is trained.
+            base: what base.json holds: which weights the run stands on, "path" and "digest" among it.
+            writes: whether this process is the one that writes.
+            defaults: as `check_recipe` takes them.
 
         Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
         """
@@ -42,7 +60,7 @@ class RunFolder:
         self._lock = self._metrics = self._board = None
         if not writes:
             return
-        check(path, config, base)
+        check(path, config, base, defaults)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
         try:
@@ -106,8 +124,16 @@ class RunFolder:
                 file.close()
 
 
-def check_recipe(path: Path, recipe: dict[str, Any]) -> None:
-    """What can be said of a run folder before the model is read: raises InputError as `check` does."""
+def check_recipe(path: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Check what can be said of a run folder before the model is read.
+
+    Args:
+        path: the run folder.
+        recipe: of the run that is to train in it, as it is recorded.
+        defaults: what a knob is that an earlier version did not record. None: the defaults of `recipe.defaults`.
+
+    Raises: InputError unless `path` is new, empty, or holds a run of the same recipe.
+    """
     if path.exists() and not path.is_dir():
         raise InputError(f"--workdir {path} is not a folder")
     if not (path / "config.json").is_file():
@@ -116,15 +142,39 @@ def check_recipe(path: Path, recipe: dict[str, Any]) -> None:
         if strangers and strangers != ["base.json"]:
             raise InputError(f"--workdir {path} holds {strangers[0]} but no run: choose an empty folder")
         return
-    _same(path, {"recipe": read_json(path / "config.json").get("recipe")}, {"recipe": recipe})
+    if defaults is None:
+        defaults = default_record()
+    there = read_json(path / "config.json").get("recipe") or {}
+    _check_same(path, {"recipe": comparable(there, defaults)}, {"recipe": comparable(recipe, defaults)})
 
 
-def check(path: Path, config: dict[str, Any], base: dict[str, Any]) -> None:
-    """Raises InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
-    check_recipe(path, config["recipe"])
+def comparable(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded recipe, of whatever version, as knobs by their present dotted names, all of them.
+
+    A knob that it lacks has its default; one that is no more is left out where it had no effect.
+    """
+    knobs = {RENAMED.get(key, key): value for key, value in _by_dotted_name(recorded)}
+    kept = {key: value for key, value in knobs.items() if key not in RETIRED or RETIRED[key] != value}
+    return {**dict(_by_dotted_name(defaults)), **kept}
+
+
+def _by_dotted_name(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _by_dotted_name(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check(path: Path, config: dict[str, Any], base: dict[str, Any], defaults: Mapping[str, Any] | None) -> None:
+    """Raise InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
+    check_recipe(path, config["recipe"], defaults)
     if not (path / "config.json").is_file():
         return
-    _same(path, read_json(path / "config.json"), json.loads(json.dumps(config)))
+    there = read_json(path / "config.json")
+    if "model_config" in there and "model_config" in config:  # read, so that fields of later versions are there too
+        models = [ModelConfig.from_dict(record["model_config"]).to_dict() for record in (there, config)]
+        _check_same(path, *({"model_config": json.loads(json.dumps(model))} for model in models))
     recorded = read_json(path / "base.json")
     if recorded.get("digest") != base["digest"]:
         raise InputError(
@@ -133,8 +183,8 @@ def check(path: Path, config: dict[str, Any], base: dict[str, Any]) -> None:
         )
 
 
-def _same(path: Path, there: Any, now: Any) -> None:
-    """Raises InputError with the first differences of two configs."""
+def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError with the first differences of two configs."""
     differences = diff(there, now)
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])

@@ -55,7 +55,7 @@ def defaults() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict({"kind": KIND, "arms": "stream,plain,range"})
     config.task = ml_collections.ConfigDict({"name": "s3", "length": 12})
     config.model = ml_collections.ConfigDict({"layers": 2, "d_model": 64, "d_ff": 128, "heads": 4})
-    config.stream = stream_knobs()
+    config.stream = ml_collections.ConfigDict(stream_knobs())
     config.train = ml_collections.ConfigDict(dataclasses.asdict(Schedule()))
     config.test = ml_collections.ConfigDict({"times": (1, 2, 4), "rows": 512, "depths": (1,)})
     return config.lock()

@@ -80,10 +80,11 @@ def resolve(recipe: ml_collections.ConfigDict) -> Study:
 def run(recipe: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains and measures every arm that DIR does not hold yet; returns what result.json holds."""
     study = resolve(recipe)
-    identity = json.loads(recipe.to_json_best_effort())
-    del identity["arms"]  # a folder may be given more arms
-    check_recipe(workdir, identity)
-    folder = RunFolder(workdir, {"recipe": identity}, {"path": "none: from scratch", "digest": scratch.KIND})
+    identity, defaults = (json.loads(knobs.to_json_best_effort()) for knobs in (recipe, scratch.defaults()))
+    del identity["arms"], defaults["arms"]  # a folder may be given more arms
+    check_recipe(workdir, identity, defaults)
+    base = {"path": "none: from scratch", "digest": scratch.KIND}
+    folder = RunFolder(workdir, {"recipe": identity}, base, defaults=defaults)
     try:
         outcomes, facts = {}, {}
         for name, arm in study.arms.items():
