@@ -202,7 +202,7 @@ def approximation(args: Any) -> None:
     from sst_jax.inference.model import load
     from sst_jax.lab.analysis import approximation as room
     from sst_jax.model.config import StreamConfig
-    from sst_jax.model.quantization import nf4
+    from sst_jax.model.quantization import storages
 
     alphas = numbers(args.alphas, float, "--alphas")
     if max(alphas) >= 1:
@@ -225,7 +225,7 @@ def approximation(args: Any) -> None:
     chosen = {name: getattr(args, name) for name in ("state", "norm", "propagate") if getattr(args, name)}
     stream = dataclasses.replace(model.config.stream or StreamConfig(), **chosen)
     config = dataclasses.replace(model.config, stream=stream)
-    params = nf4.cast(model.params, args.dtype)
+    params = storages.cast(model.params, args.dtype)
     with bar(len(todo), "measuring", "case") as meter:
         records = room.measure(
             config, params, tokens, todo, args.dtype, model.tokenizer.bos_id, not args.no_gradients, meter.update

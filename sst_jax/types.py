@@ -11,7 +11,9 @@ t*I + i is iteration i of position t. At depth 1 steps are positions and the sha
 The aliases are checked at run time in the tests (jaxtyping with beartype) and cost nothing elsewhere.
 """
 
-from jaxtyping import Array, Bool, Float, Int
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, Num
 
 Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]  # 0 is padding, documents count from 1
@@ -21,3 +23,10 @@ Hidden = Float[Array, "B TI D"]  # the residual stream, or a state
 Queries = Float[Array, "B TI N H"]
 KeysValues = Float[Array, "B TI K H"]
 StepMask = Bool[Array, "B TI 1"]
+
+Kernel = Num[Array, "*L inputs outputs"]  # of a linear, or of a stack of them
+LinearInputs = Float[Array, "*B inputs"]
+LinearOutputs = Float[Array, "*B outputs"]
+Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
+Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
+Json = dict[str, Any]  # a JSON object

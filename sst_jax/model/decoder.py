@@ -5,7 +5,7 @@
 An output head that is not tied to the embedding is base["head"].
 
 A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
-one layer's parameters at a time, NF4 kernels included, under `jax.checkpoint` when training. The rules are in
+one layer's parameters at a time, quantised kernels included, under `jax.checkpoint` when training. The rules are in
 `model/rules.py`.
 """
 
@@ -25,7 +25,7 @@ from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
-from sst_jax.model.quantization.nf4 import dequantise
+from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import constrain, gather
 from sst_jax.model.state import Masks, alpha_and_gain, masks_for
 
@@ -181,7 +181,7 @@ def run_layers(
             base, adapter = gather(base), gather(adapter)
             residuals = tuple(constrain(x, "rows", "sequence", None) for x in residuals)
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
-        layer = unpack(nnx.merge(graphdef, dequantise(base, dtype), adapter, blend), facts, context)
+        layer = unpack(nnx.merge(graphdef, storages.unpack(base, dtype), adapter, blend), facts, context)
         return rule(layer, residuals, extra, context)
 
     xs = (params["base"]["layers"], params["adapter"], blend, facts, extras)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
+from sst_jax.model.quantization.storages import product
 
 
 class Base(nnx.Param):
@@ -97,7 +98,7 @@ class Linear(nnx.Module):
             self.lora_b = Adapter(jnp.zeros((rank, outputs)))
 
     def __call__(self, x: jax.Array, drop: jax.Array | None = None) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel.get_value())
         if self.rank:
             z = x if drop is None else x * drop.astype(x.dtype)
             z = z @ self.lora_a[...].astype(x.dtype)

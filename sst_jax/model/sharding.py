@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh of devices: a table from logical axes to mesh axes, and the logical axes of every array.
 
     data     rows of the batch; parameters are repeated
-    fsdp     rows of the batch too; parameters are spread, and gathered a layer at a time (NF4 as it is stored)
+    fsdp     rows of the batch too; parameters are spread, and gathered a layer at a time (quantised as they are stored)
     tensor   heads, feed-forward width, vocabulary; activations are summed over it twice a layer
 
 A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `device_put_sharded` puts arrays on
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sst_jax.errors import InputError
 from sst_jax.model.config import BackboneConfig
+from sst_jax.model.quantization import storages
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -32,7 +33,7 @@ RULES = (
     ("scored", ("data",)),  # positions whose losses are computed together
     ("vocab", ("tensor", "fsdp")),
     ("width", ("tensor", "fsdp")),  # heads x head dim, or d_ff
-    ("summed", ("tensor",)),  # the same where a kernel contracts it: blocks of NF4 are not cut further
+    ("summed", ("tensor",)),  # the same where a kernel contracts it: blocks of quantised kernels are not cut further
     ("heads", ("tensor",)),
     ("model", ("fsdp",)),  # d_model, where no kernel contracts it
 )
@@ -114,8 +115,18 @@ def axes_of(path: tuple[Any, ...], rank: int) -> Axes:
     """Logical axes of an array by its path in a tree: parameters, their gradients and moments, caches, batches."""
     names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
     linear = _LINEARS.get(names[-2]) if len(names) > 1 else None
-    axes = _OTHERS.get(names[-1]) if linear is None else linear.get(names[-1], linear["kernel"])
+    if linear is None:
+        axes = _OTHERS.get(names[-1])
+    else:
+        axes = linear.get(names[-1]) or _stored_axes(names[-1], linear["kernel"])
     return (None,) * rank if axes is None else axes[len(axes) - rank :]
+
+
+def _stored_axes(name: str, kernel: Axes) -> Axes:
+    """Logical axes of an array of a linear's leaf, by those of its kernel [L, inputs, outputs]."""
+    *stack, inputs, outputs = kernel
+    along = {"inputs": inputs, "outputs": outputs}
+    return (*stack, *(along[axis] for axis in storages.axes_of(name) or along))
 
 
 def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = None) -> PartitionSpec:

@@ -24,7 +24,7 @@ from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
 from sst_jax.model import rules
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.step import ForwardConfig, ForwardSchedule
@@ -58,8 +58,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
-        if self.quantize not in nf4.KINDS:
-            raise InputError(f"model.quantize={self.quantize!r} is not one of {', '.join(nf4.KINDS)}")
+        if self.quantize not in storages.kinds():
+            raise InputError(f"model.quantize={self.quantize!r} is not one of {', '.join(storages.kinds())}")
         if not self.source:
             raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
 

@@ -1,4 +1,4 @@
-"""Calibrated NF4: codes that fit what texts feed the linears (GPTQ, arXiv 2210.17323), a layer in memory at a time.
+"""Calibrated quantisation: numbers that fit what texts feed the linears (GPTQ, arXiv 2210.17323), layer by layer.
 
 The texts run through the unquantised backbone, layer by layer as it is read. On the way each linear's inputs x leave
 their Gram matrix, the sum of x^T x; the layer's linears are quantised for it, written, and forgotten.
@@ -23,7 +23,7 @@ from sst_jax.files import sha256
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Block, embed, to_float32
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import gptq, storages
 from sst_jax.weights import key_map
 from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, lazy_base
 
@@ -141,9 +141,9 @@ def calibrated(
 
     Computes in float32. Memory: the texts' states [rows, 256, D], a layer, and a few times its largest Gram matrix.
 
-    Raises: InputError as `source.converted_tensors` and `nf4.compensation`.
+    Raises: InputError as `source.converted_tensors` and `gptq.compensation`.
     """
-    backbone = source.backbone
+    backbone, storage = source.backbone, storages.get(quantize)
     bound = key_map.bind(source.tensors(), backbone, source.kind, source.path)
 
     def is_linear(slot: str, layer: int | None) -> bool:
@@ -181,6 +181,6 @@ def calibrated(
                 yield None
                 continue
             if observed not in factors:
-                factors = {observed: nf4.compensation(grams.pop(observed))}  # one at a time, they are large
-            leaf = nf4.quantise_for(layer[name]["kernel"], factors[observed], quantize)
+                factors = {observed: gptq.compensation(grams.pop(observed))}  # one at a time, they are large
+            leaf = storage.quantise_for(layer[name]["kernel"], factors[observed])
             yield ConvertedTensor(number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()})

@@ -25,7 +25,7 @@ from sst_jax.families.registry import HUB_NAMES, PRESETS, family_of
 from sst_jax.files import digest, read_json, sha256
 from sst_jax.model import decoder, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.weights import export_format, gguf, huggingface, key_map, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
 from sst_jax.weights.source import Source, fill_base, lazy_base
@@ -138,26 +138,25 @@ def open_model(
 ) -> LoadedModel:
     """Opens anything that MODEL may be; `dtype` ("float32", "bfloat16") is the base's, None: `default_dtype()`.
 
-    quantize: "nf4" or "nf4_double" stores the linears so (`model/quantization/nf4.py`), "none" leaves them as they are.
+    quantize: "nf4" or "nf4_double" stores the linears so (`model/quantization`), "none" leaves them as they are.
     lazy: where the format allows it, the base's layers are read from disk whenever they are indexed, as they are there
     (`dtype` is not applied): for exports, which look at every layer once.
 
     Raises: InputError naming what is missing, damaged or not supported.
     """
-    if quantize not in nf4.KINDS:
-        raise InputError(f"quantize={quantize!r} is not one of {', '.join(nf4.KINDS)}")
+    storage = storages.get(quantize)
     config, params, tokenizer, facts = _open(model, dtype or default_dtype(), quantize, lazy)
     family_of(config.backbone)  # what a folder of ours records may be of a family that this version does not know
-    stored = nf4.kind_of(params["base"])
+    stored = storages.kind_of(params["base"])
     if quantize == "none" or stored == quantize:
         return LoadedModel(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})
     if stored != "none":
         raise InputError(f"{model} is stored as {stored} and cannot become {quantize}: convert its source again")
     # One linear at a time, so that old and new exist side by side for one only.
-    layers, quantised = dict(params["base"]["layers"]), jax.jit(nf4.quantise, static_argnums=1)
-    for key in [key for key, leaf in layers.items() if "kernel" in leaf]:
-        stack = layers.pop(key)["kernel"]
-        layers[key] = jax.lax.map(lambda kernel: quantised(kernel, quantize), stack)
+    layers, quantised = dict(params["base"]["layers"]), jax.jit(storage.quantise)
+    for key in [key for key, leaf in layers.items() if storages.storage_of(leaf) is not None]:
+        leaf = dict(layers.pop(key))
+        layers[key] = {**jax.lax.map(quantised, leaf.pop("kernel")), **leaf}
     params["base"]["layers"] = sharding.device_put_sharded(layers)
     return LoadedModel(config, params, tokenizer, {**facts, "quantize": quantize, "stored": "none"})
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.model.config import AdapterConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 
 
 class MergedKernel:
@@ -20,10 +20,7 @@ class MergedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if not nf4.is_quantised(self.leaf):
-            return tuple(self.leaf["kernel"].shape)
-        layers, half, outputs = self.leaf["codes"].shape
-        return layers, 2 * half, outputs
+        return storages.storage_of(self.leaf).kernel_shape(self.leaf)
 
     def __getitem__(self, layer: int) -> np.ndarray:
         kernel = self.frozen(layer)
@@ -33,23 +30,27 @@ class MergedKernel:
         return kernel.astype(np.float32) + self.scale * (a @ b)
 
     def frozen(self, layer: int) -> np.ndarray:
-        """The kernel without its adapter; of NF4 what it stands for, bfloat16 numbers in float32."""
-        if not nf4.is_quantised(self.leaf):
+        """Return the kernel without its adapter: as it is stored, or where it is quantised in float32."""
+        if not storages.is_quantised(self.leaf):
             return np.asarray(self.leaf["kernel"][layer])
         return np.asarray(_kernel_of({name: part[layer] for name, part in self.leaf.items()}))
 
 
 @jax.jit
 def _kernel_of(leaf: dict[str, jax.Array]) -> jax.Array:
-    return nf4.kernel_of(leaf, jnp.float32)
+    return storages.dequantise({"linear": leaf}, jnp.float32)["linear"]["kernel"]
 
 
 def merge(base: dict[str, Any], adapter: dict[str, Any], config: AdapterConfig) -> dict[str, Any]:
     """The base tree with every linear's kernel a `MergedKernel`: W + (alpha / rank) A B where it has an adapter."""
     layers = {}
     for name, leaf in base["layers"].items():
-        linear = "kernel" in leaf or nf4.is_quantised(leaf)
-        layers[name] = {"kernel": MergedKernel(leaf, adapter.get(name), config.scale)} if linear else leaf
+        storage = storages.storage_of(leaf)
+        if storage is None:
+            layers[name] = leaf
+        else:
+            others = {part: value for part, value in leaf.items() if part not in storage.axes}
+            layers[name] = {**others, "kernel": MergedKernel(leaf, adapter.get(name), config.scale)}
     return {**base, "layers": layers}
 
 

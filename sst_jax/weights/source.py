@@ -18,7 +18,7 @@ import numpy as np
 from sst_jax.errors import InputError
 from sst_jax.files import Progress, digest
 from sst_jax.model.config import BackboneConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.weights import key_map
 
 __all__ = [
@@ -85,18 +85,17 @@ class Source:
 def param_shapes(
     backbone: BackboneConfig, dtype: str, quantize: str = "none"
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """(shape, dtype) of every array of a base tree, by path: "layers/q/kernel", or in NF4 "layers/q/codes" and so on.
+    """Return (shape, dtype) of every array of a base tree, by path: "layers/q/kernel", or a storage's names.
 
-    Raises: InputError for an unknown dtype, or linears that NF4 cannot hold.
+    Raises: InputError for an unknown dtype, or linears that the storage cannot hold.
     """
-    float_type, found = numpy_dtype(dtype), {}
+    float_type, storage, found = numpy_dtype(dtype), storages.get(quantize), {}
     for row in key_map.table(backbone):
         shape = key_map.param_shape(row, backbone)
-        if quantize == "none" or not row.path.endswith("/kernel"):
+        if not row.path.endswith("/kernel"):
             found[row.path] = (shape, float_type)
             continue
-        kernel = jax.ShapeDtypeStruct(shape, np.float32)
-        leaf = jax.eval_shape(functools.partial(nf4.quantise, kind=quantize), kernel)
+        leaf = storage.abstract(shape, float_type)
         found |= {f"{row.path.removesuffix('kernel')}{name}": (part.shape, part.dtype) for name, part in leaf.items()}
     return found
 
@@ -146,19 +145,20 @@ _ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantise(part: jax.Array, kind: str) -> dict[str, jax.Array]:
-    return nf4.quantise(part.T, kind)
+    return storages.get(kind).quantise(part.T)
 
 
 def _quantised(value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    """The NF4 leaf of one linear, [out, in] as on disk, computed in strips of outputs, which share nothing."""
-    strip = max(_ROWS // value.shape[1] // nf4.GROUP, 1) * nf4.GROUP
+    """Return the leaf of one linear, [out, in] as on disk, computed in strips of outputs, which share nothing."""
+    group = storages.get(kind).group
+    strip = max(_ROWS // value.shape[1] // group, 1) * group
     strips = [value[at : at + strip] for at in range(0, len(value), strip)]
     leaves = [jax.tree.map(np.asarray, _quantise(part, kind)) for part in strips]
     return leaves[0] if len(leaves) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *leaves)
 
 
 def fill_base(source: Source, dtype: str, progress: Progress | None = None, quantize: str = "none") -> dict[str, Any]:
-    """Reads a source into a base tree of numpy arrays, kernels [L, in, out], in "float32" or "bfloat16", or NF4.
+    """Reads a source into a base tree of numpy arrays, kernels [L, in, out], in "float32" or "bfloat16", or quantised.
 
     Memory: the base itself plus one tensor.
 

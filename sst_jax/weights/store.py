@@ -24,7 +24,7 @@ import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.files import Progress, is_plain_name, read_json, sha256, staged_folder
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.weights import key_map
 from sst_jax.weights.calibrate import Texts, calibrated
 from sst_jax.weights.key_map import set_param
@@ -35,7 +35,7 @@ HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"
 WRITERS = 2  # tensors that `stream_base` writes at once
 VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 
-_STORED = {**DTYPES, "uint8": np.dtype(np.uint8)}  # uint8: packed NF4 codes
+_STORED = {**DTYPES, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}  # integers: quantised linears
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -321,9 +321,9 @@ def load_base(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(config, params, facts) of a base folder.
 
-    `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and linears
-    in NF4 keep theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a function of an
-    array's path ("base/layers/q/kernel") and shape. `check=False` skips hashing the files.
+    `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and
+    quantised linears keep theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a
+    function of an array's path ("base/layers/q/kernel") and shape. `check=False` skips hashing the files.
 
     Raises: InputError naming the file that is missing, damaged or of an unknown format version.
     """
@@ -337,7 +337,9 @@ def load_base(
     target: dict[str, Any] = {}
     for slot, spec in header["arrays"].items():
         shape, stored = tuple(spec["shape"]), _STORED[spec["dtype"]]
-        converted = dtype is not None and slot.startswith("base/") and slot.rpartition("/")[2] not in nf4.LEAVES
+        converted = (
+            dtype is not None and slot.startswith("base/") and not storages.is_quantised_array(slot.rpartition("/")[2])
+        )
         wanted = numpy_dtype(dtype) if converted else stored
         if sharding is None:
             # A numpy leaf asks for numpy back; broadcasting gives it its shape without its memory.

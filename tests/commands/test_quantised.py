@@ -11,7 +11,7 @@ import pytest
 import sst_jax
 from sst_jax import analyze, convert, export
 from sst_jax.console.command import run
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from tests.commands.conftest import train_small
 from tests.support.torch_exports import apart, open_torch
 
@@ -44,7 +44,7 @@ def test_a_converted_folder_is_what_loading_with_quantize_gives(folders, tmp_pat
     assert run(convert.main, ["--from", str(folders / "plain"), "--to", str(target), "--quantize", kind]) == 0
     model, opened = sst_jax.load(target), open_model("random:tiny", "float32", kind)
     assert trees_equal(model.params["base"], opened.params["base"])
-    assert nf4.kind_of(model.params["base"]) == model.facts["quantize"] == opened.provenance["quantize"] == kind
+    assert storages.kind_of(model.params["base"]) == model.facts["quantize"] == opened.provenance["quantize"] == kind
     assert model.params["base"]["embed"]["embedding"].dtype == np.float32
     # Another type for the floats leaves the quantised linears bit for bit.
     narrow = sst_jax.load(target, "bfloat16").params["base"]
@@ -60,7 +60,7 @@ def test_training_quantises_as_it_reads_and_resumes(folders, run_on_nf4, tmp_pat
     ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (reading, run_on_nf4))
     assert ours["heldout_loss"] == theirs["heldout_loss"]
     assert ours["heldout_after"] < ours["heldout_before"]
-    assert nf4.kind_of(sst_jax.load(reading).params["base"]) == "nf4"
+    assert storages.kind_of(sst_jax.load(reading).params["base"]) == "nf4"
 
 
 @pytest.mark.parametrize("choice", ["original", "dequantized"])
@@ -76,7 +76,7 @@ def test_export_merges_onto_the_base_that_is_asked_for(folders, run_on_nf4, tmp_
         assert 0.05 < result["gap"]["all"] < 0.15
         assert f"{result['gap']['all']:.2%} away" in printed
     else:
-        layers = nf4.dequantise(layers, np.float32)
+        layers = storages.dequantise(layers, np.float32)
         assert result["gap"] is None
     trained.params["base"] = {**trained.params["base"], "layers": layers}
     tokens = [trained.tokenizer.encode("three and four")]
@@ -175,7 +175,7 @@ def test_rounding_a_quantised_base_leaves_its_linears(folders):
     from sst_jax.weights.loading import open_model
 
     base = open_model("random:tiny", "float32", "nf4_double").params["base"]
-    narrow = nf4.cast(base, "bfloat16")
+    narrow = storages.cast(base, "bfloat16")
     assert narrow["embed"]["embedding"].dtype == jax.numpy.bfloat16
     assert trees_equal(narrow["layers"]["gate"], base["layers"]["gate"])
     assert narrow["layers"]["gate"]["scale_low"].dtype == np.float32

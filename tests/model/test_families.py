@@ -13,7 +13,7 @@ from sst_jax.inference.sampling import Sampling
 from sst_jax.inference.session import generate_tokens
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig, StreamConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
 from tests.support import naive, toys
@@ -159,9 +159,9 @@ def test_steps_learn_and_leave_the_base_alone(backbone):
 def test_nf4_holds_the_linears_and_nothing_else(name):
     config = ModelConfig(PRESETS[name], StreamConfig())
     base = jax.eval_shape(
-        lambda: nf4.quantise_layers(decoder.init_params(config, jax.random.key(0), jnp.bfloat16)["base"]["layers"])
+        lambda: storages.quantise_layers(decoder.init_params(config, jax.random.key(0), jnp.bfloat16)["base"]["layers"])
     )
-    assert {part for part, leaf in base.items() if nf4.is_quantised(leaf)} == set(PRESETS[name].linear_shapes)
+    assert {part for part, leaf in base.items() if storages.is_quantised(leaf)} == set(PRESETS[name].linear_shapes)
     assert {leaf["scale"].dtype for part, leaf in base.items() if "norm" in part} == {jnp.dtype(jnp.bfloat16)}
 
 

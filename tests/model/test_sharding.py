@@ -16,7 +16,7 @@ from sst_jax.families.registry import PRESETS
 from sst_jax.model import sharding
 from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import init_params
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import AXES, MeshConfig
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def test_of_the_27b_no_large_array_is_left_whole(kind):
     def parameters():
         params = init_params(config, jax.random.key(0), np.dtype("bfloat16"))
         base = params["base"]
-        return {**params, "base": {**base, "layers": nf4.quantise_layers(base["layers"], kind)}}
+        return {**params, "base": {**base, "layers": storages.quantise_layers(base["layers"], kind)}}
 
     shapes = jax.eval_shape(parameters)
     for sizes in ((1, 8, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2), (1, 32, 1), (1, 16, 2)):

@@ -27,7 +27,7 @@ from sst_jax.lab.planning.collectives import sent
 from sst_jax.model import sharding
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.kernels import KERNELS
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
 from sst_jax.weights.checkpoint import Checkpoints
@@ -66,7 +66,7 @@ def batch():
 def parameters(storage):
     params = toys.params(CONFIG, "float32" if storage == "nf4" else storage)
     if storage == "nf4":
-        params["base"]["layers"] = nf4.quantise_layers(params["base"]["layers"])
+        params["base"]["layers"] = storages.quantise_layers(params["base"]["layers"])
     return params
 
 

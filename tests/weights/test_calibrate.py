@@ -19,7 +19,7 @@ from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import BackboneConfig, ModelConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import gptq, nf4
 from sst_jax.weights import calibrate, huggingface, store
 from sst_jax.weights.calibrate import ROW, Texts, read_texts
 from tests.support import toys
@@ -49,7 +49,7 @@ def by_the_definition(kernel, gram):
     """Optimal brain quantisation in the inputs' order, float64: quantise an input's weights, move all later ones to the
     least squares that are left, and drop the input from the inverse. Blocks' scales are of the weights as moved."""
     kernel = np.asarray(kernel, np.float64).copy()
-    inverse = np.linalg.inv(gram + nf4.DAMPING[0] * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    inverse = np.linalg.inv(gram + gptq.DAMPING[0] * np.trace(gram) / len(gram) * np.eye(len(gram)))
     levels = nf4.LEVELS.astype(jnp.bfloat16).astype(np.float64)
     codes = np.zeros(kernel.shape, np.uint8)
     for i in range(len(kernel)):
@@ -75,7 +75,7 @@ def test_codes_are_those_of_optimal_brain_quantisation(shape):
     rng = np.random.default_rng(shape[0])
     kernel, x = rng.standard_normal(shape).astype(np.float32), inputs_of(rng, 4 * shape[0], shape[0])
     gram = x.T @ x
-    ours = nf4.quantise_for(kernel, nf4.compensation(jnp.asarray(gram, jnp.float32)))
+    ours = nf4.quantise_for(kernel, gptq.compensation(jnp.asarray(gram, jnp.float32)))
     theirs = by_the_definition(kernel, gram)
     # A weight half-way between two levels may fall otherwise in float32, and moves all that come after it.
     assert np.mean(unpacked(ours["codes"]) == theirs) > 0.99
@@ -86,14 +86,14 @@ def test_codes_are_those_of_optimal_brain_quantisation(shape):
 def test_inputs_that_have_nothing_to_do_with_each_other_change_nothing(kind):
     rng = np.random.default_rng(1)
     kernel = jnp.asarray(rng.standard_normal((192, 300)) * rng.exponential(size=300), jnp.float32)
-    factor = nf4.compensation(jnp.diag(jnp.asarray(rng.exponential(size=192), jnp.float32)))
+    factor = gptq.compensation(jnp.diag(jnp.asarray(rng.exponential(size=192), jnp.float32)))
     ours, plain = nf4.quantise_for(kernel, factor, kind), jax.jit(nf4.quantise, static_argnums=1)(kernel, kind)
     assert set(ours) == set(plain)
     for name in plain:
         assert ours[name].dtype == plain[name].dtype
         assert np.array_equal(ours[name], plain[name]) or name in ("scale_low", "scale_step")
     assert np.array_equal(nf4.kernel_of(ours), nf4.kernel_of(plain))
-    assert np.array_equal(nf4.compensation(jnp.zeros((64, 64))), jnp.eye(64))
+    assert np.array_equal(gptq.compensation(jnp.zeros((64, 64))), jnp.eye(64))
 
 
 @settings(max_examples=15, deadline=None)
@@ -103,7 +103,7 @@ def test_outputs_are_nearer_than_with_the_nearest_values(blocks, outputs, seed, 
     size = blocks * nf4.BLOCK
     kernel = jnp.asarray(rng.standard_normal((size, outputs)), jnp.float32)
     x = jnp.asarray(inputs_of(rng, 3 * size, size), jnp.float32)
-    fitted = nf4.quantise_for(kernel, nf4.compensation(x.T @ x), kind)
+    fitted = nf4.quantise_for(kernel, gptq.compensation(x.T @ x), kind)
     errors = [
         float(jnp.linalg.norm(x @ (nf4.kernel_of(leaf, jnp.float32) - kernel)))
         for leaf in (fitted, nf4.quantise(kernel, kind))
@@ -113,7 +113,7 @@ def test_outputs_are_nearer_than_with_the_nearest_values(blocks, outputs, seed, 
 
 def test_a_gram_matrix_that_is_not_finite_is_refused():
     with pytest.raises(InputError, match="not finite"):
-        nf4.compensation(jnp.full((64, 64), jnp.nan))
+        gptq.compensation(jnp.full((64, 64), jnp.nan))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_gram_matrices_are_those_of_what_pytorch_feeds_its_linears(folder, monke
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     texts, grams = texts_of(3), []
     monkeypatch.setattr(calibrate, "ROWS", 2)  # so that there are batches to add up
-    monkeypatch.setattr(nf4, "compensation", lambda gram: grams.append(np.asarray(gram)) or jnp.eye(len(gram)))
+    monkeypatch.setattr(gptq, "compensation", lambda gram: grams.append(np.asarray(gram)) or jnp.eye(len(gram)))
     found = calibrate.calibrated(
         huggingface.open_folder(folder), "bfloat16", "nf4", texts, lambda slot, layer: layer is not None and layer > 2
     )

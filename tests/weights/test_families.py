@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sst_jax.errors import InputError
 from sst_jax.families.registry import BY_NAME, PRESETS
 from sst_jax.model.config import BackboneConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.weights import gguf as reader
 from sst_jax.weights import key_map
 from sst_jax.weights.huggingface import backbone_from_config, config_json, open_folder, write_folder
@@ -353,7 +353,7 @@ def test_nf4_as_it_is_read_is_nf4_of_what_is_read(tmp_path):
     source = reader.open_file(write_gguf(tmp_path / "tiny.gguf", backbone, gguf_tensors(backbone)[0]))
     whole, packed = fill_base(source, "bfloat16"), fill_base(source, "bfloat16", quantize="nf4")
     exact = fill_base(source, "float32")["layers"]
-    expected = jax.jit(nf4.quantise_layers)({"q": exact["q"], "o": exact["o"]})
+    expected = jax.jit(storages.quantise_layers)({"q": exact["q"], "o": exact["o"]})
     for name in ("q", "o"):
         for part in expected[name]:
             np.testing.assert_array_equal(packed["layers"][name][part], expected[name][part])

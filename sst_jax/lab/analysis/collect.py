@@ -39,7 +39,7 @@ from sst_jax.lab.analysis import controls
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.model.rules import exact, plain
 
 TOP = 100  # likeliest tokens that are kept
@@ -237,7 +237,7 @@ class Walker:
     def _params(self, config: ModelConfig, dtype: str) -> Params:
         """The model's parameters as `config` takes them, the base in `dtype`."""
         if dtype not in self._bases:
-            self._bases[dtype] = nf4.cast(self.model.params["base"], dtype)
+            self._bases[dtype] = storages.cast(self.model.params["base"], dtype)
         blend = {name: self.model.params["blend"][name] for name in decoder.abstract_params(config)["blend"]}
         return {**self.model.params, "base": self._bases[dtype], "blend": blend}
 

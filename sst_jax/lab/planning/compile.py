@@ -19,7 +19,7 @@ from sst_jax.lab.planning.count import Work, count
 from sst_jax.lab.planning.targets import Target, config_text
 from sst_jax.model import decoder, kernels, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.recipe import Recipe, with_attention_kernel
@@ -195,7 +195,7 @@ def plan_decoding(
 def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
     """Base and trainable parameters of a model; to be called under `jax.eval_shape`, where neither is ever made."""
     params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
-    base = {**params["base"], "layers": nf4.quantise_layers(params["base"]["layers"], quantize)}
+    base = {**params["base"], "layers": storages.quantise_layers(params["base"]["layers"], quantize)}
     return base, {"adapter": params["adapter"], "blend": params["blend"]}
 
 

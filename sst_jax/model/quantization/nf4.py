@@ -23,19 +23,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
+from sst_jax.model.quantization.base import BLOCKS, Leaf, LinearStorage
+from sst_jax.types import Gram, Kernel
 
-KINDS = ("none", "nf4", "nf4_double")
+KINDS = ("nf4", "nf4_double")
 BLOCK = 64
 GROUP = 256  # scales that share a range under double quantisation
-LEAVES = ("codes", "scales", "scale_codes", "scale_low", "scale_step")
 
 # Appendix E of the paper: quantiles of the normal distribution with an exact zero, scaled to [-1, 1].
 LEVELS = np.array(
@@ -79,25 +78,15 @@ def _last_below(lower: np.float32, upper: np.float32) -> np.float32:
 THRESHOLDS = np.array([_last_below(a, b) for a, b in itertools.pairwise(LEVELS)], np.float32)
 
 
-def is_quantised(leaf: Any) -> bool:
-    """Whether a node of a base tree is a linear in NF4."""
-    return isinstance(leaf, Mapping) and "codes" in leaf
-
-
-def cast(tree: Any, dtype: Any) -> Any:
-    """A tree of parameters in another type; linears in NF4 stay, whose codes and scales say what their weights are."""
-    return jax.tree.map(lambda leaf: leaf if is_quantised(leaf) else leaf.astype(dtype), tree, is_leaf=is_quantised)
-
-
-def quantise(kernel: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
-    """The NF4 leaf of a kernel [..., in, out], computed in float32. Meant to be jitted.
+def quantise(kernel: Kernel, kind: str = "nf4") -> dict[str, jax.Array]:
+    """Return the NF4 leaf of a kernel [..., in, out], computed in float32. Meant to be jitted.
 
     Raises: InputError when `in` is not a multiple of 64 or `kind` is not "nf4" or "nf4_double".
     """
     *lead, inputs, outputs = kernel.shape
     if inputs % BLOCK:
         raise InputError(f"NF4 cuts blocks of {BLOCK} inputs; a linear with {inputs} inputs cannot be quantised")
-    if kind not in KINDS[1:]:
+    if kind not in KINDS:
         raise InputError(f"quantize={kind!r} is not one of {', '.join(KINDS)}")
     blocks = kernel.astype(jnp.float32).reshape(*lead, inputs // BLOCK, BLOCK, outputs)
     scales = _largest(blocks)
@@ -106,7 +95,7 @@ def quantise(kernel: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
 
 
 def _largest(blocks: jax.Array) -> jax.Array:
-    """The scales [..., out] of blocks [..., 64, out]."""
+    """Return the scales [..., out] of blocks [..., 64, out]."""
     scales = jnp.max(jnp.abs(blocks), axis=-2)
     # A block of zeros, or of numbers so small that squares of them vanish, keeps its numbers' signs and nothing else.
     return jnp.where(scales < np.sqrt(np.finfo(np.float32).tiny), 1.0, scales)
@@ -135,8 +124,8 @@ def _stored_scales(scales: jax.Array, kind: str) -> dict[str, jax.Array]:
     return {"scale_codes": codes.reshape(*lead, -1)[..., :outputs], "scale_low": low, "scale_step": step}
 
 
-def _scales(leaf: Mapping[str, jax.Array]) -> jax.Array:
-    """The scales of a leaf [..., in/64, out], bfloat16 numbers in float32."""
+def _scales(leaf: Leaf) -> jax.Array:
+    """Return the scales of a leaf [..., in/64, out], bfloat16 numbers in float32."""
     if "scales" in leaf:
         return leaf["scales"].astype(jnp.float32)
     outputs = leaf["scale_codes"].shape[-1]
@@ -144,37 +133,9 @@ def _scales(leaf: Mapping[str, jax.Array]) -> jax.Array:
     return jax.lax.reduce_precision(low + step * leaf["scale_codes"].astype(jnp.float32), 8, 7)
 
 
-DAMPING = (0.01, 0.1, 1.0)  # of a Gram matrix's mean square, added to its diagonal: GPTQ's, and more where that fails
-
-
-def compensation(gram: jax.Array) -> jax.Array:
-    """The upper triangular U [in, in], float32, of GPTQ: transpose(U) U is the inverse of the damped Gram matrix.
-
-    `gram` [in, in] is the sum of x^T x over a linear's inputs x [..., in]. An error e in the weights of input i is best
-    made up for by taking e U[i, j] / U[i, i] from those of every later input j.
-
-    Raises: InputError when no damping makes it positive definite, as when an input was not finite.
-    """
-    gram = gram.astype(jnp.float32)
-    mean = jnp.mean(jnp.diagonal(gram))
-    for damping in DAMPING:
-        factor = _compensation(gram, jnp.where(mean > 0, damping * mean, 1.0))
-        if bool(jnp.isfinite(factor).all()):
-            return factor
-    raise InputError("what a linear is fed by the calibration's texts is not finite, or not numerically positive")
-
-
-@jax.jit
-def _compensation(gram: jax.Array, damping: jax.Array) -> jax.Array:
-    # With the axes reversed a Cholesky factor is an upper one, whose inverse is what is wanted: no inverse of a matrix.
-    eye = jnp.eye(len(gram), dtype=gram.dtype)
-    upper = jnp.linalg.cholesky((gram + damping * eye)[::-1, ::-1])[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(upper, eye)
-
-
 @functools.partial(jax.jit, static_argnames="kind")
-def quantise_for(kernel: jax.Array, factor: jax.Array, kind: str = "nf4") -> dict[str, jax.Array]:
-    """The NF4 leaf of a kernel [in, out], fitted to inputs by their `compensation` [in, in]: GPTQ, in float32.
+def quantise_for(kernel: Kernel, factor: Gram, kind: str = "nf4") -> dict[str, jax.Array]:
+    """Return the NF4 leaf of a kernel [in, out], fitted to inputs by their `gptq.compensation` (float32).
 
     Inputs are taken in order; each one's weights get their nearest values, and what is left of the error goes to the
     inputs that come after it. A diagonal factor, inputs that have nothing to do with each other, gives `quantise`'s.
@@ -207,8 +168,8 @@ def quantise_for(kernel: jax.Array, factor: jax.Array, kind: str = "nf4") -> dic
     return {"codes": _packed(codes.reshape(inputs, outputs)), **scales}
 
 
-def kernel_of(leaf: Mapping[str, jax.Array], dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:
-    """The kernel [..., in, out] of an NF4 leaf. The one function that a fused kernel would replace."""
+def kernel_of(leaf: Leaf, dtype: jnp.dtype = jnp.bfloat16) -> Kernel:
+    """Return the kernel [..., in, out] of an NF4 leaf."""
     codes = leaf["codes"]
     *lead, half, outputs = codes.shape
     # Shifts by a broadcast (0, 4), as a concatenation of two halves would be written out on its way.
@@ -220,21 +181,21 @@ def kernel_of(leaf: Mapping[str, jax.Array], dtype: jnp.dtype = jnp.bfloat16) ->
     return jax.lax.reduce_precision(value, 8, 7).astype(dtype).reshape(*lead, 2 * half, outputs)
 
 
-def dequantise(tree: Mapping[str, Any], dtype: jnp.dtype = jnp.bfloat16) -> dict[str, Any]:
-    """A layer's (or a stack of layers') base with every NF4 leaf turned back into {"kernel": ...} of `dtype`."""
-    return {name: {"kernel": kernel_of(leaf, dtype)} if is_quantised(leaf) else leaf for name, leaf in tree.items()}
+class NF4(LinearStorage):
+    """NF4, with plain ("nf4") or doubly quantised ("nf4_double") scales."""
 
+    group = GROUP
 
-def quantise_layers(layers: Mapping[str, Any], kind: str = "nf4") -> dict[str, Any]:
-    """Layers with every {"kernel": ...} in NF4; norms, and linears that already are, stay. "none" changes nothing."""
-    if kind == "none":
-        return dict(layers)
-    return {name: quantise(leaf["kernel"], kind) if "kernel" in leaf else leaf for name, leaf in layers.items()}
+    def __init__(self, name: str):
+        self.name = name
+        scales = ("scales",) if name == "nf4" else ("scale_codes", "scale_low", "scale_step")
+        self.axes = dict.fromkeys(("codes", *scales), BLOCKS)
 
+    def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
+        return quantise(kernel, self.name)
 
-def kind_of(base: Mapping[str, Any]) -> str:
-    """How the linears of a base tree are stored: one of KINDS."""
-    leaves = [leaf for leaf in base["layers"].values() if is_quantised(leaf)]
-    if not leaves:
-        return "none"
-    return "nf4" if "scales" in leaves[0] else "nf4_double"
+    def quantise_for(self, kernel: Kernel, factor: Gram) -> dict[str, jax.Array]:
+        return quantise_for(kernel, factor, self.name)
+
+    def kernel(self, leaf: Leaf, dtype: jnp.dtype) -> Kernel:
+        return kernel_of(leaf, dtype)

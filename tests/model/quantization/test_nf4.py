@@ -10,7 +10,7 @@ import pytest
 from sst_jax.errors import InputError
 from sst_jax.model import rules
 from sst_jax.model.config import BackboneConfig
-from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization import nf4, storages
 from tests.support import toys
 
 BACKBONE = BackboneConfig(
@@ -93,10 +93,10 @@ def test_what_cannot_be_quantised_is_named():
 def test_a_forward_on_nf4_is_the_forward_on_its_values(name, kind, dtype):
     config = toys.config({"alpha": 0.3}, backbone=BACKBONE)
     params = toys.params(config, dtype)
-    quantised = {**params["base"], "layers": nf4.quantise_layers(params["base"]["layers"], kind)}
-    assert nf4.kind_of(quantised) == kind
-    assert nf4.kind_of(params["base"]) == "none"
-    values = {**params["base"], "layers": nf4.dequantise(quantised["layers"], jnp.dtype(dtype))}
+    quantised = {**params["base"], "layers": storages.quantise_layers(params["base"]["layers"], kind)}
+    assert storages.kind_of(quantised) == kind
+    assert storages.kind_of(params["base"]) == "none"
+    values = {**params["base"], "layers": storages.dequantise(quantised["layers"], jnp.dtype(dtype))}
     tokens = toys.tokens(2, 24)
 
     def loss(adapter, base):

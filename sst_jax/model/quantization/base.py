@@ -1,0 +1,114 @@
+"""How a frozen linear is stored, and all that the rest of the package may know of it.
+
+A linear is a *leaf* of the base tree, a dict of arrays. As a checkpoint has it the leaf is {"kernel": [..., in, out]};
+under another storage the kernel gives way to arrays of other names. A leaf may hold more than these, such as a bias,
+which no storage touches. One storage is one file; `storages.py` registers them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+
+from sst_jax.errors import InputError
+from sst_jax.types import Gram, Kernel, LinearInputs, LinearOutputs
+
+Leaf = Mapping[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+# The kernel's axes that an array of a leaf follows, in blocks or one by one, behind any leading axes.
+BLOCKS, PER_OUTPUT = ("inputs", "outputs"), ("outputs",)
+
+
+class LinearStorage(abc.ABC):
+    """One way of storing a linear.
+
+    Every array of a leaf ends in an axis along the outputs, so that strips of outputs can be quantised apart and laid
+    side by side.
+
+    Attributes:
+      name: what recipes, flags and files call it.
+      axes: for every array of a leaf, which of the kernel's axes it follows: BLOCKS or PER_OUTPUT. No two storages
+        give one name different axes, as a mesh places an array by its name.
+      group: outputs that share numbers; strips are multiples of it.
+      fused: whether `product` multiplies what is stored. False: a layer's kernels are unpacked once, when the layer
+        begins, and all passes share them.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[str, ...]]
+    group: int = 1
+    fused: bool = False
+
+    @abc.abstractmethod
+    def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
+        """Return the leaf of a kernel [..., in, out]. Meant to be jitted.
+
+        Raises: InputError for a kernel that this storage cannot hold.
+        """
+
+    @abc.abstractmethod
+    def kernel(self, leaf: Leaf, dtype: jnp.dtype) -> Kernel:
+        """Return the kernel [..., in, out] that a leaf stands for, in `dtype`."""
+
+    def quantise_for(self, kernel: Kernel, factor: Gram) -> dict[str, jax.Array]:
+        """Return the leaf of a kernel [in, out] that fits its inputs, by their `gptq.compensation` [in, in].
+
+        Raises: InputError where this storage cannot be fitted.
+        """
+        raise InputError(f"{self.name} cannot be fitted to texts: leave --calibrate out")
+
+    def product(self, x: LinearInputs, leaf: Leaf) -> LinearOutputs:
+        """Return x [..., in] times the kernel, [..., out] in x's type."""
+        return x @ self.kernel(leaf, x.dtype)
+
+    def cast(self, leaf: Leaf, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """Return a leaf in another type of floats; quantised numbers stay, as they say what the weights are."""
+        return dict(leaf)
+
+    def abstract(self, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Shapes:
+        """Return the shapes and types of the leaf of a kernel [..., in, out] of `dtype`, without computing it.
+
+        Raises: InputError as `quantise`.
+        """
+        return jax.eval_shape(self.quantise, jax.ShapeDtypeStruct(shape, dtype))
+
+    def num_bytes(self, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> int:
+        """Return the bytes of the leaf of a kernel [..., in, out] of `dtype`."""
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.abstract(shape, dtype).values())
+
+    def kernel_shape(self, leaf: Leaf) -> tuple[int, ...]:
+        """Return the shape [..., in, out] of what a leaf stands for; its arrays need a shape and a type only."""
+        shapes = {name: jax.ShapeDtypeStruct(leaf[name].shape, leaf[name].dtype) for name in self.axes}
+        return jax.eval_shape(lambda leaf: self.kernel(leaf, jnp.dtype(jnp.float32)), shapes).shape
+
+
+class AsItIs(LinearStorage):
+    """A kernel in the type of its checkpoint, under the name "kernel"."""
+
+    name = "none"
+    axes = MappingProxyType({"kernel": BLOCKS})
+
+    def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
+        return {"kernel": kernel}
+
+    def kernel(self, leaf: Leaf, dtype: jnp.dtype) -> Kernel:
+        return leaf["kernel"].astype(dtype)
+
+    def cast(self, leaf: Leaf, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        return {name: value.astype(dtype) for name, value in leaf.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StoredLinear:
+    """A linear that a layer multiplies as it is stored, in the place of its kernel."""
+
+    leaf: dict[str, jax.Array]
+    storage: LinearStorage = dataclasses.field(metadata={"static": True})

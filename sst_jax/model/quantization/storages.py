@@ -1,0 +1,137 @@
+"""The storages of linears by name, and what is done with whole trees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from sst_jax.errors import InputError
+from sst_jax.model.quantization import nf4
+from sst_jax.model.quantization.base import AsItIs, Leaf, LinearStorage, StoredLinear
+from sst_jax.types import LinearInputs, LinearOutputs, Params
+
+AS_IT_IS = AsItIs()
+STORAGES: dict[str, LinearStorage] = {
+    storage.name: storage for storage in (AS_IT_IS, nf4.NF4("nf4"), nf4.NF4("nf4_double"))
+}
+
+# Names that other arrays of the parameter trees have.
+_TAKEN = {"scale", "embedding", "bias", "lora_a", "lora_b", "theta", "gain"}
+
+Tree = TypeVar("Tree")
+
+
+def kinds() -> tuple[str, ...]:
+    """Return the names of all storages, "none" first."""
+    return tuple(STORAGES)
+
+
+def get(name: str) -> LinearStorage:
+    """Return the storage of a name.
+
+    Raises: InputError for an unknown one.
+    """
+    if name not in STORAGES:
+        raise InputError(f"quantize={name!r} is not one of {', '.join(kinds())}")
+    return STORAGES[name]
+
+
+def register(storage: LinearStorage) -> LinearStorage:
+    """Add a storage.
+
+    Raises: ValueError where its name, or with other axes an array's, is taken.
+    """
+    for name, axes in storage.axes.items():
+        if name in _TAKEN or axes_of(name) not in (None, axes):
+            raise ValueError(f"storage {storage.name}: the array name {name!r} is taken")
+    if storage.name in STORAGES:
+        raise ValueError(f"storage {storage.name!r} is registered already")
+    return STORAGES.setdefault(storage.name, storage)
+
+
+def axes_of(name: str) -> tuple[str, ...] | None:
+    """Return the axes of a kernel that an array of this name follows; None where no storage has such an array."""
+    return next((storage.axes[name] for storage in STORAGES.values() if name in storage.axes), None)
+
+
+def is_quantised_array(name: str) -> bool:
+    """Return whether an array of this name holds a linear in another storage than "none"."""
+    return axes_of(name) is not None and name not in AS_IT_IS.axes
+
+
+def storage_of(leaf: object) -> LinearStorage | None:
+    """Return the storage of a node of a base tree; None where it is no linear."""
+    if not isinstance(leaf, Mapping):
+        return None
+    return next((storage for storage in STORAGES.values() if storage.axes.keys() <= leaf.keys()), None)
+
+
+def is_quantised(leaf: object) -> bool:
+    """Return whether a node of a base tree is a linear in another storage than "none"."""
+    return storage_of(leaf) not in (None, AS_IT_IS)
+
+
+def kind_of(base: Params) -> str:
+    """Return the name of the storage of a base tree's linears."""
+    storages = [storage for leaf in base["layers"].values() if (storage := storage_of(leaf)) is not None]
+    return next((storage.name for storage in storages if storage is not AS_IT_IS), AS_IT_IS.name)
+
+
+def quantise_layers(layers: Params, kind: str = "nf4") -> Params:
+    """Return layers with every kernel in the storage `kind`; norms, biases, and linears that already are, stay.
+
+    Raises: InputError as `get` and `LinearStorage.quantise`.
+    """
+    storage = get(kind)
+    return {
+        name: {**_others(leaf, AS_IT_IS), **storage.quantise(leaf["kernel"])} if storage_of(leaf) is AS_IT_IS else leaf
+        for name, leaf in layers.items()
+    }
+
+
+def dequantise(layers: Params, dtype: jnp.dtype = jnp.bfloat16) -> Params:
+    """Return a layer (or a stack of layers) with every quantised linear turned back into a kernel of `dtype`."""
+    return {
+        name: {**_others(leaf, storage), "kernel": storage.kernel(leaf, dtype)}
+        if (storage := storage_of(leaf)) not in (None, AS_IT_IS)
+        else leaf
+        for name, leaf in layers.items()
+    }
+
+
+def unpack(layer: Params, dtype: jnp.dtype) -> Params:
+    """Return one layer as its linears multiply it: kernels, of a fused storage a `StoredLinear` in a kernel's place."""
+    unpacked = {}
+    for name, leaf in layer.items():
+        storage = storage_of(leaf)
+        if storage is not None and storage.fused:
+            stored = StoredLinear({part: leaf[part] for part in storage.axes}, storage)
+            unpacked[name] = {**_others(leaf, storage), "kernel": stored}
+        else:
+            unpacked |= dequantise({name: leaf}, dtype)
+    return unpacked
+
+
+def product(x: LinearInputs, kernel: jax.Array | StoredLinear) -> LinearOutputs:
+    """Return x [..., in] times a kernel [in, out] of any type or storage, [..., out] in x's type."""
+    if isinstance(kernel, StoredLinear):
+        return kernel.storage.product(x, kernel.leaf)
+    return AS_IT_IS.product(x, {"kernel": kernel})
+
+
+def cast(tree: Tree, dtype: jnp.dtype | str) -> Tree:
+    """Return a tree of parameters in another type of floats; quantised linears stay."""
+
+    def one(leaf: Leaf | jax.Array) -> Leaf | jax.Array:
+        storage = storage_of(leaf)
+        return leaf.astype(dtype) if storage is None else storage.cast(leaf, dtype)
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: storage_of(leaf) is not None)
+
+
+def _others(leaf: Leaf, storage: LinearStorage) -> dict[str, jax.Array]:
+    """Return what a leaf holds besides its kernel."""
+    return {name: value for name, value in leaf.items() if name not in storage.axes}
