@@ -97,7 +97,9 @@ def basins(args: Any) -> None:
     from sst_jax.console.progress import bar
     from sst_jax.inference import halting_probe as probes
     from sst_jax.inference.model import load
-    from sst_jax.lab.analysis import collect, findings, report
+    from sst_jax.lab.analysis import findings, report
+    from sst_jax.lab.analysis.collect import Settings
+    from sst_jax.lab.analysis.collection import collect
 
     probe = None if args.probe is None else probes.load(args.probe)
     model = load(args.model, args.dtype)
@@ -108,12 +110,12 @@ def basins(args: Any) -> None:
         raise InputError(f"--layer {args.layer}: the model has layers 0 to {layers - 1}")
     if probe is not None:
         probe.check(model)
-    settings = collect.Settings(
+    settings = Settings(
         depths, args.between, args.what, not args.no_rounding, args.controls, args.max_new_tokens, args.batch_size
     )
     texts = texts_of(args, asked, model)
     with bar(len(texts), f"walking texts at depths {args.depths}", "problem") as meter:
-        collection = collect.collect(model, texts, settings, out / "collected", meter.update)
+        collection = collect(model, texts, settings, out / "collected", meter.update)
     with bar(len(texts), "measuring", "problem") as meter:
         found = findings.measure(model, collection, settings, args.layer % layers, meter.update)
     result = {"model": {**model.facts, "recipe": None}, "settings": vars(args), **found.result}

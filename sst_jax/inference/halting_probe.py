@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,10 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from sst_jax.errors import InputError
 from sst_jax.files import sha256
-from sst_jax.inference.policies import Policy
-
-if TYPE_CHECKING:
-    from sst_jax.inference.model import Model
+from sst_jax.inference.model import Model
+from sst_jax.inference.policies import FILES, Policy
 
 FORMAT = "sst_jax.probe.1"
 SHAPES = {
@@ -124,3 +122,11 @@ def fingerprint(model: Model) -> str:
             total.update(f"{name}{jax.tree_util.keystr(path)}{leaf.shape}".encode())
             total.update(np.asarray(leaf).tobytes())
     return total.hexdigest()
+
+
+def read_policy(path: str) -> Policy:
+    """Return the policy of the probe in a file: what "probe:FILE" spells. Raises: InputError as `load`."""
+    return load(path).policy
+
+
+FILES["probe"] = read_policy

@@ -101,6 +101,10 @@ def selected_depth(policy: Policy, states: np.ndarray) -> int:
 # What may be spelled in a command or a request, each with its parameters' names and types.
 SPELLINGS = {"first_token": (first_token, ("I", int)), "until_stable": (until_stable, ("TOL", float), ("MOST", int))}
 
+# By the word in front of a file's name: what reads the policy of that file. `inference/halting_probe.py` registers
+# "probe" when it is imported.
+FILES: dict[str, Callable[[str], Policy]] = {}
+
 
 def parse(text: str, files: bool = False) -> Policy:
     """The policy of one spelling: "4", "first_token:4" or "until_stable:0.01:4".
@@ -109,10 +113,8 @@ def parse(text: str, files: bool = False) -> Policy:
     Raises: InputError that quotes the text and lists the spellings; as `probe.load`.
     """
     name, *given = text.strip().split(":")
-    if files and name == "probe":
-        from sst_jax.inference.halting_probe import load
-
-        return load(":".join(given)).policy
+    if files and name in FILES:
+        return FILES[name](":".join(given))
     known = "I, " + ", ".join(":".join([key, *(part[0] for part in rest)]) for key, (_, *rest) in SPELLINGS.items())
     make, *parameters = SPELLINGS.get(name, (flat, ("I", int)))
     given = given if name in SPELLINGS else [name, *given]

@@ -15,7 +15,7 @@ pytest.importorskip("diptest")
 import sst_jax
 from sst_jax import analyze
 from sst_jax.console.command import run
-from sst_jax.lab.analysis.collect import read_array, write_array
+from sst_jax.lab.analysis.collection import read_array, write_array
 from tests.support.browser import CHROMIUM, browser
 
 VOID = {"meta", "link", "img", "br"}

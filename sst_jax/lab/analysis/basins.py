@@ -10,15 +10,14 @@ from resampling texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sst_jax.errors import InputError
+from sst_jax.lab.analysis.collection import Problem
+from sst_jax.lab.analysis.cosine import cosine_distance
 from sst_jax.lab.statistics import Interval, bootstrap_mean, clustered_mean, finite
-
-if TYPE_CHECKING:
-    from sst_jax.lab.analysis.collect import Problem
 
 FLOOR = 1e-12  # what moved less than this has not moved
 LEVEL = 0.05  # of the dip test
@@ -27,18 +26,6 @@ DRAWS = 51  # such samples, of which the median p counts
 REFITS = 200  # bootstrap of the mixture
 MOST = 20_000  # values that a mixture is fitted to
 REACH = 16  # positions behind a shift that are looked at
-
-
-def moved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 - cosine of vectors along the last axis, [...] from [..., D], without cancellation where they nearly agree."""
-    a, b = (np.asarray(side, np.float64) for side in (a, b))
-    a, b = (side / np.maximum(np.linalg.norm(side, axis=-1, keepdims=True), 1e-300) for side in (a, b))
-    return 0.5 * np.sum(np.square(a - b), axis=-1)
-
-
-def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of vectors along the last axis."""
-    return 1.0 - moved(a, b)
 
 
 class TextMetrics(NamedTuple):
@@ -66,7 +53,7 @@ def measure(problem: Problem) -> TextMetrics:
 
     return TextMetrics(
         problem.id,
-        moved(problem.states, reference[None]),
+        cosine_distance(problem.states, reference[None]),
         top - kept,
         winner,
         rank,

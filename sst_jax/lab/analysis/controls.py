@@ -14,21 +14,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.lab.analysis.basins import overlap
+from sst_jax.lab.analysis.collect import Batch, DepthStates, Walker
+from sst_jax.lab.analysis.cosine import cosine_similarity
 from sst_jax.lab.statistics import bootstrap_mean, finite
 from sst_jax.model import rules
 from sst_jax.model.decoder import Context, Layer, Residuals
 from sst_jax.model.layers import to_float32
 from sst_jax.model.state import shift_right
-
-if TYPE_CHECKING:
-    from sst_jax.lab.analysis.collect import Batch, DepthStates, Walker
 
 
 class Swap(NamedTuple):
@@ -110,7 +108,7 @@ def collect_batch(walker: Walker, batch: Batch, shallow: DepthStates, deep: Dept
 def compared(first: DepthStates, second: DepthStates) -> dict[str, Any]:
     """JSON-ready, of one problem's two walks."""
     changed = first.top_ids[:, 0] != second.top_ids[:, 0]
-    return {"overlap": overlap(first.states, second.states).tolist(), "argmax_changed": changed.tolist()}
+    return {"overlap": cosine_similarity(first.states, second.states).tolist(), "argmax_changed": changed.tolist()}
 
 
 def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis import basins, controls
 from sst_jax.lab.analysis.basins import MixtureFit, TextMetrics
-from sst_jax.lab.analysis.collect import Collection, Settings
+from sst_jax.lab.analysis.collect import Settings
+from sst_jax.lab.analysis.collection import Collection
 from sst_jax.lab.analysis.noise import noise_floor
 from sst_jax.lab.statistics import clustered_mean, finite, holm
 

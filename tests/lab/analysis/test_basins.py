@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
-from sst_jax.lab.analysis import basins, noise
+from sst_jax.lab.analysis import basins, cosine, noise
 from sst_jax.lab.analysis.basins import TextMetrics
-from sst_jax.lab.analysis.collect import Problem
+from sst_jax.lab.analysis.collection import Problem
 
 TEXTS, POSITIONS = 40, 60
 
@@ -60,16 +60,16 @@ def test_moved_is_one_minus_the_cosine_that_was_planted(angle, seed, dtype):
     states = rng.standard_normal((4, 7, 33)) * np.exp(rng.standard_normal((4, 7, 1)))
     other = turned(rng, states, np.full((4, 7), angle)).astype(dtype)
     tolerance = 1e-6 if dtype == "float64" else 3e-2 if angle < 1e-4 else 1e-3
-    found = basins.moved(states.astype(dtype), other)
+    found = cosine.cosine_distance(states.astype(dtype), other)
     if dtype == "float64" or angle > 1e-5:
         np.testing.assert_allclose(found, 2 * np.sin(angle / 2) ** 2, rtol=tolerance)
-    np.testing.assert_allclose(basins.overlap(states, other), 1 - found, atol=1e-6)
+    np.testing.assert_allclose(cosine.cosine_similarity(states, other), 1 - found, atol=1e-6)
 
 
 def test_equal_states_have_not_moved_at_all():
     states = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
-    assert (basins.moved(states, states) == 0).all()
-    assert (basins.moved(states, 2 * states) < 1e-30).all()
+    assert (cosine.cosine_distance(states, states) == 0).all()
+    assert (cosine.cosine_distance(states, 2 * states) < 1e-30).all()
 
 
 @pytest.mark.parametrize("share", [0.14, 0.4])

@@ -20,7 +20,7 @@ from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.halting_probe import fingerprint
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import prefill
-from sst_jax.lab.analysis import collect, controls
+from sst_jax.lab.analysis import collect, collection, controls
 from sst_jax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -157,13 +157,13 @@ def collected(tmp_path_factory):
     model, some = toy(), texts(9, 4, 7, 5, 6)
     settings = collect.Settings((1, 2), controls=1, batch=2)
     folder = tmp_path_factory.mktemp("collected") / "five"
-    collect.collect(model, some, settings, folder)
+    collection.collect(model, some, settings, folder)
     return model, some, settings, folder
 
 
 def test_a_collection_keeps_everything_of_every_problem(collected):
     model, some, _, folder = collected
-    for problem, text in zip(collect.Collection(folder), some, strict=True):
+    for problem, text in zip(collection.Collection(folder), some, strict=True):
         assert problem.id == text.id
         assert [*problem.prefix, *problem.walked, problem.predicted[-1]] == [*text.prompt, *text.given]
         count = len(problem.walked)
@@ -173,7 +173,7 @@ def test_a_collection_keeps_everything_of_every_problem(collected):
         states, _ = by_decoding(model, text, 2)
         assert np.abs(problem.rounded - problem.states[0]).max() > 1e-4
         assert states.shape == problem.states[1].shape
-    assert [bool(problem.controls) for problem in collect.Collection(folder)] == [True, True, False, False, False]
+    assert [bool(problem.controls) for problem in collection.Collection(folder)] == [True, True, False, False, False]
 
 
 def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, mon
     again = tmp_path / "again"
     written = []
 
-    def dying(self, number, problem, write=collect.Collection.write):
+    def dying(self, number, problem, write=collection.Collection.write):
         if len(written) == 3:
             (self.path / f".{number:05d}.partial").mkdir()
             raise KeyboardInterrupt
@@ -189,17 +189,17 @@ def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, mon
         write(self, number, problem)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect.Collection, "write", dying)
+        patch.setattr(collection.Collection, "write", dying)
         with pytest.raises(KeyboardInterrupt):
-            collect.collect(model, some, settings, again)
+            collection.collect(model, some, settings, again)
     assert written == [0, 1, 2]
     looked = []
-    monkeypatch.setattr(collect, "look", lambda *args, look=collect.look: looked.append(args[3]) or look(*args))
+    monkeypatch.setattr(collection, "look", lambda *args, look=collection.look: looked.append(args[3]) or look(*args))
     steps = []
-    collect.collect(model, some, settings, again, steps.append)
+    collection.collect(model, some, settings, again, steps.append)
     assert looked == [range(2, 4), range(4, 5)]
     assert steps == [2, 2, 1]
-    for one, other in zip(collect.Collection(folder), collect.Collection(again), strict=True):
+    for one, other in zip(collection.Collection(folder), collection.Collection(again), strict=True):
         for name in ("states", "top_ids", "top_logits", "rounded"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert one.controls == other.controls
@@ -217,32 +217,32 @@ def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, mon
 def test_another_collection_is_refused(collected, change, culprit):
     *given, folder = collected
     with pytest.raises(InputError, match=f"collected with {culprit}"):
-        collect.collect(*change(*given), folder)
+        collection.collect(*change(*given), folder)
 
 
 def test_states_that_are_no_numbers_are_named(collected, tmp_path):
     *_, folder = collected
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
-    value = collect.read_array(broken / "00001", "states")
+    value = collection.read_array(broken / "00001", "states")
     value[1, 2, 3, 4] = np.nan
     shutil.rmtree(broken / "00001" / "states")
-    collect.write_array(broken / "00001", "states", value)
+    collection.write_array(broken / "00001", "states", value)
     with pytest.raises(InputError, match="states of text 4, position 2, layer 3"):
-        collect.Collection(broken).read(1)
+        collection.Collection(broken).read(1)
     shutil.rmtree(broken / "00002" / "states")
     with pytest.raises(InputError, match="00002/states cannot be read"):
-        collect.Collection(broken).read(2)
+        collection.Collection(broken).read(2)
 
 
 def test_texts_that_do_not_fit_are_named():
     model, settings = toy(), collect.Settings()
     with pytest.raises(InputError, match=r"text 0.*too short"):
-        collect.shape_of(model, [collect.Text("text 0", [3, 4], [])], settings)
+        collection.shape_of(model, [collect.Text("text 0", [3, 4], [])], settings)
     with pytest.raises(InputError, match="exceed the model's 600"):
-        collect.shape_of(model, texts(700), settings)
+        collection.shape_of(model, texts(700), settings)
     with pytest.raises(InputError, match="no texts"):
-        collect.shape_of(model, [], settings)
+        collection.shape_of(model, [], settings)
 
 
 def test_a_fingerprint_is_of_the_model_and_not_of_its_precision(tmp_path):
@@ -258,6 +258,6 @@ def test_a_fingerprint_is_of_the_model_and_not_of_its_precision(tmp_path):
 def test_generated_texts_are_the_models_own():
     model = sst_jax.load("random:tiny").with_stream(alpha=0.3)
     prompts = [model.tokenizer.encode("12 + 7 =")]
-    found = collect.answers(model, [collect.Text("a", prompts[0])], collect.Settings(new_tokens=9))
+    found = collection.answers(model, [collect.Text("a", prompts[0])], collect.Settings(new_tokens=9))
     assert found == [model.generate(prompts, max_new_tokens=9)[0].tokens]
     assert json.dumps(found)
