@@ -64,8 +64,6 @@ def ours(model: Any, depth: int, prompt: list[int], count: int) -> Timing:
         seeds=[0],
         stop_ids=(),
         pad_id=0,
-        bos_id=model.tokenizer.bos_id,
-        dtype=model.dtype,
     )
     tokens = next(running).tokens[0].tolist()
     first = time.perf_counter()

@@ -10,6 +10,7 @@ one (LoRA on seven linears, AdamW), on random tokens of which the second half of
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
@@ -60,14 +61,14 @@ def training(args: Any) -> list[dict[str, Any]]:
 
     from sst_jax.inference.model import load
     from sst_jax.model import decoder
-    from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
+    from sst_jax.model.config import AdapterConfig, StreamConfig
     from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
     from sst_jax.training.step import ForwardConfig, init_state, train_step
 
     records = []
     for dtype in args.dtype.split(","):
         model = load(args.model, dtype)
-        config = ModelConfig(model.config.backbone, StreamConfig(), AdapterConfig(rank=args.rank))
+        config = dataclasses.replace(model.config, stream=StreamConfig(), adapter=AdapterConfig(rank=args.rank))
         fresh = jax.jit(lambda key, config=config: {
             name: tree for name, tree in decoder.init_params(config, key).items() if name != "base"
         })(jax.random.key(0))  # fmt: skip
@@ -85,10 +86,10 @@ def training(args: Any) -> list[dict[str, Any]]:
             for text in args.forwards.split(","):
                 name, _, passes = text.partition(":")
                 settings = ForwardConfig(name, int(passes or 2), remat=args.remat, dtype=dtype)
-                plain = ModelConfig(config.backbone, None, config.adapter)
+                plain = dataclasses.replace(config, stream=None)
                 start = state if name != "plain" else init_state({**fresh, "blend": {}}, optimizer)
                 which = config if name != "plain" else plain
-                step = jax.jit(functools.partial(train_step, which, settings, optimizer, None))
+                step = jax.jit(functools.partial(train_step, which, settings, optimizer))
                 jobs[text] = functools.partial(step, start, model.params["base"], batch, jax.random.key(1))
             if args.peer and dtype == "float32":
                 jobs["transformers + PEFT, plain"] = peer(model, tokens, mask, args.rank)
@@ -171,12 +172,10 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
 
     @jax.jit
     def stepwise(params: Any, tokens: Any) -> Any:
-        empty = caches.init_cache(config, 1, length, jnp.dtype(args.dtype))
+        empty = caches.init_cache(config, 1, length)
 
         def one(carry: Any, token: Any) -> Any:
-            hidden, cache = caches.decode_step_at_depth(
-                config, params, token, carry[1], jnp.ones(1, jnp.int32), dtype=args.dtype
-            )
+            hidden, cache = caches.decode_step_at_depth(config, params, token, carry[1], jnp.ones(1, jnp.int32))
             return (hidden, cache), None
 
         start = (jnp.zeros((1, config.backbone.d_model), args.dtype), empty)
@@ -184,7 +183,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
 
     def sweeps_taken() -> list[int]:
         context = decoder.row_context(config, jnp.asarray(tokens), options={})
-        x = decoder.embed(config, params, jnp.asarray(tokens), jnp.dtype(args.dtype))
+        x = decoder.embed(config, params, jnp.asarray(tokens))
 
         def rule(*arguments: Any) -> Any:
             streams, left = fixed_point_states(*arguments)
@@ -192,7 +191,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
 
         return np.asarray(jax.jit(lambda: decoder.run_layers(params, rule, (x,), context)[1])()).tolist()
 
-    fill = functools.partial(prefill, capacity=length, dtype=args.dtype)
+    fill = functools.partial(prefill, capacity=length)
     jobs = {
         "step by step": lambda: stepwise(params, tokens),
         "sweeps": lambda: fill(config, params, tokens, lengths),

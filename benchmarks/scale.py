@@ -41,7 +41,6 @@ def hidden_apart(
     *,
     passes: int = 2,
     segment_ids: Any = None,
-    dtype: str = "float32",
     remat: str = "none",
     attention: str = "xla",
 ) -> Any:
@@ -49,7 +48,6 @@ def hidden_apart(
 
     The published order of things, and what lockstep is measured and tested against.
     """
-    import jax.numpy as jnp
 
     from sst_jax.model import decoder
     from sst_jax.model.rules import attend, next_pass_states, pass_once
@@ -62,7 +60,7 @@ def hidden_apart(
         return (o,), memory
 
     context = decoder.row_context(config, tokens, segment_ids, attention=attention)
-    embedded, memory = decoder.embed(config, params, tokens, jnp.dtype(dtype)), None
+    embedded, memory = decoder.embed(config, params, tokens), None
     for _ in range(passes):
         (x,), memory = decoder.run_layers(params, one_pass, (embedded,), context, extras=memory, remat=remat)
     return decoder.final_norm(config, params, x)
@@ -72,7 +70,7 @@ def model_config(size: str, rank: int = 32) -> Any:
     from sst_jax.families.registry import PRESETS
     from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
 
-    return ModelConfig(PRESETS[size], StreamConfig(), AdapterConfig(rank=rank))
+    return ModelConfig(PRESETS[size], StreamConfig(), AdapterConfig(rank=rank), dtype="bfloat16")
 
 
 def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
@@ -102,7 +100,6 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
                     params,
                     tokens,
                     segment_ids=segment_ids,
-                    dtype="bfloat16",
                     remat="layer",
                     attention=attention,
                 )
@@ -161,7 +158,7 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
                 return init_state(trainable, optimizer), base, batch, jax.random.key(0)
 
             settings = ForwardConfig(name, remat="memories", dtype="bfloat16")
-            step = functools.partial(train_step, config, settings, optimizer, None)
+            step = functools.partial(train_step, config, settings, optimizer)
             work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
             times[name] = roofline(work, target)
             records.append(
@@ -200,17 +197,15 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
         return {"base": base, **trainable}
 
     def sweeps(params: Any, tokens: Any) -> Any:
-        return rules.hidden(config, params, tokens, forward="local", passes=args.sweeps, dtype="bfloat16")
+        return rules.hidden(config, params, tokens, forward="local", passes=args.sweeps)
 
     def one(params: Any, token: Any, caches: Any) -> Any:
-        return decode_state.decode_step_at_depth(
-            config, params, token, caches, jnp.ones(1, jnp.int32), dtype="bfloat16"
-        )
+        return decode_state.decode_step_at_depth(config, params, token, caches, jnp.ones(1, jnp.int32))
 
     shapes = jax.eval_shape(params)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    caches = jax.eval_shape(lambda: decode_state.init_cache(config, 1, length, jnp.dtype(jnp.bfloat16)))
+    caches = jax.eval_shape(lambda: decode_state.init_cache(config, 1, length))
     parallel = roofline(count(jax.make_jaxpr(sweeps)(shapes, tokens)), target)
     sequential = length * roofline(count(jax.make_jaxpr(one)(shapes, token, caches), flash=False), target)
     print(

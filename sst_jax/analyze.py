@@ -226,12 +226,10 @@ def approximation(args: Any) -> None:
     tokens = text_tokens(model.tokenizer, args.text, args.batch, longest)
     chosen = {name: getattr(args, name) for name in ("state", "norm", "propagate") if getattr(args, name)}
     stream = dataclasses.replace(model.config.stream or StreamConfig(), **chosen)
-    config = dataclasses.replace(model.config, stream=stream)
+    config = dataclasses.replace(model.config, stream=stream, dtype=args.dtype)
     params = storages.cast(model.params, args.dtype)
     with bar(len(todo), "measuring", "case") as meter:
-        records = room.measure(
-            config, params, tokens, todo, args.dtype, model.tokenizer.bos_id, not args.no_gradients, meter.update
-        )
+        records = room.measure(config, params, tokens, todo, not args.no_gradients, meter.update)
     fitted = room.orders(records)
     title = f"{Path(args.model).name}, state={stream.state}"
     room.figure(records, out / "approximation.png", title)

@@ -275,7 +275,7 @@ def logit_gap(source: str, folder: Path, with_stream: bool) -> dict[str, Any]:
             config, params = dataclasses.replace(config, stream=None), {**params, "blend": {}}
         tokens = jnp.asarray([tokenizer.encode(TEXT)], jnp.int32)
         name = "exact" if with_stream else "plain"
-        return np.asarray(rules.logits(config, params, tokens, forward=name, bos_id=tokenizer.bos_id))[0]
+        return np.asarray(rules.logits(config, params, tokens, forward=name))[0]
 
     ours, theirs = logits(source), logits(folder)  # one after the other: one model in memory at a time
     return {

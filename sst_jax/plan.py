@@ -93,7 +93,7 @@ def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, A
     if args.decode:
         record |= {
             "rows": args.rows, "capacity": args.capacity, "depth": args.depth,
-            "cache_per_sequence": bytes_per_sequence(config, args.capacity, recipe.model.dtype),
+            "cache_per_sequence": bytes_per_sequence(config, args.capacity),
         }  # fmt: skip
     else:
         forward = recipe.forward.forward

@@ -30,12 +30,14 @@ class Cache(NamedTuple):
     length: jax.Array  # int32 [B], positions filled so far
 
 
-def state_dtype(config: ModelConfig, dtype: jnp.dtype) -> jnp.dtype:
-    """The type that states are stored in: `stream.dtype`, where float32 means "or wider"."""
-    return jnp.dtype(jnp.bfloat16) if config.stream.dtype == "bfloat16" else jnp.promote_types(dtype, jnp.float32)
+def state_dtype(config: ModelConfig) -> jnp.dtype:
+    """Return the type that states are stored in: `stream.dtype`, where float32 means "or wider"."""
+    if config.stream.dtype == "bfloat16":
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.promote_types(config.dtype, jnp.float32)
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` sequences of at most `capacity` positions."""
     backbone = config.backbone
     count = backbone.layer_types.count
@@ -43,19 +45,19 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
 
     def stack(kind: str, slots: int) -> jax.Array:
         # A kind without layers keeps one empty stack of one layer, so that both branches have an array to look at.
-        return jnp.zeros((max(count(kind), 1), batch, slots, *heads), dtype)
+        return jnp.zeros((max(count(kind), 1), batch, slots, *heads), jnp.dtype(config.dtype))
 
     ring = min(backbone.window or 1, capacity)
     kv = KV(stack("local", ring), stack("local", ring), stack("global", capacity), stack("global", capacity))
     state = None
     if config.stream is not None:
-        state = jnp.zeros((backbone.num_layers, batch, backbone.d_model), state_dtype(config, dtype))
+        state = jnp.zeros((backbone.num_layers, batch, backbone.d_model), state_dtype(config))
     return Cache(kv, state, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
 
 
-def bytes_per_sequence(config: ModelConfig, capacity: int, dtype: str) -> dict[str, int]:
+def bytes_per_sequence(config: ModelConfig, capacity: int) -> dict[str, int]:
     """Bytes of one sequence's cache: "state" (constant), "local" (bounded by the window), "global" (linear)."""
-    cache = jax.eval_shape(lambda: init_cache(config, 1, capacity, jnp.dtype(dtype)))
+    cache = jax.eval_shape(lambda: init_cache(config, 1, capacity))
 
     def size(*arrays: Any) -> int:
         return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in arrays if array is not None)
@@ -81,13 +83,11 @@ def decode_step_at_depth(
     cache: Cache,
     depth: jax.Array,
     start: int = 0,
-    bos_id: int | None = None,
-    dtype: str = "float32",
     hidden: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """`decode_step` without a tolerance: every row iterates `depth` [B] times. Returns hidden [B, D] and the cache."""
     never = jnp.zeros(depth.shape, jnp.float32)
-    return decode_step(config, params, token, cache, depth, never, start, bos_id, dtype, hidden)[:2]
+    return decode_step(config, params, token, cache, depth, never, start, hidden)[:2]
 
 
 def decode_step(
@@ -98,8 +98,6 @@ def decode_step(
     depth: jax.Array,
     tolerance: jax.Array,
     start: int = 0,
-    bos_id: int | None = None,
-    dtype: str = "float32",
     hidden: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """One position a row, iterated up to `depth` [B] times: the whole stack again for each, from the same token [B].
@@ -117,13 +115,13 @@ def decode_step(
     position = cache.length - start
     if stream is None:
         depth = jnp.minimum(depth, 1)
-    embedded = decoder.embed(config, params, token[:, None], jnp.dtype(dtype))
+    embedded = decoder.embed(config, params, token[:, None])
     if hidden is None:
         hidden = jnp.zeros((batch, backbone.d_model), embedded.dtype)
     tables = ropes(backbone, position[:, None])
     source = jnp.ones(batch, bool)
-    if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
-        source = token != bos_id
+    if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
+        source = token != config.bos_id
 
     def iteration(carry: tuple) -> tuple:
         i, active, used, hidden, kv, state = carry

@@ -61,12 +61,14 @@ class Model:
     def __init__(
         self, config: ModelConfig, params: decoder.Params, tokenizer: Tokenizer, facts: Mapping[str, Any] | None = None
     ):
-        self.config, self.params, self.tokenizer, self.facts = config, params, tokenizer, dict(facts or {})
+        dtype = str(params["base"]["embed"]["embedding"].dtype)
+        self.config = dataclasses.replace(config, bos_id=tokenizer.bos_id, dtype=dtype)
+        self.params, self.tokenizer, self.facts = params, tokenizer, dict(facts or {})
 
     @property
     def dtype(self) -> str:
-        """Type of the base's weights and of the activations."""
-        return str(self.params["base"]["embed"]["embedding"].dtype)
+        """The type of the base's weights and of the activations."""
+        return self.config.dtype
 
     @property
     def prompts(self) -> str:
@@ -119,8 +121,6 @@ class Model:
                 forward=name,
                 passes=passes,
                 depth=depth,
-                bos_id=self.tokenizer.bos_id,
-                dtype=self.dtype,
                 **given,
             )
 
@@ -177,8 +177,6 @@ class Model:
             seeds=seeds,
             stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
             pad_id=self.tokenizer.pad_id,
-            bos_id=self.tokenizer.bos_id,
-            dtype=self.dtype,
         )
         marks = [stop] if isinstance(stop, str) else stop
         answers = [Answer(self.tokenizer, marks) for _ in tokens]

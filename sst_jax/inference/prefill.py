@@ -51,17 +51,13 @@ def prefill(
     *,
     capacity: int,
     depth: int = 1,
-    bos_id: int | None = None,
-    dtype: str = "float32",
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, Cache]:
     """Solves the recurrence over right-padded prompts tokens [B, T] of `lengths` [B], as `stream.prefill` says.
 
     Returns the normed hidden state of each prompt's last position, [B, D], and the cache behind it.
     """
-    *_, last = prefill_chunks(
-        config, params, tokens, lengths, capacity=capacity, depth=depth, bos_id=bos_id, dtype=dtype, chunk=chunk
-    )
+    *_, last = prefill_chunks(config, params, tokens, lengths, capacity=capacity, depth=depth, chunk=chunk)
     return last.hidden, last.cache
 
 
@@ -81,23 +77,19 @@ def prefill_chunks(
     *,
     capacity: int,
     depth: int = 1,
-    bos_id: int | None = None,
-    dtype: str = "float32",
     chunk: int = CHUNK,
 ) -> Iterator[PrefillChunk]:
     """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
-    cache = device_put_sharded(init_cache(config, tokens.shape[0], capacity, jnp.dtype(dtype)))
-    hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(dtype))
+    cache = device_put_sharded(init_cache(config, tokens.shape[0], capacity))
+    hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(config.dtype))
     for at in range(0, tokens.shape[1], chunk):
         part = tokens[:, at : at + chunk]
         count = jnp.clip(lengths - at, 0, part.shape[1])
-        hidden, positions, cache = fill_chunk(
-            config, params, part, count, cache, hidden, fresh=at == 0, depth=depth, bos_id=bos_id, dtype=dtype
-        )
+        hidden, positions, cache = fill_chunk(config, params, part, count, cache, hidden, fresh=at == 0, depth=depth)
         yield PrefillChunk(cache, hidden, positions)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "fresh", "depth", "bos_id", "dtype"), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnames=("config", "fresh", "depth"), donate_argnums=(4,))
 def fill_chunk(
     config: ModelConfig,
     params: Params,
@@ -108,8 +100,6 @@ def fill_chunk(
     *,
     fresh: bool,
     depth: int,
-    bos_id: int | None,
-    dtype: str,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """Takes the caches `count` [B] positions on, over right-padded tokens [B, T]; rows with count 0 stay as they are.
 
@@ -118,7 +108,7 @@ def fill_chunk(
     """
     stream, (batch, length) = config.stream, tokens.shape
     depth = depth if stream is not None else 1
-    context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth, bos_id=bos_id)
+    context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth)
     solve = plain
     if stream is not None:
         solve = fixed_point_states if stream.prefill == "sweeps" else exact
@@ -131,7 +121,7 @@ def fill_chunk(
             left = left._replace(state_out=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
         return residuals, left
 
-    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
+    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
     (x,), left = decoder.run_layers(params, rule, (x,), context, None if fresh else cache.state)
     x = decoder.final_norm(config, params, x.reshape(batch, length, depth, -1)[:, :, -1])
 
@@ -141,8 +131,8 @@ def fill_chunk(
     if state is not None:
         state = jnp.where(going[:, None], left.state_out, state)
     source = jnp.ones(batch, bool)
-    if stream is not None and stream.initial == "skip_bos" and bos_id is not None:
-        source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != bos_id
+    if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
+        source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != config.bos_id
     live = jnp.where(going, source, cache.has_state)
     cache = Cache(update_kv_cache(config, cache, left, count), state, live, cache.length + count)
     return hidden, x, constrain_tree(cache)
@@ -156,14 +146,13 @@ def chunk_context(
     *,
     fresh: bool,
     depth: int,
-    bos_id: int | None,
 ) -> decoder.Context:
     """The context of right-padded rows [B, T], `count` [B] of whose positions are real, that go on from caches."""
     inside = jnp.arange(tokens.shape[1])[None, :] < count[:, None]
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     past = None if fresh else Past(cache.kv, cache.length)
     context = decoder.row_context(
-        config, tokens, inside.astype(jnp.int32), positions, depth=depth, bos_id=bos_id, options={}, past=past
+        config, tokens, inside.astype(jnp.int32), positions, depth=depth, options={}, past=past
     )
     if fresh or config.stream is None:
         return context

@@ -43,7 +43,7 @@ class SampledTokens(NamedTuple):
     scores: Scores | None  # where they were asked for
 
 
-STATIC = ("config", "stop_ids", "bos_id", "dtype", "top")
+STATIC = ("config", "stop_ids", "top")
 
 
 def _draw(
@@ -76,8 +76,6 @@ def begin(
     *,
     prompt: str,
     stop_ids: tuple[int, ...],
-    bos_id: int | None,
-    dtype: str,
     top: int = 0,
     scored: jax.Array | None = None,
 ) -> tuple[SampledTokens, DecodeState]:
@@ -90,7 +88,7 @@ def begin(
     used = jnp.ones_like(last)
     if prompt == "last":
         hidden, cache, used = decode_step(
-            config, params, last, cache, depth_budget.now, depth_budget.tolerance, 1, bos_id, dtype, hidden
+            config, params, last, cache, depth_budget.now, depth_budget.tolerance, 1, hidden
         )
     elif prompt == "all":
         used = depth_budget.now
@@ -109,8 +107,6 @@ def decode_chunk(
     count: jax.Array | int,
     *,
     stop_ids: tuple[int, ...],
-    bos_id: int | None,
-    dtype: str,
     top: int = 0,
     scored: jax.Array | None = None,
     size: int = CHUNK,
@@ -127,9 +123,7 @@ def decode_chunk(
     def one(carry: tuple) -> tuple:
         i, out, rows = carry
         depth = jnp.where(rows.done, 0, rows.depth_budget.now)
-        hidden, cache, used = decode_step(
-            config, params, rows.token, rows.cache, depth, rows.depth_budget.tolerance, 0, bos_id, dtype
-        )
+        hidden, cache, used = decode_step(config, params, rows.token, rows.cache, depth, rows.depth_budget.tolerance)
         moved = rows._replace(cache=cache, depth_budget=rows.depth_budget._replace(now=rows.depth_budget.rest))
         after, scores = _draw(params, moved, hidden, stop_ids, top, scored)
         new = SampledTokens(jnp.where(rows.done, -1, after.token), used, scores)
@@ -139,7 +133,7 @@ def decode_chunk(
     whole = jnp.full((batch, size), -1, jnp.int32)
     scores = None
     if top:
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = jnp.promote_types(config.dtype, jnp.float32)
         scores = Scores(
             jnp.zeros((batch, size), wide),
             jnp.zeros((batch, size, top), jnp.int32),
@@ -211,8 +205,6 @@ def generate_tokens(
     seeds: Sequence[int],
     stop_ids: tuple[int, ...],
     pad_id: int,
-    bos_id: int | None,
-    dtype: str,
 ) -> Iterator[Chunk]:
     """Yields new tokens of every prompt, the first chunk being one token; prompts that are equal are prefilled once.
 
@@ -234,9 +226,7 @@ def generate_tokens(
         for row, each in zip(tokens, rows_here, strict=True):
             row[: len(each)] = each
         lengths = np.array([len(each) for each in rows_here], np.int32)
-        filled.append(
-            prefill(config, params, tokens, lengths, capacity=capacity, depth=deep, bos_id=bos_id, dtype=dtype)
-        )
+        filled.append(prefill(config, params, tokens, lengths, capacity=capacity, depth=deep))
     hidden, cache = filled[0]
     if len(filled) > 1:
         hidden = jnp.concatenate([hidden for hidden, _ in filled])
@@ -244,7 +234,6 @@ def generate_tokens(
     if distinct != asked:
         cache, hidden = pick_rows(cache, hidden, np.array([distinct.index(one) for one in asked]))
 
-    settings = {"stop_ids": stop_ids, "bos_id": bos_id, "dtype": dtype}
     last = np.array([each[-1] for each in prompts], np.int32)
     left = np.full(len(prompts), max_new_tokens, np.int32)
     drawn, rows = begin(
@@ -257,7 +246,7 @@ def generate_tokens(
         depth_budget(policies),
         sampling_params([sampling] * len(prompts), seeds),
         prompt=prompt,
-        **settings,
+        stop_ids=stop_ids,
     )
     # Where depth begins at the first token's own position, that one step goes before the choice.
     waiting = any(policy.select_depth for policy in policies)
@@ -270,7 +259,7 @@ def generate_tokens(
             rows = rows._replace(done=rows.done | jnp.asarray(ended))
         if bool(rows.done.all()):
             return
-        drawn, rows = decode_chunk(config, params, rows, 1 if waiting else CHUNK, **settings)
+        drawn, rows = decode_chunk(config, params, rows, 1 if waiting else CHUNK, stop_ids=stop_ids)
         unmoved = False
 
 

@@ -273,13 +273,25 @@ class AdapterConfig:
         return self.alpha / self.rank if self.rank else 0.0
 
 
+RECORDED = ("backbone", "stream", "adapter")  # what of a ModelConfig is written to files
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A backbone with, optionally, a stream and an adapter. `stream=None` is the plain backbone."""
+    """A backbone with, optionally, a stream and an adapter. `stream=None` is the plain backbone.
+
+    bos_id and dtype belong to an opened model and not to its description: opening one sets them, and neither `to_dict`
+    nor the repr, of which identities of random weights are digests, has them. Compare recorded configs by `to_dict`.
+
+    bos_id  the tokenizer's beginning-of-sequence token, for stream.initial="skip_bos"; None where it has none
+    dtype   of the activations
+    """
 
     backbone: BackboneConfig
     stream: StreamConfig | None = None
     adapter: AdapterConfig = AdapterConfig(rank=0)
+    bos_id: int | None = dataclasses.field(default=None, repr=False)
+    dtype: str = dataclasses.field(default="float32", repr=False)
 
     def __post_init__(self) -> None:
         if self.stream is not None and self.stream.layers is not None:
@@ -291,7 +303,8 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back to an equal config."""
-        return dataclasses.asdict(self)
+        parts = dataclasses.asdict(self)
+        return {name: parts[name] for name in RECORDED}
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> ModelConfig:
@@ -301,7 +314,7 @@ class ModelConfig:
         """
         _require(isinstance(mapping, Mapping), f"a model config is read from a mapping of its fields, not {mapping!r}")
         _require("backbone" in mapping, "model config lacks the field backbone")
-        unknown = sorted(set(mapping) - {"backbone", "stream", "adapter"})
+        unknown = sorted(set(mapping) - set(RECORDED))
         _require(not unknown, f"model config has no field {', '.join(unknown)}")
         stream, adapter = mapping.get("stream"), mapping.get("adapter")
         return cls(

@@ -74,7 +74,6 @@ def row_context(
     positions: jax.Array | None = None,
     *,
     depth: int = 1,
-    bos_id: int | None = None,
     **rest: Any,
 ) -> Context:
     """The context of whole rows. Without segment_ids a row is one document; positions restart with every document."""
@@ -84,7 +83,7 @@ def row_context(
         positions = document_positions(segment_ids)
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
-    masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, bos_id)
+    masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, config.bos_id)
     return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth, **rest)
 
 
@@ -230,9 +229,9 @@ def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer
     return Layer(block, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
 
 
-def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Scaled token embeddings, [B, T, D]."""
-    return embed_tokens(config.backbone, params["base"]["embed"]["embedding"], tokens, dtype)
+def embed(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """Return scaled token embeddings, [B, T, D], in the config's dtype."""
+    return embed_tokens(config.backbone, params["base"]["embed"]["embedding"], tokens, jnp.dtype(config.dtype))
 
 
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:

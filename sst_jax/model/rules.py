@@ -285,7 +285,7 @@ def check(forward: str, passes: int, depth: int) -> None:
         raise InputError("forward='plain' has no state, so a second iteration would repeat the first: use depth=1")
 
 
-SETTINGS = ("config", "forward", "passes", "depth", "bos_id", "dtype")
+SETTINGS = ("config", "forward", "passes", "depth")
 
 
 @functools.partial(jax.jit, static_argnames=(*SETTINGS, "remat", "attention"))
@@ -299,10 +299,8 @@ def hidden(
     depth: int = 1,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    bos_id: int | None = None,
     alpha_warmup_fraction: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
-    dtype: str = "float32",
     remat: str = "none",
     attention: str = "xla",
 ) -> jax.Array:
@@ -314,10 +312,8 @@ def hidden(
       depth: iterations I at every position; the last one's output is returned.
       segment_ids: [B, T], 0 on padding, one number a document; None: each row is one document.
       positions: [B, T]; None: counted within each document.
-      bos_id: the beginning-of-sequence token, for initial="skip_bos".
-      warmth: [] in [0, 1], how far alpha's warm-up has come; None is done.
+      alpha_warmup_fraction: [] in [0, 1], how far alpha's warm-up has come; None is done.
       dropout_key: LoRA dropout on when given.
-      dtype: of the activations.
       remat: what the backward pass recomputes of each layer; one of `decoder.REMAT`.
       attention: the kernel, as `kernels.pick` names it.
 
@@ -333,7 +329,6 @@ def hidden(
         segment_ids,
         positions,
         depth=depth,
-        bos_id=bos_id,
         alpha_warmup_fraction=alpha_warmup_fraction,
         dropout_key=dropout_key,
         options={"passes": passes},
@@ -344,7 +339,7 @@ def hidden(
     def rule(*arguments: Any) -> tuple[Residuals, None]:
         return RULES[forward](*arguments)[0], None  # what the layers leave behind would be stacked for nobody
 
-    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
+    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
     residuals, _ = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context, remat=remat)
     x = residuals[-1].reshape(*tokens.shape, depth, -1)[:, :, -1]
     return decoder.final_norm(config, params, x)
@@ -371,8 +366,6 @@ def states(
     passes: int = 2,
     depth: int = 1,
     segment_ids: jax.Array | None = None,
-    bos_id: int | None = None,
-    dtype: str = "float32",
 ) -> jax.Array:
     """What every layer remembers after every iteration, [L, B, T, I, D], as the named forward has it (not plain).
 
@@ -381,12 +374,12 @@ def states(
     check(forward, passes, depth)
     if config.stream is None or forward == "plain":
         raise InputError("states need a stream and a forward other than 'plain'")
-    context = decoder.row_context(config, tokens, segment_ids, depth=depth, bos_id=bos_id, options={"passes": passes})
+    context = decoder.row_context(config, tokens, segment_ids, depth=depth, options={"passes": passes})
 
     def rule(*arguments: Any) -> tuple[Residuals, jax.Array]:
         residuals, left = RULES[forward](*arguments)
         return residuals, left.state_out
 
-    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
+    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
     _, memory = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context)
     return memory.reshape(memory.shape[0], *tokens.shape, depth, -1)

@@ -105,9 +105,7 @@ class Engine:
         self.capacity = min(capacity_for(capacity), model.config.backbone.max_positions)
         self.slots = capacity_for(self.capacity)
         self.answered = self.tokens = 0  # of jobs that have ended well
-        self._settings = {
-            "stop_ids": tuple(sorted(model.tokenizer.stop_ids)), "bos_id": model.tokenizer.bos_id, "dtype": model.dtype,
-        }  # fmt: skip
+        self._stop_ids = tuple(sorted(model.tokenizer.stop_ids))
         self._queue: collections.deque[Job] = collections.deque()
         self._seated: dict[int, Job] = {}
         self._filling: tuple[Job, Iterator[int]] | None = None
@@ -187,7 +185,7 @@ class Engine:
         def zeros(kind: str) -> jax.Array:
             return jnp.zeros(self.rows, kind)
 
-        cache = init_cache(self.model.config, self.rows, self.slots, jnp.dtype(self.model.dtype))
+        cache = init_cache(self.model.config, self.rows, self.slots)
         policies = DepthBudget(zeros("int32"), zeros("int32"), zeros("float32"))
         sampling = SamplingParams(zeros("float32"), zeros("int32"), zeros("float32"), zeros("uint32"))
         return DecodeState(cache, zeros("int32"), ~zeros("bool"), zeros("int32"), policies, sampling)
@@ -241,9 +239,8 @@ class Engine:
             tokens = np.full((1, padded(length)), self.model.tokenizer.pad_id, np.int32)
             tokens[0, :length] = request.tokens
             following, scores = np.pad(tokens[:, 1:], ((0, 0), (0, 1))), []
-            given = {"bos_id": self._settings["bos_id"], "dtype": self._settings["dtype"], "depth": depth}
             lengths, at = np.array([length], np.int32), 0
-            for filled in prefill_chunks(config, params, tokens, lengths, capacity=self.slots, **given):
+            for filled in prefill_chunks(config, params, tokens, lengths, capacity=self.slots, depth=depth):
                 size = filled.positions.shape[1]
                 if request.prompt_scored:
                     found = score_positions(params, filled.positions[0], following[0, at : at + size])
@@ -272,7 +269,7 @@ class Engine:
             prompt=prompt,
             top=TOP,
             scored=np.bool_(request.scored),
-            **self._settings,
+            stop_ids=self._stop_ids,
         )
         row = next(row for row in range(self.rows) if row not in self._seated)
         self._batch = seat(self._batch, rows, np.int32(row))
@@ -292,7 +289,7 @@ class Engine:
                 top=TOP,
                 scored=np.bool_(scored),
                 size=CHUNK,
-                **self._settings,
+                stop_ids=self._stop_ids,
             )
             done = np.asarray(self._batch.done)
         except Exception as error:  # the caches were donated and are gone

@@ -224,7 +224,7 @@ def check_inputs(recipe: Recipe, workdir: Path) -> Inputs:
     backbone, tokenizer = opened.config.backbone, opened.tokenizer
     if opened.config.stream is not None or opened.config.adapter.rank:
         raise InputError(f"model.source={source} already has a stream or adapter: train from its plain base")
-    config = recipe.model_config(backbone)
+    config = recipe.model_config(backbone, tokenizer.bos_id)
     sharding.check(mesh, backbone)
     if not jax.tree.leaves({key: tree for key, tree in decoder.abstract_params(config).items() if key != "base"}):
         raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
@@ -296,10 +296,10 @@ def compile_programs(run: Run) -> Programs:
 
     @functools.cache
     def step(forward: ForwardConfig) -> StepFunction:
-        function = functools.partial(train_step, config, forward, run.optimizer, tokenizer.bos_id)
+        function = functools.partial(train_step, config, forward, run.optimizer)
         return jax.jit(function, donate_argnums=(0,), out_shardings=(shardings, None), compiler_options=options)
 
-    losses = functools.partial(batch_losses, config, recipe.heldout_forward, bos_id=tokenizer.bos_id)
+    losses = functools.partial(batch_losses, config, recipe.heldout_forward)
     data = recipe.data
     batches = loader.fixed_batches(
         run.inputs.heldout, length=data.length, batch_size=data.batch_size, pack=data.pack, pad_id=tokenizer.pad_id

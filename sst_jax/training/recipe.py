@@ -239,9 +239,9 @@ class Recipe:
         own = ForwardSchedule(**{name: getattr(schedule, name) for name in _defaults(ForwardSchedule)})
         return dataclasses.replace(self, stream=dataclasses.replace(self.stream, schedule=own))
 
-    def model_config(self, backbone: BackboneConfig) -> ModelConfig:
-        """Return the config of the model that trains on this backbone."""
-        return ModelConfig(backbone, self.stream.config, self.adapter)
+    def model_config(self, backbone: BackboneConfig, bos_id: int | None = None) -> ModelConfig:
+        """Return the config of the model that trains on this backbone, with its tokenizer's `bos_id`."""
+        return ModelConfig(backbone, self.stream.config, self.adapter, bos_id, self.model.dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as its run records it: without the mesh, as a run resumes on any number of devices."""

@@ -115,13 +115,12 @@ def batch_losses(
     trainable: Params,
     batch: Batch,
     *,
-    bos_id: int | None,
     alpha_warmup_fraction: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
     hidden = rules.hidden(
-        config,
+        dataclasses.replace(config, dtype=settings.dtype),
         {"base": base, **trainable},
         batch["tokens"],
         forward=settings.forward,
@@ -129,10 +128,8 @@ def batch_losses(
         depth=settings.depth,
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
-        bos_id=bos_id,
         alpha_warmup_fraction=alpha_warmup_fraction,
         dropout_key=dropout_key,
-        dtype=settings.dtype,
         remat=settings.remat,
         attention=settings.attention,
     )
@@ -153,7 +150,6 @@ def train_step(
     config: ModelConfig,
     settings: ForwardConfig,
     optimizer: optax.GradientTransformation,
-    bos_id: int | None,
     state: TrainState,
     base: Params,
     batch: Batch,
@@ -175,7 +171,6 @@ def train_step(
             base,
             trainable,
             batch,
-            bos_id=bos_id,
             alpha_warmup_fraction=alpha_warmup_fraction,
             dropout_key=dropout_key,
         )

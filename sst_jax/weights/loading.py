@@ -7,6 +7,7 @@ from a fixed seed).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable
@@ -144,9 +145,10 @@ def open_model(
 
     Raises: InputError naming what is missing, damaged or not supported.
     """
-    storage = storages.get(quantize)
-    config, params, tokenizer, facts = _open(model, dtype or default_dtype(), quantize, lazy)
+    storage, dtype = storages.get(quantize), dtype or default_dtype()
+    config, params, tokenizer, facts = _open(model, dtype, quantize, lazy)
     family_of(config.backbone)  # what a folder of ours records may be of a family that this version does not know
+    config = dataclasses.replace(config, bos_id=tokenizer.bos_id, dtype=dtype)
     stored = storages.kind_of(params["base"])
     if quantize == "none" or stored == quantize:
         return LoadedModel(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})

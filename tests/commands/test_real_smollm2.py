@@ -82,8 +82,6 @@ def test_greedy_text_equals_transformers_for_40_tokens(ours, theirs, chat):
         seeds=[0],
         stop_ids=(),
         pad_id=ours.tokenizer.pad_id,
-        bos_id=None,
-        dtype="float32",
     )
     got = np.concatenate([piece.tokens for piece in pieces], axis=1)[0, :40]
     assert got.tolist() == out[0, len(tokens) :].tolist()

@@ -16,8 +16,8 @@ from tests.support import toys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-STEP = toys.quick_jit(decode_step_at_depth, "config", "start", "bos_id", "dtype")
-PREFILL = toys.quick_jit(prefill, "config", "capacity", "depth", "bos_id", "dtype", "chunk")
+STEP = toys.quick_jit(decode_step_at_depth, "config", "start")
+PREFILL = toys.quick_jit(prefill, "config", "capacity", "depth", "chunk")
 LENGTHS = np.array([4, 6, 9], np.int32)  # prompts below, at and beyond the window of 6
 TOTAL, CAPACITY = 18, 24
 
@@ -44,15 +44,14 @@ def rows():
     return tokens
 
 
-def follow(config, params, cache, tokens, depth, **settings):
+def follow(config, params, cache, tokens, depth):
     """Steps through what is left of each row; yields (position of each row, hidden states [B, D])."""
-    settings = {"bos_id": toys.BOS, "dtype": "float64", **settings}
     depths = jnp.full(len(tokens), depth, jnp.int32)
     while (cache.length < TOTAL).any():
         position = np.asarray(cache.length)
         token = tokens[np.arange(len(tokens)), np.minimum(position, TOTAL - 1)]
         alive = jnp.where(position < TOTAL, depths, 0)  # depth 0 leaves a finished row as it is
-        hidden, cache = STEP(config, params, token, cache, alive, **settings)
+        hidden, cache = STEP(config, params, token, cache, alive)
         yield position, hidden
 
 
@@ -77,10 +76,10 @@ def worst_step(config, params, cache, tokens, depth, truth):
 )
 def test_steps_continue_what_exact_computes(name, depth, float64):
     """From prompts of unequal lengths, and from nothing, past the window."""
-    config = toys.config(STREAMS[name])
+    config = toys.in_float64(toys.config(STREAMS[name]))
     params, tokens = toys.params(config, "float64"), rows()
     forward = "plain" if config.stream is None else "exact"
-    truth = np.asarray(toys.hidden_in_float64(config, params, tokens, forward=forward, depth=depth, bos_id=toys.BOS))
+    truth = np.asarray(toys.hidden_in_float64(config, params, tokens, forward=forward, depth=depth))
     hidden, cache = PREFILL(
         config,
         params,
@@ -88,12 +87,10 @@ def test_steps_continue_what_exact_computes(name, depth, float64):
         LENGTHS,
         capacity=CAPACITY,
         depth=depth,
-        bos_id=toys.BOS,
-        dtype="float64",
     )
     assert np.abs(hidden - truth[np.arange(3), LENGTHS - 1]).max() <= 1e-11
     assert worst_step(config, params, cache, tokens, depth, truth) <= 1e-11
-    empty = init_cache(config, 3, CAPACITY, jnp.dtype("float64"))
+    empty = init_cache(config, 3, CAPACITY)
     assert worst_step(config, params, empty, tokens, depth, truth) <= 1e-11
 
 
@@ -103,7 +100,7 @@ def test_rows_of_different_depths_do_not_meet():
     params, tokens = toys.params(config), rows()
 
     def run(depths):
-        cache, out = init_cache(config, 3, CAPACITY, jnp.dtype("float32")), []
+        cache, out = init_cache(config, 3, CAPACITY), []
         for at in range(10):
             hidden, cache = STEP(config, params, tokens[:, at], cache, jnp.asarray(depths))
             out.append(hidden)
@@ -125,7 +122,7 @@ def test_float32_stays_within_a_hundred_thousandth_of_exact(depth, kv):
         config, params, tokens[:, : LENGTHS.max()], LENGTHS, capacity=CAPACITY, depth=depth, chunk=5
     )
     found = [(row, LENGTHS[row] - 1, hidden[row]) for row in range(3)]
-    for position, hidden in follow(config, params, cache, tokens, depth, bos_id=None, dtype="float32"):
+    for position, hidden in follow(config, params, cache, tokens, depth):
         found += [(row, at, hidden[row]) for row, at in enumerate(position) if at < TOTAL]
     assert len(found) == 3 + 3 * TOTAL - LENGTHS.sum()
     for row, at, value in found:
@@ -154,13 +151,11 @@ def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):
     fields, backbone = CHUNKED[name]
     if fields is not None:
         fields = {**fields, "prefill": method, "sweep_tolerance": 1e-13, "sweep_cap": 60}
-    config = toys.config(fields, backbone)
+    config = toys.in_float64(toys.config(fields, backbone))
     params, tokens = toys.params(config, "float64"), rows()
     tokens[2, 11] = toys.BOS  # the last position of a chunk
     truth = np.asarray(
-        toys.hidden_in_float64(
-            config, params, tokens, forward="exact" if fields else "plain", depth=depth, bos_id=toys.BOS
-        )
+        toys.hidden_in_float64(config, params, tokens, forward="exact" if fields else "plain", depth=depth)
     )
     lengths = np.array([4, 8, 16], np.int32)
     hidden, cache = PREFILL(
@@ -170,8 +165,6 @@ def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):
         lengths,
         capacity=CAPACITY,
         depth=depth,
-        bos_id=toys.BOS,
-        dtype="float64",
         chunk=6,
     )
     assert np.abs(hidden - truth[np.arange(3), lengths - 1]).max() <= 1e-11
@@ -190,8 +183,8 @@ def test_lengths_are_rounded_to_few():
 
 def test_bytes_of_a_sequence_are_those_of_its_arrays():
     config = toys.config({"dtype": "bfloat16"})
-    found = bytes_per_sequence(config, 100, "float32")
-    cache = init_cache(config, 1, 100, jnp.float32)
+    found = bytes_per_sequence(config, 100)
+    cache = init_cache(config, 1, 100)
     counted = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.kv, cache.state)))
     assert sum(found.values()) == counted
     assert found == {"state": 7 * 32 * 2, "local": 6 * 2 * 6 * 20 * 4, "global": 1 * 2 * 100 * 20 * 4}
@@ -199,10 +192,10 @@ def test_bytes_of_a_sequence_are_those_of_its_arrays():
 
 def test_at_27b_only_global_layers_grow_with_the_text():
     """651 KiB of states in bfloat16, as published."""
-    config = ModelConfig(PRESETS["27b"], StreamConfig(dtype="bfloat16"))
-    short, long = (bytes_per_sequence(config, length, "bfloat16") for length in (8192, 32_768))
+    config = ModelConfig(PRESETS["27b"], StreamConfig(dtype="bfloat16"), dtype="bfloat16")
+    short, long = (bytes_per_sequence(config, length) for length in (8192, 32_768))
     assert short["state"] == long["state"] == 62 * 5376 * 2 == 651 * 1024
     assert short["local"] == long["local"] == 52 * 2 * 1024 * 16 * 128 * 2
     assert long["global"] == 4 * short["global"] == 10 * 2 * 32_768 * 16 * 128 * 2
     wider = dataclasses.replace(config, stream=StreamConfig())
-    assert bytes_per_sequence(wider, 8192, "bfloat16")["state"] == 2 * short["state"]
+    assert bytes_per_sequence(wider, 8192)["state"] == 2 * short["state"]

@@ -54,8 +54,6 @@ def test_8k_tokens_compile_once_and_keep_their_memory(compiled):
         seeds=[0],
         stop_ids=(),
         pad_id=0,
-        bos_id=None,
-        dtype="float32",
     )
     sizes, memory, programs = [], [], []
     for chunk in running:
@@ -105,8 +103,6 @@ def test_prompts_of_many_lengths_share_their_programs(compiled):
             seeds=[0],
             stop_ids=(),
             pad_id=0,
-            bos_id=None,
-            dtype="float32",
         ):
             pass
 

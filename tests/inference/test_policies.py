@@ -16,7 +16,7 @@ from tests.support import toys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start", "bos_id", "dtype"))
+STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start"))
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7, 3)]
 NEW = 9
 TOLERANCE = 0.35  # at which the toys below stop at different depths
@@ -40,8 +40,6 @@ def generate(config, params, prompts, policies, new=NEW, stop_ids=()):
             seeds=range(len(prompts)),
             stop_ids=stop_ids,
             pad_id=0,
-            bos_id=None,
-            dtype="float32",
         )
     )
     tokens, depths = (np.concatenate([getattr(chunk, name) for chunk in chunks], 1) for name in ("tokens", "depths"))

@@ -23,13 +23,11 @@ def with_prompt(stream, **more):
 
 def generate(config, params, prompts, depth, **settings):
     defaults = {"max_new_tokens": 12, "sampling": Sampling(), "seeds": range(len(prompts)), "stop_ids": ()}
-    pieces = generate_tokens(
-        config, params, prompts, depth=depth, pad_id=0, bos_id=None, dtype="float32", **{**defaults, **settings}
-    )
+    pieces = generate_tokens(config, params, prompts, depth=depth, pad_id=0, **{**defaults, **settings})
     return np.concatenate([piece.tokens for piece in pieces], axis=1)[:, : settings.get("max_new_tokens", 12)]
 
 
-STEP = toys.quick_jit(decode_step_at_depth, "config", "start", "bos_id", "dtype")
+STEP = toys.quick_jit(decode_step_at_depth, "config", "start")
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7)]
 
 
@@ -89,7 +87,7 @@ def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
 
 def test_cache_is_bounded_by_the_window_and_donated_state_is_constant():
     config = with_prompt({}, dtype="bfloat16")
-    small, large = (init_cache(config, 1, capacity, jnp.float32) for capacity in (64, 512))
+    small, large = (init_cache(config, 1, capacity) for capacity in (64, 512))
     assert small.kv.local_k.shape == large.kv.local_k.shape == (6, 1, 6, 2, 10)
     assert small.state.shape == large.state.shape == (7, 1, 32)
     assert small.state.dtype == jnp.bfloat16
@@ -104,9 +102,9 @@ def test_bfloat16_states_decode_as_their_rounded_exact_does(float64):
     whole, exact = (
         np.asarray(toys.hidden_in_float64(each, params, text, forward="exact")) for each in (config, unrounded)
     )
-    cache = init_cache(config, 1, 32, jnp.dtype("float64"))
+    cache = init_cache(toys.in_float64(config), 1, 32)
     for place in range(20):
-        hidden, cache = STEP(config, params, text[:, place], cache, jnp.array([1]), dtype="float64")
+        hidden, cache = STEP(toys.in_float64(config), params, text[:, place], cache, jnp.array([1]))
         assert cache.state.dtype == jnp.bfloat16
         np.testing.assert_allclose(hidden, whole[:, place], atol=1e-11)
     assert np.abs(exact - whole).max() > 1e-3

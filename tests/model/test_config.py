@@ -149,3 +149,16 @@ def test_layers_are_five_local_to_one_global():
     kinds = BackboneConfig(**{**dataclasses.asdict(PRESETS["27b"]), "layer_types": None}).layer_types
     assert kinds.count("global") == 10
     assert [index for index, kind in enumerate(kinds) if kind == "global"] == list(range(5, 62, 6))
+
+
+def test_what_opening_a_model_adds_is_not_recorded():
+    """Files, digests of the repr and recorded configs know nothing of it; a compiled program does."""
+    recorded = ModelConfig(PRESETS["tiny"], StreamConfig())
+    opened = dataclasses.replace(recorded, bos_id=2, dtype="bfloat16")
+    assert opened.to_dict() == recorded.to_dict()
+    assert repr(opened) == repr(recorded)
+    assert ModelConfig.from_dict(opened.to_dict()) == recorded
+    assert opened != recorded
+    assert len({recorded, opened, dataclasses.replace(recorded, bos_id=2, dtype="bfloat16")}) == 2
+    with pytest.raises(InputError, match="bos_id"):
+        ModelConfig.from_dict({**recorded.to_dict(), "bos_id": 2})

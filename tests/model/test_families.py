@@ -65,8 +65,8 @@ def test_each_fact_of_a_family_is_computed_on_its_own(change, float64):
     params, tokens = toys.params(config, "float64"), toys.tokens(20)
     numbers = jax.tree.map(np.asarray, params)
     truth = naive.logits(config, numbers, tokens)
-    logits = toys.quick_jit(functools.partial(rules.logits, dtype="float64", forward="exact"), "config")
-    assert np.abs(np.asarray(logits(config, params, tokens[None])[0]) - truth).max() <= 1e-11
+    logits = toys.quick_jit(functools.partial(rules.logits, forward="exact"), "config")
+    assert np.abs(np.asarray(logits(toys.in_float64(config), params, tokens[None])[0]) - truth).max() <= 1e-11
     if not {"post_norms", "qk_norm", "tied_head"} & set(
         change
     ):  # these change the tree; of the others both can be read
@@ -88,8 +88,6 @@ def test_decoding_is_the_naive_recurrence(backbone):
         seeds=[0],
         stop_ids=(),
         pad_id=0,
-        bos_id=None,
-        dtype="float32",
     )
     out = np.concatenate([piece.tokens for piece in pieces], axis=1)[0, :new]
     numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -100,7 +98,7 @@ def test_decoding_is_the_naive_recurrence(backbone):
 @pytest.mark.parametrize("backbone", ["llama"], indirect=True)
 def test_batches_decode_in_bfloat16(backbone):
     """Several rows, each with groups of queries to several heads: a product that not every backend has."""
-    config = toys.config({"alpha": 0.3}, backbone)
+    config = dataclasses.replace(toys.config({"alpha": 0.3}, backbone), dtype="bfloat16")
     params, prompts = toys.params(config, "bfloat16"), toys.tokens(2, 11).tolist()
 
     def generate(prompts):
@@ -114,8 +112,6 @@ def test_batches_decode_in_bfloat16(backbone):
             seeds=[0] * len(prompts),
             stop_ids=(),
             pad_id=0,
-            bos_id=None,
-            dtype="bfloat16",
         )
         return np.concatenate([piece.tokens for piece in pieces], axis=1)[:, :4].tolist()
 
@@ -133,7 +129,7 @@ def test_the_loss_is_read_off_the_right_head(backbone):
     config = toys.config({}, backbone)
     params, batch = toys.params(config), whole_batch(1, 12)
     trainable = {name: params[name] for name in ("adapter", "blend")}
-    got = batch_losses(config, ForwardConfig("exact"), params["base"], trainable, batch, bos_id=None)[0]
+    got = batch_losses(config, ForwardConfig("exact"), params["base"], trainable, batch)[0]
     numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     log_p = jax.nn.log_softmax(naive.logits(config, numbers, batch["tokens"][0])[:-1])
     expected = -np.take_along_axis(np.asarray(log_p), batch["tokens"][0, 1:, None], axis=1)[:, 0]
@@ -146,7 +142,7 @@ def test_steps_learn_and_leave_the_base_alone(backbone):
     params, batch = toys.params(config), whole_batch(2, 18)
     before = jax.tree.map(np.array, params["base"])
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-2, blend_learning_rate=3e-2, warmup_steps=1), 12)
-    step = jax.jit(functools.partial(train_step, config, ForwardConfig("two_pass"), optimizer, None))
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("two_pass"), optimizer))
     state, losses = init_state({name: params[name] for name in ("adapter", "blend")}, optimizer), []
     for _ in range(12):
         state, metrics = step(state, params["base"], batch, jax.random.key(0))

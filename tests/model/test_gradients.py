@@ -36,7 +36,7 @@ def value_and_gradient(config, **settings):
     """A compiled function of (trainable, base): a weighted sum of hidden states, and its gradient in the trainables."""
 
     def loss(trainable, base):
-        out = hidden(config, {"base": base, **trainable}, TOKENS[None], dtype="float64", **settings)
+        out = hidden(toys.in_float64(config), {"base": base, **trainable}, TOKENS[None], **settings)
         return (out[0] * WEIGHTS).sum()
 
     return toys.quick_jit(jax.value_and_grad(loss))

@@ -23,14 +23,14 @@ SEGMENTS = np.repeat([1, 2, 0, 3, 0], [9, 5, 2, 6, 2])[None].repeat(2, axis=0)
     ],
 )
 def test_lockstep_changes_neither_values_nor_gradients(passes, fields, remat, float64):
-    config = toys.config({"alpha_range": (0.0, 1.0), **fields})
+    config = toys.in_float64(toys.config({"alpha_range": (0.0, 1.0), **fields}))
     params, tokens = toys.params(config, "float64"), toys.tokens(*SEGMENTS.shape)
     weights = np.random.default_rng(1).standard_normal((*tokens.shape, config.backbone.d_model))
     base = params.pop("base")
 
     def outcome(way):
         def score(trainable):
-            out = way(config, {"base": base, **trainable}, tokens, segment_ids=SEGMENTS, dtype="float64", remat=remat)
+            out = way(config, {"base": base, **trainable}, tokens, segment_ids=SEGMENTS, remat=remat)
             out = jnp.where(SEGMENTS[..., None] > 0, out, 0.0)
             return jnp.sum(out * weights), out
 

@@ -1,5 +1,6 @@
 """Rows hold several documents and padding; none of it may reach across a border."""
 
+import dataclasses
 import functools
 
 import jax
@@ -76,7 +77,12 @@ def test_not_a_bit_changes_when_only_neighbours_do(name, depth, dtype):
         changed = np.where(segments == document, tokens, toys.tokens(1, LENGTH, seed=document))
         first, second = (
             rules.logits(
-                CONFIG, parameters(CONFIG, dtype), text, forward=name, depth=depth, segment_ids=segments, dtype=dtype
+                dataclasses.replace(CONFIG, dtype=dtype),
+                parameters(CONFIG, dtype),
+                text,
+                forward=name,
+                depth=depth,
+                segment_ids=segments,
             )[segments == document]
             for text in (tokens, changed)
         )

@@ -1,5 +1,7 @@
 """The forwards: `exact` against a naive token-by-token reading of the mechanism, all others against `exact`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def described(fields):
 
 def wide(config, params, tokens, name, **settings):
     """Hidden states [T, D] of one document, in float64."""
-    out = toys.hidden_in_float64(config, params, tokens[None], forward=name, bos_id=toys.BOS, **settings)
+    out = toys.hidden_in_float64(config, params, tokens[None], forward=name, **settings)
     return np.asarray(out[0])
 
 
@@ -83,9 +85,7 @@ def test_states_are_the_naive_memories(depth, float64):
     truth = np.array([[[memories[layer, t, i] for i in range(depth)] for t in range(4)] for layer in layers])
     states = toys.quick_jit(rules.states, *rules.SETTINGS)
     for name, passes in (("exact", 2), ("local", 9)):
-        out = states(
-            config, params, tokens[None], forward=name, passes=passes, depth=depth, bos_id=toys.BOS, dtype="float64"
-        )
+        out = states(toys.in_float64(config), params, tokens[None], forward=name, passes=passes, depth=depth)
         assert np.abs(np.asarray(out[:, 0]) - truth).max() <= 1e-11, name
 
 
@@ -131,10 +131,10 @@ def test_error_falls_with_alpha_to_the_power_of_the_passes(name, passes, order, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "depth"), [("two_pass", 1), ("local", 1), ("exact", 1), ("k_pass", 2)])
 def test_alpha_0_is_the_plain_backbone_bit_for_bit(name, depth, dtype):
-    off, on = toys.config(None), toys.config({"alpha": 0.0})
+    off, on = (dataclasses.replace(toys.config(stream), dtype=dtype) for stream in (None, {"alpha": 0.0}))
     params, tokens = toys.params(off, dtype), toys.tokens(2, 24)
-    plain = rules.logits(off, params, tokens, forward="plain", dtype=dtype)
-    assert np.array_equal(plain, rules.logits(on, params, tokens, forward=name, depth=depth, dtype=dtype))
+    plain = rules.logits(off, params, tokens, forward="plain")
+    assert np.array_equal(plain, rules.logits(on, params, tokens, forward=name, depth=depth))
 
 
 @pytest.mark.parametrize(("name", "depth"), [("exact", 1), ("exact", 2), ("local", 2)])

@@ -1,5 +1,7 @@
 """The aliases in sst_jax/types.py hold at run time, for what is public and for what a layer hands around inside."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,8 +28,9 @@ def test_logits_of_every_forward(name, depth, dtype):
     @checked
     def logits(tokens: Tokens, segment_ids: SegmentIds, positions: Positions) -> Logits:
         params = decoder.init_params(CONFIG, jax.random.key(0), jnp.dtype(dtype))
-        settings = {"segment_ids": segment_ids, "positions": positions, "dtype": dtype}
-        return rules.logits(CONFIG, params, tokens, forward=name, depth=depth, **settings)
+        settings = {"segment_ids": segment_ids, "positions": positions}
+        config = dataclasses.replace(CONFIG, dtype=dtype)
+        return rules.logits(config, params, tokens, forward=name, depth=depth, **settings)
 
     out = jax.eval_shape(logits, *[abstract(2, 11)] * 3)
     assert (out.shape, out.dtype) == ((2, 11, CONFIG.backbone.vocab_size), jnp.float32)
@@ -76,7 +79,7 @@ def test_the_two_halves_of_a_layer(depth):
 
     def run(tokens):
         params = decoder.init_params(CONFIG, jax.random.key(0), jnp.bfloat16)
-        x = jnp.repeat(decoder.embed(CONFIG, params, tokens, jnp.dtype("bfloat16")), depth, axis=1)
+        x = jnp.repeat(decoder.embed(dataclasses.replace(CONFIG, dtype="bfloat16"), params, tokens), depth, axis=1)
         return decoder.run_layers(params, rule, (x,), decoder.row_context(CONFIG, tokens, depth=depth))[0]
 
     jax.eval_shape(run, abstract(2, 11))

@@ -79,7 +79,7 @@ def gradients(forward, batch, dtype="float32"):
     """Losses [B, T] and the gradients of their sum, as a function to be jitted."""
 
     def loss(trainable, base):
-        losses = batch_losses(CONFIG, ForwardConfig(forward, dtype=dtype), base, trainable, batch, bos_id=None)
+        losses = batch_losses(CONFIG, ForwardConfig(forward, dtype=dtype), base, trainable, batch)
         return losses.sum(), losses
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -93,7 +93,7 @@ def stepped(forward, storage):
     base, trainable = placed(parameters(storage))
     state = sharding.device_put_sharded(init_state(trainable, OPTIMIZER))
     out = (sharding.shardings(jax.sharding.get_mesh(), state), None)
-    step = functools.partial(train_step, CONFIG, ForwardConfig(forward), OPTIMIZER, None)
+    step = functools.partial(train_step, CONFIG, ForwardConfig(forward), OPTIMIZER)
     step = jax.jit(step, donate_argnums=0, out_shardings=out)
     for _ in range(2):
         state, metrics = step(state, base, sharding.device_put_sharded(batch()), jax.random.key(0))
@@ -121,7 +121,6 @@ def decoded(storage):
         tokens,
         np.full(ROWS, 9, np.int32),
         capacity=prefill.SMALLEST,
-        bos_id=model.tokenizer.bos_id,
     )
     for part in (*cache.kv, *[cache.state] * (jax.sharding.get_mesh().shape["tensor"] == 1)):
         assert np.prod(part.sharding.shard_shape(part.shape)) * jax.sharding.get_mesh().size == part.size

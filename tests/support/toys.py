@@ -4,7 +4,6 @@ Weights come from numpy, so the same seed gives the same numbers in any dtype an
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,12 @@ BOS = 2
 def config(stream=None, backbone=BACKBONE, rank=3, dropout=0.0):
     """A ModelConfig; `stream` is a dict of StreamConfig's fields, or None."""
     stream = None if stream is None else StreamConfig(**stream)
-    return ModelConfig(backbone, stream, AdapterConfig(rank=rank, alpha=2.0 * rank, dropout=dropout))
+    return ModelConfig(backbone, stream, AdapterConfig(rank=rank, alpha=2.0 * rank, dropout=dropout), bos_id=BOS)
+
+
+def in_float64(config):
+    """The config with activations in float64."""
+    return dataclasses.replace(config, dtype="float64")
 
 
 def params(config, dtype="float32", seed=0):
@@ -80,15 +84,11 @@ def quick_jit(function, *static):
     return jax.jit(function, static_argnames=static, compiler_options={"xla_backend_optimization_level": 0})
 
 
-hidden_in_float64 = quick_jit(
-    functools.partial(rules.hidden, dtype="float64"),
-    "config",
-    "forward",
-    "passes",
-    "depth",
-    "bos_id",
-    "remat",
-)
+def _hidden_in_float64(config, params, tokens, **settings):
+    return rules.hidden(in_float64(config), params, tokens, **settings)
+
+
+hidden_in_float64 = quick_jit(_hidden_in_float64, *rules.SETTINGS, "remat")
 
 
 CHOICES = {

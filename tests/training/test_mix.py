@@ -80,10 +80,10 @@ def test_a_step_that_drew_a_depth_has_the_loss_of_that_depth(quick_compiles):
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "answer_mask": np.ones(tokens.shape, bool)}
     batch["positions"] = np.broadcast_to(np.arange(7), (2, 7))
     settings = ForwardConfig("exact", remat="none", depths=(2,))
-    found = batch_losses(config, settings.at(0, seed=0), params["base"], params, batch, bos_id=toys.BOS)
+    found = batch_losses(config, settings.at(0, seed=0), params["base"], params, batch)
     expected = []
     for depth in (1, 2):
-        logits = rules.logits(config, params, tokens, forward="exact", depth=depth, bos_id=toys.BOS)[:, :-1]
+        logits = rules.logits(config, params, tokens, forward="exact", depth=depth)[:, :-1]
         expected.append(optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
     np.testing.assert_allclose(found[:, 1:], expected[1], rtol=1e-4, atol=1e-5)
     assert np.abs(expected[0] - expected[1]).max() > 1e-2

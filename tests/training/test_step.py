@@ -125,7 +125,7 @@ def test_a_run_of_steps_compiles_once_learns_and_leaves_the_base_alone(forward):
     params = toys.params(config)
     before = jax.tree.map(np.array, params)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-2, blend_learning_rate=3e-2, warmup_steps=1), 12)
-    step = jax.jit(functools.partial(train_step, config, ForwardConfig(forward), optimizer, None))
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig(forward), optimizer))
     state = init_state(trainable(params), optimizer)
     (batch,) = batches(1)
     losses = []
@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate):
     poisoned = params["base"]["embed"]["embedding"].at[7].set(jnp.nan)
     base = {**params["base"], "embed": {"embedding": poisoned}}
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, accumulate=accumulate), 10)
-    step = jax.jit(functools.partial(train_step, config, ForwardConfig("two_pass"), optimizer, None))
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("two_pass"), optimizer))
     good = [{**batch, "tokens": np.where(batch["tokens"] == 7, 8, batch["tokens"])} for batch in batches(4)]
     bad = {**good[0], "tokens": np.full_like(good[0]["tokens"], 7)}
 
@@ -184,7 +184,7 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sst_jax.training.step.batch_losses", lambda *args, **_: steep(args[3]["blend"]["theta"]))
         batch = {"answer_mask": np.ones((1, 3), bool)}
-        after, metrics = train_step(toys.config(), ForwardConfig("plain"), optimizer, None, before, {}, batch, None)
+        after, metrics = train_step(toys.config(), ForwardConfig("plain"), optimizer, before, {}, batch, None)
     assert np.isfinite(metrics["loss"])
     assert metrics["skipped"]
     assert jax.tree.all(jax.tree.map(np.array_equal, after[1:], before[1:]))
@@ -210,7 +210,7 @@ def test_accumulated_micro_batches_make_the_step_of_their_mean():
     for optimizer_config, sequence in ((whole, [joined]), (OptimizerConfig(warmup_steps=0, accumulate=2), [one, two])):
         optimizer = make_optimizer(optimizer_config, 10 * len(sequence))
         state = init_state(trainable(params), optimizer)
-        step = jax.jit(functools.partial(train_step, config, settings, optimizer, None))
+        step = jax.jit(functools.partial(train_step, config, settings, optimizer))
         for batch in sequence:
             state, _ = step(state, params["base"], batch, jax.random.key(0))
         results.append(state.trainable)
@@ -224,7 +224,7 @@ def test_alpha_warms_up_by_updates_and_is_logged_as_it_is_in_use(accumulate):
     params = toys.params(config)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, accumulate=accumulate), 8)
     state = init_state(trainable(params), optimizer)
-    step = jax.jit(functools.partial(train_step, config, ForwardConfig("exact"), optimizer, None))
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("exact"), optimizer))
     seen = []
     for batch in batches(3 * accumulate):
         alpha_warmup_fraction = alpha_warmup_fraction_at(config, state)
@@ -245,7 +245,7 @@ def test_an_update_that_is_not_finite_is_skipped_though_loss_and_gradient_are():
     params, (batch,) = toys.params(config), batches(1)
     optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
     state = init_state(trainable(params), optimizer)
-    after, metrics = jax.jit(functools.partial(train_step, config, ForwardConfig("plain"), optimizer, None))(
+    after, metrics = jax.jit(functools.partial(train_step, config, ForwardConfig("plain"), optimizer))(
         state, params["base"], batch, jax.random.key(0)
     )
     assert np.isfinite(metrics["loss"])
@@ -268,11 +268,9 @@ def test_alpha_warms_up_from_the_lower_end():
     params = toys.params(config)
     (batch,) = batches(1)
     losses = functools.partial(batch_losses, config, ForwardConfig("exact"), params["base"], trainable(params))
-    plain = functools.partial(
-        batch_losses, config, ForwardConfig("plain"), params["base"], trainable(params), batch, bos_id=None
-    )
-    cold, warm, done = (losses(batch, bos_id=None, alpha_warmup_fraction=jnp.float32(at)) for at in (0.0, 0.5, 1.0))
+    plain = functools.partial(batch_losses, config, ForwardConfig("plain"), params["base"], trainable(params), batch)
+    cold, warm, done = (losses(batch, alpha_warmup_fraction=jnp.float32(at)) for at in (0.0, 0.5, 1.0))
     np.testing.assert_allclose(cold, plain(), atol=1e-5)
-    np.testing.assert_allclose(done, losses(batch, bos_id=None), atol=1e-6)
+    np.testing.assert_allclose(done, losses(batch), atol=1e-6)
     assert np.abs(np.asarray(warm - cold)).max() > 1e-4
     assert np.abs(np.asarray(warm - done)).max() > 1e-4

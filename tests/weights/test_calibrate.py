@@ -160,7 +160,7 @@ def test_layer_by_layer_is_the_whole_stack_of_every_family(backbone):
     config = toys.config(None, backbone, rank=0)
     params, tokens = toys.params(config), toys.tokens(2, 24)
     segments = np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1).astype(np.int32)
-    x = decoder.embed(config, params, tokens, jnp.float32)
+    x = decoder.embed(config, params, tokens)
     for number, kind in enumerate(backbone.layer_types):
         one = ModelConfig(dataclasses.replace(backbone, num_layers=1, layer_types=(kind,)))
         layer = jax.tree.map(lambda part, number=number: part[number], params["base"]["layers"])

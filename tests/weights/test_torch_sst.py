@@ -86,7 +86,7 @@ def test_gradients_of_every_parameter_are_ours(tmp_path, fields, forward, depth)
     weights = np.random.default_rng(1).standard_normal((2, 12, 262)).astype(np.float32)
 
     def loss(params):
-        out = forwards.logits(ours.config, params, jnp.asarray(tokens), forward=forward, depth=depth, bos_id=toys.BOS)
+        out = forwards.logits(ours.config, params, jnp.asarray(tokens), forward=forward, depth=depth)
         return (out * weights).sum()
 
     expected = toys.quick_jit(jax.grad(loss))(ours.params)

@@ -106,8 +106,6 @@ def measure(
     params: Params,
     tokens: np.ndarray,
     todo: Sequence[Case],
-    dtype: str,
-    bos_id: int | None,
     gradients: bool = True,
     progress: Any = None,
 ) -> list[dict[str, Any]]:
@@ -126,11 +124,10 @@ def measure(
             config, blend = with_alpha(config, case.alpha)
             full = {**params, "blend": blend}
             piece = jnp.asarray(tokens[:, : case.length])
-            common = {"bos_id": bos_id, "dtype": dtype}
-            reference = _look(config, full, piece, "exact", 2, case.depth, common, gradients)
-            plain = forwards.logits(config, full, piece, forward="plain", **common)
+            reference = _look(config, full, piece, "exact", 2, case.depth, gradients)
+            plain = forwards.logits(config, full, piece, forward="plain")
             effect = relative(plain, reference["logits"])
-        found = _look(config, full, piece, case.forward, case.passes, case.depth, common, gradients)
+        found = _look(config, full, piece, case.forward, case.passes, case.depth, gradients)
         record = {**dataclasses.asdict(case), "name": case.name, "stream_effect": effect}
         record["states"] = relative(found["states"], reference["states"])
         record["logits"] = relative(found["logits"], reference["logits"])
@@ -153,10 +150,9 @@ def _look(
     forward: str,
     passes: int,
     depth: int,
-    common: dict[str, Any],
     gradients: bool,
 ) -> dict[str, Any]:
-    settings = {"forward": forward, "passes": passes, "depth": depth, **common}
+    settings = {"forward": forward, "passes": passes, "depth": depth}
     seen = {
         "states": forwards.states(config, params, tokens, **settings),
         "logits": forwards.logits(config, params, tokens, **settings),

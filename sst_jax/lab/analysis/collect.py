@@ -95,7 +95,7 @@ def remembered(layer: Layer, residuals: Residuals, before: Any, context: Context
 RULES = {"output": outputs, "memory": remembered}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rule", "copies", "depth", "every", "bos_id", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "rule", "copies", "depth", "every"))
 def run_texts(
     config: ModelConfig,
     params: Params,
@@ -108,8 +108,6 @@ def run_texts(
     copies: int = 1,
     depth: int = 1,
     every: bool = False,
-    bos_id: int | None = None,
-    dtype: str = "float32",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Right-padded texts tokens [B, T], `count` [B] of whose positions are real, on from the caches of their prompts.
 
@@ -120,7 +118,7 @@ def run_texts(
     """
     batch, length = tokens.shape
     depth = depth if config.stream is not None else 1
-    context = chunk_context(config, tokens, count, cache, fresh=False, depth=depth, bos_id=bos_id)
+    context = chunk_context(config, tokens, count, cache, fresh=False, depth=depth)
     context = dataclasses.replace(context, options=options)
     first = 0 if every else depth - 1
 
@@ -131,7 +129,7 @@ def run_texts(
         residuals, kept = rule(*arguments)
         return residuals, looked_at(kept)
 
-    x = jnp.repeat(decoder.embed(config, params, tokens, jnp.dtype(dtype)), depth, axis=1)
+    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
     residuals, states = decoder.run_layers(params, keeping, (x,) * copies, context, cache.state)
     hidden = decoder.final_norm(config, params, looked_at(residuals[-1]))
     # One row at a time, so that a vocabulary's worth of logits exists for one row's positions only.
@@ -189,13 +187,12 @@ class Walker:
         *,
         every: bool = False,
         config: ModelConfig | None = None,
-        dtype: str | None = None,
         rule: Any = None,
         **more: Any,
     ) -> list[DepthStates]:
-        """The batch after its last iteration, or after `every` one. config, dtype: other than the model's own."""
-        config, dtype = config or self.model.config, dtype or self.model.dtype
-        params, bos_id = self._params(config, dtype), self.model.tokenizer.bos_id
+        """The batch after its last iteration, or after `every` one. config: another than the model's own."""
+        config = config or self.model.config
+        params = self._params(config)
         _, cache = prefill(
             config,
             params,
@@ -203,8 +200,6 @@ class Walker:
             batch.prefix_count,
             capacity=self.capacity,
             depth=depth if prompt_mode(config) == "all" else 1,
-            bos_id=bos_id,
-            dtype=dtype,
         )
         states, *top = run_texts(
             config,
@@ -214,17 +209,15 @@ class Walker:
             cache,
             depth=depth,
             every=every,
-            bos_id=bos_id,
-            dtype=dtype,
             rule=rule or RULES[self.settings.what],
             **more,
         )
         states, (ids, logits) = np.asarray(states), map(np.asarray, top)
         return [DepthStates(states[..., k, :], ids[:, :, k], logits[:, :, k]) for k in range(ids.shape[2])]
 
-    def _params(self, config: ModelConfig, dtype: str) -> Params:
-        """The model's parameters as `config` takes them, the base in `dtype`."""
-        if dtype not in self._bases:
-            self._bases[dtype] = storages.cast(self.model.params["base"], dtype)
+    def _params(self, config: ModelConfig) -> Params:
+        """The model's parameters as `config` takes them, the base in its dtype."""
+        if config.dtype not in self._bases:
+            self._bases[config.dtype] = storages.cast(self.model.params["base"], config.dtype)
         blend = {name: self.model.params["blend"][name] for name in decoder.abstract_params(config)["blend"]}
-        return {**self.model.params, "base": self._bases[dtype], "blend": blend}
+        return {**self.model.params, "base": self._bases[config.dtype], "blend": blend}

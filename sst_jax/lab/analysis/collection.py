@@ -210,7 +210,8 @@ def look(walker: Walker, texts: Sequence[Text], batch: Batch, numbers: range) ->
         walks = [every[depth - 1] for depth in settings.depths]
     else:
         walks = [each for depth in settings.depths for each in walker(batch, depth)]
-    rounded = walker(batch, settings.depths[0], dtype="bfloat16")[0] if settings.rounding else None
+    narrow = dataclasses.replace(walker.model.config, dtype="bfloat16")
+    rounded = walker(batch, settings.depths[0], config=narrow)[0] if settings.rounding else None
     controlled: list[dict[str, Any]] = [{}] * len(texts)
     if numbers.start < settings.controls:
         controlled = controls.collect_batch(walker, batch, walks[0], walks[-1])

@@ -51,15 +51,13 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
         segments.astype(np.int32),
         padded,
         depth=depth,
-        bos_id=model.tokenizer.bos_id,
-        dtype=model.dtype,
     )
     cuts = np.cumsum([len(part) for part in places])[:-1]
     parts = (np.split(np.asarray(array)[: len(flat)], cuts) for array in (logprobs, greedy))
     return [Scores(*pair) for pair in zip(*parts, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "depth", "bos_id", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "depth"))
 def _score(
     config: ModelConfig,
     params: Params,
@@ -68,12 +66,8 @@ def _score(
     places: jax.Array,
     *,
     depth: int,
-    bos_id: int | None,
-    dtype: str,
 ) -> tuple[jax.Array, jax.Array]:
-    hidden = rules.hidden(
-        config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids, bos_id=bos_id, dtype=dtype
-    )
+    hidden = rules.hidden(config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids)
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
 
     def some(part: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -128,7 +128,7 @@ def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
 
 def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
     """The train step of a recipe whose attention is placed, and what its arguments are under `jax.eval_shape`."""
-    config, data = recipe.model_config(backbone), recipe.data
+    config, data = recipe.model_config(backbone, BOS), recipe.data
     optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
 
     def arguments() -> tuple:
@@ -137,7 +137,7 @@ def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, C
         batch = {**whole, "answer_mask": jnp.zeros((data.batch_size, data.length), bool)}
         return init_state(trainable, optimizer), base, batch, jax.random.key(0)
 
-    return functools.partial(train_step, config, recipe.forward, optimizer, BOS), arguments
+    return functools.partial(train_step, config, recipe.forward, optimizer), arguments
 
 
 def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
@@ -166,20 +166,15 @@ def plan_decoding(
     recipe: Recipe, backbone: BackboneConfig, target: Target, rows: int, capacity: int, depth: int
 ) -> Plan:
     """Compiles one decode step of `rows` sequences with caches of `capacity` positions, and counts it at `depth`."""
-    config, dtype = recipe.model_config(backbone), recipe.model.dtype
+    config = recipe.model_config(backbone)
 
     def arguments() -> tuple:
         base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
         token = jnp.zeros(rows, jnp.int32)
-        return (
-            decode_state.init_cache(config, rows, capacity, jnp.dtype(dtype)),
-            {"base": base, **trainable},
-            token,
-            token,
-        )
+        return decode_state.init_cache(config, rows, capacity), {"base": base, **trainable}, token, token
 
     def step(caches: decode_state.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
-        hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth, dtype=dtype)
+        hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth)
         return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
 
     mesh = mesh_on(target, recipe.mesh)

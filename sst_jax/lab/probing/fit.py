@@ -384,8 +384,6 @@ def first_states(model: Model, prompts: Sequence[Sequence[int]], first: int, bat
             seeds=[0] * len(part),
             stop_ids=(),
             pad_id=model.tokenizer.pad_id,
-            bos_id=model.tokenizer.bos_id,
-            dtype=model.dtype,
         ):
             pass
     return np.stack([found[number] for number in range(len(prompts))])

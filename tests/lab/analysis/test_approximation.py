@@ -49,11 +49,11 @@ def test_bad_forwards_are_named(text):
 @pytest.mark.parametrize("state", ["ffn", "block"])
 def test_errors_fall_with_the_order_of_the_passes(float64, state):
     """states and logits of two_pass and local, order 2; of three passes, order 3; KL twice that."""
-    config = toys.config({"state": state})
+    config = toys.in_float64(toys.config({"state": state}))
     params = toys.params(config, "float64")
     names = [("two_pass", 2), ("k_pass", 3), ("local", 2)]
     todo = list(approximation.cases(names, [0.004, 0.016], [1], [20]))
-    records = approximation.measure(config, params, toys.tokens(2, 20), todo, "float64", None, gradients=False)
+    records = approximation.measure(config, params, toys.tokens(2, 20), todo, gradients=False)
     for line in approximation.orders(records):
         expected = 3 if line["name"] == "k_pass k=3" else 2
         assert line["states"] == pytest.approx(expected, abs=0.2)
@@ -63,9 +63,9 @@ def test_errors_fall_with_the_order_of_the_passes(float64, state):
 
 def test_gradients_are_compared_with_exact_ones(float64):
     """Alpha's gradient is itself a first-order effect of the stream, so its relative error loses one order."""
-    config = toys.config({})
+    config = toys.in_float64(toys.config({}))
     todo = list(approximation.cases([("two_pass", 2)], [0.004, 0.016], [1], [12]))
-    records = approximation.measure(config, toys.params(config, "float64"), toys.tokens(1, 12), todo, "float64", None)
+    records = approximation.measure(config, toys.params(config, "float64"), toys.tokens(1, 12), todo)
     (line,) = approximation.orders(records)
     assert line["adapter_gradient"] > 1.75
     assert line["blend_gradient"] == pytest.approx(1, abs=0.25)

@@ -25,7 +25,7 @@ from sst_jax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start", "bos_id", "dtype"))
+STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start"))
 
 
 class Tokens(ByteTokenizer):
@@ -51,10 +51,10 @@ def by_decoding(model, text, depth):
     tokens = np.zeros((1, 64), np.int32)
     tokens[0, : len(prefix)] = prefix
     deep = depth if config.stream.prompt == "all" else 1
-    hidden, cache = prefill(config, params, tokens, np.array([len(prefix)]), capacity=128, depth=deep, bos_id=toys.BOS)
+    hidden, cache = prefill(config, params, tokens, np.array([len(prefix)]), capacity=128, depth=deep)
     states, logits = [], []
     for token in walked:
-        hidden, cache = STEP(config, params, jnp.array([token]), cache, jnp.array([depth]), bos_id=toys.BOS)
+        hidden, cache = STEP(config, params, jnp.array([token]), cache, jnp.array([depth]))
         states.append(np.asarray(cache.state[:, 0]))
         logits.append(np.asarray(decoder.head(params, hidden)[0]))
     return np.stack(states), np.stack(logits)

@@ -140,7 +140,7 @@ def test_losses_are_those_of_training(streaming, items, format):
     assert [row[0] for row in ids] == [outcome["id"] for outcome in outcomes]
     trainable = {name: streaming.params[name] for name in ("adapter", "blend")}
     losses = batch_losses(
-        streaming.config, ForwardConfig("exact", remat="none"), streaming.params["base"], trainable, batch, bos_id=2
+        streaming.config, ForwardConfig("exact", remat="none"), streaming.params["base"], trainable, batch
     )
     np.testing.assert_allclose([outcome["loss"] for outcome in outcomes], losses.sum(axis=1), rtol=1e-5)
     assert [outcome["answer_tokens"] for outcome in outcomes] == batch["answer_mask"].sum(axis=1).tolist()

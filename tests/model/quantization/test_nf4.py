@@ -91,7 +91,7 @@ def test_what_cannot_be_quantised_is_named():
     ("name", "kind", "dtype"), [("two_pass", "nf4", "float32"), ("exact", "nf4_double", "bfloat16")]
 )
 def test_a_forward_on_nf4_is_the_forward_on_its_values(name, kind, dtype):
-    config = toys.config({"alpha": 0.3}, backbone=BACKBONE)
+    config = dataclasses.replace(toys.config({"alpha": 0.3}, backbone=BACKBONE), dtype=dtype)
     params = toys.params(config, dtype)
     quantised = {**params["base"], "layers": storages.quantise_layers(params["base"]["layers"], kind)}
     assert storages.kind_of(quantised) == kind
@@ -101,7 +101,7 @@ def test_a_forward_on_nf4_is_the_forward_on_its_values(name, kind, dtype):
 
     def loss(adapter, base):
         model = {"base": base, "adapter": adapter, "blend": params["blend"]}
-        logits = rules.logits(config, model, tokens, forward=name, dtype=dtype)
+        logits = rules.logits(config, model, tokens, forward=name)
         return jnp.square(logits).mean(), logits
 
     def compute(base):
@@ -109,7 +109,7 @@ def test_a_forward_on_nf4_is_the_forward_on_its_values(name, kind, dtype):
 
     (_, ours), gradients = compute(quantised)
     (_, theirs), expected = compute(values)
-    other = rules.logits(config, params, tokens, forward=name, dtype=dtype)
+    other = rules.logits(config, params, tokens, forward=name)
     bound = 1e-5 if dtype == "float32" else 0.02  # the same numbers, in programs that XLA may order otherwise
     assert np.abs(ours - theirs).max() <= bound * np.abs(theirs).max()
     assert np.abs(ours - other).max() > 2 * bound * np.abs(theirs).max()
