@@ -58,6 +58,31 @@ def from_mapping(cls: type, mapping: Mapping[str, Any]) -> Any:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
 
 
+def _written_fields(config: object) -> dict[str, Any]:
+    """The fields of a config dataclass that are written down.
+
+    One that version 0.1.0 did not have is left out while it holds its default, so that what 0.1.0 recorded compares
+    equal, and 0.1.0 reads what does not need the field.
+    """
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.repr and ("since" not in field.metadata or getattr(config, field.name) != field.default)
+    }
+
+
+def _recorded(config: object) -> dict[str, Any] | None:
+    return None if config is None else _written_fields(config)
+
+
+def canonical_text(config: object) -> str:
+    """Return the text of a config of dataclasses that digests are made of: `repr` as version 0.1.0 had it."""
+    if not dataclasses.is_dataclass(config):
+        return repr(config)
+    fields = (f"{name}={canonical_text(value)}" for name, value in _written_fields(config).items())
+    return f"{type(config).__qualname__}({', '.join(fields)})"
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
     """Shapes of a text decoder, and what its family's block computes; Gemma 3's are the defaults.
@@ -73,6 +98,7 @@ class BackboneConfig:
     activation       of the gated feed-forward: "gelu_tanh" or "silu"
     scale_embedding  whether embeddings are multiplied by sqrt(D)
     tied_head        whether the embedding is the output head too
+    qkv_bias         whether the linears q, k and v add a bias
     """
 
     num_layers: int
@@ -98,6 +124,7 @@ class BackboneConfig:
     activation: str = "gelu_tanh"
     scale_embedding: bool = True
     tied_head: bool = True
+    qkv_bias: bool = dataclasses.field(default=False, metadata={"since": "0.2.0"})
 
     def __post_init__(self) -> None:
         _require(isinstance(self.family, str), f"backbone.family={self.family!r} must be a name")
@@ -107,7 +134,7 @@ class BackboneConfig:
             value = getattr(self, field)
             _require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
         _require(self.num_layers <= MAX_LAYERS, f"backbone.num_layers={self.num_layers} is beyond {MAX_LAYERS}")
-        for field in ("post_norms", "qk_norm", "scale_embedding", "tied_head"):
+        for field in ("post_norms", "qk_norm", "scale_embedding", "tied_head", "qkv_bias"):
             _one_of("backbone", field, getattr(self, field), (True, False))
         reals = ("query_pre_attn_scalar", "rope_theta_local", "rope_theta_global", "rope_scale_global", "norm_eps")
         _numbers("backbone", self, *reals, "max_positions", positive=True)
@@ -153,9 +180,15 @@ class BackboneConfig:
         return {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
 
     @property
+    def biased(self) -> tuple[str, ...]:
+        """Names of the linears that add a bias."""
+        return ("q", "k", "v") if self.qkv_bias else ()
+
+    @property
     def num_params(self) -> int:
         """Parameters of the backbone; a tied head counts once."""
-        linears = sum(i * o for i, o in self.linear_shapes.values())
+        shapes = self.linear_shapes
+        linears = sum(i * o for i, o in shapes.values()) + sum(shapes[name][1] for name in self.biased)
         norms = (2 + 2 * self.post_norms) * self.d_model + 2 * self.qk_norm * self.head_dim
         tables = (2 - self.tied_head) * self.vocab_size * self.d_model
         return tables + self.d_model + self.num_layers * (linears + norms)
@@ -281,7 +314,8 @@ class ModelConfig:
     """A backbone with, optionally, a stream and an adapter. `stream=None` is the plain backbone.
 
     bos_id and dtype belong to an opened model and not to its description: opening one sets them, and neither `to_dict`
-    nor the repr, of which identities of random weights are digests, has them. Compare recorded configs by `to_dict`.
+    nor `canonical_text` (of which identities of random weights are digests) has them. Compare recorded configs by
+    `to_dict`.
 
     bos_id  the tokenizer's beginning-of-sequence token, for stream.initial="skip_bos"; None where it has none
     dtype   of the activations
@@ -302,9 +336,8 @@ class ModelConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict that `from_dict` reads back to an equal config."""
-        parts = dataclasses.asdict(self)
-        return {name: parts[name] for name in RECORDED}
+        """Return a JSON-ready dict that `from_dict` reads back to an equal config."""
+        return {name: _recorded(getattr(self, name)) for name in RECORDED}
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> ModelConfig:

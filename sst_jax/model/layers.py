@@ -86,12 +86,19 @@ up_product.defvjp(_up_product_forward, _up_product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + scale * (x * drop) A B, in x's type. W is frozen; A and B are float32 and absent at rank 0."""
+    """y = x W + b + scale * (x * drop) A B, in x's type.
 
-    def __init__(self, shape: tuple[int, int], rank: int, scale: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    W and b, which most linears lack, are frozen; A and B are float32 and absent at rank 0.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], rank: int, scale: float, dtype: jnp.dtype, rngs: nnx.Rngs, bias: bool = False
+    ):
         inputs, outputs = shape
         self.kernel = Base(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(inputs))
-        self.rank, self.scale = rank, scale
+        self.rank, self.scale, self.has_bias = rank, scale, bias
+        if bias:
+            self.bias = Base(jnp.zeros(outputs, dtype))
         if rank:
             bound = 1.0 / math.sqrt(inputs)  # PEFT's default initialisation; B = 0 makes a fresh adapter the identity
             self.lora_a = Adapter(jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound))
@@ -99,6 +106,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, drop: jax.Array | None = None) -> jax.Array:
         y = product(x, self.kernel.get_value())
+        if self.has_bias:
+            y = y + self.bias[...].astype(x.dtype)
         if self.rank:
             z = x if drop is None else x * drop.astype(x.dtype)
             z = z @ self.lora_a[...].astype(x.dtype)
@@ -124,7 +133,7 @@ class Block(nnx.Module):
                 setattr(self, name, norm)
         for name, shape in backbone.linear_shapes.items():
             rank = adapter.rank if name in adapter.targets else 0
-            setattr(self, name, Linear(shape, rank, adapter.scale, dtype, rngs))
+            setattr(self, name, Linear(shape, rank, adapter.scale, dtype, rngs, bias=name in backbone.biased))
         if stream is not None and stream.alpha is None:
             size = backbone.d_model if stream.granularity == "dimension" else 1
             self.theta = Blend(jnp.full(size, initial_theta(stream)))

@@ -42,8 +42,18 @@ _RULES = dict(RULES)
 Axes = tuple[str | None, ...]
 
 # Linears [L, inputs, outputs], in any storage, and their LoRA factors A [L, inputs, R] and B [L, R, outputs].
-_WIDEN = {"kernel": (None, None, "width"), "lora_a": (None, "model", None), "lora_b": (None, None, "width")}
-_NARROW = {"kernel": (None, "summed", "model"), "lora_a": (None, "width", None), "lora_b": (None, None, "model")}
+_WIDEN = {
+    "kernel": (None, None, "width"),
+    "bias": (None, "width"),
+    "lora_a": (None, "model", None),
+    "lora_b": (None, None, "width"),
+}
+_NARROW = {
+    "kernel": (None, "summed", "model"),
+    "bias": (None, "model"),
+    "lora_a": (None, "width", None),
+    "lora_b": (None, None, "model"),
+}
 _LINEARS = {**dict.fromkeys(("q", "k", "v", "gate", "up"), _WIDEN), **dict.fromkeys(("o", "down"), _NARROW)}
 _CACHE = (None, "rows", None, "heads", None)  # [layers, B, S, K, H]
 _OTHERS: dict[str, Axes] = {

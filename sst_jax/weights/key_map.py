@@ -144,7 +144,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
         elif key in HEADS[kind]:
             key, entry = HEADS[kind][0], embedding
         else:
-            biased = "; linears with a bias are not supported" if key.endswith(".bias") else ""
+            biased = f"; {family_of(config).title} has no such bias" if key.endswith(".bias") else ""
             raise InputError(f"{tensor.file}: unknown key {tensor.name}{biased}")
         if key in found:
             raise InputError(

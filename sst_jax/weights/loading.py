@@ -25,7 +25,7 @@ from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES, PRESETS, family_of
 from sst_jax.files import digest, read_json, sha256
 from sst_jax.model import decoder, sharding
-from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.model.config import BackboneConfig, ModelConfig, canonical_text
 from sst_jax.model.quantization import storages
 from sst_jax.weights import export_format, gguf, huggingface, key_map, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
@@ -258,7 +258,7 @@ def _random(preset: str, dtype: str) -> LoadedModel:
     config = ModelConfig(PRESETS[preset])
     params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
     corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
-    identity = hashlib.sha256(corner + repr(config).encode()).hexdigest()
+    identity = hashlib.sha256(corner + canonical_text(config).encode()).hexdigest()
     facts = {"kind": "random", "path": f"random:{preset}", "digest": identity, "dtype": dtype, "layout": None}
     return LoadedModel(config, sharding.device_put_sharded(params), ByteTokenizer(), facts)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
-from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
+from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, canonical_text
 
 residuals = st.builds(
     StreamConfig,
@@ -162,3 +162,16 @@ def test_what_opening_a_model_adds_is_not_recorded():
     assert len({recorded, opened, dataclasses.replace(recorded, bos_id=2, dtype="bfloat16")}) == 2
     with pytest.raises(InputError, match="bos_id"):
         ModelConfig.from_dict({**recorded.to_dict(), "bos_id": 2})
+
+
+def test_a_field_that_came_later_is_written_down_only_where_it_says_something():
+    """So that configs and digests which version 0.1.0 recorded stay those of the same models."""
+    without = ModelConfig(PRESETS["tiny-llama"])
+    assert "qkv_bias" not in without.to_dict()["backbone"]
+    assert "qkv_bias" not in canonical_text(without)
+    assert canonical_text(without) == repr(without).replace(", qkv_bias=False", "")
+    biased = dataclasses.replace(without, backbone=dataclasses.replace(without.backbone, qkv_bias=True))
+    assert biased.to_dict()["backbone"]["qkv_bias"] is True
+    assert ModelConfig.from_dict(json.loads(json.dumps(biased.to_dict()))) == biased
+    assert canonical_text(biased) == repr(biased)
+    assert biased.backbone.num_params == without.backbone.num_params + 4 * (64 + 2 * 32)

@@ -56,6 +56,7 @@ def test_every_forward_is_the_naive_recurrence(backbone, fields, float64):
         {"post_norms": True},
         {"qk_norm": True},
         {"tied_head": True},
+        {"qkv_bias": True},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -67,7 +68,7 @@ def test_each_fact_of_a_family_is_computed_on_its_own(change, float64):
     truth = naive.logits(config, numbers, tokens)
     logits = toys.quick_jit(functools.partial(rules.logits, forward="exact"), "config")
     assert np.abs(np.asarray(logits(toys.in_float64(config), params, tokens[None])[0]) - truth).max() <= 1e-11
-    if not {"post_norms", "qk_norm", "tied_head"} & set(
+    if not {"post_norms", "qk_norm", "tied_head", "qkv_bias"} & set(
         change
     ):  # these change the tree; of the others both can be read
         other = naive.logits(toys.config({"alpha": 0.3}, toys.LLAMA), numbers, tokens)

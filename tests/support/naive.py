@@ -47,6 +47,8 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
 
     def linear(name, layer, x):
         y = x @ layers[name]["kernel"][layer]
+        if "bias" in layers[name]:
+            y = y + layers[name]["bias"][layer]
         if name in adapter:
             y = y + config.adapter.scale * (x @ adapter[name]["lora_a"][layer] @ adapter[name]["lora_b"][layer])
         return y

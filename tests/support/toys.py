@@ -67,7 +67,7 @@ def params(config, dtype="float32", seed=0):
             value = -1.5 + 0.7 * value
         elif names[-1] == "gain":
             value = config.stream.gain * (1.0 + 0.2 * value)
-        else:  # kernels and LoRA factors, [L, inputs, outputs]
+        elif names[-1] != "bias":  # kernels and LoRA factors, [L, inputs, outputs]
             value *= leaf.shape[-2] ** -0.5 * (0.3 if names[-1] == "lora_b" else 1.0)
         return jnp.asarray(value, dtype if names[0] == "base" else small)
 

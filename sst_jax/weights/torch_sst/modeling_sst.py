@@ -107,10 +107,10 @@ class StreamParameters(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + scale * B A x: a linear with its LoRA factors kept apart, which are float32 whatever W is."""
+    """y = W x + b + scale * B A x: a linear with its LoRA factors kept apart, which are float32 whatever W is."""
 
     def __init__(self, linear, rank, scale):
-        super().__init__(linear.in_features, linear.out_features, bias=False)
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         self.scale = scale
