@@ -1,0 +1,79 @@
+"""Checks that the fields of frozen config dataclasses run on themselves, each naming the field that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from sst_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise InputError, naming owner.field, unless the value is one of those allowed."""
+    require(value in allowed, f"{owner}.{field}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def is_finite(value: object) -> bool:
+    """Return whether the value is a number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # an int may be beyond every float
+
+
+def check_numbers(owner: str, config: object, *fields: str, positive: bool = False) -> None:
+    """Raise InputError naming the first of a config's fields that is no finite number, or not a positive one."""
+    for field in fields:
+        value = getattr(config, field)
+        require(is_finite(value), f"{owner}.{field}={value!r} must be a finite number")
+        require(not positive or value > 0, f"{owner}.{field}={value!r} must be positive")
+
+
+def as_tuple(owner: str, config: object, field: str) -> None:
+    """Turn a field of a frozen config from a list into a tuple; raise InputError where it is neither."""
+    value = getattr(config, field)
+    require(isinstance(value, list | tuple), f"{owner}.{field}={value!r} must be a list")
+    object.__setattr__(config, field, tuple(value))
+
+
+def from_mapping(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
+    """Return a config of type `cls` from a mapping of its fields; lists become tuples.
+
+    Raises: InputError naming an unknown or missing key, or a bad value.
+    """
+    require(isinstance(mapping, Mapping), f"{cls.__name__} is read from a mapping of its fields, not {mapping!r}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(mapping) - known)
+    require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(mapping))
+    require(not missing, f"{cls.__name__} lacks the field {', '.join(missing)}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
+
+
+def written_fields(config: object) -> dict[str, Any]:
+    """Return the fields of a config dataclass that are written down.
+
+    One that version 0.1.0 did not have is left out while it holds its default, so that what 0.1.0 recorded compares
+    equal, and 0.1.0 reads what does not need the field.
+    """
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.repr and ("since" not in field.metadata or getattr(config, field.name) != field.default)
+    }
+
+
+def canonical_text(config: object) -> str:
+    """Return the text of a config of dataclasses that digests are made of: `repr` as version 0.1.0 had it."""
+    if not dataclasses.is_dataclass(config):
+        return repr(config)
+    fields = (f"{name}={canonical_text(value)}" for name, value in written_fields(config).items())
+    return f"{type(config).__qualname__}({', '.join(fields)})"

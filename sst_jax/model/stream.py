@@ -1,0 +1,96 @@
+"""The state stream: everything that the V2 paper leaves open is a field with a default, never a silent choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sst_jax.model.fields import check_numbers, check_one_of, require
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """The state stream: what a layer remembers and how it is blended in.
+
+    state        "ffn": the feed-forward block's output f. "block": the layer's output o (V1's cached state).
+    norm         N in h' = h + alpha * (gain * N(s) - h): "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
+    alpha        None: learned within alpha_range from alpha_init. A number: fixed there, outside the range too.
+    alpha_range  alpha = lo + (hi - lo) * sigmoid(theta); (0, 1) is "free".
+    alpha_warmup optimizer steps over which alpha rises from the range's lower end, in training alone: held-out losses
+                 and decoding take alpha as it will be then. 0 is none.
+    granularity  how many alphas: "dimension" (one a layer and dimension), "layer" (one a layer), "scalar" (one).
+    gain         factor on N(s); learn_gain trains it, one a layer, from this value.
+    decay        0: a state is the previous position's. lambda in (0, 1): s_t = lambda s_{t-1} + (1 - lambda) u_t.
+    initial      at a document's first position: "none" (no blend), "zero", "own" (RMSNorm of the layer's input, V1),
+                 "skip_bos" (as "none", and nothing leaves a BOS either).
+    propagate    "scan": for state="block" the linear carry of s through o is exact; "shift": the plainer reading.
+    dtype        how states are kept in caches; the blend itself is always float32 or wider.
+    pass1_grad   whether gradients flow through the states of earlier passes.
+    prompt       which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose output
+                 is the first generated token), "none" (depth begins where the first generated token is fed), "all".
+    kv           at iteration i > 1 a position's keys and values are written anew ("overwrite") or kept from
+                 iteration 1 ("first", V1's frozen cache).
+    layers       which layers carry a state; None is all.
+    prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they move by less
+                 than sweep_tolerance of their norm; position by position where sweep_cap sweeps do not get there) or
+                 "sequential" (position by position).
+    """
+
+    state: str = "ffn"
+    norm: str = "none"
+    alpha: float | None = None
+    alpha_range: tuple[float, float] = (0.015, 0.10)
+    alpha_init: float = 0.027
+    alpha_warmup: int = 0
+    granularity: str = "dimension"
+    gain: float = 1.0
+    learn_gain: bool = False
+    decay: float = 0.0
+    initial: str = "none"
+    propagate: str = "scan"
+    dtype: str = "float32"
+    pass1_grad: bool = True
+    prompt: str = "last"
+    kv: str = "overwrite"
+    layers: tuple[int, ...] | None = None
+    prefill: str = "sweeps"
+    sweep_tolerance: float = 1e-6
+    sweep_cap: int = 12
+
+    def __post_init__(self) -> None:
+        check_one_of("stream", "prefill", self.prefill, ("sweeps", "sequential"))
+        check_one_of("stream", "state", self.state, ("ffn", "block"))
+        check_one_of("stream", "norm", self.norm, ("none", "rms", "match"))
+        check_one_of("stream", "granularity", self.granularity, ("dimension", "layer", "scalar"))
+        check_one_of("stream", "initial", self.initial, ("none", "zero", "own", "skip_bos"))
+        check_one_of("stream", "propagate", self.propagate, ("scan", "shift"))
+        check_one_of("stream", "dtype", self.dtype, ("float32", "bfloat16"))
+        check_one_of("stream", "prompt", self.prompt, ("last", "none", "all"))
+        check_one_of("stream", "kv", self.kv, ("overwrite", "first"))
+        for field, kind in (("alpha_range", int | float), ("layers", int)):
+            value = getattr(self, field)
+            if value is not None or field == "alpha_range":
+                several = isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+                require(several, f"stream.{field}={value!r} must be a list of numbers")
+                object.__setattr__(self, field, tuple(value))
+        check_numbers("stream", self, "alpha_init", "alpha_warmup", "gain", "decay", "sweep_tolerance", "sweep_cap")
+        require(len(self.alpha_range) == 2, f"stream.alpha_range={self.alpha_range} must be two numbers")
+        lo, hi = self.alpha_range
+        require(0.0 <= lo < hi <= 1.0, f"stream.alpha_range={self.alpha_range} must satisfy 0 <= lo < hi <= 1")
+        if self.alpha is None:
+            require(
+                lo < self.alpha_init < hi,
+                f"stream.alpha_init={self.alpha_init} must lie strictly inside alpha_range={self.alpha_range}; "
+                "a fixed alpha is set with stream.alpha",
+            )
+        else:
+            check_numbers("stream", self, "alpha")
+            require(0.0 <= self.alpha <= 1.0, f"stream.alpha={self.alpha} must be in [0, 1]")
+        require(0.0 <= self.decay < 1.0, f"stream.decay={self.decay} must be in [0, 1)")
+        require(self.sweep_tolerance > 0, f"stream.sweep_tolerance={self.sweep_tolerance} must be positive")
+        require(self.sweep_cap >= 2, f"stream.sweep_cap={self.sweep_cap} must be at least 2")
+        require(self.alpha_warmup >= 0, f"stream.alpha_warmup={self.alpha_warmup} must not be negative")
+
+    @property
+    def linear_carry(self) -> bool:
+        """Whether s enters the layer's output linearly with a known factor, so that a scan can carry it exactly."""
+        return self.state == "block" and self.propagate == "scan" and self.norm == "none"
