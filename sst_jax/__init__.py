@@ -10,23 +10,31 @@ Importing this package reads no weights and imports neither torch nor TensorFlow
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sst_jax.errors import InputError
     from sst_jax.inference.model import Generation, Model, load
+    from sst_jax.model.config import StreamConfig
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "InputError", "Model", "load"]
+__all__ = ["Generation", "InputError", "Model", "StreamConfig", "load"]
+
+_HOMES = {
+    "Generation": "sst_jax.inference.model",
+    "InputError": "sst_jax.errors",
+    "Model": "sst_jax.inference.model",
+    "StreamConfig": "sst_jax.model.config",
+    "load": "sst_jax.inference.model",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Generation", "Model", "load"):
-        from sst_jax.inference import model
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return getattr(model, name)
-    if name == "InputError":
-        from sst_jax.errors import InputError
 
-        return InputError
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,13 +18,22 @@ from typing import Any
 
 from sst_jax.errors import InputError, RunInterrupted
 
+MODULES = "python -m sst_jax."  # what begins the `prog` of every command's parser
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse with readable help, whose errors are `InputError`s."""
+    """argparse with readable help, whose errors are `InputError`s.
 
-    def __init__(self, **kwargs: Any):
+    program  how commands are called: `sst-jax` sets it where it runs one, so that their help says what was typed
+    """
+
+    program = MODULES
+
+    def __init__(self, prog: str | None = None, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        if prog is not None and prog.startswith(MODULES):
+            prog = self.program + prog.removeprefix(MODULES)
+        super().__init__(prog, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see {self.prog} --help)")
