@@ -50,21 +50,12 @@ def parser() -> Parser:
 
 def ours(model: Any, depth: int, prompt: list[int], count: int) -> Timing:
     """The decode loop of `Model.generate`, without its text."""
-    from sst_jax.inference.sampling import Sampling
-    from sst_jax.inference.session import generate_tokens
+    from sst_jax.inference.policies import flat
+    from sst_jax.inference.session import Request, generate_tokens
 
     start = time.perf_counter()
-    running = generate_tokens(
-        model.config,
-        model.params,
-        [prompt],
-        depth=[depth],
-        max_new_tokens=count,
-        sampling=Sampling(),
-        seeds=[0],
-        stop_ids=(),
-        pad_id=0,
-    )
+    requests = [Request(tuple(prompt), count, flat(depth))]
+    running = generate_tokens(model.config, model.params, requests)
     tokens = next(running).tokens[0].tolist()
     first = time.perf_counter()
     for chunk in running:

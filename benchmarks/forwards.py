@@ -159,6 +159,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
     import numpy as np
 
     from sst_jax.inference import decode_state as caches
+    from sst_jax.inference.kv_cache import init_cache
     from sst_jax.inference.model import load
     from sst_jax.inference.prefill import prefill
     from sst_jax.model import decoder
@@ -172,7 +173,7 @@ def prefilling(args: Any) -> list[dict[str, Any]]:
 
     @jax.jit
     def stepwise(params: Any, tokens: Any) -> Any:
-        empty = caches.init_cache(config, 1, length)
+        empty = init_cache(config, 1, length)
 
         def one(carry: Any, token: Any) -> Any:
             hidden, cache = caches.decode_step_at_depth(config, params, token, carry[1], jnp.ones(1, jnp.int32))

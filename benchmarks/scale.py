@@ -185,7 +185,7 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from sst_jax.inference import decode_state
+    from sst_jax.inference import decode_state, kv_cache
     from sst_jax.lab.planning.compile import abstract_parameters
     from sst_jax.lab.planning.count import count
     from sst_jax.model import rules
@@ -205,7 +205,7 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
     shapes = jax.eval_shape(params)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    caches = jax.eval_shape(lambda: decode_state.init_cache(config, 1, length))
+    caches = jax.eval_shape(lambda: kv_cache.init_cache(config, 1, length))
     parallel = roofline(count(jax.make_jaxpr(sweeps)(shapes, tokens)), target)
     sequential = length * roofline(count(jax.make_jaxpr(one)(shapes, token, caches), flash=False), target)
     print(

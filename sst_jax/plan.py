@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
 def plan_once(args: Any, recipe: Any, backbone: Any, target: Any) -> dict[str, Any]:
     """One compile as a JSON-ready record."""
-    from sst_jax.inference.decode_state import bytes_per_sequence
+    from sst_jax.inference.kv_cache import bytes_per_sequence
     from sst_jax.lab.planning import compile as compiling
 
     config = recipe.model_config(backbone)

@@ -63,9 +63,10 @@ def main(argv: Sequence[str]) -> None:
     from sst_jax.inference.model import load
     from sst_jax.inference.policies import flat
     from sst_jax.inference.sampling import Sampling
+    from sst_jax.inference.session import Request
     from sst_jax.serving.app import Server, make_app
     from sst_jax.serving.protocol import Limits
-    from sst_jax.serving.queue import Engine, Request, answers
+    from sst_jax.serving.queue import Engine, answers
 
     model, name = load(args.model, args.dtype), args.name or args.model
     engine = Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)

@@ -30,3 +30,11 @@ LinearOutputs = Float[Array, "*B outputs"]
 Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
 Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
 Json = dict[str, Any]  # a JSON object
+
+# Decoding, one position a row.
+RowInts = Int[Array, "B"]
+RowFloats = Float[Array, "B"]
+RowBools = Bool[Array, "B"]
+RowHidden = Float[Array, "B D"]  # normed hidden states of one position
+RowStates = Float[Array, "L B D"]  # each layer's state
+RowLogits = Float[Array, "B V"]

@@ -15,10 +15,10 @@ from safetensors.numpy import save
 
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
-from sst_jax.inference import session
 from sst_jax.inference.detokenizer import Answer
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.session import Request, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
@@ -160,23 +160,16 @@ class Model:
         if n < 1:
             raise InputError(f"n={n} must be at least 1")
         policies = [as_policy(each) for each in _one_each(depth, len(prompts), "depth") for _ in range(n)]
-        for policy in policies:
-            if policy.max_depth > 1 and self.config.stream is None:
-                raise InputError(f"depth={policy.name} needs a stream, which this model has none of: use depth=1")
-        tokens = [prompt for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
+        tokens = [tuple(prompt) for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
         seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
-        _one_each(seeds, len(tokens), "seed")
-        running = session.generate_tokens(
-            self.config,
-            self.params,
-            tokens,
-            depth=policies,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
-            seeds=seeds,
-            stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
-            pad_id=self.tokenizer.pad_id,
+        sampling = Sampling(temperature, top_k, top_p)
+        requests = [
+            Request(prompt, max_new_tokens, policy, sampling, seed)
+            for prompt, policy, seed in zip(tokens, policies, _one_each(seeds, len(tokens), "seed"), strict=True)
+        ]
+        running = generate_tokens(
+            self.config, self.params, requests, stop_ids=self.tokenizer.stop_ids, pad_id=self.tokenizer.pad_id
         )
         marks = [stop] if isinstance(stop, str) else stop
         answers = [Answer(self.tokenizer, marks) for _ in tokens]

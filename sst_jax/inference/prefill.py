@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.inference.decode_state import Cache, init_cache
+from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.model import decoder
 from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig

@@ -19,7 +19,8 @@ from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling, Scores
-from sst_jax.serving.queue import TOP, Job, Request
+from sst_jax.inference.session import Request, check_policy
+from sst_jax.serving.queue import TOP, Job
 
 # Fields that are accepted with the values here, which are what leaving them out means.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -213,13 +214,12 @@ def _policy(body: Mapping[str, Any], model: Model, limits: Limits) -> Policy:
         policy = as_policy(value)
     except InputError as error:
         raise Refused(400, str(error), "depth") from None
-    stream = model.config.stream
     if policy.max_depth > limits.depth:
         raise Refused(400, f"depth={policy.name} is more than the {limits.depth} that are allowed", "depth")
-    if policy.max_depth > 1 and stream is None:
-        raise Refused(400, f"depth={policy.name} needs a model with a stream; this one has none", "depth")
-    if policy.tolerance and stream is not None and stream.prompt == "all":
-        raise Refused(400, f'this model iterates its prompt (stream.prompt="all"): {policy.name} names no one depth')
+    try:
+        check_policy(model.config, policy)
+    except InputError as error:
+        raise Refused(400, str(error), "depth") from None
     return policy
 
 

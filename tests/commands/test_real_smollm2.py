@@ -11,7 +11,7 @@ import sst_jax
 from sst_jax.console.command import run
 from sst_jax.inference.model import Model
 from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import generate_tokens
+from tests.support.decoding import generate as generate_tokens
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sst_jax.families.registry import PRESETS
-from sst_jax.inference.decode_state import bytes_per_sequence, decode_step_at_depth, init_cache
+from sst_jax.inference.decode_state import decode_step_at_depth
+from sst_jax.inference.kv_cache import bytes_per_sequence, init_cache
 from sst_jax.inference.prefill import capacity_for, padded, prefill
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig, StreamConfig

@@ -10,10 +10,10 @@ import pytest
 from sst_jax.families.registry import PRESETS
 from sst_jax.inference.prefill import prefill
 from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import generate_tokens
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig, StreamConfig
 from tests.support import toys
+from tests.support.decoding import generate as generate_tokens
 
 TINY = ModelConfig(dataclasses.replace(PRESETS["tiny"], max_positions=10_000), StreamConfig())
 

@@ -10,9 +10,9 @@ from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.policies import Policy, as_policy, first_token, flat, parse, parse_list, probe, until_stable
 from sst_jax.inference.prefill import prefill
 from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import generate_tokens
 from sst_jax.model import decoder
 from tests.support import toys
+from tests.support.decoding import generate as generate_tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -64,9 +64,9 @@ def by_hand(config, params, prompt, policy, new=NEW):
         for depth in range(1, limit + 1):
             given = {"start": start, "hidden": hidden if start else None}
             hidden_at, cache_at = STEP(config, params, jnp.array([token]), cache, jnp.array([depth]), **given)
-            still = depth > 1 and np.linalg.norm(hidden_at - before) <= policy.tolerance * np.linalg.norm(hidden_at)
+            still = depth > 1 and np.linalg.norm(hidden_at - before) <= policy.threshold * np.linalg.norm(hidden_at)
             before = hidden_at
-            if policy.tolerance and still:
+            if policy.halt == "until_stable" and still:
                 break
         hidden, cache, start = hidden_at, cache_at, 0
         token = int(decoder.head(params, hidden)[0].argmax())

@@ -9,10 +9,11 @@ import pytest
 
 import sst_jax
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import decode_step_at_depth, init_cache
+from sst_jax.inference.decode_state import decode_step_at_depth
+from sst_jax.inference.kv_cache import init_cache
 from sst_jax.inference.sampling import Sampling, sample, sampling_params
-from sst_jax.inference.session import generate_tokens
 from tests.support import toys
+from tests.support.decoding import generate as generate_tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -10,13 +10,13 @@ import pytest
 
 from sst_jax.families.registry import PRESETS
 from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import generate_tokens
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.quantization import storages
 from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sst_jax.training.step import ForwardConfig, batch_losses, init_state, train_step
 from tests.support import naive, toys
+from tests.support.decoding import generate as generate_tokens
 
 FAMILIES = {"llama": toys.LLAMA, "qwen3": toys.QWEN3}
 

@@ -164,7 +164,7 @@ def test_layer_and_its_attention(pair, number):
 @pytest.mark.parametrize("pair", ["gemma3, grouped", "llama, llama3", "qwen3"], indirect=True)
 def test_greedy_text_past_the_window(pair):
     from sst_jax.inference.sampling import Sampling
-    from sst_jax.inference.session import generate_tokens
+    from tests.support.decoding import generate as generate_tokens
 
     theirs, config, params = pair
     prompt = ids(1, 19)

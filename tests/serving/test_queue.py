@@ -12,9 +12,10 @@ import pytest
 from sst_jax.errors import InputError
 from sst_jax.inference.policies import flat, parse
 from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.session import Request
 from sst_jax.serving.app import stream_events
 from sst_jax.serving.protocol import Call, Writer
-from sst_jax.serving.queue import Busy, Closing, Engine, Request, answers
+from sst_jax.serving.queue import Busy, Closing, Engine, answers
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -95,7 +96,7 @@ def test_prompt_scores_are_the_log_probabilities_of_exact(model, engine):
 
 
 def test_samples_of_a_prompt_are_prefilled_once(model, engine, monkeypatch):
-    from sst_jax.serving import queue as module
+    from sst_jax.inference import session as module
 
     calls = []
     original = module.prefill_chunks
@@ -177,7 +178,7 @@ def test_what_is_not_finished_at_the_deadline_ends_with_an_error(model):
 
 def test_a_failing_request_leaves_the_others(model, engine, monkeypatch, capfd):
     """Whatever goes wrong in one prefill is that request's own."""
-    from sst_jax.serving import queue as module
+    from sst_jax.inference import session as module
 
     original = module.prefill_chunks
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import Cache
+from sst_jax.inference.kv_cache import Cache
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import chunk_context, prefill
 from sst_jax.inference.session import prompt_mode

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sst_jax.errors import InputError
-from sst_jax.inference import decode_state
+from sst_jax.inference import decode_state, kv_cache
 from sst_jax.lab.planning.collectives import sent
 from sst_jax.lab.planning.count import Work, count
 from sst_jax.lab.planning.targets import Target, config_text
@@ -171,9 +171,9 @@ def plan_decoding(
     def arguments() -> tuple:
         base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
         token = jnp.zeros(rows, jnp.int32)
-        return decode_state.init_cache(config, rows, capacity), {"base": base, **trainable}, token, token
+        return kv_cache.init_cache(config, rows, capacity), {"base": base, **trainable}, token, token
 
-    def step(caches: decode_state.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
+    def step(caches: kv_cache.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
         hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth)
         return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
 

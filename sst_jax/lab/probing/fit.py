@@ -35,8 +35,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.halting_probe import FORMAT, fingerprint, probabilities
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy
-from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import generate_tokens, prompt_mode
+from sst_jax.inference.session import Request, generate_tokens, prompt_mode
 from sst_jax.lab.statistics import bootstrap_mean, finite, wilson
 
 FEWEST, FEWEST_OF_A_CLASS = 12, 3
@@ -374,17 +373,8 @@ def first_states(model: Model, prompts: Sequence[Sequence[int]], first: int, bat
 
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        for _ in generate_tokens(
-            model.config,
-            model.params,
-            part,
-            depth=[looking(start + row) for row in range(len(part))],
-            max_new_tokens=2,
-            sampling=Sampling(),
-            seeds=[0] * len(part),
-            stop_ids=(),
-            pad_id=model.tokenizer.pad_id,
-        ):
+        requests = [Request(tuple(prompt), 2, looking(start + row)) for row, prompt in enumerate(part)]
+        for _ in generate_tokens(model.config, model.params, requests, pad_id=model.tokenizer.pad_id):
             pass
     return np.stack([found[number] for number in range(len(prompts))])
 
