@@ -239,10 +239,15 @@ def parse_list(text: str, files: bool = False) -> list[Policy]:
     Raises: InputError as `parse`, and where one is named twice.
     """
     policies = [parse(part, files) for part in text.split(",")]
+    check_distinct(policies)
+    return policies
+
+
+def check_distinct(policies: Sequence[Policy]) -> None:
+    """Raises: InputError where a policy is there twice."""
     for number, policy in enumerate(policies):
         if policy in policies[:number]:
-            raise InputError(f"depth={text!r} names {policy.name} twice")
-    return policies
+            raise InputError(f"depth={','.join(each.name for each in policies)!r} names {policy.name} twice")
 
 
 def as_policy(depth: int | str | Policy) -> Policy:

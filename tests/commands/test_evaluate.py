@@ -13,6 +13,8 @@ import pytest
 from sst_jax import compare, evaluate
 from sst_jax.console.command import run
 from sst_jax.inference.model import load
+from sst_jax.lab import evaluation
+from sst_jax.lab.evaluation import EvalConfig
 from tests.lab.evaluation.conftest import gsm8k_lines, write_lines
 
 WORDS = ["--task", "words", "--limit", "5", "--batch-size", "2", "--max-new-tokens", "8"]
@@ -56,6 +58,15 @@ def test_an_evaluation_leaves_what_it_promises(evaluated, finished):
     assert all(line["truncated"] and line["new_tokens"] == 8 for line in lines if len(line["output"]) > 8)
 
 
+def test_a_call_leaves_the_same_folder_as_the_command(evaluated, finished, tmp_path):
+    config = EvalConfig("words", policies=("1", "2", "until_stable:0.01:3"), limit=5, max_new_tokens=8, batch_size=2)
+    result = evaluation.run(load(finished), config, tmp_path / "out")
+    assert outcomes(tmp_path / "out") == outcomes(evaluated)
+    assert result == json.loads((tmp_path / "out" / "result.json").read_text())
+    for name in ("evaluation.json", "items.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (evaluated / name).read_bytes()
+
+
 def test_answers_are_those_that_the_model_gives(evaluated, finished):
     model, line = load(finished), outcomes(evaluated)[7]
     items = [json.loads(text) for text in (evaluated / "items.jsonl").read_text().splitlines()]
@@ -70,7 +81,11 @@ def test_a_finished_evaluation_is_not_computed_again(evaluated, finished, capsys
     arguments = ["--model", str(finished), *WORDS, "--depth", "1,2,until_stable:0.01:3", "--out", str(evaluated)]
     assert run(evaluate.main, arguments) == 0
     assert (evaluated / "outcomes.jsonl").read_bytes() == before
-    assert "oracle, not a score" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "oracle, not a score" in printed
+    assert f"5 items, plain prompts, {finished.resolve()}, step 4 (on random:tiny)" in printed
+    assert "accuracy" in printed
+    assert " regressions, " in printed
     assert run(evaluate.main, [*arguments, "--limit", "4"]) == 2
     assert "holds another evaluation" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ the first new token on.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -22,12 +23,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from sst_jax.console.command import write_json
+from sst_jax.console.command import folder_for, write_json
 from sst_jax.console.progress import bar
 from sst_jax.data.tokenizer import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN
 from sst_jax.errors import InputError
 from sst_jax.files import digest, read_json
 from sst_jax.inference.model import Model
+from sst_jax.inference.policies import flat
+from sst_jax.lab.evaluation import runner
+from sst_jax.lab.evaluation.evaluation import check_model, identity
 from sst_jax.lab.evaluation.scoring import Scores, score
 
 BOS = "<bos>"
@@ -179,34 +183,107 @@ def check_names(manager: TaskManager, names: Sequence[str]) -> None:
         raise InputError(f"--tasks {','.join(names)}: the data cannot be read ({reason})") from error
 
 
-def measure(
-    model: Model,
-    depth: int,
-    names: Sequence[str],
-    manager: TaskManager,
-    out: Path,
-    header: dict[str, Any],
-    *,
-    chat: bool,
-    limit: int | None,
-    fewshot: int | None,
-    batch_size: int,
-) -> dict[str, Any]:
-    """The harness's results by task at one depth, and its samples in OUT; taken from there where they already stand.
+@dataclasses.dataclass(frozen=True)
+class HarnessConfig:
+    """Tasks of lm-evaluation-harness, and how they are run.
 
-    Raises: InputError where OUT holds results of other settings.
+    tasks       their names
+    depths      iterations at every position, one run of the harness each
+    format      of prompts, "plain" or "chat"; None: as the run was trained, else plain
+    limit       only the first items of each task (0: all)
+    fewshot     examples in front of each question; None: as the task says
+    batch_size  texts scored or continued together
+    include     folder with task definitions of one's own
+    """
+
+    tasks: tuple[str, ...]
+    depths: tuple[int, ...] = (1,)
+    format: str | None = None
+    limit: int = 0
+    fewshot: int | None = None
+    batch_size: int = 8
+    include: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small")
+
+
+def prepare(config: HarnessConfig, out: Path) -> TaskManager:
+    """Return the harness's tasks, after checking what can be checked before a model is read.
+
+    Raises: InputError as `task_manager` and `check_names`, and where the folder holds an evaluation of another kind.
+    """
+    out = folder_for("--out", out)
+    if (out / runner.HEADER).is_file():
+        raise InputError(f"--out {out} holds an evaluation of --task: choose another folder")
+    manager = task_manager(config.include)
+    check_names(manager, config.tasks)
+    return manager
+
+
+def run(
+    model: Model, config: HarnessConfig, out: Path, manager: TaskManager | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the harness's tasks at each depth into a folder; what stands there already is not computed again.
+
+    Args:
+        model: with a stream where a depth is above 1.
+        config: tasks and settings.
+        out: a folder that is new, empty, or holds results of the same settings, at these depths or others.
+        manager: what `prepare` returned; None: it is called here.
+
+    Returns:
+        What DIR/result.json holds, at all depths that the folder has; and the results of the depths asked for.
+
+    Raises: InputError as `prepare`, and where the folder holds results of other settings.
+    """
+    manager = manager or prepare(config, out)
+    check_model(model, [flat(depth) for depth in config.depths])
+    header = {
+        "tasks": list(config.tasks),
+        "model": identity(model),
+        "format": config.format or model.prompts,
+        "limit": config.limit,
+        "fewshot": config.fewshot,
+        "batch_size": config.batch_size,
+        "include": definitions(config.include),
+    }
+    with runner.locked(out):
+        found = {str(depth): measure(model, depth, config, header, manager, out) for depth in config.depths}
+        # What other depths came to earlier, under the same settings, stays in the result.
+        result = {**header, "policies": measured(out, header)}
+        write_json(out / runner.RESULT, result)
+    return result, found
+
+
+def measure(
+    model: Model, depth: int, config: HarnessConfig, header: dict[str, Any], manager: TaskManager, out: Path
+) -> dict[str, Any]:
+    """Return the harness's results by task at one depth, and write its samples; what `out` holds is not measured anew.
+
+    Args:
+        model: with a stream where `depth` is above 1.
+        depth: iterations at every position.
+        config: tasks and settings.
+        header: settings as they are recorded beside the results.
+        manager: the harness's tasks.
+        out: folder of the results.
+
+    Raises: InputError where `out` holds results of other settings.
     """
     there = measured(out, header)
     if str(depth) in there:
         return there[str(depth)]
     header = {**header, "depth": depth}
     found = simple_evaluate(
-        model=HarnessModel(model, depth, batch_size),
-        tasks=list(names),
+        model=HarnessModel(model, depth, config.batch_size),
+        tasks=list(config.tasks),
         task_manager=manager,
-        limit=limit,
-        num_fewshot=fewshot,
-        apply_chat_template=chat,
+        limit=config.limit or None,
+        num_fewshot=config.fewshot,
+        apply_chat_template=(config.format or model.prompts) == "chat",
         torch_random_seed=None,
         bootstrap_iters=BOOTSTRAPS,
     )
@@ -215,8 +292,7 @@ def measure(
     for task, samples in found["samples"].items():
         with (out / f"samples-{task}-depth-{depth}.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(sample, default=utils.handle_non_serializable) + "\n" for sample in samples)
-    file = out / f"depth-{depth}.json"
-    write_json(file, {"settings": header, "versions": found["versions"], "results": results})
+    write_json(out / f"depth-{depth}.json", {"settings": header, "versions": found["versions"], "results": results})
     return results
 
 

@@ -7,12 +7,14 @@ depth). Holm's adjustment runs over all those comparisons.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sst_jax.console.command import folder_for, write_json
 from sst_jax.console.figure import new_figure
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
@@ -37,12 +39,12 @@ class Side(NamedTuple):
         return self.headers[0]["policies"]
 
 
-def read_side(text: str) -> Side:
-    """The evaluations in one folder, or in several separated by commas, one a seed.
+def read_side(folders: Sequence[str | Path]) -> Side:
+    """Return the evaluations in one folder, or in several, one a seed.
 
     Raises: InputError naming the folder that is no finished evaluation, or not of the same test as the first.
     """
-    paths = [Path(part) for part in text.split(",")]
+    paths = [Path(folder) for folder in folders]
     headers, results, outcomes = [], [], []
     for path in paths:
         if not (path / HEADER).is_file():
@@ -50,7 +52,7 @@ def read_side(text: str) -> Side:
                 raise InputError(f"{path} was evaluated with --tasks; compare takes evaluations with --task")
             raise InputError(f"{path} is not an evaluation: it holds no {HEADER}")
         if not (path / RESULT).is_file():
-            raise InputError(f"{path}: the evaluation is not finished; the command that began it goes on")
+            raise InputError(f"{path}: the evaluation is not finished; the command that began it resumes it")
         headers.append(read_json(path / HEADER))
         results.append(read_json(path / RESULT))
         outcomes.append(dict(by_policy(read_outcomes(path))))
@@ -69,8 +71,34 @@ def check_same(one: Path, header: dict[str, Any], other: Path, against: dict[str
             )
 
 
-def compare(a: Side, b: Side) -> dict[str, Any]:
-    """Every comparison of the two sides, JSON-ready; differences are A minus B.
+def compare(a: Sequence[str | Path], b: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
+    """Compare two evaluations of the same items, or of the same seeds.
+
+    Args:
+        a, b: folders of evaluations on each side, one a training seed, in the same order.
+        out: result.json, compare.png and, of answers, differing_items.jsonl go here; None: nothing is written.
+
+    Returns:
+        Every comparison, JSON-ready; differences are A minus B.
+
+    Raises: InputError as `read_side` and `compare_sides`, and where `out` holds an evaluation.
+    """
+    if out is not None and (Path(out) / HEADER).is_file():
+        raise InputError(f"--out {out} holds an evaluation, whose result would be lost: choose another folder")
+    folder = None if out is None else folder_for("--out", out)
+    one, other = read_side(a), read_side(b)
+    result = compare_sides(one, other)
+    if folder is not None:
+        figure(result, folder / "compare.png")
+        if result["measure"] == "answers":
+            with (folder / "differing_items.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(item) + "\n" for item in differing_items(one, other))
+        write_json(folder / RESULT, result)
+    return result
+
+
+def compare_sides(a: Side, b: Side) -> dict[str, Any]:
+    """Return every comparison of the two sides, JSON-ready; differences are A minus B.
 
     Raises: InputError where they are not of the same test, or not of the same number of seeds.
     """
@@ -195,7 +223,7 @@ def figure(result: dict[str, Any], target: Path) -> None:
                 _bar(left, at, found, f"C{place}", label)
                 label = None
     left.set_xticks(range(len(names)), names)
-    left.set(xlabel="depth policy", ylabel="nats per answer token" if loss else "share of items right (strict)")
+    left.set(xlabel="depth policy", ylabel="nats per answer token" if loss else "accuracy (strict)")
     left.legend()
     for number, record in enumerate(result["comparisons"]):
         _bar(right, number, record["over_items"], "C2", None)

@@ -4,7 +4,7 @@ OUT/evaluation.json  what is measured, with the first prompt verbatim     OUT/ou
 OUT/items.jsonl      questions, references, orders of choices             OUT/result.json     scores
 
 Batches are cut from the whole list of items, never from what is left of it, and a batch counts once all its lines
-stand: a run that was killed goes on at the batch it was in, and computes the same shapes and so the same numbers.
+stand: a run that was killed resumes at the batch it was in, and computes the same shapes and so the same numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sst_jax.lab.evaluation.tasks import Item, Task
 
 Outcome = dict[str, Any]
 HEADER, ITEMS, OUTCOMES, RESULT = "evaluation.json", "items.jsonl", "outcomes.jsonl", "result.json"
-VOLATILE = ("environment",)  # recorded, but free to differ when a run goes on
+VOLATILE = ("environment",)  # recorded, but free to differ when a run resumes
 
 
 def prompt_sha256(tokens: Sequence[int]) -> str:
@@ -152,10 +152,10 @@ def read_outcomes(path: Path, torn: bool = False) -> list[Outcome]:
     return outcomes
 
 
-def run(
+def run_batches(
     folder: Folder, plan: Sequence[Batch], measure: Callable[[Batch], list[Outcome]], advance: Callable[[int], Any]
 ) -> list[Outcome]:
-    """All outcomes of a plan in its order; `advance` is told how many items each batch adds, those on disk first."""
+    """Return all outcomes of a plan in its order. `advance` takes the items of each batch, those on disk first."""
     outcomes = folder.resume(plan)
     advance(len(outcomes))
     done = {(outcome["policy"], outcome["id"]) for outcome in outcomes}

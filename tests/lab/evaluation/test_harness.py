@@ -171,8 +171,8 @@ def manager(own_tasks):
 def test_tasks_run_through_the_harness_and_stand_when_run_again(streaming, manager, own_tasks, tmp_path, monkeypatch):
     names = ["sst_sums", "sst_bakers"]
     harness.check_names(manager, names)
-    settings = {"chat": False, "limit": None, "fewshot": None, "batch_size": 4}
-    results = harness.measure(streaming, 2, names, manager, tmp_path, {"tasks": names}, **settings)
+    config = harness.HarnessConfig(tuple(names), (2,), "plain", batch_size=4)
+    results = harness.measure(streaming, 2, config, {"tasks": names}, manager, tmp_path)
     assert results["sst_sums"]["acc,none"] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     assert results["sst_bakers"]["exact_match,none"] == 0.0
     samples = [json.loads(line) for line in (tmp_path / "samples-sst_bakers-depth-2.jsonl").read_text().splitlines()]
@@ -181,9 +181,9 @@ def test_tasks_run_through_the_harness_and_stand_when_run_again(streaming, manag
     assert samples[0]["resps"][0][0] == expected
 
     monkeypatch.setattr(harness, "simple_evaluate", None)
-    assert harness.measure(streaming, 2, names, manager, tmp_path, {"tasks": names}, **settings) == results
+    assert harness.measure(streaming, 2, config, {"tasks": names}, manager, tmp_path) == results
     with pytest.raises(InputError, match="results of other settings"):
-        harness.measure(streaming, 2, names, manager, tmp_path, {"tasks": ["other"]}, **settings)
+        harness.measure(streaming, 2, config, {"tasks": ["other"]}, manager, tmp_path)
     assert harness.measured(tmp_path, {"tasks": names}) == {"2": results}
 
 

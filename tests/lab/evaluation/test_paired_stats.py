@@ -53,7 +53,7 @@ def write(folder, rows, measure="answers", likely=0.0, **header):
 
 
 def compared(a, b):
-    return paired_stats.compare(paired_stats.read_side(a), paired_stats.read_side(b))
+    return paired_stats.compare(a.split(","), b.split(","))
 
 
 def test_depths_meet_their_like_and_new_depths_meet_the_baseline(tmp_path):
@@ -131,7 +131,7 @@ def test_one_item_gives_no_interval_and_valid_json(tmp_path):
 
 def test_items_that_differ_come_with_both_answers(tmp_path):
     a, b = write(tmp_path / "a", {"1": "10"}, items=2), write(tmp_path / "b", {"1": "01"}, items=2)
-    found = paired_stats.differing_items(paired_stats.read_side(a), paired_stats.read_side(b))
+    found = paired_stats.differing_items(paired_stats.read_side([a]), paired_stats.read_side([b]))
     assert [item["id"] for item in found] == ["i0", "i1"]
     assert found[0]["A"]["correct"]
     assert found[0]["B"]["output"] == "0"

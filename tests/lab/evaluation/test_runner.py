@@ -42,7 +42,7 @@ def measure(streaming, items):
 def evaluate(path, items, measure, header=HEADER):
     folder = runner.Folder(path, header, items)
     try:
-        return runner.run(folder, runner.batches(POLICIES, items, 2), measure, lambda count: None)
+        return runner.run_batches(folder, runner.batches(POLICIES, items, 2), measure, lambda count: None)
     finally:
         folder.close()
 
