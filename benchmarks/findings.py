@@ -13,9 +13,7 @@ whole seeds; `--arms` and `--seeds` widen a folder that is there. Their arms are
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -105,29 +103,30 @@ def main(argv: Sequence[str]) -> None:
 
 
 def from_scratch(args: Any, study: Scratch, overrides: Sequence[str], workdir: Path) -> dict[str, Any]:
-    """A run of `train` for each task."""
-    from sst_jax import train
+    """Train and measure the arms of each task."""
+    from sst_jax.lab.studies import scratch_study
+    from sst_jax.training import recipe
 
+    result = {}
     for task in study.tasks:
         own = [f"--config.task.name={task}", f"--config.train.seeds={args.seeds}", *study.overrides, *overrides]
-        train.main(["--config", str(CONFIGS / "statetrack.py"), *own, "--workdir", str(workdir / task)])
-    return {task: read_json(workdir / task / "result.json") for task in study.tasks}
+        result[task] = scratch_study.run(recipe.read(str(CONFIGS / "statetrack.py"), own), workdir / task)
+    return result
 
 
 def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: Path) -> dict[str, Any]:
     """Trains and measures seed by seed, and compares what is whole after each."""
-    from sst_jax import evaluate, pair
-    from sst_jax.inference.policies import flat
-    from sst_jax.lab.studies import arms
+    from sst_jax.lab.evaluation import EvalConfig
+    from sst_jax.lab.evaluation.evaluation import read_task
+    from sst_jax.lab.studies import arms, pairs
     from sst_jax.training import recipe
-    from sst_jax.training.run import check_recipe
     from sst_jax.weights.loading import backbone_of
 
     # Everything that can be wrong with the input shows before the first run.
-    settings = argparse.Namespace(data=args.data, limit=args.limit, batch_size=25, depth=DEEPER, measure="loss")
-    evaluate.check_sizes(settings)
-    for settings.task in study.tasks:
-        evaluate.asked(settings, [flat(1)])
+    measured = {task: EvalConfig(task, "loss", data=args.data, limit=args.limit, batch_size=25) for task in study.tasks}
+    for settings in measured.values():
+        read_task(settings)
+    deepened = dataclasses.replace(measured[study.tasks[0]], policies=tuple(DEEPER.split(",")))
     names, config = args.arms.split(",") if args.arms else list(study.arms), str(CONFIGS / "tracking.py")
     for name in names:
         if name not in (*ARMS, *CONTROLS):
@@ -147,17 +146,15 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
         for seed in range(args.seeds) for name in names
     }  # fmt: skip
     for (name, seed), whole in runs.items():
-        check_recipe(workdir / f"{name}-{seed}", recipe.recorded(recipe.read(config, whole)))
+        pairs.check_run(config, whole, workdir / f"{name}-{seed}")
     for seed in range(args.seeds):
         for name in names:
             target = workdir / f"{name}-{seed}"
-            pair.train_one(config, runs[name, seed], target)
+            pairs.train_one(config, runs[name, seed], target)
             for task in study.tasks:
-                settings.task = task
-                pair.evaluate_one(settings, target, evaluation(workdir, task, name, seed), deep=False)
+                pairs.evaluate_one(measured[task], target, evaluation(workdir, task, name, seed))
             if name in deeper:
-                settings.task = study.tasks[0]
-                pair.evaluate_one(settings, target, evaluation(workdir, settings.task, name, seed, True), deep=True)
+                pairs.evaluate_one(deepened, target, evaluation(workdir, study.tasks[0], name, seed, True))
         result = {
             "study": args.study, "overrides": shared, "arms": {name: list(own[name]) for name in names},
             "step_flops_ratio": found.ratio, "seeds": seed + 1,
@@ -178,11 +175,9 @@ def evaluation(workdir: Path, task: str, arm: str, seed: int, deeper: bool = Fal
 
 def compare_sides(a: Sequence[Path], b: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     """The records of `compare` on evaluations of the same seeds."""
-    from sst_jax import compare
+    from sst_jax.lab.evaluation import compare
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the tables below say it all
-        compare.main([",".join(map(str, a)), ",".join(map(str, b)), "--out", str(out)])
-    return read_json(out / "result.json")["comparisons"]
+    return compare(a, b, out)["comparisons"]
 
 
 def compare_depths(workdir: Path, task: str, name: str, seeds: int) -> dict[str, Any]:

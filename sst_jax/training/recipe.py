@@ -17,7 +17,6 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-import sst_jax
 from sst_jax.data import tracking
 from sst_jax.data.problems import RESULT
 from sst_jax.data.prompts import FORMATS
@@ -36,7 +35,7 @@ RENAMED: dict[str, str] = {}
 # A knob that is no more -> the value that meant what happens without it.
 RETIRED: dict[str, Any] = {}
 
-PACKAGE = pathlib.Path(sst_jax.__file__).parent
+PACKAGE = pathlib.Path(__file__).parents[1]
 DATASETS = ("gsm8k", "words", "auto")
 
 

@@ -1,6 +1,5 @@
 """pair: the arms of a matched comparison, trained and measured with one command."""
 
-import dataclasses
 import json
 
 import pytest
@@ -65,10 +64,10 @@ def test_the_result_compares_stream_with_every_arm(paired):
 
 @pytest.mark.slow
 def test_what_is_finished_is_not_done_again(paired, monkeypatch):
-    from sst_jax import evaluate, train
+    from sst_jax.lab.studies import pairs
 
-    for module in (train, evaluate):
-        monkeypatch.setattr(module, "main", None)
+    for name in ("fit", "load"):
+        monkeypatch.setattr(pairs, name, None)
     before = json.loads((paired / "result.json").read_text())
     assert run(pair.main, [*ARGUMENTS, "--workdir", str(paired)]) == 0
     assert json.loads((paired / "result.json").read_text()) == before
@@ -79,8 +78,8 @@ def test_more_steps_for_the_baseline_cost_what_the_stream_costs():
     costs = arms.costs(stream, resolved(arms.OFF), backbone)
     assert 1.5 < costs.ratio < 2.1
     compute = resolved(*arms.overrides("compute", stream, costs))
-    spent = compute.steps * training_work(compute, backbone).flops
-    assert spent == pytest.approx(stream.steps * costs.stream_flops, rel=0.5 / stream.steps)
+    spent = compute.train.steps * training_work(compute, backbone).flops
+    assert spent == pytest.approx(stream.train.steps * costs.stream_flops, rel=0.5 / stream.train.steps)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +94,7 @@ def test_the_control_of_a_stream_with_drawn_depths_or_passes_has_their_average_f
     stream, baseline, backbone = resolved(*drawn), resolved(arms.OFF), backbone_of("random:tiny")
     ratio = arms.costs(stream, baseline, backbone).ratio
     assert low < ratio < high
-    each = [
-        share * training_work(dataclasses.replace(stream, forward=one), backbone).flops
-        for share, one in stream.forward.draws()
-    ]
+    each = [share * training_work(stream.with_schedule(one), backbone).flops for share, one in stream.forward.draws()]
     assert ratio == pytest.approx(sum(each) / training_work(baseline, backbone).flops)
 
 
@@ -122,18 +118,19 @@ def test_the_memoryless_arm_computes_the_same_whatever_came_before():
     import jax
     import numpy as np
 
+    from sst_jax.model import rules
     from sst_jax.model.config import StreamConfig
     from tests.support import toys
 
     memoryless = resolved(*arms.overrides("memoryless", resolved(), None))
-    assert memoryless.stream.gain == 0.0
+    assert memoryless.stream.state.gain == 0.0
     config = toys.config({"gain": 0.0, "alpha_range": (0.0, 1.0)})
     params, tokens = toys.params(config), toys.tokens(2, 12)
-    outputs = [np.asarray(toys.forward.hidden(config, params, tokens, forward=name)) for name in ("two_pass", "exact")]
+    outputs = [np.asarray(rules.hidden(config, params, tokens, forward=name)) for name in ("two_pass", "exact")]
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
-    plain = toys.forward.hidden(toys.config(), {**params, "blend": {}}, tokens, forward="plain")
+    plain = rules.hidden(toys.config(), {**params, "blend": {}}, tokens, forward="plain")
     assert np.abs(outputs[0] - np.asarray(plain)).max() > 0.1
-    assert isinstance(memoryless.stream, StreamConfig)
+    assert isinstance(memoryless.stream.config, StreamConfig)
     assert jax.tree.leaves(params["blend"])
 
 
