@@ -2,7 +2,8 @@
 
     flat(I)                  "4"                    I times at every position
     first_token(I)           "first_token:4"        I times where the first new token comes from, once from then on
-    until(rule, x, I)        "until_stable:0.01:4"  until a halting rule ends it, at most I times: HALTING_RULES
+    until(rule, x, I)        "until_stable:0.01:4"  until a halting rule ends it, at most I times: HALTING_RULES;
+                             "until_confident:0.9:4"  here until the next token has this probability
     probe(select, first)                            chosen, once a sequence, from the states at the first position
                              "probe:FILE"           the same by a probe's file (`inference/halting_probe.py`)
 
@@ -72,7 +73,16 @@ def is_stable(seen: StepSeen) -> RowBools:
     return (share <= seen.threshold) & (seen.iteration > 1)
 
 
-HALTING_RULES = {"until_stable": HaltingRule(is_stable, "TOL")}
+def is_confident(seen: StepSeen) -> RowBools:
+    """Halt when the next token's largest probability reaches the threshold; the first iteration may be enough."""
+    logits = seen.logits()
+    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)) >= seen.threshold
+
+
+HALTING_RULES = {
+    "until_stable": HaltingRule(is_stable, "TOL"),
+    "until_confident": HaltingRule(is_confident, "P", most=1.0, reads_logits=True),
+}
 
 
 class Halting(NamedTuple):
@@ -162,6 +172,7 @@ def until(rule: str, threshold: float, max_depth: int) -> Policy:
 
 
 until_stable = functools.partial(until, "until_stable")
+until_confident = functools.partial(until, "until_confident")
 
 
 def probe(select_depth: Callable[[np.ndarray], int], first: int = 1) -> Policy:

@@ -7,7 +7,17 @@ import pytest
 
 from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import decode_step_at_depth
-from sst_jax.inference.policies import Policy, as_policy, first_token, flat, parse, parse_list, probe, until_stable
+from sst_jax.inference.policies import (
+    Policy,
+    as_policy,
+    first_token,
+    flat,
+    parse,
+    parse_list,
+    probe,
+    until_confident,
+    until_stable,
+)
 from sst_jax.inference.prefill import prefill
 from sst_jax.inference.sampling import Sampling
 from sst_jax.model import decoder
@@ -20,6 +30,7 @@ STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start"))
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7, 3)]
 NEW = 9
 TOLERANCE = 0.35  # at which the toys below stop at different depths
+SURE = 0.1  # the same, a probability
 
 
 def setting(**more):
@@ -68,6 +79,9 @@ def by_hand(config, params, prompt, policy, new=NEW):
             before = hidden_at
             if policy.halt == "until_stable" and still:
                 break
+            sure = float(jax.nn.softmax(decoder.head(params, hidden_at)[0]).max())
+            if policy.halt == "until_confident" and sure >= policy.threshold:
+                break
         hidden, cache, start = hidden_at, cache_at, 0
         token = int(decoder.head(params, hidden)[0].argmax())
         out.append(token)
@@ -92,6 +106,21 @@ def test_each_row_follows_its_own_policy(prompt, kv):
     assert together[2][1].count(4) == 1
     assert len(depths[3]) > 1, "the tolerance should bite at some positions and not at others"
     assert max(depths[3]) <= 6
+
+
+@pytest.mark.parametrize("prompt", ["last", "none"])
+def test_a_confident_position_stops_iterating(prompt):
+    """Beside rows of other policies, against the loop by hand, and alone: tokens and depths."""
+    config, params = setting(prompt=prompt)
+    policies = [until_confident(SURE, 6), until_stable(TOLERANCE, 6), flat(2), until_confident(1.0, 3)]
+    together = generate(config, params, PROMPTS, policies)
+    for row, policy in enumerate(policies):
+        assert together[row] == by_hand(config, params, PROMPTS[row], policy)
+        assert together[row] == generate(config, params, [PROMPTS[row]], [policy])[0]
+    sure = together[0][1]
+    assert min(sure) == 1, "the first iteration may be enough"
+    assert max(sure) > 1, "the threshold should bite at some positions and not at others"
+    assert set(together[3][1][1:]) == {3}
 
 
 def test_a_row_that_has_ended_leaves_the_depths_of_the_others_alone():
@@ -159,6 +188,7 @@ def test_a_prompt_at_one_depth_has_no_tolerance():
         ("first_token:3", first_token(3)),
         ("until_stable:0.01:4", until_stable(0.01, 4)),
         ("until_stable:1e-3:2", until_stable(0.001, 2)),
+        ("until_confident:0.9:4", until_confident(0.9, 4)),
     ],
 )
 def test_spellings_are_read_and_written(text, policy):
