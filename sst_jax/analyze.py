@@ -170,7 +170,7 @@ def texts_of(args: Any, asked: list[Any], model: Any) -> list[Any]:
             )
             for number, record in enumerate(asked, 1)
         ]  # fmt: skip
-    format = args.format or model.prompts
+    format = args.format or model.prompt_format
     texts = []
     for item in asked:
         prompt = prompt_tokens(item.problem.question, tokenizer, format)

@@ -5,9 +5,10 @@
   python -m sst_jax.generate --model MODEL --prompts prompts.jsonl --n 4 --temperature 0.7 --out answers.jsonl
 
 --depth I iterates the stack I times at every position from the one that the first new token comes from, the prompt's
-last (stream.prompt may say otherwise); it needs a model with a stream.
-Other policies: "first_token:I" (I times where the first token comes from, then once), "until_stable:TOL:MOST" (until
-the final hidden state moves by a share of at most TOL) and "probe:FILE" (as a probe says, see `sst_jax.probe`).
+last (stream.iterate_prompt may say otherwise); it needs a model with a stream.
+Other policies: "first_token:I" (I times where the first token comes from, then once), "until_stable:TOL:I" (until
+the final hidden state moves by a share of at most TOL), "until_confident:P:I" (until the next token's largest
+probability is at least P; both at most I times) and "probe:FILE" (as a probe says, see `sst-jax probe`).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--depth {policy.name} needs a model with a stream; {args.model} is a plain backbone")
     asked: list = prompts
     if args.question is not None:
-        asked = [prompt_tokens(args.question, model.tokenizer, args.format or model.prompts)]
+        asked = [prompt_tokens(args.question, model.tokenizer, args.format or model.prompt_format)]
     # Side by side, so that the samples of a prompt share its prefill.
     numbers = [number for number in range(len(prompts)) for _ in range(args.n)]
     live = len(numbers) == 1
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     with open_out(args.out) as out:
         for begin in range(0, len(numbers), args.batch):
             batch = range(begin, min(begin + args.batch, len(numbers)))
-            for piece in model.stream(
+            for piece in model.generate_iter(
                 [asked[numbers[row]] for row in batch],
                 depth=policy,
                 max_new_tokens=args.max_new_tokens,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from sst_jax.data.tokenizer import Tokenizer
 
 
-class Answer:
+class IncrementalDetokenizer:
     """The tokens and text of one row so far; `ended` is None, then "stop" (a stop token or string) or "length"."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):

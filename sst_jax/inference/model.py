@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.numpy import save
 
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
-from sst_jax.inference.detokenizer import Answer
+from sst_jax.inference.detokenizer import IncrementalDetokenizer
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling
 from sst_jax.inference.session import Request, generate_tokens
@@ -47,8 +48,8 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """What `Model.stream` yields: new text of one prompt, and its Generation once it has ended."""
+class TextDelta:
+    """New text of one prompt, and its Generation once it has ended: what `Model.generate_iter` yields."""
 
     index: int
     text: str
@@ -72,6 +73,12 @@ class Model:
 
     @property
     def prompts(self) -> str:
+        """`prompt_format`, by its name in version 0.1.0."""
+        warnings.warn("Model.prompts is Model.prompt_format now", DeprecationWarning, stacklevel=2)
+        return self.prompt_format
+
+    @property
+    def prompt_format(self) -> str:
         """How questions are put to it: as it was trained here, "plain" or "chat"; else "plain"."""
         return self.facts.get("prompts") or "plain"
 
@@ -141,7 +148,7 @@ class Model:
             raise InputError(f"tokens must be in [0, {vocabulary}); found {tokens.min()} to {tokens.max()}")
         return jnp.asarray(tokens, jnp.int32)
 
-    def stream(
+    def generate_iter(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
@@ -154,7 +161,7 @@ class Model:
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
         chat: bool = False,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextDelta]:
         """Generates and yields text as it comes; arguments as for `generate`."""
         prompts = _as_list(prompts)
         if n < 1:
@@ -172,7 +179,7 @@ class Model:
             self.config, self.params, requests, stop_ids=self.tokenizer.stop_ids, pad_id=self.tokenizer.pad_id
         )
         marks = [stop] if isinstance(stop, str) else stop
-        answers = [Answer(self.tokenizer, marks) for _ in tokens]
+        answers = [IncrementalDetokenizer(self.tokenizer, marks) for _ in tokens]
         with self._mesh():
             chunk = next(running)
         while True:
@@ -181,11 +188,11 @@ class Model:
                     continue
                 new = answer.add(chunk.tokens[row], chunk.depths[row], chunk.done[row])
                 if new:
-                    yield Piece(row, new)
+                    yield TextDelta(row, new)
                 if answer.ended:
                     policy, finished = policies[row], answer.ended == "stop"
                     asked = policy.first if policy.is_flat else policy.name
-                    yield Piece(
+                    yield TextDelta(
                         row,
                         "",
                         Generation(answer.text, answer.tokens, len(tokens[row]), asked, answer.depths, finished),
@@ -195,6 +202,11 @@ class Model:
                     chunk = running.send(np.array([answer.ended is not None for answer in answers]))
             except StopIteration:
                 return
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Iterator[TextDelta]:
+        """Return `generate_iter`, by its name in version 0.1.0."""
+        warnings.warn("Model.stream is Model.generate_iter now", DeprecationWarning, stacklevel=2)
+        return self.generate_iter(prompts, **settings)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
         """Answers to one prompt or many, text or token ids, in one batch.
@@ -211,8 +223,8 @@ class Model:
 
         Raises: InputError naming the prompt or the argument.
         """
-        pieces = self.stream(prompts, **settings)
-        ended = {piece.index: piece.generation for piece in pieces if piece.generation is not None}
+        deltas = self.generate_iter(prompts, **settings)
+        ended = {delta.index: delta.generation for delta in deltas if delta.generation is not None}
         return [ended[row] for row in sorted(ended)]
 
     def _prompt(self, prompt: Prompt, chat: bool) -> list[int]:
@@ -231,6 +243,8 @@ class Model:
 
         Raises: InputError on an unknown field or a bad value.
         """
+        if "prompt" in fields:
+            warnings.warn("with_stream(prompt=...) is iterate_prompt now", FutureWarning, stacklevel=2)
         stream = from_mapping(StreamConfig, fields)
         config = dataclasses.replace(self.config, stream=stream)
         fresh = decoder.init_blend(config, jax.random.key(seed))

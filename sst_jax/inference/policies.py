@@ -8,7 +8,8 @@
                              "probe:FILE"           the same by a probe's file (`inference/halting_probe.py`)
 
 A policy is data, four numbers a row of a batch, so rows of different policies share one compiled program. "First" is
-the first position that depth applies to: the prompt's last one, or, with stream.prompt="none", the first token's own.
+the first position that depth applies to: the prompt's last one, or, with stream.iterate_prompt="none", the first
+token's own.
 """
 
 from __future__ import annotations

@@ -223,8 +223,8 @@ def each_score(scores: Scores, count: int) -> list[Scores]:
 
 
 def prompt_mode(config: ModelConfig) -> str:
-    """Return which prompt positions iterate, `stream.prompt`; without a stream none do."""
-    return "none" if config.stream is None else config.stream.prompt
+    """Return which prompt positions iterate, `stream.iterate_prompt`; without a stream none do."""
+    return "none" if config.stream is None else config.stream.iterate_prompt
 
 
 def prompt_depth(iterated: str, policy: Policy) -> int:
@@ -245,7 +245,7 @@ def check_policy(config: ModelConfig, policy: Policy, *, whole_text: bool = Fals
     if whole_text and not policy.is_flat:
         raise InputError(f"depth={policy.name}: a known text is scored at one depth, such as 4")
     if prompt_mode(config) == "all" and policy.halt is not None:
-        raise InputError(f'stream.prompt="all" runs a prompt at one depth, which {policy.name} does not name')
+        raise InputError(f'stream.iterate_prompt="all" runs a prompt at one depth, which {policy.name} does not name')
 
 
 def check_request(config: ModelConfig, request: Request, number: int = 0) -> None:

@@ -49,13 +49,21 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
     Raises: InputError naming an unknown or missing key, or a bad value.
     """
     require(isinstance(mapping, Mapping), f"{cls.__name__} is read from a mapping of its fields, not {mapping!r}")
-    known = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    former = {written_name(field): name for name, field in fields.items()}
+    mapping = {former.get(key, key): value for key, value in mapping.items()}
+    known = set(fields)
     unknown = sorted(set(mapping) - known)
     require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-    required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     missing = sorted(required - set(mapping))
     require(not missing, f"{cls.__name__} lacks the field {', '.join(missing)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
+
+
+def written_name(field: dataclasses.Field) -> str:
+    """Return the name of a field in files: its own, or the one that version 0.1.0 wrote (metadata "written")."""
+    return field.metadata.get("written", field.name)
 
 
 def written_fields(config: object) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def written_fields(config: object) -> dict[str, Any]:
     equal, and 0.1.0 reads what does not need the field.
     """
     return {
-        field.name: getattr(config, field.name)
+        written_name(field): getattr(config, field.name)
         for field in dataclasses.fields(config)
         if field.repr and ("since" not in field.metadata or getattr(config, field.name) != field.default)
     }

@@ -25,8 +25,9 @@ class StreamConfig:
     propagate    "scan": for state="block" the linear carry of s through o is exact; "shift": the plainer reading.
     dtype        how states are kept in caches; the blend itself is always float32 or wider.
     pass1_grad   whether gradients flow through the states of earlier passes.
-    prompt       which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose output
-                 is the first generated token), "none" (depth begins where the first generated token is fed), "all".
+    iterate_prompt  which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose
+                 output is the first generated token), "none" (depth begins where the first generated token is fed),
+                 "all". In files and PyTorch exports its key is "prompt", as version 0.1.0 called it.
     kv           at iteration i > 1 a position's keys and values are written anew ("overwrite") or kept from
                  iteration 1 ("first", V1's frozen cache).
     layers       which layers carry a state; None is all.
@@ -49,7 +50,7 @@ class StreamConfig:
     propagate: str = "scan"
     dtype: str = "float32"
     pass1_grad: bool = True
-    prompt: str = "last"
+    iterate_prompt: str = dataclasses.field(default="last", metadata={"written": "prompt"})
     kv: str = "overwrite"
     layers: tuple[int, ...] | None = None
     prefill: str = "sweeps"
@@ -64,7 +65,7 @@ class StreamConfig:
         check_one_of("stream", "initial", self.initial, ("none", "zero", "own", "skip_bos"))
         check_one_of("stream", "propagate", self.propagate, ("scan", "shift"))
         check_one_of("stream", "dtype", self.dtype, ("float32", "bfloat16"))
-        check_one_of("stream", "prompt", self.prompt, ("last", "none", "all"))
+        check_one_of("stream", "iterate_prompt", self.iterate_prompt, ("last", "none", "all"))
         check_one_of("stream", "kv", self.kv, ("overwrite", "first"))
         for field, kind in (("alpha_range", int | float), ("layers", int)):
             value = getattr(self, field)

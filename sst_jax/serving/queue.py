@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.inference.detokenizer import Answer
+from sst_jax.inference.detokenizer import IncrementalDetokenizer
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import CHUNK as PREFILL
 from sst_jax.inference.prefill import capacity_for
@@ -36,7 +36,7 @@ class Job:
     "length" or "error". A reader in another thread goes by that: `answer` may be ahead of what it has been told.
     """
 
-    def __init__(self, request: Request, answer: Answer, emit: Callable[[str, str | None], None]):
+    def __init__(self, request: Request, answer: IncrementalDetokenizer, emit: Callable[[str, str | None], None]):
         self.request, self.answer, self.emit = request, answer, emit
         self.scores: list[Scores] = []  # one a new token
         self.prompt_scores: list[Scores] = []  # one a prompt token but the first
@@ -102,7 +102,7 @@ class Engine:
                 )
         jobs = []
         for request in requests:
-            job = Job(request, Answer(self.model.tokenizer, request.stop), lambda text, reason: None)
+            job = Job(request, IncrementalDetokenizer(self.model.tokenizer, request.stop), lambda text, reason: None)
             job.emit = functools.partial(emit, job)
             jobs.append(job)
         with self._changed:

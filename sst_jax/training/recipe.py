@@ -31,7 +31,7 @@ from sst_jax.training.step import ForwardConfig, ForwardSchedule
 DTYPES = ("float32", "bfloat16")
 
 # Former name of a knob -> its name: recipe files, flags and run folders may still use the former one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"stream.prompt": "stream.iterate_prompt"}
 # A knob that is no more -> the value that meant what happens without it.
 RETIRED: dict[str, Any] = {}
 

@@ -31,6 +31,7 @@ from sst_jax.families import registry
 from sst_jax.files import read_json
 from sst_jax.model import decoder
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
+from sst_jax.model.fields import written_fields
 from sst_jax.weights import hub_config, huggingface, key_map
 from sst_jax.weights.source import Source, Tensor
 
@@ -81,7 +82,7 @@ def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -
             "format": FORMAT,
             "version": VERSION,
             "forward": "exact",
-            "stream": dataclasses.asdict(config.stream),
+            "stream": written_fields(config.stream),
             "adapter": dataclasses.asdict(config.adapter) if keep_lora and config.adapter.rank else None,
             "prompts": facts.get("prompts"),
             "base": provenance(facts),
@@ -117,7 +118,7 @@ def lora_tensors(backbone: BackboneConfig, adapter: Mapping[str, Any], layout: s
 
 def stream_files(config: ModelConfig, blend: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, bytes]:
     """stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
-    stream = None if config.stream is None else dataclasses.asdict(config.stream)
+    stream = None if config.stream is None else written_fields(config.stream)
     record = {
         "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": facts.get("prompts"),
         "base": provenance(facts),

@@ -88,7 +88,10 @@ def test_generate_names_the_line_of_a_bad_prompt(content, culprit, tmp_path, cap
         (["--model", "nowhere", "--prompt", "x"], "nowhere does not exist"),
         (["--model", "random:huge", "--prompt", "x"], "random:huge"),
         (["--model", "random:tiny", "--prompt", "x", "--depth", "0"], "depth=0"),
-        (["--model", "random:tiny", "--prompt", "x", "--depth", "until_stable:0.1"], "until_stable:TOL:MOST"),
+        (
+            ["--model", "random:tiny", "--prompt", "x", "--depth", "until_stable:0.1"],
+            "until_stable:TOL:I, until_confident:P:I",
+        ),
         (["--model", "random:tiny", "--prompt", "x", "--n", "0"], "--n 0"),
         (["--model", "random:tiny", "--prompt", "x", "--batch", "0"], "--batch 0"),
         (["--model", "random:tiny", "--prompt", "x", "--depth", "2"], "needs a model with a stream"),
@@ -206,7 +209,7 @@ def test_importing_the_package_is_light():
 
 def test_commands_are_modules():
     root = pathlib.Path(sst_jax.__file__).parent
-    named = {file.stem for file in root.glob("*.py")} - {"__init__", "errors", "shapes"}
+    named = {file.stem for file in root.glob("*.py")} - {"__init__", "__main__", "errors", "files", "types"}
     assert named >= {"train", "convert", "export", "generate"}
     for name in named:
         assert "sys.exit(run(main))" in (root / f"{name}.py").read_text()

@@ -167,7 +167,7 @@ def test_a_vocabulary_without_bos_has_none_to_skip(tmp_path, capsys, monkeypatch
 
 
 def test_a_run_whose_prompts_are_iterated_ends_with_its_samples(tmp_path):
-    assert train_small(tmp_path / "run", "--config.stream.prompt=all", "--config.train.steps=1") == 0
+    assert train_small(tmp_path / "run", "--config.stream.iterate_prompt=all", "--config.train.steps=1") == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert [sample["depth"] for sample in result["samples"]] == [1, 4]
     assert result["skipped"] == 0

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from sst_jax.data.tokenizer import ByteTokenizer
-from sst_jax.inference.detokenizer import Answer
+from sst_jax.inference.detokenizer import IncrementalDetokenizer
 
 TOKENIZER = ByteTokenizer()
 CHARACTERS = st.text(st.sampled_from("ab-é漢🙂"), max_size=12)
@@ -14,7 +14,7 @@ CHARACTERS = st.text(st.sampled_from("ab-é漢🙂"), max_size=12)
 
 def grow(pieces, stop, closing=()):
     """(concatenated pieces of text, answer) from lists of tokens that come one after another."""
-    answer, said = Answer(TOKENIZER, stop), ""
+    answer, said = IncrementalDetokenizer(TOKENIZER, stop), ""
     pieces = [*pieces, list(closing)]
     for number, piece in enumerate(pieces):
         if answer.ended:

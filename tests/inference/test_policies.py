@@ -68,8 +68,8 @@ def by_hand(config, params, prompt, policy, new=NEW):
     """One row: every depth at every position from a fresh copy of the caches, and the policy's rule in Python."""
     hidden, cache = filled(config, params, prompt)
     token, out, depths = prompt[-1], [], []
-    limit = policy.first if config.stream.prompt == "last" else 1
-    start, fresh = 1, config.stream.prompt == "none"
+    limit = policy.first if config.stream.iterate_prompt == "last" else 1
+    start, fresh = 1, config.stream.iterate_prompt == "none"
     for _ in range(new):
         before = hidden if start else None
         for depth in range(1, limit + 1):
@@ -96,7 +96,7 @@ POLICIES = [flat(1), flat(4), first_token(4), until_stable(TOLERANCE, 6)]
 @pytest.mark.parametrize(("prompt", "kv"), [("last", "overwrite"), ("none", "first")])
 def test_each_row_follows_its_own_policy(prompt, kv):
     """Four policies in one batch of unequal prompts, against the loop by hand, and alone: tokens and depths."""
-    config, params = setting(prompt=prompt, kv=kv)
+    config, params = setting(iterate_prompt=prompt, kv=kv)
     together = generate(config, params, PROMPTS, POLICIES)
     for row, policy in enumerate(POLICIES):
         assert together[row] == by_hand(config, params, PROMPTS[row], policy)
@@ -111,7 +111,7 @@ def test_each_row_follows_its_own_policy(prompt, kv):
 @pytest.mark.parametrize("prompt", ["last", "none"])
 def test_a_confident_position_stops_iterating(prompt):
     """Beside rows of other policies, against the loop by hand, and alone: tokens and depths."""
-    config, params = setting(prompt=prompt)
+    config, params = setting(iterate_prompt=prompt)
     policies = [until_confident(SURE, 6), until_stable(TOLERANCE, 6), flat(2), until_confident(1.0, 3)]
     together = generate(config, params, PROMPTS, policies)
     for row, policy in enumerate(policies):
@@ -136,7 +136,7 @@ def test_a_row_that_has_ended_leaves_the_depths_of_the_others_alone():
 
 @pytest.mark.parametrize("prompt", ["last", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_probe_sees_the_states_of_the_first_position_and_chooses_the_rest(prompt):
-    config, params = setting(prompt=prompt)
+    config, params = setting(iterate_prompt=prompt)
     seen = []
 
     def choose(states):
@@ -174,7 +174,7 @@ def test_a_probe_that_chooses_nonsense_is_refused():
 
 
 def test_a_prompt_at_one_depth_has_no_tolerance():
-    config, params = setting(prompt="all")
+    config, params = setting(iterate_prompt="all")
     with pytest.raises(InputError, match="until_stable"):
         generate(config, params, PROMPTS[:1], [until_stable(0.1, 3)])
 

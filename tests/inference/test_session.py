@@ -11,6 +11,7 @@ import sst_jax
 from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.kv_cache import init_cache
+from sst_jax.inference.policies import probe
 from sst_jax.inference.sampling import Sampling, sample, sampling_params
 from tests.support import toys
 from tests.support.decoding import generate as generate_tokens
@@ -51,7 +52,7 @@ def test_which_positions_of_a_prompt_are_iterated(mode):
     """Against the independent reference, which takes a depth for every position."""
     from tests.support import naive
 
-    config = with_prompt({}, alpha=0.3, prompt=mode)
+    config = with_prompt({}, alpha=0.3, iterate_prompt=mode)
     params = toys.params(config)
     prompt, depth, new = PROMPTS[1], 3, 5
     out = generate(config, params, [prompt], [depth], max_new_tokens=new)[0].tolist()
@@ -65,7 +66,7 @@ def test_which_positions_of_a_prompt_are_iterated(mode):
 
 
 def test_prompts_that_are_iterated_go_with_others_of_another_depth():
-    config = with_prompt({}, alpha=0.3, prompt="all")
+    config = with_prompt({}, alpha=0.3, iterate_prompt="all")
     params = toys.params(config)
     prompts, depths = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[2]], [4, 1, 1, 4]
     together = generate(config, params, prompts, depths)
@@ -150,7 +151,7 @@ def test_model_generates_the_argmax_of_its_own_logits(model):
 
 
 def test_streamed_pieces_add_up_to_the_text_and_stop_strings_end_it(model):
-    pieces = list(model.stream("12 + 7 =", max_new_tokens=40, temperature=1.5, seed=3))
+    pieces = list(model.generate_iter("12 + 7 =", max_new_tokens=40, temperature=1.5, seed=3))
     ended = next(piece.generation for piece in pieces if piece.generation)
     assert "".join(piece.text for piece in pieces) == ended.text
     readable = [character for character in ended.text[2:] if character.isascii() and character.isprintable()]
@@ -233,3 +234,21 @@ def test_save_and_load_keep_everything(model, tmp_path):
 def test_bad_calls_are_named(model, call, culprit):
     with pytest.raises(InputError, match=culprit):
         call(model)
+
+
+def test_names_of_version_0_1_0_still_work_and_say_what_they_are_now(model):
+    with pytest.warns(DeprecationWarning, match="generate_iter"):
+        old = list(model.stream("x", max_new_tokens=3))
+    assert old == list(model.generate_iter("x", max_new_tokens=3))
+    with pytest.warns(DeprecationWarning, match="prompt_format"):
+        assert model.prompts == model.prompt_format == "plain"
+    with pytest.warns(FutureWarning, match="iterate_prompt"):
+        renamed = model.with_stream(prompt="all")
+    assert renamed.config == model.with_stream(iterate_prompt="all").config
+    assert renamed.config.to_dict()["stream"]["prompt"] == "all", "files keep the key that 0.1.0 reads"
+    assert type(renamed.config).from_dict(renamed.config.to_dict()).stream == renamed.config.stream
+
+
+def test_a_selecting_policy_without_a_stream_is_refused(model):
+    with pytest.raises(InputError, match="needs a stream"):
+        model.without_stream().generate("x", depth=probe(lambda states: 2), max_new_tokens=3)

@@ -43,7 +43,7 @@ def test_a_config_survives_json(name, stream, adapter):
         ({"initial": "one"}, "stream.initial"),
         ({"propagate": "loop"}, "stream.propagate"),
         ({"dtype": "float16"}, "stream.dtype"),
-        ({"prompt": "some"}, "stream.prompt"),
+        ({"iterate_prompt": "some"}, "stream.iterate_prompt"),
         ({"kv": "last"}, "stream.kv"),
         ({"prefill": "magic"}, "stream.prefill"),
         ({"alpha": -0.1}, "stream.alpha"),

@@ -1,6 +1,5 @@
 """Exports read back: sst folders and merged ones with a stream beside, bit for bit, or refused by name."""
 
-import dataclasses
 import functools
 import json
 import subprocess
@@ -14,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import sst_jax
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
+from sst_jax.model.fields import written_fields
 from sst_jax.weights import export_format, huggingface
 from sst_jax.weights.loading import open_model, source_dtype
 from sst_jax.weights.lora import merge
@@ -23,8 +23,9 @@ from tests.support.torch_exports import BACKBONE, SHALLOW, model, write
 WILD = {"alpha_range": (0.0, 1.0)}
 ODD = {
     **WILD, "state": "block", "norm": "match", "granularity": "scalar", "gain": 0.7, "learn_gain": True, "decay": 0.25,
-    "initial": "own", "propagate": "shift", "dtype": "bfloat16", "pass1_grad": False, "prompt": "all", "kv": "first",
+    "initial": "own", "propagate": "shift", "dtype": "bfloat16", "pass1_grad": False, "kv": "first",
     "layers": (0, 2), "prefill": "sequential", "sweep_tolerance": 1e-4, "sweep_cap": 5, "alpha_warmup": 7,
+    "iterate_prompt": "all",
 }  # fmt: skip
 
 
@@ -60,8 +61,10 @@ def test_every_stream_of_options_comes_back(tmp_path):
 def test_how_questions_are_put_goes_with_the_model(tmp_path, kind):
     ours = model(WILD, SHALLOW, rank=0, prompts="chat")
     back = sst_jax.load(write(ours, tmp_path / kind, kind))
-    assert ours.prompts == back.prompts == sst_jax.load(back.save(tmp_path / "base")).prompts == "chat"
-    assert model(WILD, SHALLOW).prompts == "plain"
+    assert (
+        ours.prompt_format == back.prompt_format == sst_jax.load(back.save(tmp_path / "base")).prompt_format == "chat"
+    )
+    assert model(WILD, SHALLOW).prompt_format == "plain"
 
 
 def test_shards_are_read_together(tmp_path, monkeypatch):
@@ -222,7 +225,7 @@ def test_formats_and_versions_are_written(exported):
     config = json.loads((exported / "sst" / "config.json").read_text())
     assert (config["model_type"], config["sst"]["version"]) == ("sst_gemma3_text", export_format.VERSION)
     record = json.loads((exported / "merged" / "stream.json").read_text())
-    options = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in written_fields(
         model({**WILD, "learn_gain": True}, SHALLOW).config.stream).items()}  # fmt: skip
     assert record["version"] == export_format.VERSION
     assert record["stream"] == config["sst"]["stream"] == options

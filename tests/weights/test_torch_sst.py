@@ -180,7 +180,7 @@ def test_greedy_text_is_ours_for_64_tokens(pair, depth):
 
 @pytest.mark.parametrize("prompt_depth", ["last", "none", "all"])
 def test_the_prompt_iterates_where_the_config_says(tmp_path, prompt_depth):
-    ours = model({**WILD, "prompt": prompt_depth, "initial": "skip_bos"}, SHALLOW)
+    ours = model({**WILD, "iterate_prompt": prompt_depth, "initial": "skip_bos"}, SHALLOW)
     loaded = torch_model(ours, tmp_path / "sst")
     rows = [toys.tokens(size, seed=size, vocabulary=262).tolist() for size in (7, 12)]
     rows[1][0] = toys.BOS

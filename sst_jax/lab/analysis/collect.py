@@ -1,6 +1,6 @@
 """Hidden states of known texts at any iteration depth.
 
-A known text is walked as decoding would walk it: the prompt at depth 1 (`stream.prompt`), then depth I at every
+A known text is walked as decoding would walk it: the prompt at depth 1 (`stream.iterate_prompt`), then depth I at every
 position from the first one that depth applies to. Position 0 is that one, the prompt's last, and predicts the first
 token of the text. All positions of a layer are computed together (`model/rules.py`, `exact`).
 

@@ -149,7 +149,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
     """
     task, every, items = read or read_task(config)
     check_model(model, config.policies)
-    format = config.format or model.prompts
+    format = config.format or model.prompt_format
     overlap = contamination.check(model.facts.get("recipe"), every, config.allow_overlap)
     answering = config.measure == "answers"
     room = (config.max_new_tokens or task.max_new_tokens) if answering else 0

@@ -244,7 +244,7 @@ def run(
     header = {
         "tasks": list(config.tasks),
         "model": identity(model),
-        "format": config.format or model.prompts,
+        "format": config.format or model.prompt_format,
         "limit": config.limit,
         "fewshot": config.fewshot,
         "batch_size": config.batch_size,
@@ -283,7 +283,7 @@ def measure(
         task_manager=manager,
         limit=config.limit or None,
         num_fewshot=config.fewshot,
-        apply_chat_template=(config.format or model.prompts) == "chat",
+        apply_chat_template=(config.format or model.prompt_format) == "chat",
         torch_random_seed=None,
         bootstrap_iters=BOOTSTRAPS,
     )

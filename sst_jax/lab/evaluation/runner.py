@@ -194,7 +194,7 @@ def answer(
 ) -> list[Outcome]:
     """Greedy answers to a batch, read by both filters; `check`: with a second opinion where the task has one."""
     started, found = time.monotonic(), {}
-    stream = model.stream(
+    stream = model.generate_iter(
         [prompt[item.id] for item in batch.items], depth=batch.policy, max_new_tokens=max_new_tokens, stop=stop
     )
     for piece in stream:

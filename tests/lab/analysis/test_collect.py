@@ -50,7 +50,7 @@ def by_decoding(model, text, depth):
     prefix, walked, _ = collect.split(model, text, text.given)
     tokens = np.zeros((1, 64), np.int32)
     tokens[0, : len(prefix)] = prefix
-    deep = depth if config.stream.prompt == "all" else 1
+    deep = depth if config.stream.iterate_prompt == "all" else 1
     hidden, cache = prefill(config, params, tokens, np.array([len(prefix)]), capacity=128, depth=deep)
     states, logits = [], []
     for token in walked:
@@ -64,9 +64,9 @@ def by_decoding(model, text, depth):
     ("stream", "depth"),
     [
         ({"state": "block"}, 4),
-        ({"state": "ffn", "prompt": "none"}, 4),
+        ({"state": "ffn", "iterate_prompt": "none"}, 4),
         pytest.param({"state": "block", "kv": "first"}, 3, marks=pytest.mark.slow),
-        pytest.param({"state": "ffn", "prompt": "all", "norm": "rms"}, 2, marks=pytest.mark.slow),
+        pytest.param({"state": "ffn", "iterate_prompt": "all", "norm": "rms"}, 2, marks=pytest.mark.slow),
         pytest.param({"state": "block", "initial": "skip_bos"}, 1, marks=pytest.mark.slow),
     ],
 )
