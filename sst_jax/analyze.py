@@ -4,8 +4,8 @@
   python -m sst_jax.analyze --model runs/27b --task gsm8k --data DIR --limit 50 --depths 1,2,3,4 --out runs/27b/basins
   python -m sst_jax.analyze approximation --model MODEL --out DIR
 
-Each text is walked at every depth, and overlaps between depths, the tokens that change with them, the noise floor and
-the controls go to DIR/report.html, figures and result.json. The same command on the same folder goes on where it
+Each text is run at every depth. Cosine similarities between depths, the tokens that change with them, the noise floor
+and the controls go to DIR/report.html, figures and result.json. The same command on the same folder goes on where it
 stopped. Prompts are continued at the first depth, unless a .jsonl gives a field `text` to every one, or --text worked
 takes the worked answers of a task.
 

@@ -102,16 +102,18 @@ def report(scores: dict[str, Any]) -> None:
         f"fitted to the items themselves {capacity['fitted_accuracy']:.1%} right, to shuffled labels "
         f"{capacity['fitted_accuracy_shuffled']:.1%}: what a probe of this size can memorise"
     )
-    print(f"\n{'policy':10}{'right':>8}{'broken':>8}{'mended':>8}{'mean depth':>12}")
+    print(f"\n{'policy':10}{'correct':>9}{'regressions':>13}{'fixes':>7}{'mean depth':>12}")
     for name, found in scores["routing"].items():
-        print(f"{name:10}{found['right']:8}{found['broken']:8}{found['mended']:8}{found['depth']:12.2f}")
+        print(f"{name:10}{found['right']:9}{found['broken']:13}{found['mended']:7}{found['depth']:12.2f}")
     if scores["harm"]:
         harm = scores["harm"]
-        print(f"of the right answers routing breaks {harm['value']:.1%} [{harm['low']:.1%}, {harm['high']:.1%}]")
+        print(
+            f"regressions by routing, of correct answers: {harm['value']:.1%} [{harm['low']:.1%}, {harm['high']:.1%}]"
+        )
     for record in scores["sweep"] or ():
         low, high = record["null"]
         print(
-            f"layer {record['layer']:3}: area {record['auc']:.3f}, shuffled labels {low:.3f} to {high:.3f}; against "
+            f"layer {record['layer']:3}: AUROC {record['auc']:.3f}, shuffled labels {low:.3f} to {high:.3f}; against "
             f"the best layer of each shuffle p = {record['p_of_the_largest']:.3g}"
         )
 

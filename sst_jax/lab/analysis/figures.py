@@ -68,13 +68,13 @@ def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
         interpolation="nearest",
     )
     axes.set(xlabel="position in the text (0 gives its first token)", ylabel="layer")
-    bar = figure.colorbar(image, label=f"overlap of depths {first} and {last}")
+    bar = figure.colorbar(image, label=f"cosine similarity of depths {first} and {last}")
     bar.ax.yaxis.set_major_formatter(as_overlap)
     return Drawn(
         "overlap",
         "Where iterating moves the hidden state",
         f"Each cell compares the hidden state of one layer after {first} and after {last} iterations, averaged over "
-        f"the texts: an overlap of 1 means the same direction. Bright cells changed most.",
+        f"the texts: a cosine similarity of 1 means the same direction. Bright cells changed most.",
         figure,
     )
 
@@ -103,7 +103,7 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter(as_overlap)
     verdict = "two kinds of position" if modes.bimodal else "one kind of position"
-    axes.set(xlabel=f"overlap of depths {first} and {last}, layer {layer}", ylabel="positions", title=verdict)
+    axes.set(xlabel=f"cosine similarity of depths {first} and {last}, layer {layer}", ylabel="positions", title=verdict)
     axes.legend()
     says = (
         "The test finds two kinds of position: those that hardly move, and those left of the threshold."
@@ -113,7 +113,7 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
     return Drawn(
         "histogram",
         "One kind of position, or two?",
-        f"How many positions have which overlap, on a scale that spreads out the values near 1. {says}",
+        f"How many positions have which cosine similarity, on a scale that spreads out the values near 1. {says}",
         figure,
     )
 
@@ -143,13 +143,13 @@ def layers(found: AnalysisResult) -> Drawn:
         axes.plot(number[two], middle[two], "o", color="C3", label="two kinds of position (Holm-adjusted)")
     axes.invert_yaxis()
     axes.yaxis.set_major_formatter(as_overlap)
-    axes.set(ylabel="overlap, first and last depth")
+    axes.set(ylabel="cosine similarity, first and last depth")
     axes.legend()
     return Drawn(
         "layers",
         "How far each layer moves",
-        "The overlap between the first and the last depth, layer by layer from the input to the output. Red dots, if "
-        "any, are layers whose positions are of two kinds.",
+        "The cosine similarity of the first and the last depth, layer by layer from the input to the output. Red dots, "
+        "if any, are layers whose positions are of two kinds.",
         figure,
     )
 
@@ -159,11 +159,11 @@ def depths(found: AnalysisResult) -> Drawn:
     records = found.result["by_depth"]
     at = [record["depth"] for record in records]
     intervals(axes, at, [record["changed"] for record in records], "C0")
-    axes.set(xlabel="iterations at each position", ylabel="share of positions with another likeliest token")
+    axes.set(xlabel="iterations at each position", ylabel="positions with another top-1 token (share)")
     axes.yaxis.label.set_color("C0")
     right = axes.twinx()
     intervals(right, at, [record["moved"] for record in records], "C1")
-    right.set_ylabel("mean of 1 - overlap", color="C1")
+    right.set_ylabel("mean cosine distance", color="C1")
     axes.set_xticks(at)
     return Drawn(
         "depths",
@@ -189,7 +189,7 @@ def downstream(found: AnalysisResult) -> Drawn:
     records = found.result["downstream"]
     intervals(axes, [record["distance"] for record in records], records, "C0")
     axes.axhline(0.0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="positions later", ylabel="extra 1 - overlap")
+    axes.set(xlabel="positions later", ylabel="additional cosine distance")
     shifted = "a shifted position" if found.modes.bimodal else "one of the tenth that moved most"
     return Drawn(
         "downstream",
@@ -238,7 +238,7 @@ def controls(found: AnalysisResult) -> Drawn:
             fontsize=8,
         )
     axes.set_xticks(range(len(names)), [CONTROLS[name] for name in names])
-    axes.set(ylabel="mean of 1 - overlap", xlim=(-0.5, len(names) - 0.2))
+    axes.set(ylabel="mean cosine distance", xlim=(-0.5, len(names) - 0.2))
     return Drawn(
         "controls",
         "Does it matter what was remembered?",
@@ -266,14 +266,14 @@ def alpha(found: AnalysisResult) -> Drawn:
 def roc(curve: Sequence[Sequence[float]], auc: float) -> Drawn:
     """Of a probe's out-of-fold scores: points (false positives, true positives)."""
     figure, axes = blank(4.6, 4.2)
-    axes.plot(*np.array(curve).T, label=f"area {auc:.2f}")
-    axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, label="guessing: 0.50")
-    axes.set(xlabel="false alarms", ylabel="found", aspect="equal")
+    axes.plot(*np.array(curve).T, label=f"AUROC {auc:.2f}")
+    axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, label="chance: 0.50")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.legend(loc="lower right")
     return Drawn(
         "probe",
         "Can the first state tell?",
-        "How many of the items in question a probe finds, against how many false alarms it raises, for every "
+        "The true positive rate of a probe against its false positive rate, for every "
         "threshold. Each item was judged by a probe that had never seen it.",
         figure,
     )

@@ -97,7 +97,7 @@ def alphas(model: Model) -> np.ndarray:
 
 
 def examples(model: Model, collection: Collection, measured: Sequence[TextMetrics], layer: int) -> list[dict[str, Any]]:
-    """The positions that moved most, at most one a problem: the likeliest tokens before and after."""
+    """The positions that moved most, at most one a problem: the top tokens before and after."""
     at = [int(each.moved[-1, :, layer].argmax()) for each in measured]
     most = [each.moved[-1, place, layer] for each, place in zip(measured, at, strict=True)]
     found = []
@@ -118,7 +118,7 @@ def examples(model: Model, collection: Collection, measured: Sequence[TextMetric
 
 
 def tokens(model: Model, ids: np.ndarray, logits: np.ndarray) -> list[dict[str, Any]]:
-    """The likeliest tokens as text, with their shares of what the top tokens have together."""
+    """Return the top tokens as text, with their shares of what the top tokens have together."""
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
     return [
@@ -131,13 +131,15 @@ def summary(result: dict[str, Any]) -> str:
     """The lines that a person reads in the terminal."""
     found, last = result["modes"], result["by_depth"][-1]
     lines = [
-        f"{result['problems']} problems, {result['positions']} positions, layer {result['layer']}: mean overlap "
-        f"between depths {result['by_depth'][0]['depth']} and {last['depth']} is {1 - last['moved']['value']:.4f}",
+        f"{result['problems']} problems, {result['positions']} positions, layer {result['layer']}: mean cosine "
+        f"similarity between depths {result['by_depth'][0]['depth']} and {last['depth']} "
+        f"is {1 - last['moved']['value']:.4f}",
     ]
     if found["bimodal"]:
         share, threshold = number(found["share"], ".1%"), number(found["threshold"], ".4f")
         lines.append(
-            f"two kinds of position: {share} shifted below an overlap of {threshold} (dip p = {found['dip_p']:.3g})"
+            f"two kinds of position: {share} shifted below a cosine similarity of {threshold} "
+            f"(dip p = {found['dip_p']:.3g})"
         )
     else:
         lines.append(f"one kind of position: no basin shifts to be seen (dip p = {found['dip_p']:.3g})")
@@ -145,7 +147,7 @@ def summary(result: dict[str, Any]) -> str:
     lines.append(f"layers with two kinds of position, Holm-adjusted: {bimodal} of {len(result['modes_by_layer'])}")
     shifted, stable = (result["tokens"][name] for name in ("shifted", "stable"))
     lines.append(
-        f"shifted are {result['shifted_are']}: the likeliest token changed at {number(shifted['changed'], '.1%')} of "
+        f"shifted are {result['shifted_are']}: the top-1 token changed at {number(shifted['changed'], '.1%')} of "
         f"them, and at {number(stable['changed'], '.1%')} of the others"
     )
     floor = result["noise_floor"]

@@ -90,18 +90,20 @@ def by_depth(result: dict[str, Any]) -> str:
         )
         for each in result["by_depth"]
     ]  # fmt: skip
-    head = ("depth", "mean of 1 - overlap", "lowest overlap", "other likeliest token", "of the top 100 replaced")
+    head = ("depth", "mean cosine distance", "lowest cosine similarity", "other top-1 token", "of the top 100 replaced")
     return table(head, rows)
 
 
 def examples(result: dict[str, Any]) -> list[str]:
-    found = ["<p>The positions that moved most, one a text: the likeliest next tokens at the first and last depth.</p>"]
+    found = ["<p>The positions that moved most, one a text: the top next tokens at the first and last depth.</p>"]
     for each in result["examples"]:
         rows = [
             tuple(f"{side['token']!r} {side['share']:.0%}" for side in pair)
             for pair in zip(each["before"], each["after"], strict=True)
         ]
-        where = f"{each['id']}, position {each['position']}, overlap {each['overlap']:.4f}: … {each['context']}"
+        where = (
+            f"{each['id']}, position {each['position']}, cosine similarity {each['overlap']:.4f}: … {each['context']}"
+        )
         found += [f"<p><code>{escape(where)}</code></p>", table(("before", "after"), rows)]
     return found
 
@@ -113,12 +115,12 @@ def events(result: dict[str, Any]) -> str:
         return "<p>With two depths both can only fall together: give at least three to see which comes first.</p>"
     names = [name.replace("_", " ") for name in found["counts"]]
     rows = [
-        ("found", *map(str, found["counts"].values())),
+        ("observed", *map(str, found["counts"].values())),
         ("by chance", *(f"{value:.1f}" for value in found["by_chance"].values())),
     ]
     return (
         "<p>Counts of positions by what happened at the smaller depth: the state's shift "
-        f"({escape(result['shifted_are'])}), or another likeliest token. By chance: with the two unrelated. The state "
+        f"({escape(result['shifted_are'])}), or another top-1 token. By chance: with the two unrelated. The state "
         f"leads by {found['lead']} positions; p = {found['p']:.3g}.</p>" + table(("", *names), rows)
     )
 
@@ -138,7 +140,7 @@ def at_shifts(result: dict[str, Any]) -> str:
         )
     zero = result["position_zero"]
     rows.append(("first position of a text", "", number(zero["changed"]["first"], ".1%"), "", ""))
-    head = ("positions", "how many", "other likeliest token", "of the top 100 replaced", "its rank before (median)")
+    head = ("positions", "how many", "other top-1 token", "of the top 100 replaced", "its rank before (median)")
     return f"<p>Shifted means: {escape(result['shifted_are'])}.</p>" + table(head, rows)
 
 
@@ -153,6 +155,6 @@ def of_probe(probe: Probe, out: Path) -> list[str]:
     return [
         *shown(figures.roc(scores["roc"], scores["auc"]["value"]), out),
         f"<p>{escape(scores['summary'])}</p>",
-        table(("policy", "right", "broken", "mended", "mean depth"), rows),
-        f"<p>Of the answers that were right at the first depth, routing breaks {harm}.</p>",
+        table(("policy", "correct", "regressions", "fixes", "mean depth"), rows),
+        f"<p>Of the answers that were correct at the first depth, routing makes {harm} wrong (regressions).</p>",
     ]

@@ -428,7 +428,7 @@ def summary(label: str, layer: int, scores: dict[str, Any]) -> str:
     area, capacity = scores["auc"], scores["capacity"]
     return (
         f"{label}: {scores['positive']} of {scores['items']} items positive; layer {layer}, nested leave-one-out: "
-        f"area {area['value']:.3f} (shuffled labels {area['null'][0]:.3f} to {area['null'][1]:.3f}, p = "
+        f"AUROC {area['value']:.3f} (shuffled labels {area['null'][0]:.3f} to {area['null'][1]:.3f}, p = "
         f"{area['p_permutation']:.3g}), {scores['right']} of "
         f"{scores['items']} right against {scores['majority']:.1%} by always saying the larger class (binomial p = "
         f"{scores['p_binomial']:.3g}); {capacity['parameters']} parameters on {capacity['items']} items"
