@@ -13,16 +13,24 @@ probability is at least P; both at most I times) and "probe:FILE" (as a probe sa
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TextIO
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from sst_jax.inference.model import Model
+    from sst_jax.inference.policies import Policy
+    from sst_jax.types import Json
+
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "chat")  # flags that `generate_iter` takes
 
 
 def parser() -> Parser:
@@ -70,65 +78,75 @@ def main(argv: Sequence[str]) -> None:
     from sst_jax.inference.halting_probe import Probe
     from sst_jax.inference.model import load
     from sst_jax.inference.policies import parse
+    from sst_jax.inference.session import check_policy
 
     policy = parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
     model = load(args.model, args.dtype)
     if isinstance(policy.select_depth, Probe):
         policy.select_depth.check(model)
-    if policy.max_depth > 1 and model.config.stream is None:
-        raise InputError(f"--depth {policy.name} needs a model with a stream; {args.model} is a plain backbone")
-    asked: list = prompts
+    try:
+        check_policy(model.config, policy)
+    except InputError as error:
+        raise InputError(f"--{error} (--model {args.model})") from None
+    asked: list[str] | list[list[int]] = prompts
     if args.question is not None:
         asked = [prompt_tokens(args.question, model.tokenizer, args.format or model.prompt_format)]
+    answers, speed = answer_all(args, model, policy, prompts, asked)
+    if args.json:
+        depth = policy.first if policy.is_flat else policy.name
+        write_json(args.json, {"model": args.model, "depth": depth, "tokens_per_second": speed, "answers": answers})
+
+
+def answer_all(
+    args: argparse.Namespace, model: Model, policy: Policy, prompts: list[str], asked: list[str] | list[list[int]]
+) -> tuple[list[Json], float]:
+    """Answer prompts in batches, each answer shown when it has ended, one alone as it comes.
+
+    Returns: the answers as they are written, and tokens a second.
+    """
     # Side by side, so that the samples of a prompt share its prefill.
     numbers = [number for number in range(len(prompts)) for _ in range(args.n)]
-    live = len(numbers) == 1
-    if live and args.prompt is not None and not args.chat:
+    alone = len(numbers) == 1
+    if alone and args.prompt is not None and not args.chat:
         print(args.prompt, end="", flush=True)
-    found: list[dict[str, Any]] = [{}] * len(numbers)
+    answers: list[Json] = [{}] * len(numbers)
     started, first = time.monotonic(), None
     with open_out(args.out) as out:
         for begin in range(0, len(numbers), args.batch):
             batch = range(begin, min(begin + args.batch, len(numbers)))
-            for piece in model.generate_iter(
-                [asked[numbers[row]] for row in batch],
-                depth=policy,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                stop=args.stop,
-                chat=args.chat,
-                seed=[args.seed + row for row in batch],
+            settings = {name: getattr(args, name) for name in SETTINGS}
+            seeds = [args.seed + row for row in batch]
+            for delta in model.generate_iter(
+                [asked[numbers[row]] for row in batch], depth=policy, seed=seeds, **settings
             ):
                 first = first or time.monotonic()
-                if live:
-                    print(piece.text, end="", flush=True)
-                if piece.generation is None:
+                if alone:
+                    print(delta.text, end="", flush=True)
+                if delta.generation is None:
                     continue
-                row = begin + piece.index
-                number, answer = numbers[row], dataclasses.asdict(piece.generation)
-                found[row] = {"index": number, "sample": row - args.n * number, "prompt": prompts[number], **answer}
+                row = begin + delta.index
+                number, answer = numbers[row], dataclasses.asdict(delta.generation)
+                answers[row] = {"index": number, "sample": row - args.n * number, "prompt": prompts[number], **answer}
                 if out is not None:
-                    print(json.dumps(found[row], ensure_ascii=False), file=out, flush=True)
-                elif not live:
-                    print(f"--- {prompts[number]}\n{piece.generation.text}")
-    if live:
+                    print(json.dumps(answers[row], ensure_ascii=False), file=out, flush=True)
+                elif not alone:
+                    print(f"--- {prompts[number]}\n{delta.generation.text}")
+    if alone:
         print()
-    tokens, end = sum(len(answer["tokens"]) for answer in found), time.monotonic()
-    speed = tokens / (end - started)
-    # The first token waits for compilation; what comes after it is the speed that a longer answer would see.
+    end, tokens = time.monotonic(), sum(len(answer["tokens"]) for answer in answers)
+    # The first token waits for compilation; the rest says what a longer answer would see.
     note = f"{tokens} tokens in {end - started:.1f} s with compilation, depth {policy.name}"
-    rest = tokens - min(len(found), args.batch)
-    if rest > 0 and end > first:
+    rest = tokens - min(len(answers), args.batch)
+    if first is not None and rest > 0 and end > first:
         note += f"; {rest / (end - first):.1f} tokens/s after the first"
+    depths = [depth for answer in answers for depth in answer["depths"]]
+    if not policy.is_flat and depths:
+        note += f"; {sum(depths) / len(depths):.2f} iterations per token"
     print(note, file=sys.stderr)
-    if args.json:
-        asked_depth = policy.first if policy.is_flat else policy.name
-        write_json(args.json, {"model": args.model, "depth": asked_depth, "tokens_per_second": speed, "answers": found})
+    return answers, tokens / (end - started)
 
 
-def open_out(path: str | None) -> Any:
+def open_out(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
     """The file for --out, which must not exist yet; a context manager of None without one.
 
     Raises: InputError.

@@ -12,7 +12,7 @@ from sst_jax.inference.policies import DepthBudget, Halting, StepSeen, halted
 from sst_jax.inference.sampling import SamplingParams
 from sst_jax.model import decoder
 from sst_jax.model.attention import KV, attend_cached, ropes
-from sst_jax.model.config import ModelConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.rules import attention_residual, feed, project
 from sst_jax.model.state import Masks, decay_state, initial_state, state_update
@@ -115,9 +115,7 @@ def _decode_step(
         i, active = carry.iteration, carry.active
         masks = None
         if stream is not None:
-            has_state = jnp.where(i == 0, cache.has_state, leaves_state)
-            is_initial = ~has_state & (i == 0) & (position == 0) & (stream.initial in ("zero", "own"))
-            masks = Masks(has_state[:, None, None], is_initial[:, None, None])
+            masks = _masks(stream, i, position, jnp.where(i == 0, cache.has_state, leaves_state))
         write = active & ((i == 0) | (stream is None or stream.kv == "overwrite"))
         context = Context(config, tables, masks=masks)
 
@@ -153,3 +151,9 @@ def _decode_step(
         jnp.where(moved, position + 1, cache.length),
     )
     return last.hidden, cache, last.used
+
+
+def _masks(stream: StreamConfig, iteration: jax.Array, position: RowInts, has_state: RowBools) -> Masks:
+    """Return where states enter an iteration of one position."""
+    is_initial = ~has_state & (iteration == 0) & (position == 0) & (stream.initial in ("zero", "own"))
+    return Masks(has_state[:, None, None], is_initial[:, None, None])

@@ -19,7 +19,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.detokenizer import IncrementalDetokenizer
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import Request, generate_tokens
+from sst_jax.inference.session import Request, check_policy, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
@@ -119,6 +119,8 @@ class Model:
                 given[name] = jnp.asarray(value, jnp.int32)
                 if given[name].shape != tokens.shape:
                     raise InputError(f"{name} has shape {given[name].shape}, tokens have {tokens.shape}")
+        policy = as_policy(depth)
+        check_policy(self.config, policy, whole_text=True)
         name = forward or ("plain" if self.config.stream is None else "exact")
         with self._mesh():
             return forwards.logits(
@@ -127,7 +129,7 @@ class Model:
                 tokens,
                 forward=name,
                 passes=passes,
-                depth=depth,
+                depth=policy.first,
                 **given,
             )
 

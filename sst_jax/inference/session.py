@@ -241,7 +241,7 @@ def check_policy(config: ModelConfig, policy: Policy, *, whole_text: bool = Fals
     Raises: InputError naming the policy, and why it does not fit.
     """
     if config.stream is None and (policy.max_depth > 1 or policy.select_depth is not None):
-        raise InputError(f"depth={policy.name} needs a stream, which this model has none of: use depth=1")
+        raise InputError(f"depth={policy.name} needs a model with a stream; this one has none: use depth=1")
     if whole_text and not policy.is_flat:
         raise InputError(f"depth={policy.name}: a known text is scored at one depth, such as 4")
     if prompt_mode(config) == "all" and policy.halt is not None:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import functools
 import json
+import socket
 import threading
+import types
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,45 +23,58 @@ from starlette.routing import Route
 from sst_jax.errors import InputError
 from sst_jax.serving.protocol import Call, Limits, Refused, Writer, parse, read_chat, read_completion
 from sst_jax.serving.queue import Busy, Closing, Engine, Job
+from sst_jax.types import Json
 
 CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
 
 
 def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
-    """An ASGI application that answers with `engine` under the model's `name`."""
-    tokenizer = engine.model.tokenizer
-    card = {"id": name, "object": "model", "created": 0, "owned_by": "sst_jax"}
+    """Return an ASGI application that answers with `engine` under the model's `name`."""
+    api = Api(engine, name, limits)
 
-    async def health(request: HttpRequest) -> Response:
-        status = "closing" if engine.closing else "ok"
-        return JSONResponse({"status": status, **engine.load()}, 503 if engine.closing else 200)
+    def post(path: str, read: Callable[..., Call]) -> Route:
+        return Route(path, functools.partial(api.complete, read=read), methods=["POST"])
 
-    async def models(request: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
+    routes = [
+        Route("/health", api.health),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.one_model),
+        post("/v1/completions", read_completion),
+        post("/v1/chat/completions", read_chat),
+    ]
+    handlers: dict[Any, Any] = {Refused: _refused, InputError: _bad_input, HTTPException: _http, Exception: _broken}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
-    async def model(request: HttpRequest) -> Response:
-        if request.path_params["name"] != name:
-            raise Refused(404, f"the model {request.path_params['name']!r} is not served here", code="model_not_found")
-        return JSONResponse(card)
 
-    async def complete(request: HttpRequest, read: Callable[..., Call]) -> Response:
-        body = await _body(request, limits.body)
+class Api:
+    """What each route answers."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits):
+        self.engine, self.name, self.limits = engine, name, limits
+        self.card = {"id": name, "object": "model", "created": 0, "owned_by": "sst_jax"}
+
+    async def health(self, request: HttpRequest) -> Response:
+        closing = self.engine.closing
+        return JSONResponse({"status": "closing" if closing else "ok", **self.engine.load()}, 503 if closing else 200)
+
+    async def models(self, request: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [self.card]})
+
+    async def one_model(self, request: HttpRequest) -> Response:
+        asked = request.path_params["name"]
+        if asked != self.name:
+            raise Refused(404, f"the model {asked!r} is not served here", code="model_not_found")
+        return JSONResponse(self.card)
+
+    async def complete(self, request: HttpRequest, read: Callable[..., Call]) -> Response:
+        """Answer a completion or a chat, whole or as events."""
+        body = await _body(request, self.limits.body)
         # In a thread: a long text takes a while to tokenise, and others want to be heard meanwhile.
-        call = await asyncio.to_thread(lambda: read(parse(body), engine.model, name, limits))
-        writer, events, loop = Writer(call, name, tokenizer), asyncio.Queue(), asyncio.get_running_loop()
-
-        def emit(job: Job, text: str, reason: str | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: whoever asked is gone
-                loop.call_soon_threadsafe(events.put_nowait, (job, text, reason))
-
-        try:
-            jobs = engine.submit(call.requests, emit)
-        except Busy as error:
-            raise Refused(429, str(error), code="busy") from None
-        except Closing as error:
-            raise Refused(503, str(error), code="shutting_down") from None
+        call = await asyncio.to_thread(lambda: read(parse(body), self.engine.model, self.name, self.limits))
+        writer, events = Writer(call, self.name, self.engine.model.tokenizer), asyncio.Queue()
+        jobs = self._submit(call, events)
         if call.stream:
-            return StreamingResponse(stream_events(engine, writer, jobs, events), media_type="text/event-stream")
+            return StreamingResponse(stream_events(self.engine, writer, jobs, events), media_type="text/event-stream")
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             while not all(job.ended for job in jobs):
@@ -70,24 +85,26 @@ def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
                     return Response(status_code=CLIENT_GONE)
         finally:
             gone.cancel()
-            engine.cancel(jobs)
+            self.engine.cancel(jobs)
         for job in jobs:
             if job.error is not None:
-                raise Refused(503 if engine.closing else 500, job.error)
+                raise Refused(503 if self.engine.closing else 500, job.error)
         return JSONResponse(writer.whole(jobs))
 
-    def post(path: str, read: Callable[..., Call]) -> Route:
-        return Route(path, functools.partial(complete, read=read), methods=["POST"])
+    def _submit(self, call: Call, events: asyncio.Queue) -> list[Job]:
+        """Queue a call's requests; what comes of them is put into `events`."""
+        loop = asyncio.get_running_loop()
 
-    routes = [
-        Route("/health", health),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
-        post("/v1/completions", read_completion),
-        post("/v1/chat/completions", read_chat),
-    ]
-    handlers: dict[Any, Any] = {Refused: _refused, InputError: _bad_input, HTTPException: _http, Exception: _broken}
-    return Starlette(routes=routes, exception_handlers=handlers)
+        def emit(job: Job, text: str, reason: str | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the client is gone
+                loop.call_soon_threadsafe(events.put_nowait, (job, text, reason))
+
+        try:
+            return self.engine.submit(call.requests, emit)
+        except Busy as error:
+            raise Refused(429, str(error), code="busy") from None
+        except Closing as error:
+            raise Refused(503, str(error), code="shutting_down") from None
 
 
 async def _body(request: HttpRequest, most: int) -> bytes:
@@ -131,7 +148,7 @@ async def stream_events(engine: Engine, writer: Writer, jobs: list[Job], events:
         engine.cancel(jobs)
 
 
-def _event(value: Any) -> str:
+def _event(value: Json) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
@@ -166,11 +183,11 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine, self._deadline, self._announce, self._draining = engine, deadline, announce, False
 
-    async def startup(self, sockets: Any = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._announce()
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         if self._draining:
             self.should_exit = self.force_exit = True
             return

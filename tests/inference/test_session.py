@@ -197,7 +197,7 @@ def test_answers_record_the_depths_they_took(model):
     assert (flat.depth, flat.depths) == (3, [3] * len(flat.tokens))
     (policy,) = model.generate("x", depth="first_token:3", max_new_tokens=5)
     assert (policy.depth, policy.depths) == ("first_token:3", [3] + [1] * (len(policy.tokens) - 1))
-    with pytest.raises(InputError, match="depth=3 needs a stream"):
+    with pytest.raises(InputError, match="depth=3 needs a model with a stream"):
         model.without_stream().generate("x", depth=3, max_new_tokens=5)
 
 
@@ -250,5 +250,18 @@ def test_names_of_version_0_1_0_still_work_and_say_what_they_are_now(model):
 
 
 def test_a_selecting_policy_without_a_stream_is_refused(model):
-    with pytest.raises(InputError, match="needs a stream"):
+    with pytest.raises(InputError, match="needs a model with a stream"):
         model.without_stream().generate("x", depth=probe(lambda states: 2), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("depth", ["until_stable:0.1:3", "until_confident:0.9:3", "first_token:3", probe(lambda _: 2)])
+def test_a_known_text_is_never_scored_at_a_depth_that_its_policy_does_not_name(model, depth):
+    with pytest.raises(InputError, match="a known text is scored at one depth"):
+        model.logits([[1, 2, 3]], depth=depth)
+
+
+@pytest.mark.parametrize("rule", ["until_stable", "until_confident"])
+def test_a_prompt_that_iterates_whole_has_no_halting_rule(model, rule):
+    whole = model.with_stream(iterate_prompt="all")
+    with pytest.raises(InputError, match=f"one depth, which {rule}"):
+        whole.generate("x", depth=f"{rule}:0.5:3", max_new_tokens=2)

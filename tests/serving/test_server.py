@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason="the server is an extra: sst-jax[serve]")
 
-DEPTHS = (1, 4, "first_token:3", "until_stable:0.05:4")
+DEPTHS = (1, 4, "first_token:3", "until_stable:0.05:4", "until_confident:0.3:4")
 
 
 def asked(number):
@@ -238,6 +238,9 @@ def test_models_and_health(client):
         ({"prompt": "x", "depth": 1.5}, 400, "depth"),
         ({"prompt": "x", "depth": "deep"}, 400, "depth"),
         ({"prompt": "x", "depth": "until_stable:0.1:99"}, 400, "depth"),
+        ({"prompt": "x", "depth": "until_confident:0.9:2", "echo": True, "logprobs": 1}, 400, "depth"),
+        ({"prompt": "x", "depth": "until_confident:1.5:2"}, 400, "depth"),
+        ({"prompt": "x", "depth": "probe:/etc/passwd"}, 400, "depth"),
         ({"prompt": "x", "depth": "first_token:2", "echo": True, "logprobs": 1}, 400, "depth"),
         ({"prompt": "x", "best_of": 2}, 400, "best_of"),
         ({"prompt": "x", "suffix": "y"}, 400, "suffix"),

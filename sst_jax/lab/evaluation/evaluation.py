@@ -19,6 +19,7 @@ from sst_jax.files import read_json
 from sst_jax.inference.halting_probe import Probe
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy, check_distinct, parse
+from sst_jax.inference.session import check_policy
 from sst_jax.lab.evaluation import contamination, runner, tasks
 from sst_jax.lab.evaluation.extractors import second_opinion_by
 from sst_jax.lab.evaluation.summary import summarise
@@ -118,11 +119,8 @@ def finished(config: EvalConfig, out: Path) -> dict[str, Any] | None:
 
 def check_model(model: Model, policies: Sequence[Policy]) -> None:
     """Raises: InputError where a policy needs a stream that the model lacks, or its probe is another model's."""
-    deep = [policy.name for policy in policies if policy.max_depth > 1]
-    if deep and model.config.stream is None:
-        path = model.facts.get("path")
-        raise InputError(f"--depth {deep[0]} needs a model with a stream; {path} is a plain backbone")
     for policy in policies:
+        check_policy(model.config, policy)
         if isinstance(policy.select_depth, Probe):
             policy.select_depth.check(model)
 

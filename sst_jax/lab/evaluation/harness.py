@@ -29,7 +29,8 @@ from sst_jax.data.tokenizer import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN
 from sst_jax.errors import InputError
 from sst_jax.files import digest, read_json
 from sst_jax.inference.model import Model
-from sst_jax.inference.policies import flat
+from sst_jax.inference.policies import as_policy, flat
+from sst_jax.inference.session import check_policy
 from sst_jax.lab.evaluation import runner
 from sst_jax.lab.evaluation.evaluation import check_model, identity
 from sst_jax.lab.evaluation.scoring import Scores, score
@@ -50,11 +51,10 @@ class HarnessModel(TemplateLM):
     def __init__(self, model: Model, depth: int = 1, batch_size: int = 8, max_length: int | None = None):
         """`max_length`: positions a row may have; None: as many as the backbone.
 
-        Raises: InputError where depth needs a stream that is not there.
+        Raises: InputError where depth needs a stream that is not there, or names no one depth.
         """
         super().__init__()
-        if depth > 1 and model.config.stream is None:
-            raise InputError(f"depth={depth} needs a model with a stream")
+        check_policy(model.config, as_policy(depth), whole_text=True)
         self.model, self.depth, self.batch_size = model, depth, batch_size
         self.max_length = max_length or model.config.backbone.max_positions
 
