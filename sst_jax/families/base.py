@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import BackboneConfig
 
 JsonObject = Mapping[str, Any]
 Fields = dict[str, Any]  # of BackboneConfig, by name

@@ -7,7 +7,7 @@ from typing import Any
 
 from sst_jax.errors import InputError
 from sst_jax.families.base import Fields, JsonObject, Metadata, ParamSpec, Splitting
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import BackboneConfig
 
 # ---------------------------------------------------------------------------------------------------------- tensors
 

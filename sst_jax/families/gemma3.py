@@ -25,7 +25,7 @@ from sst_jax.families.base import (
     Wrapper,
 )
 from sst_jax.families.common import layer_param, positive_number, shape_fields
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import BackboneConfig
 
 PARAMS = (
     ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),

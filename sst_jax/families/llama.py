@@ -19,7 +19,7 @@ from sst_jax.families.common import (
     split_words,
     write_llama_config,
 )
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import BackboneConfig
 
 # GGUF files hold the rows of q and k so that the pairs which RoPE rotates are neighbours.
 _ROTATED = ("layers/q/kernel", "layers/k/kernel")

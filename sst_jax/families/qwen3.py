@@ -20,7 +20,7 @@ from sst_jax.families.common import (
     split_words,
     write_llama_config,
 )
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import BackboneConfig
 
 BLOCK = {**LLAMA_BLOCK, "qk_norm": True}
 PARAMS = (
