@@ -1,0 +1,254 @@
+"""What every family must show; a new one passes by being registered."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from sst_jax.errors import InputError
+from sst_jax.families.registry import BY_NAME, FAMILIES, SPLITTINGS
+from sst_jax.model import decoder, rules, sharding
+from sst_jax.model.config import ModelConfig
+from sst_jax.model.quantization import storages
+from sst_jax.weights import gguf as gguf_reader
+from sst_jax.weights import key_map, peft
+from sst_jax.weights.hub_config import backbone_from_config, config_json
+from sst_jax.weights.huggingface import open_folder, write_folder
+from sst_jax.weights.source import fill_base
+from tests.support import toys
+from tests.support.torch_exports import apart, model, open_torch, write
+
+STREAM = {"alpha_range": (0.0, 1.0), "iterate_prompt": "all"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+def drawn(backbone, dtype=np.float32, seed=0):
+    """A state dict with sharp attention, norms away from one and biases that matter."""
+    rng, state = np.random.default_rng(seed), {}
+    for key, entry in key_map.expected(backbone).items():
+        value, name = rng.standard_normal(entry.shape), entry.row.path.split("/")
+        if name[-1] == "scale":
+            value = 0.2 * value + 1.0 - backbone.norm_offset + (0.3 if name[-2] in ("q_norm", "k_norm") else 0.0)
+        elif name[-1] == "bias":
+            value *= 0.5
+        else:
+            value *= (1.2 if name[-2] in ("q", "k") else 1.0) * entry.shape[-1] ** -0.5
+        state[key] = value.astype(np.float32).astype(dtype)
+    return state
+
+
+def written(folder, backbone, state, dtype="float32"):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_json(backbone, dtype)))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def raw(folder):
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    return {key: (str(value.dtype), value.shape, value.tobytes()) for key, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def member(family, tmp_path_factory):
+    """(backbone, state dict, folder) of a tiny member in float32."""
+    state = drawn(family.tiny)
+    return family.tiny, state, written(tmp_path_factory.mktemp(family.name) / "member", family.tiny, state)
+
+
+@pytest.mark.parametrize("length", [40, 530])
+def test_logits_are_those_of_transformers(member, length):
+    """Longer than the window where there is one, and a text of over 500 positions."""
+    torch = pytest.importorskip("torch", reason="the reference is PyTorch: extra `torch`")
+    transformers = pytest.importorskip("transformers")
+    backbone, _, folder = member
+    assert length > (backbone.window or 0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    assert type(theirs).__name__ == BY_NAME[backbone.family].config.architecture
+    tokens = toys.tokens(2, length, vocabulary=backbone.vocab_size)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens).long()).logits.numpy()
+    base = jax.tree.map(jnp.asarray, fill_base(open_folder(folder), "float32"))
+    params = {"base": base, "adapter": {}, "blend": {}}
+    got = np.asarray(rules.logits(ModelConfig(backbone), params, tokens, forward="plain"))
+    assert np.abs(expected).max() > 1
+    assert np.abs(got - expected).max() <= 2e-5
+
+
+def test_config_json_is_read_as_it_was_written(family):
+    for name, preset in family.presets.items():
+        config = json.loads(json.dumps(config_json(preset, "bfloat16")))
+        assert backbone_from_config(config) == preset, name
+        assert preset.family == family.name
+
+
+def test_transformers_rewrites_config_json_to_the_same_backbone(family):
+    transformers = pytest.importorskip("transformers")
+    for name, preset in family.presets.items():
+        config = json.loads(json.dumps(config_json(preset, "bfloat16")))
+        again = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        assert backbone_from_config(json.loads(again.to_json_string(use_diff=False))) == preset, name
+    empty = transformers.AutoConfig.for_model(family.config.model_type)
+    defaults = backbone_from_config(json.loads(empty.to_json_string(use_diff=False)))
+    assert backbone_from_config({"model_type": family.config.model_type}) == defaults
+
+
+def test_what_the_block_does_not_compute_is_refused_by_name(family):
+    config = config_json(family.tiny, "float32")
+    for name in family.config.allowed:
+        with pytest.raises(InputError, match=rf"{name}='nonsense' is unsupported"):
+            backbone_from_config({**config, name: "nonsense"})
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16)])
+def test_the_key_table_goes_both_ways_bit_for_bit(family, tmp_path, dtype, kind):
+    folder = written(tmp_path / "in", family.tiny, drawn(family.tiny, kind), dtype)
+    source = open_folder(folder)
+    write_folder(tmp_path / "out", source.backbone, fill_base(source, dtype), dtype)
+    assert raw(tmp_path / "out") == raw(folder)
+
+
+def test_the_base_tree_is_what_the_table_says_and_is_counted(family):
+    for name, preset in family.presets.items():
+        tree = decoder.abstract_params(ModelConfig(preset))["base"]
+        shapes = {spec.path: key_map.param_shape(spec, preset) for spec in key_map.table(preset)}
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        assert {"/".join(part.key for part in path): leaf.shape for path, leaf in leaves} == shapes, name
+        assert sum(leaf.size for _, leaf in leaves) == preset.num_params, name
+
+
+def test_a_bias_lies_as_its_kernels_outputs_do_and_is_not_quantised(family):
+    tree = decoder.abstract_params(ModelConfig(family.tiny), jnp.bfloat16)["base"]["layers"]
+    quantised = jax.eval_shape(storages.quantise_layers, tree)
+    for name, leaf in tree.items():
+        if "kernel" in leaf:
+            assert storages.is_quantised(quantised[name])
+            assert ("bias" in leaf) == ("bias" in quantised[name]) == (name in family.tiny.biased)
+        if "bias" in leaf:
+            assert quantised[name]["bias"] == leaf["bias"]
+            path = [jax.tree_util.DictKey(part) for part in ("layers", name)]
+            axes = [sharding.axes_of((*path, jax.tree_util.DictKey(last)), leaf[last].ndim) for last in leaf]
+            assert {along[-1] for along in axes} == {"width"}
+
+
+# -------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def gguf_file(file, family, state):
+    """A state dict as a GGUF, as the family's converter writes it."""
+    gguf = pytest.importorskip("gguf")
+    backbone, prefix = family.tiny, family.gguf.architecture
+    pairs = {
+        "block_count": backbone.num_layers, "embedding_length": backbone.d_model, "feed_forward_length": backbone.d_ff,
+        "attention.head_count": backbone.num_heads, "attention.head_count_kv": backbone.num_kv_heads,
+        "attention.key_length": backbone.head_dim, "context_length": backbone.max_positions,
+        "attention.layer_norm_rms_epsilon": backbone.norm_eps, "rope.freq_base": backbone.rope_theta_global,
+    }  # fmt: skip
+    if backbone.window is not None:
+        pairs["attention.sliding_window"] = backbone.window
+    writer = gguf.GGUFWriter(file, prefix)
+    for key, value in pairs.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{prefix}.{key}", value)
+    for key, entry in key_map.expected(backbone).items():
+        value = state[key]
+        if entry.row.transform == "norm":
+            value = value + np.float32(1)
+        elif entry.row.transform == "rotary":  # halves become neighbours
+            heads = len(value) // backbone.head_dim
+            value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(entry.row.gguf.format(layer=entry.layer), np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_is_the_same_model(family, member, tmp_path):
+    if family.gguf is None:
+        pytest.skip("the family has no GGUF files")
+    backbone, state, folder = member
+    source = gguf_reader.open_file(gguf_file(tmp_path / "tiny.gguf", family, state))
+    assert source.backbone == backbone
+    ours, theirs = fill_base(open_folder(folder), "float32"), fill_base(source, "float32")
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-7)  # 1 + w is rounded where it is stored
+
+
+def test_both_names_of_a_tensor_are_one_to_the_gguf_library(family):
+    gguf = pytest.importorskip("gguf")
+    if family.gguf is None:
+        pytest.skip("the family has no GGUF files")
+    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.architecture)
+    mapping = gguf.get_tensor_name_map(architecture, family.tiny.num_layers)
+    both = zip(key_map.expected(family.tiny), key_map.expected(family.tiny, "gguf"), strict=True)
+    for huggingface_key, gguf_key in both:
+        assert mapping.get_name(huggingface_key, try_suffixes=(".weight", ".bias")) == gguf_key
+
+
+# ----------------------------------------------------------------------------------------------- decoding and exports
+
+
+@pytest.fixture(scope="module")
+def ours(family):
+    """A tiny member with a stream and an adapter."""
+    return model(STREAM, family.tiny)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_decoding_token_by_token_is_exact(ours, depth):
+    prompt = toys.tokens(11, seed=3, vocabulary=262).tolist()
+    out = ours.generate([prompt], depth=depth, max_new_tokens=12)[0].tokens
+    logits = np.asarray(ours.logits(np.array([[*prompt, *out]]), forward="exact", depth=depth))[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == out
+
+
+def test_the_pytorch_export_gives_our_logits(ours, tmp_path):
+    torch = pytest.importorskip("torch")
+    tokens = toys.tokens(2, 40, vocabulary=262)
+    for flags in ((), ("--keep-lora",)):
+        loaded = open_torch(write(ours, tmp_path / f"sst{len(flags)}", "sst", *flags))
+        for depth in (1, 2):
+            with torch.no_grad():
+                got = loaded(torch.tensor(tokens).long(), depth=depth).logits.numpy()
+            assert apart(got, ours.logits(tokens, forward="exact", depth=depth)) <= 1e-4
+
+
+def test_the_merged_export_is_transformers_own_class(family, ours, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokens = toys.tokens(2, 40, vocabulary=262)
+    folder = write(ours, tmp_path / "merged", "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(loaded).__name__ == family.config.architecture
+    with torch.no_grad():
+        got = loaded(torch.tensor(tokens).long()).logits.numpy()
+    assert apart(got, ours.logits(tokens, forward="plain")) <= 1e-4
+
+
+def test_an_adapter_is_read_back_bit_for_bit(family, ours, tmp_path):
+    found = peft.read_folder(write(ours, tmp_path / "adapter", "adapter"), family.tiny)
+    assert found.config.adapter == ours.config.adapter
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.params["adapter"], dict(ours.params["adapter"])))
+
+
+# ----------------------------------------------------------------------------------------------------------- registry
+
+
+def test_families_that_name_the_same_thing_mean_the_same():
+    for one in FAMILIES:
+        for name, splitting in one.tokens.splittings.items():
+            assert SPLITTINGS[name] == splitting
+    presets = [name for one in FAMILIES for name in one.presets]
+    assert len(set(presets)) == len(presets)
