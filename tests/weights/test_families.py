@@ -92,7 +92,9 @@ HUB = {
 def rewritten(config):
     """A config.json as transformers 5 saves it."""
     transformers = pytest.importorskip("transformers")
-    kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[config["model_type"]]
+    kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config, "qwen2": transformers.Qwen2Config}[
+        config["model_type"]
+    ]
     return json.loads(kind(**json.loads(json.dumps(config))).to_json_string(use_diff=False))
 
 
@@ -112,7 +114,7 @@ def test_written_configs_are_read_back_by_us_and_by_transformers(name):
 
 
 def test_absent_fields_take_the_librarys_defaults():
-    for model_type in ("llama", "qwen3"):
+    for model_type in ("llama", "qwen3", "qwen2"):
         assert backbone_from_config({"model_type": model_type}) == backbone_from_config(
             rewritten({"model_type": model_type})
         )

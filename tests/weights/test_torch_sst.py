@@ -141,7 +141,7 @@ def test_a_trainer_may_warm_alpha_up(tmp_path):
     ours = model({"alpha_range": (0.1, 0.9), "alpha_init": 0.5, "alpha_warmup": 10}, SHALLOW)
     loaded = torch_model(ours, tmp_path / "sst")
     tokens = toys.tokens(1, 12, vocabulary=262)
-    loaded.model.stream.alpha_warmup_fraction = 0.3
+    loaded.model.stream.warmth = 0.3
     expected = forwards.logits(
         ours.config, ours.params, jnp.asarray(tokens), forward="two_pass", alpha_warmup_fraction=jnp.float32(0.3)
     )
