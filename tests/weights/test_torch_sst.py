@@ -10,6 +10,7 @@ import pytest
 from sst_jax.families.registry import PRESETS
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import StreamConfig
+from sst_jax.model.fields import written_name
 from tests.support import naive, toys
 from tests.support.torch_exports import SHALLOW, apart, model, open_torch, torch_model, write
 
@@ -382,7 +383,7 @@ def test_unknown_versions_and_options_are_refused_by_name(tmp_path, change, mess
 def test_the_options_there_are_the_options_here(pair):
     theirs = type(pair[1].config.stream)
     fields = {field.name: field.default for field in dataclasses.fields(theirs)}
-    assert fields == {field.name: field.default for field in dataclasses.fields(StreamConfig)}
+    assert fields == {written_name(field): field.default for field in dataclasses.fields(StreamConfig)}
 
 
 def test_code_runs_only_when_it_is_trusted_and_only_from_the_folder(tmp_path):
