@@ -1,6 +1,7 @@
 """What every family must show; a new one passes by being registered."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +253,20 @@ def test_families_that_name_the_same_thing_mean_the_same():
             assert SPLITTINGS[name] == splitting
     presets = [name for one in FAMILIES for name in one.presets]
     assert len(set(presets)) == len(presets)
+
+
+FILES = ("families/qwen2.py", "weights/torch_sst/modeling_sst_qwen2.py", "families/registry.py")
+
+
+def test_the_guide_quotes_the_files_that_it_writes():
+    """Every block of code in docs/adding-a-family.md stands in one of them, line for line."""
+    root = Path(__file__).parents[2]
+    text = "\n\n".join((root / "sst_jax" / file).read_text() for file in FILES)
+    guide = (root / "docs" / "adding-a-family.md").read_text()
+    blocks = [part.partition("```")[0] for part in guide.split("```python\n")[1:]]
+    assert len(blocks) >= 7
+    for block in blocks:
+        assert block in text, block
+    for file in FILES:
+        assert f"`sst_jax/{file}`" in guide
+    assert 'dataclasses.field(default=False, metadata={"since": "0.2.0"})' in guide
