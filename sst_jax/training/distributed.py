@@ -1,10 +1,10 @@
-"""Several processes as one run: how they find one another, and which of them speaks and writes."""
+"""Several processes as one run: how they find one another, and which of them prints and writes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -13,12 +13,13 @@ from sst_jax.model.sharding import MeshConfig
 
 
 def initialize_distributed(config: MeshConfig) -> None:
-    """Connects to the run's other processes, named by the recipe or found in the environment; alone it does nothing.
+    """Connect to the run's other processes, named by the recipe or found in the environment, if there are any.
 
-    Before anything else touches a device. On CPUs processes talk by Gloo.
+    To be called before anything else touches a device; a second call does nothing. On CPUs processes talk by Gloo.
+
     Raises: InputError where the others cannot be reached.
     """
-    if not config.coordinator and not in_cluster(os.environ):
+    if jax.distributed.is_initialized() or (not config.coordinator and not in_cluster(os.environ)):
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     given = (config.coordinator, config.processes, config.process) if config.coordinator else ()
@@ -28,8 +29,8 @@ def initialize_distributed(config: MeshConfig) -> None:
         raise InputError(f"the other processes of this run cannot be reached: {str(error).splitlines()[0]}") from None
 
 
-def in_cluster(environment: os._Environ | dict[str, str]) -> bool:
-    """Whether a launcher has started several processes that `jax.distributed` knows how to bring together.
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Return whether a launcher has started several processes that `jax.distributed` knows how to bring together.
 
     SLURM (a step of srun), Open MPI, a TPU pod, or an indexed Kubernetes job (with jax[k8s]).
     """
@@ -47,13 +48,13 @@ def in_cluster(environment: os._Environ | dict[str, str]) -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that prints, logs and draws."""
+    """Return whether this process is the one that prints, logs and draws."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def quiet_non_primary() -> Iterator[None]:
-    """Within this block only the process that speaks prints; errors and warnings stay everybody's."""
+    """Within this block only the primary process prints; every process keeps its errors and warnings."""
     if is_primary():
         yield
         return

@@ -12,7 +12,7 @@ from sst_jax.training.run import read_metrics
 
 
 def learning_curve(run: Path, title: str) -> Path:
-    """Draws training and held-out loss of a run folder into figures/learning_curve.png."""
+    """Draw training and held-out loss of a run folder into figures/learning_curve.png; return its path."""
     lines = read_metrics(run)
     figure = new_figure(7.2, 4.2)
     axes = figure.add_subplot()

@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import optax
 
 from sst_jax.model.sharding import constrain, on_a_mesh
+from sst_jax.types import AnswerMask, FlatHidden, FlatLosses, FlatMask, FlatTokens, HeadTable, Hidden, Losses, Tokens
 
 ROWS = 256
 COLUMNS = 8192
 MESH_ROWS = 128  # with whole rows of logits: a table that is cut over devices is not walked in turn
 
 
-def _chunked(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored: jax.Array, with_gradient: bool):
-    """Per-position losses [M], and where asked their gradients with respect to hidden, [M, D]."""
+def _chunked(
+    hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask, with_gradient: bool
+) -> tuple[FlatLosses, FlatHidden | None]:
+    """Return per-position losses and, where asked, their gradients with respect to hidden."""
     count, width = hidden.shape
     whole = on_a_mesh() or len(embedding) <= COLUMNS
     rows = min(MESH_ROWS if whole else ROWS, count)
@@ -47,8 +50,10 @@ def _chunked(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored
     return nll, gradient
 
 
-def _whole_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtype, with_gradient: bool):
-    """Losses [R] of x [R, D] and their gradients from all logits [R, V]."""
+def _whole_block(
+    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: jnp.dtype, with_gradient: bool
+) -> tuple[FlatLosses, FlatHidden | None]:
+    """Return the losses of a block of positions and their gradients, from all of its logits [M, V]."""
     table = embedding.astype(x.dtype)
 
     def losses(x: jax.Array) -> jax.Array:
@@ -61,14 +66,16 @@ def _whole_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtyp
     return nll, pull(jnp.ones_like(nll))[0]
 
 
-def _tiled_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtype, with_gradient: bool):
-    """`_whole_block` from tiles of logits, [R, COLUMNS] each."""
+def _tiled_block(
+    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: jnp.dtype, with_gradient: bool
+) -> tuple[FlatLosses, FlatHidden | None]:
+    """Return what `_whole_block` does, from tiles of logits, [M, COLUMNS] each."""
     size = len(embedding)
     tiles = -(-size // COLUMNS)
 
     def tile(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
         top, total, rounded_total, mean = carry
-        # The last tile begins early enough to be whole, and passes over what the one before has had.
+        # The last tile begins early enough to be whole, and leaves out what the one before has had.
         start = jnp.minimum(number * COLUMNS, size - COLUMNS)
         table = jax.lax.dynamic_slice_in_dim(embedding, start, COLUMNS).astype(x.dtype)
         logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
@@ -93,28 +100,49 @@ def _tiled_block(x: jax.Array, embedding: jax.Array, y: jax.Array, out: jnp.dtyp
 
 
 @jax.custom_vjp
-def token_losses(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-    """Cross-entropy in nats, [M], of targets [M] under the head; 0 where `scored` [M] is False.
+def token_losses(hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask) -> FlatLosses:
+    """Return the cross-entropy of targets under the output head.
 
-    hidden [M, D] is normed; embedding [V, D] is frozen and gets no gradient. The gradient with respect to hidden is
-    computed with the loss, so that the backward pass repeats no product with the vocabulary.
+    The gradient with respect to hidden is computed with the loss, so that the backward pass repeats no product with
+    the vocabulary.
+
+    Args:
+        hidden: normed hidden states, [M, D].
+        embedding: the head's table, [V, D]; frozen, it gets no gradient.
+        targets: token ids, [M].
+        scored: which of them are learned, [M].
+
+    Returns:
+        Nats, [M]; 0 where `scored` is False.
     """
     return _chunked(hidden, embedding, targets, scored, with_gradient=False)[0]
 
 
-def _forward(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, scored: jax.Array):
+def _forward(
+    hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask
+) -> tuple[FlatLosses, FlatHidden | None]:
     return _chunked(hidden, embedding, targets, scored, with_gradient=True)
 
 
-def _backward(gradient: jax.Array, cotangent: jax.Array):
+def _backward(gradient: FlatHidden, cotangent: FlatLosses) -> tuple[FlatHidden, None, None, None]:
     return (cotangent[:, None] * gradient).astype(gradient.dtype), None, None, None
 
 
 token_losses.defvjp(_forward, _backward)
 
 
-def answer_losses(hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, answer_mask: jax.Array) -> jax.Array:
-    """Losses [B, T] of the tokens that `answer_mask` [B, T] marks, each predicted from the position before it."""
-    x, y, scored = hidden[:, :-1], jnp.asarray(tokens)[:, 1:], jnp.asarray(answer_mask)[:, 1:]
+def answer_losses(hidden: Hidden, embedding: HeadTable, tokens: Tokens, answer_mask: AnswerMask) -> Losses:
+    """Return the losses of learned tokens, each predicted from the position before it.
+
+    Args:
+        hidden: normed hidden states, [B, T, D].
+        embedding: the head's table, [V, D].
+        tokens: token ids, [B, T].
+        answer_mask: which of them are learned, [B, T].
+
+    Returns:
+        Nats, [B, T]; 0 where nothing is learned.
+    """
+    x, y, scored = hidden[:, :-1], tokens[:, 1:], answer_mask[:, 1:]
     nll = token_losses(x.reshape(-1, x.shape[-1]), embedding, y.reshape(-1), scored.reshape(-1))
     return jnp.pad(nll.reshape(y.shape), ((0, 0), (1, 0)))

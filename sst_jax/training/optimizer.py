@@ -11,9 +11,16 @@ from sst_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Learning rates rise linearly over warmup_steps and fall along a cosine to final_factor of their peak.
+    """Section `optimizer`. Learning rates rise linearly, then fall along a cosine.
 
-    accumulate: micro-batches to average before an update (optax.MultiSteps over the trainables only).
+    learning_rate        peak rate of the adapter
+    blend_learning_rate  peak rate of the blend
+    warmup_steps         updates over which the rates rise
+    final_factor         what the rates fall to, as a factor of their peaks
+    weight_decay         of the adapter, decoupled (arXiv 1711.05101); the blend has none
+    clip                 global norm of the gradient of both, to which a larger one is scaled down
+    b1, b2               decay rates of Adam's moments
+    accumulate           micro-batches averaged before an update (optax.MultiSteps)
     """
 
     learning_rate: float = 2e-4
@@ -42,7 +49,7 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate at each update of a run of `steps` steps."""
+    """Return the learning rate at each update of a run of `steps` steps."""
     updates = max(steps // config.accumulate, 1)
     warmup = min(config.warmup_steps, updates - 1)
     return optax.warmup_cosine_decay_schedule(
@@ -51,7 +58,7 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """For trees {"adapter": ..., "blend": ...}; hand it nothing frozen, or that would count in the clip's norm."""
+    """Return the optimizer of {"adapter": ..., "blend": ...}; frozen parameters would count in the clip's norm."""
 
     def adamw(peak: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.adamw(schedule(config, peak, steps), config.b1, config.b2, weight_decay=weight_decay)
@@ -64,4 +71,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         optax.clip_by_global_norm(config.clip),
         optax.partition(transforms, lambda tree: {name: name for name in tree}),
     )
-    return optax.MultiSteps(optimizer, config.accumulate) if config.accumulate > 1 else optimizer
+    if config.accumulate == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()

@@ -1,4 +1,4 @@
-"""Which problems a run trains on and which it only measures."""
+"""The split of a dataset into problems that a run trains on and those held out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GENERATED = 4096  # generated problems in training, unless data.limit says other
 
 
 def split_problems(data: DataConfig, seed: int) -> tuple[Sequence[Problem], Sequence[Problem]]:
-    """(training, held-out) problems, drawn apart by `seed`.
+    """Return (training, held-out) problems, drawn apart by `seed`.
 
     GSM8K's are both from its training split, so that the test split stays unseen until `evaluate`; the embedded
     problems' held-out ones come from other templates and numbers, and those of stories from their validation split.

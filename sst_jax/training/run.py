@@ -16,10 +16,12 @@ import math
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
+from tensorboardX import SummaryWriter
 
 from sst_jax.console.command import write_json
 from sst_jax.errors import InputError, RunInterrupted
@@ -31,7 +33,7 @@ PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 
 class RunFolder:
-    """An opened run folder, locked against a second process until `close`.
+    """An open run folder, locked against a second process until `close`.
 
     Of the processes of one run the first writes; for the others, `writes=False`, nothing here does anything.
     """
@@ -57,7 +59,9 @@ class RunFolder:
         Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
         """
         self.path, self.writes = path, writes
-        self._lock = self._metrics = self._board = None
+        self._lock: TextIO | None = None
+        self._metrics: TextIO | None = None
+        self._board: SummaryWriter | None = None
         if not writes:
             return
         check(path, config, base, defaults)
@@ -76,11 +80,9 @@ class RunFolder:
         write_json(path / "environment.json", environment())
 
     def start_log(self, step: int) -> None:
-        """Opens metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote of `step` and later."""
+        """Open metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote of `step` and later."""
         if not self.writes:
             return
-        from tensorboardX import SummaryWriter
-
         file = self.path / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] < step] if step else []
         temporary = file.with_suffix(".partial")
@@ -90,8 +92,8 @@ class RunFolder:
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line of metrics."""
-        if not self.writes:
+        """Append a line of metrics; `start_log` comes before it."""
+        if self._metrics is None or self._board is None:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -100,14 +102,14 @@ class RunFolder:
             self._board.add_scalar(name, value, step)
 
     def check_there(self) -> None:
-        """Raises Stopped where the folder has been removed under the run: saving would make half of it anew."""
+        """Raise RunInterrupted where the folder has been removed under the run: saving would make half of it anew."""
         if self.writes and not (self.path / "config.json").is_file():
             raise RunInterrupted(
                 f"the run folder {self.path} is gone: put it back, or begin again with the same command"
             )
 
     def keep_batch(self, step: int, batch: dict[str, np.ndarray], keep: int) -> Path:
-        """Writes the batch of a skipped step to bad_batches/STEP.safetensors, and removes all but the newest `keep`."""
+        """Write a skipped step's batch to bad_batches/STEP.safetensors; of these the newest `keep` stay."""
         folder = self.path / "bad_batches"
         file = folder / f"{step}.safetensors"
         if self.writes:
@@ -118,7 +120,7 @@ class RunFolder:
         return file
 
     def close(self) -> None:
-        """Closes the logs and gives the folder free."""
+        """Close the logs and unlock the folder."""
         for file in (self._metrics, self._board, self._lock):
             if file is not None:
                 file.close()
@@ -193,7 +195,10 @@ def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    """Return the lines of a run's metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises: InputError naming a line that is none of metrics.
+    """
     file = run / "metrics.jsonl"
     *whole, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     lines = []
@@ -210,9 +215,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device of this process."""
-    import jax
-
+    """Return the versions and devices of this process."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""One train step and one evaluation step, as functions to be jitted once."""
+"""The train step and the losses of a batch, as functions to be jitted once for each forward."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import REMAT, Params, head_table
 from sst_jax.training.loss import answer_losses
+from sst_jax.types import Fraction, Losses
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
+# tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
+Batch = dict[str, jax.Array] | dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +117,24 @@ def batch_losses(
     trainable: Params,
     batch: Batch,
     *,
-    alpha_warmup_fraction: jax.Array | None = None,
+    alpha_warmup_fraction: Fraction | None = None,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Losses in nats, [B, T], of the batch's answer tokens; 0 elsewhere."""
+) -> Losses:
+    """Return the losses of a batch's answer tokens.
+
+    Args:
+        config: of the model.
+        settings: the forward, and how it is computed.
+        base: frozen parameters.
+        trainable: {"adapter": ..., "blend": ...}.
+        batch: rows of documents.
+        alpha_warmup_fraction: how far alpha has been warmed up, in [0, 1]; None: all the way.
+        dropout_key: of LoRA's dropout; None: no dropout.
+
+    Returns:
+        Nats, [B, T]; 0 where nothing is learned.
+    """
+    batch = {name: jnp.asarray(values) for name, values in batch.items()}
     hidden = rules.hidden(
         dataclasses.replace(config, dtype=settings.dtype),
         {"base": base, **trainable},
@@ -137,8 +153,8 @@ def batch_losses(
         return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
 
 
-def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> jax.Array | None:
-    """How far alpha has been warmed up, in [0, 1], counted in updates; None where it is not."""
+def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> Fraction | None:
+    """Return how far alpha has been warmed up, in [0, 1], counted in updates; None where the config has no warmup."""
     if config.stream is None or not config.stream.alpha_warmup:
         return None
     accumulating = isinstance(state.optimizer, optax.MultiStepsState)
@@ -155,10 +171,22 @@ def train_step(
     batch: Batch,
     key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the mean loss over the batch's answer tokens. Only `state` changes; `base` is frozen.
+    """Take an optimizer step on the mean loss over the batch's answer tokens.
 
     Where loss, gradient or update is not finite the step is skipped: nothing changes but the count of steps, and
     metrics["skipped"] is 1.
+
+    Args:
+        config: of the model.
+        settings: the forward that trains, at one depth, as `ForwardConfig.at` draws it.
+        optimizer: over the trainable parameters alone.
+        state: before the step.
+        base: frozen parameters.
+        batch: rows of documents.
+        key: of dropout, which folds the step in.
+
+    Returns:
+        The state after the step, and its metrics, scalars: loss (nats), gradient_norm, answer_tokens, skipped.
     """
     alpha_warmup_fraction = alpha_warmup_fraction_at(config, state)
     dropout_key = jax.random.fold_in(key, state.step) if config.adapter.dropout else None

@@ -1,4 +1,4 @@
-"""Over a run while it trains: signals that ask it to stop, a deadline for that, and steps that do not come."""
+"""Watch over a run while it trains: signals that ask it to stop, a deadline for that, and stalls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import numpy as np
 
@@ -26,9 +26,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Watch:
     """How a run is watched, which does not change what it computes.
 
-    stop_within    seconds that a run has for its last save once a signal has come, 0: as long as it takes. Past them it
-                   ends without, as it would when whoever sent the signal loses patience, and says so.
-    stall_minutes  without a finished step after which the stacks of all threads are written down, 0: never
+    stop_within    seconds for the last save once a signal has come, 0: as long as it takes. Past them the run ends
+                   without a save, as it would under a scheduler that kills it, and says so.
+    stall_minutes  minutes without a finished step after which the stacks of all threads are written down, 0: never
     """
 
     stop_within: float = 0.0
@@ -43,7 +43,9 @@ class Watch:
 class StopSignals:
     """Within `with`, a signal of SIGNALS sets `requested` to its name; a second SIGINT interrupts at once.
 
-    A signal to another process of the run is none of this one's: its own first SIGINT still asks for a save.
+    A signal to another process of the run does not count here: this one's own first SIGINT still asks for a save.
+
+    within: seconds from the first signal to the end of the process, saved or not; 0 sets no deadline.
     """
 
     def __init__(self, within: float = 0.0):
@@ -60,7 +62,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
@@ -73,14 +75,14 @@ class StopSignals:
     def _give_up(self) -> None:
         print(
             f"no save within {self._within:g} s of {self.requested} (--stop-within): ending without; the same command "
-            "goes on from the newest checkpoint",
+            "resumes from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # the main thread may be inside a computation that no exception reaches
 
     def now(self) -> bool:
-        """Whether to stop: the same answer in all processes of a run, which must ask equally often."""
+        """Return whether to stop: the same answer in all processes of a run, which must ask equally often."""
         import jax
         from jax.experimental import multihost_utils
 
@@ -92,18 +94,19 @@ class StopSignals:
 
 
 class StallWatchdog:
-    """Says so when no `beat` comes for a while, and writes every thread's stack to RUN/stall.txt. It ends nothing."""
+    """Reports when no `beat` comes for `minutes`, and writes every thread's stack to RUN/stall.txt. It ends nothing."""
 
     def __init__(self, run: Path, minutes: float):
         self.file, self.seconds = run / "stall.txt", 60.0 * minutes
         self._last = time.monotonic()
 
     def beat(self) -> None:
-        """A step is done, or a part of one."""
+        """Note that a step is done, or a part of one."""
         self._last = time.monotonic()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
+        """Watch for stalls within a `with` block."""
         over = threading.Event()
         thread = threading.Thread(target=self._watch, args=(over,), daemon=True)
         self.beat()
@@ -115,12 +118,12 @@ class StallWatchdog:
             over.set()
 
     def _watch(self, over: threading.Event) -> None:
-        said = None  # the beat after which silence has been reported: once for each stall
+        reported = None  # the beat before the last stall that was reported: each is reported once
         while not over.wait(max(self._last + self.seconds - time.monotonic(), self.seconds / 10)):
             last = self._last
-            if time.monotonic() - last < self.seconds or said == last:
+            if time.monotonic() - last < self.seconds or reported == last:
                 continue
-            said = last
+            reported = last
             with self.file.open("a") as file:
                 file.write(f"{time.strftime('%F %T')}: nothing for {time.monotonic() - last:.0f} s\n")
                 file.flush()

@@ -139,7 +139,6 @@ def test_overrides_of_every_kind_are_the_same_as_flags():
         "stream.on": True,
         "stream.alpha": 0.05,
         "data.pack": False,
-        "train.remat": "none",
     }
     flags = ["--config.stream.depths=(1,2)", "--config.stream.on=True", "--config.stream.alpha=0.05",
              "--config.data.pack=False"]  # fmt: skip

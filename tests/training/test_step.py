@@ -184,7 +184,9 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sst_jax.training.step.batch_losses", lambda *args, **_: steep(args[3]["blend"]["theta"]))
         batch = {"answer_mask": np.ones((1, 3), bool)}
-        after, metrics = train_step(toys.config(), ForwardConfig("plain"), optimizer, before, {}, batch, None)
+        after, metrics = train_step(
+            toys.config(), ForwardConfig("plain"), optimizer, before, {}, batch, jax.random.key(0)
+        )
     assert np.isfinite(metrics["loss"])
     assert metrics["skipped"]
     assert jax.tree.all(jax.tree.map(np.array_equal, after[1:], before[1:]))

@@ -101,7 +101,7 @@ def test_steps_that_come_are_no_stall(tmp_path):
             time.sleep(0.1)
             stalls.beat()
     assert not stalls.file.exists()
-    never = StallWatchdog(tmp_path, 0)
+    never = StallWatchdog(tmp_path, 0.0)
     with never.watching():
         time.sleep(0.1)
     assert not never.file.exists()
