@@ -1,0 +1,80 @@
+"""`fit` as a call, and what a checkpoint says of a run's progress."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sst_jax.errors import InputError
+from sst_jax.inference.model import load
+from sst_jax.training import fit, read_recipe
+from sst_jax.training.loop import Progress
+from sst_jax.training.recipe import read
+
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "v0_1_0" / "run"
+KNOBS = {
+    "model.source": "random:tiny-llama", "train.steps": 2, "train.eval_every": 1, "train.save_every": 1,
+    "train.sample_tokens": 2, "data.limit": 24, "data.heldout": 2, "data.batch_size": 2,
+}  # fmt: skip
+
+
+def test_progress_comes_back_as_it_was_written():
+    progress = Progress(7, {0: 5.5, 4: 3.25}, 12.5, skipped=3, consecutive_skips=1, pending={"loss": 2.0})
+    assert Progress.from_json(7, json.loads(json.dumps(progress.to_json()))) == progress
+    assert Progress.from_json(0, Progress().to_json()) == Progress()
+
+
+def test_progress_is_read_from_checkpoints_of_0_1_0():
+    saved = json.loads((OLD_RUN / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    progress = Progress.from_json(4, saved)
+    assert (progress.step, set(progress.heldout), progress.consecutive_skips) == (4, {0, 2, 4}, 0)
+    assert progress.pending is None
+    saved |= {"in_a_row": 3, "unfinished": {"loss": 1.0}}
+    assert Progress.from_json(4, saved).consecutive_skips == 3
+    assert Progress.from_json(4, saved).pending == {"loss": 1.0}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps, by call, and what the call returned."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, fit(read_recipe("tiny", KNOBS), workdir)
+
+
+def trainables(run):
+    params = load(run).params
+    return jax.tree.leaves([params["adapter"], params["blend"]])
+
+
+def test_a_call_returns_what_the_run_folder_holds(trained):
+    workdir, result = trained
+    assert json.loads((workdir / "result.json").read_text()) == result.to_json()
+    assert sorted(result.heldout_loss) == [0, 1, 2]
+    assert result.heldout_after == result.heldout_loss[2] < result.heldout_before
+    assert Path(result.checkpoint) == workdir / "checkpoints" / "2"
+    assert [sample.depth for sample in result.samples] == [1, 4]
+
+
+def test_a_call_resumes_and_takes_knobs_as_well(trained, tmp_path):
+    """As if killed after its first step: its second comes to the numbers of the run that was never interrupted."""
+    workdir, result = trained
+    run = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "2")
+    (run / "result.json").unlink()
+    again = fit(read("tiny", [f"--config.{key}={value}" for key, value in KNOBS.items()]), str(run))
+    assert again.heldout_loss == result.heldout_loss
+    for one, other in zip(trainables(run), trainables(workdir), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bad_input_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="already has a stream or adapter"):
+        fit(read_recipe("tiny", KNOBS | {"model.source": str(OLD_RUN)}), tmp_path / "run")
+    with pytest.raises(InputError, match="does not exist; the recipes"):
+        fit("nothing", tmp_path / "run")
+    with pytest.raises(InputError, match="trains from scratch"):
+        fit("statetrack", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
