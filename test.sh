@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
-# Lint and tests, in environments of their own.   ./test.sh [--all] [pytest arguments]
-#
-# --all adds the tests marked slow, and a second run of the fast ones on Python 3.12 where that is installed.
-# Needs Python 3.11 or newer and a package index. Parity tests use PyTorch (CPU), on Python 3.11 only.
 set -euo pipefail
+usage="Lint, types and tests, in environments of their own.
+
+usage: ./test.sh [--all] [pytest arguments]
+
+Makes .venv-test with all that the tests need (Python 3.11 or newer and a package index; some minutes the first time),
+then runs ruff, mypy and the tests that are not marked slow. Parity with PyTorch is tested on Python 3.11 only.
+
+  --all            the tests marked slow too, the model's tests once more with every annotation checked at run time,
+                   and the fast tests on Python 3.12 where that is installed
+  PYTHON=python3.11 ./test.sh            another interpreter than python3
+  ./test.sh tests/model -k alpha         a part of the tests
+  python -m pytest -m 'not slow' tests/model    in an environment of one's own: pip install -e '.[dev,gguf,analysis]'"
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then echo "$usage"; exit; fi
 cd "$(dirname "$0")"
 all=0
 if [ "${1:-}" = --all ]; then all=1; shift; fi
@@ -23,22 +32,29 @@ environment() {  # environment PYTHON FOLDER EXTRAS: made once, and again when P
 
 is_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" 2>/dev/null; }
 
+tests() {  # tests FOLDER ARGUMENTS: with two workers, each file by one of them
+  local folder=$1; shift
+  "$folder/bin/python" -m pytest -q -n 2 --dist loadfile --durations 10 "$@"
+}
+
 python=${PYTHON:-python3}
 extras=dev,gguf,analysis
 if is_version "$python" 3.11; then extras=$extras,torch; fi
 environment "$python" .venv-test "$extras"
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
-marks=(-m "not slow")
-if [ $all = 1 ]; then marks=(); fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
-.venv-test/bin/python -m pytest -q -n 2 --dist loadfile ${marks[@]+"${marks[@]}"} "$@"
+if [ $all = 0 ]; then
+  tests .venv-test -m "not slow" "$@"
+  exit
+fi
 
-if [ $all = 1 ] && ! is_version "$python" 3.12; then
+tests .venv-test "$@"
+if ! is_version "$python" 3.12; then
   for newer in python3.12 "$HOME/.pyenv/versions/"3.12*/bin/python; do
     if is_version "$newer" 3.12; then
       environment "$newer" .venv-test-3.12 dev,gguf,analysis
-      .venv-test-3.12/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" "$@"
+      tests .venv-test-3.12 -m "not slow" "$@"
       break
     fi
   done

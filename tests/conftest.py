@@ -8,6 +8,38 @@ import jax
 import pytest
 
 
+def pytest_addoption(parser, pluginmanager):
+    parser.addoption(
+        "--typecheck", action="store_true", help="check every annotation of sst_jax at run time: shapes, dtypes, types"
+    )
+    # Now, and not in pytest_configure: the rooms' conftest files, which import the package, are read in between.
+    config = pluginmanager.get_plugin("pytestconfig")
+    if "--typecheck" in config.invocation_params.args or getattr(config.option, "typecheck", False):  # or: in a worker
+        from jaxtyping import install_import_hook
+
+        install_import_hook("sst_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Tests compile many programs more than once: keep them for the session, for workers and subprocesses too.
+
+    Where JAX_COMPILATION_CACHE_DIR is set, they are kept there, for the sessions that follow.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    settings = {
+        "jax_compilation_cache_dir": str(shared / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 @pytest.fixture
 def float64():
     """JAX in 64-bit mode for the length of one test."""

@@ -15,7 +15,7 @@ from sst_jax.console.command import run
 from sst_jax.inference.model import load
 from sst_jax.lab import evaluation
 from sst_jax.lab.evaluation import EvalConfig
-from tests.lab.evaluation.conftest import gsm8k_lines, write_lines
+from tests.support.problems import gsm8k_lines, write_lines
 
 WORDS = ["--task", "words", "--limit", "5", "--batch-size", "2", "--max-new-tokens", "8"]
 

@@ -13,7 +13,8 @@ import pytest
 import sst_jax
 from sst_jax import convert, export
 from sst_jax.console.command import run
-from tests.commands.conftest import ROOT
+from tests.support import ROOT
+from tests.support.straw_hub import Straw
 from tests.support.torch_exports import apart, open_torch
 
 PROMPT = "three and four"
@@ -160,7 +161,6 @@ def test_a_dry_run_says_what_would_go_where_and_asks_nobody(finished, tmp_path, 
 
 def test_push_asks_before_the_work_and_uploads_after_it(finished, tmp_path, capsys, monkeypatch):
     from sst_jax.weights import hub
-    from tests.weights.test_hub import Straw
 
     api = Straw({"me/old": ["README.md"]})
     monkeypatch.setattr(hub, "_api", lambda: api)
@@ -177,7 +177,6 @@ def test_push_asks_before_the_work_and_uploads_after_it(finished, tmp_path, caps
 
 def test_a_failed_push_leaves_the_export(finished, tmp_path, capsys, monkeypatch):
     from sst_jax.weights import hub
-    from tests.weights.test_hub import Straw
 
     monkeypatch.setattr(hub, "_api", lambda: Straw(fail="upload_folder"))
     out = tmp_path / "out"

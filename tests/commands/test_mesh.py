@@ -12,7 +12,8 @@ import pytest
 
 from sst_jax.training.distributed import in_cluster
 from sst_jax.training.run import read_metrics
-from tests.commands.conftest import ROOT, SMALL, TINY, train_small
+from tests.support import ROOT
+from tests.support.runs import SMALL, TINY, train_small
 
 FOUR = ["--config.data.batch_size=4"]
 

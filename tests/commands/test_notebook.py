@@ -3,7 +3,7 @@
 import json
 import re
 
-from tests.commands.conftest import ROOT
+from tests.support import ROOT
 
 
 def test_every_cell_runs_and_errors_fall_as_it_says(capsys, monkeypatch):

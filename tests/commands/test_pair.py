@@ -11,7 +11,7 @@ from sst_jax.lab.studies import arms
 from sst_jax.training import recipe
 from sst_jax.training.run import read_metrics
 from sst_jax.weights.loading import backbone_of
-from tests.commands.conftest import SMALL, TINY
+from tests.support.runs import SMALL, TINY
 
 ARGUMENTS = ["--config", TINY, *SMALL, "--arms", "stream,baseline,compute", "--task", "words", "--limit", "3"]
 

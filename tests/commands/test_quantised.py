@@ -12,7 +12,7 @@ import sst_jax
 from sst_jax import analyze, convert, export
 from sst_jax.console.command import run
 from sst_jax.model.quantization import storages
-from tests.commands.conftest import train_small
+from tests.support.runs import train_small
 from tests.support.torch_exports import apart, open_torch
 
 

@@ -18,9 +18,8 @@ from sst_jax.training import step as steps
 from sst_jax.training.run import read_metrics
 from sst_jax.training.watchdog import StallWatchdog
 from sst_jax.weights.checkpoint import newest_good
-from tests.commands.conftest import SMALL, TINY, train_small
-from tests.commands.test_train import assert_same_run, trainables
 from tests.support import kills
+from tests.support.runs import SMALL, TINY, assert_same_run, train_small, trainables
 
 DIVERGES = [f"--config.{knob}" for knob in ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0")]
 

@@ -10,28 +10,12 @@ import sys
 import time
 
 import jax
-import numpy as np
 import pytest
 
 from sst_jax.inference.model import load
 from sst_jax.training.run import read_metrics
 from sst_jax.weights.checkpoint import newest_good
-from tests.commands.conftest import SMALL, TINY, train_small
-
-
-def trainables(run):
-    params = load(run).params
-    return {name: params[name] for name in ("adapter", "blend")}
-
-
-def assert_same_run(run, reference):
-    """Final parameters and every logged loss, bit for bit."""
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), trainables(run), trainables(reference)))
-    timeless = [
-        [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_metrics(folder)]
-        for folder in (run, reference)
-    ]
-    assert timeless[0] == timeless[1]
+from tests.support.runs import SMALL, TINY, assert_same_run, train_small, trainables
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):

@@ -1,7 +1,6 @@
 """What the data tests stand on: GSM8K beside the project, and Gemma's vocabulary from the package index."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,12 @@ import pytest
 from sst_jax.data.problems import load_gsm8k
 from sst_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from sst_jax.weights.gguf import package
+from tests.support.problems import real_gsm8k
 
 
 @pytest.fixture(scope="session")
 def gsm8k_folder() -> Path:
-    beside = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
-    for folder in filter(None, (os.environ.get("SST_GSM8K_DIR"), beside)):
-        if (Path(folder) / "train.jsonl").is_file():
-            return Path(folder)
-    pytest.skip("no GSM8K: neither ../shared/data/gsm8k nor $SST_GSM8K_DIR holds train.jsonl")
+    return real_gsm8k() or pytest.skip("no GSM8K: neither ../shared/data/gsm8k nor $SST_GSM8K_DIR holds train.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sst_jax.serving.queue import Engine
+from tests.support.server import start
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -365,9 +366,9 @@ def test_clients_that_go_away_free_their_rows(engine, client):
     assert client.complete(prompt="x", max_tokens=3)["choices"]
 
 
-def test_shutdown_finishes_what_runs_and_refuses_what_comes(model, start_server):
+def test_shutdown_finishes_what_runs_and_refuses_what_comes(model):
     engine = Engine(model, rows=4, capacity=512)
-    client, server, thread = start_server(engine)
+    client, server, thread = start(engine)
     body = {"prompt": "x", "max_tokens": 450, "temperature": 0, "depth": 6}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         running = [pool.submit(client.stream, "/v1/completions", **body), pool.submit(client.complete, **body)]
@@ -387,9 +388,9 @@ def test_shutdown_finishes_what_runs_and_refuses_what_comes(model, start_server)
         socket.create_connection(("127.0.0.1", client.port), timeout=5)
 
 
-def test_shutdown_keeps_its_deadline(model, start_server):
+def test_shutdown_keeps_its_deadline(model):
     engine = Engine(model, rows=4, capacity=512)
-    client, server, thread = start_server(engine, deadline=0.3, depth=64)
+    client, server, thread = start(engine, deadline=0.3, depth=64)
     found = []
     asking = threading.Thread(
         target=lambda: found.append(client.refused(prompt="x", max_tokens=450, temperature=0, depth=64))
@@ -406,9 +407,9 @@ def test_shutdown_keeps_its_deadline(model, start_server):
     assert "shut down" in error["message"]
 
 
-def test_too_many_waiting_requests_are_told_so(model, start_server):
+def test_too_many_waiting_requests_are_told_so(model):
     engine = Engine(model, rows=4, capacity=512, waiting=4)
-    client, server, thread = start_server(engine)
+    client, server, thread = start(engine)
     status, error = client.refused(prompt=["x"] * 5, max_tokens=2)
     assert (status, error["code"]) == (429, "busy")
     assert len(client.complete(prompt=["x"] * 4, max_tokens=2)["choices"]) == 4

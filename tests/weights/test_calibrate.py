@@ -22,7 +22,7 @@ from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import gptq, nf4
 from sst_jax.weights import calibrate, huggingface, store
 from sst_jax.weights.calibrate import ROW, Texts, read_texts
-from tests.support import toys
+from tests.support import checkpoints, toys
 
 BACKBONE = BackboneConfig(
     num_layers=7,
@@ -117,8 +117,8 @@ def test_a_gram_matrix_that_is_not_finite_is_refused():
 
 
 @pytest.fixture
-def folder(tmp_path, tiny):
-    made = tiny.write_checkpoint(tmp_path / "source", tiny.random_state(BACKBONE), BACKBONE, shards=3)
+def folder(tmp_path):
+    made = checkpoints.write_checkpoint(tmp_path / "source", checkpoints.random_state(BACKBONE), BACKBONE, shards=3)
     for name, content in ByteTokenizer().files().items():
         (made / name).write_bytes(content)
     return made

@@ -22,6 +22,7 @@ from sst_jax.weights import key_map
 from sst_jax.weights.huggingface import backbone_from_config, config_json, open_folder, write_folder
 from sst_jax.weights.loading import backbone_of
 from sst_jax.weights.source import fill_base, lazy_base
+from tests.support import checkpoints
 
 # Rows that are multiples of Q8_0's block of 32 and NF4's of 64, so that every linear can be quantised.
 _SHAPES = {
@@ -201,25 +202,25 @@ def test_a_hub_id_tells_the_shapes_before_anything_is_fetched(hub, name):
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("float32", 1), ("bfloat16", 3)])
-def test_round_trip_is_bit_for_bit(tiny, tmp_path, backbone, dtype, shards):
+def test_round_trip_is_bit_for_bit(tmp_path, backbone, dtype, shards):
     target = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-    state, config = tiny.random_state(backbone, target), config_json(backbone, dtype)
+    state, config = checkpoints.random_state(backbone, target), config_json(backbone, dtype)
     assert ("lm_head.weight" in state) == (not backbone.tied_head)
-    source = open_folder(tiny.write_checkpoint(tmp_path / "in", state, config=config, shards=shards))
+    source = open_folder(checkpoints.write_checkpoint(tmp_path / "in", state, config=config, shards=shards))
     assert (source.layout, source.dtype, source.backbone) == ("text", dtype, backbone)
     base = fill_base(source, dtype)
     write_folder(tmp_path / "out", source.backbone, base, dtype, shard_bytes=2e9 if shards == 1 else 40_000)
-    assert tiny.read_raw(tmp_path / "out") == tiny.read_raw(tmp_path / "in")
+    assert checkpoints.read_raw(tmp_path / "out") == checkpoints.read_raw(tmp_path / "in")
     assert open_folder(tmp_path / "out").backbone == backbone
     write_folder(tmp_path / "lazy", source.backbone, lazy_base(source), dtype)
-    assert tiny.read_raw(tmp_path / "lazy") == tiny.read_raw(tmp_path / "in")
+    assert checkpoints.read_raw(tmp_path / "lazy") == checkpoints.read_raw(tmp_path / "in")
 
 
-def test_transformers_finds_every_key_of_what_is_written(tiny, tmp_path, backbone):
+def test_transformers_finds_every_key_of_what_is_written(tmp_path, backbone):
     torch = pytest.importorskip("torch", reason="the reader is PyTorch: extra `torch`")
     transformers = pytest.importorskip("transformers")
-    state = tiny.random_state(backbone, np.float32)
-    source = open_folder(tiny.write_checkpoint(tmp_path / "in", state, config=config_json(backbone, "float32")))
+    state = checkpoints.random_state(backbone, np.float32)
+    source = open_folder(checkpoints.write_checkpoint(tmp_path / "in", state, config=config_json(backbone, "float32")))
     write_folder(tmp_path / "out", backbone, fill_base(source, "float32"), "float32")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
@@ -230,28 +231,28 @@ def test_transformers_finds_every_key_of_what_is_written(tiny, tmp_path, backbon
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == backbone.tied_head
 
 
-def test_a_head_that_contradicts_the_config_is_refused(tiny, tmp_path):
+def test_a_head_that_contradicts_the_config_is_refused(tmp_path):
     tied, untied = BACKBONES["llama, tied"], BACKBONES["qwen3"]
-    state = tiny.random_state(untied, np.float32)
+    state = checkpoints.random_state(untied, np.float32)
     del state["lm_head.weight"]
-    folder = tiny.write_checkpoint(tmp_path / "headless", state, config=config_json(untied, "float32"))
+    folder = checkpoints.write_checkpoint(tmp_path / "headless", state, config=config_json(untied, "float32"))
     with pytest.raises(InputError, match=r"key lm_head\.weight is missing"):
         fill_base(open_folder(folder), "float32")
 
-    state = tiny.random_state(tied, np.float32)
+    state = checkpoints.random_state(tied, np.float32)
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
-    folder = tiny.write_checkpoint(tmp_path / "contradiction", state, config=config_json(tied, "float32"))
+    folder = checkpoints.write_checkpoint(tmp_path / "contradiction", state, config=config_json(tied, "float32"))
     with pytest.raises(InputError, match=r"lm_head\.weight differs from .*tie_word_embeddings"):
         fill_base(open_folder(folder), "float32")
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    folder = tiny.write_checkpoint(tmp_path / "tied", state, config=config_json(tied, "float32"))
+    folder = checkpoints.write_checkpoint(tmp_path / "tied", state, config=config_json(tied, "float32"))
     assert "head" not in fill_base(open_folder(folder), "float32")
 
 
-def test_biases_are_refused(tiny, tmp_path, backbone):
-    state = tiny.random_state(backbone, np.float32)
+def test_biases_are_refused(tmp_path, backbone):
+    state = checkpoints.random_state(backbone, np.float32)
     state["model.layers.1.self_attn.k_proj.bias"] = np.zeros(64, np.float32)
-    folder = tiny.write_checkpoint(tmp_path / "biased", state, config=config_json(backbone, "float32"))
+    folder = checkpoints.write_checkpoint(tmp_path / "biased", state, config=config_json(backbone, "float32"))
     with pytest.raises(
         InputError, match=r"unknown key model\.layers\.1\.self_attn\.k_proj\.bias; [LQ].* has no such bias"
     ):

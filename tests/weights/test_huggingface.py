@@ -18,6 +18,7 @@ from sst_jax.families.registry import PRESETS
 from sst_jax.weights import huggingface, key_map
 from sst_jax.weights.huggingface import INDEX, backbone_from_config, config_json, open_folder, resolve_hub, write_folder
 from sst_jax.weights.source import digest, fill_base
+from tests.support import checkpoints
 
 # ----------------------------------------------------------------------------------------------------- round trips
 
@@ -41,25 +42,25 @@ def without_extras(raw):
 @pytest.mark.parametrize("layout", list(key_map.LAYOUTS))
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_round_trip_is_bit_for_bit(tiny, tmp_path, layout, shards, dtype):
+def test_round_trip_is_bit_for_bit(tmp_path, layout, shards, dtype):
     target = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-    state = tiny.random_state(dtype=target)
+    state = checkpoints.random_state(dtype=target)
     if layout != "text":
         state = multimodal(state, layout, target)
-    config = config_json(tiny.backbone, dtype, layout)
-    source = open_folder(tiny.write_checkpoint(tmp_path / "in", state, config=config, shards=shards))
-    assert (source.layout, source.dtype, source.backbone) == (layout, dtype, tiny.backbone)
+    config = config_json(checkpoints.BACKBONE, dtype, layout)
+    source = open_folder(checkpoints.write_checkpoint(tmp_path / "in", state, config=config, shards=shards))
+    assert (source.layout, source.dtype, source.backbone) == (layout, dtype, checkpoints.BACKBONE)
     base = fill_base(source, dtype)
     limit = 2e9 if shards == 1 else 9000
     write_folder(tmp_path / "out", source.backbone, base, source.dtype, layout=source.layout, shard_bytes=limit)
-    assert tiny.read_raw(tmp_path / "out") == without_extras(tiny.read_raw(tmp_path / "in"))
+    assert checkpoints.read_raw(tmp_path / "out") == without_extras(checkpoints.read_raw(tmp_path / "in"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 or shards == 1
-    assert open_folder(tmp_path / "out").backbone == tiny.backbone
+    assert open_folder(tmp_path / "out").backbone == checkpoints.BACKBONE
 
 
-def test_shards_are_packed_up_to_the_limit_and_indexed(tiny, tmp_path):
-    base = fill_base(open_folder(tiny.write_checkpoint(tmp_path / "in", tiny.random_state())), "bfloat16")
-    write_folder(tmp_path / "out", tiny.backbone, base, "bfloat16", shard_bytes=20_000)
+def test_shards_are_packed_up_to_the_limit_and_indexed(tmp_path):
+    base = fill_base(open_folder(checkpoints.write_checkpoint(tmp_path / "in", checkpoints.random_state())), "bfloat16")
+    write_folder(tmp_path / "out", checkpoints.BACKBONE, base, "bfloat16", shard_bytes=20_000)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     sizes = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -68,13 +69,13 @@ def test_shards_are_packed_up_to_the_limit_and_indexed(tiny, tmp_path):
         sizes[file.name] = sum(value.nbytes for value in state.values())
     assert sorted(set(index["weight_map"].values())) == sorted(sizes)
     assert max(sizes.values()) <= 20_000
-    assert sum(sizes.values()) == index["metadata"]["total_size"] == 2 * tiny.backbone.num_params
+    assert sum(sizes.values()) == index["metadata"]["total_size"] == 2 * checkpoints.BACKBONE.num_params
     assert len(sizes) == -(-sum(sizes.values()) // 20_000) or len(sizes) <= 1.3 * sum(sizes.values()) / 20_000
 
 
-def test_every_array_lands_in_its_slot(tiny, tmp_path):
-    state = tiny.random_state(dtype=np.float32)
-    base = fill_base(open_folder(tiny.write_checkpoint(tmp_path, state)), "float32")
+def test_every_array_lands_in_its_slot(tmp_path):
+    state = checkpoints.random_state(dtype=np.float32)
+    base = fill_base(open_folder(checkpoints.write_checkpoint(tmp_path, state)), "float32")
     np.testing.assert_array_equal(base["embed"]["embedding"], state["model.embed_tokens.weight"])
     np.testing.assert_array_equal(base["final_norm"]["scale"], state["model.norm.weight"])
     layers = base["layers"]
@@ -88,16 +89,16 @@ def test_every_array_lands_in_its_slot(tiny, tmp_path):
         ("post_ffn_norm", "scale"): "post_feedforward_layernorm",
     }.items():  # fmt: skip
         stacked = layers[slot[0]][slot[1]]
-        for layer in range(tiny.backbone.num_layers):
+        for layer in range(checkpoints.BACKBONE.num_layers):
             wanted = state[f"model.layers.{layer}.{key}.weight"]
             np.testing.assert_array_equal(stacked[layer], wanted.T)
     assert len(layers) == 13
 
 
-def test_dtypes_convert_on_the_way_in(tiny, tmp_path):
-    state = tiny.random_state(dtype=np.float32)
+def test_dtypes_convert_on_the_way_in(tmp_path):
+    state = checkpoints.random_state(dtype=np.float32)
     state["model.norm.weight"] = state["model.norm.weight"].astype(np.float16)
-    source = open_folder(tiny.write_checkpoint(tmp_path, state))
+    source = open_folder(checkpoints.write_checkpoint(tmp_path, state))
     assert source.dtype == "float32"
     base = fill_base(source, "bfloat16")
     embedding = base["embed"]["embedding"]
@@ -108,34 +109,34 @@ def test_dtypes_convert_on_the_way_in(tiny, tmp_path):
         fill_base(source, "float64")
 
 
-def test_float16_is_read_into_float32(tiny, tmp_path):
+def test_float16_is_read_into_float32(tmp_path):
     """A base is float32 or bfloat16, and the first holds every float16 number."""
-    state = tiny.random_state(dtype=np.float16)
-    source = open_folder(tiny.write_checkpoint(tmp_path, state))
+    state = checkpoints.random_state(dtype=np.float16)
+    source = open_folder(checkpoints.write_checkpoint(tmp_path, state))
     assert source.dtype == "float32"
     embedding = fill_base(source, source.dtype)["embed"]["embedding"]
     np.testing.assert_array_equal(embedding, state["model.embed_tokens.weight"].astype(np.float32))
 
 
-def test_progress_counts_up_to_the_whole(tiny, tmp_path):
-    source = open_folder(tiny.write_checkpoint(tmp_path / "in", tiny.random_state()))
+def test_progress_counts_up_to_the_whole(tmp_path):
+    source = open_folder(checkpoints.write_checkpoint(tmp_path / "in", checkpoints.random_state()))
     calls = []
     base = fill_base(source, "float32", progress=lambda *call: calls.append(call))
-    assert [total for _, total in calls] == [4 * tiny.backbone.num_params] * len(calls)
+    assert [total for _, total in calls] == [4 * checkpoints.BACKBONE.num_params] * len(calls)
     assert calls[-1][0] == calls[-1][1]
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     calls.clear()
     write_folder(
-        tmp_path / "out", tiny.backbone, base, "float32", shard_bytes=30_000, progress=lambda *c: calls.append(c)
+        tmp_path / "out", checkpoints.BACKBONE, base, "float32", shard_bytes=30_000, progress=lambda *c: calls.append(c)
     )
     assert len(calls) > 2
-    assert calls[-1] == (4 * tiny.backbone.num_params,) * 2
+    assert calls[-1] == (4 * checkpoints.BACKBONE.num_params,) * 2
 
 
-def test_digest_depends_on_names_and_bytes_only(tiny, tmp_path):
-    one = open_folder(tiny.write_checkpoint(tmp_path / "one", tiny.random_state(), shards=2))
-    two = open_folder(tiny.write_checkpoint(tmp_path / "two", tiny.random_state(), shards=2))
-    other = open_folder(tiny.write_checkpoint(tmp_path / "other", tiny.random_state(seed=1), shards=2))
+def test_digest_depends_on_names_and_bytes_only(tmp_path):
+    one = open_folder(checkpoints.write_checkpoint(tmp_path / "one", checkpoints.random_state(), shards=2))
+    two = open_folder(checkpoints.write_checkpoint(tmp_path / "two", checkpoints.random_state(), shards=2))
+    other = open_folder(checkpoints.write_checkpoint(tmp_path / "other", checkpoints.random_state(seed=1), shards=2))
     assert digest(one.files) == digest(reversed(two.files))
     assert digest(one.files) != digest(other.files)
     assert [file.suffix for file in one.files] == [".json", ".safetensors", ".safetensors"]
@@ -155,18 +156,18 @@ def test_digest_depends_on_names_and_bytes_only(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_save_pretrained_round_trip(tiny, torch_model, tmp_path, dtype, shard_size):
+def test_save_pretrained_round_trip(torch_model, tmp_path, dtype, shard_size):
     torch = pytest.importorskip("torch")
     import copy
 
     model = copy.deepcopy(torch_model).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
     source = open_folder(tmp_path / "in")
-    assert source.backbone == tiny.backbone
+    assert source.backbone == checkpoints.BACKBONE
     assert (source.layout, source.dtype) == ("text", dtype)
     assert (len(source.files) > 2) == (shard_size == "20KB")
     write_folder(tmp_path / "out", source.backbone, fill_base(source, dtype), dtype, shard_bytes=25_000)
-    assert tiny.read_raw(tmp_path / "out") == tiny.read_raw(tmp_path / "in")
+    assert checkpoints.read_raw(tmp_path / "out") == checkpoints.read_raw(tmp_path / "in")
 
 
 @pytest.mark.parametrize("layout", list(key_map.LAYOUTS))
@@ -193,10 +194,10 @@ def test_transformers_loads_the_export_and_computes_the_same(torch_model, tmp_pa
         assert not report["missing_keys"]
 
 
-def test_nothing_here_imports_torch(tiny, tmp_path):
+def test_nothing_here_imports_torch(tmp_path):
     import subprocess
 
-    folder = tiny.write_checkpoint(tmp_path, tiny.random_state())
+    folder = checkpoints.write_checkpoint(tmp_path, checkpoints.random_state())
     code = (
         "import sys\nfrom sst_jax.weights import huggingface, source\n"
         "source.fill_base(huggingface.open_folder(sys.argv[1]), 'bfloat16')\n"
@@ -390,13 +391,13 @@ def test_any_config_is_read_or_refused(fields, size):
 
 
 @pytest.fixture
-def folder(tiny, tmp_path):
-    return tiny.write_checkpoint(tmp_path / "model", tiny.random_state())
+def folder(tmp_path):
+    return checkpoints.write_checkpoint(tmp_path / "model", checkpoints.random_state())
 
 
 @pytest.fixture
-def sharded(tiny, tmp_path):
-    return tiny.write_checkpoint(tmp_path / "model", tiny.random_state(), shards=2)
+def sharded(tmp_path):
+    return checkpoints.write_checkpoint(tmp_path / "model", checkpoints.random_state(), shards=2)
 
 
 def rewrite(folder, change):
@@ -440,18 +441,18 @@ def test_a_duplicate_across_shards_names_both_files(sharded):
 
 
 @pytest.mark.parametrize("key", ["lm_head.weight", "language_model.lm_head.weight"])
-def test_a_head_is_dropped_when_tied_and_refused_when_not(tiny, tmp_path, key):
+def test_a_head_is_dropped_when_tied_and_refused_when_not(tmp_path, key):
     layout = "multimodal" if "language" in key else "text"
-    state = tiny.random_state(layout=layout)
-    plain = fill_base(open_folder(tiny.write_checkpoint(tmp_path / "plain", state)), "float32")
+    state = checkpoints.random_state(layout=layout)
+    plain = fill_base(open_folder(checkpoints.write_checkpoint(tmp_path / "plain", state)), "float32")
     embedding = state[key_map.relayout("model.embed_tokens.weight", layout)]
-    tied = open_folder(tiny.write_checkpoint(tmp_path / "tied", {**state, key: embedding}))
+    tied = open_folder(checkpoints.write_checkpoint(tmp_path / "tied", {**state, key: embedding}))
     filled = fill_base(tied, "float32")
     np.testing.assert_array_equal(filled["embed"]["embedding"], plain["embed"]["embedding"])
     assert set(filled) == set(plain)
     head = embedding.copy()
     head[-1, -1] += 1
-    untied = open_folder(tiny.write_checkpoint(tmp_path / "untied", {**state, key: head}))
+    untied = open_folder(checkpoints.write_checkpoint(tmp_path / "untied", {**state, key: head}))
     with pytest.raises(InputError, match=rf"{key} differs from .*embed_tokens"):
         fill_base(untied, "float32")
 
@@ -591,24 +592,24 @@ def test_one_file_of_any_name_will_do_but_two_are_ambiguous(folder):
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def test_writing_refuses_to_overwrite(tiny, tmp_path, folder, monkeypatch):
+def test_writing_refuses_to_overwrite(tmp_path, folder, monkeypatch):
     base = fill_base(open_folder(folder), "bfloat16")
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(huggingface, "save_file", None)  # it must refuse before the work of writing, not after
         with pytest.raises(InputError, match="model is not empty"):
-            write_folder(folder, tiny.backbone, base, "bfloat16")
+            write_folder(folder, checkpoints.BACKBONE, base, "bfloat16")
     with pytest.raises(InputError, match=r"config\.json exists and is not a folder"):
-        write_folder(folder / "config.json", tiny.backbone, base, "bfloat16")
+        write_folder(folder / "config.json", checkpoints.BACKBONE, base, "bfloat16")
     with pytest.raises(InputError, match="cannot write"):
-        write_folder(folder / "config.json" / "below", tiny.backbone, base, "bfloat16")
+        write_folder(folder / "config.json" / "below", checkpoints.BACKBONE, base, "bfloat16")
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
-    write_folder(tmp_path / "empty", tiny.backbone, base, "bfloat16")
-    assert open_folder(tmp_path / "empty").backbone == tiny.backbone
+    write_folder(tmp_path / "empty", checkpoints.BACKBONE, base, "bfloat16")
+    assert open_folder(tmp_path / "empty").backbone == checkpoints.BACKBONE
 
 
-def test_a_failed_write_leaves_nothing(tiny, tmp_path, folder, monkeypatch):
+def test_a_failed_write_leaves_nothing(tmp_path, folder, monkeypatch):
     base = fill_base(open_folder(folder), "bfloat16")
     calls = []
 
@@ -620,11 +621,11 @@ def test_a_failed_write_leaves_nothing(tiny, tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(huggingface, "save_file", fail_late)
     with pytest.raises(OSError, match="disk full"):
-        write_folder(tmp_path / "out", tiny.backbone, base, "bfloat16", shard_bytes=20_000)
+        write_folder(tmp_path / "out", checkpoints.BACKBONE, base, "bfloat16", shard_bytes=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_one_shard_is_in_memory_at_a_time(tiny, tmp_path, folder, monkeypatch):
+def test_one_shard_is_in_memory_at_a_time(tmp_path, folder, monkeypatch):
     base = fill_base(open_folder(folder), "bfloat16")
     sizes = []
 
@@ -633,29 +634,29 @@ def test_one_shard_is_in_memory_at_a_time(tiny, tmp_path, folder, monkeypatch):
         save_file(state, *args, **kwargs)
 
     monkeypatch.setattr(huggingface, "save_file", watch)
-    write_folder(tmp_path / "out", tiny.backbone, base, "bfloat16", shard_bytes=20_000)
+    write_folder(tmp_path / "out", checkpoints.BACKBONE, base, "bfloat16", shard_bytes=20_000)
     assert len(sizes) > 2
     assert max(sizes) <= 20_000
 
 
-def test_a_misshapen_base_is_refused(tiny, tmp_path, folder):
+def test_a_misshapen_base_is_refused(tmp_path, folder):
     base = fill_base(open_folder(folder), "bfloat16")
     base["layers"]["q"]["kernel"] = base["layers"]["q"]["kernel"].swapaxes(1, 2)
     with pytest.raises(InputError, match=r"layers/q/kernel has shape \[8, 60, 24\], expected \[8, 24, 60\]"):
-        write_folder(tmp_path / "out", tiny.backbone, base, "bfloat16")
+        write_folder(tmp_path / "out", checkpoints.BACKBONE, base, "bfloat16")
     del base["layers"]["q"]
     with pytest.raises(InputError, match="no slot layers/q/kernel"):
-        write_folder(tmp_path / "out", tiny.backbone, base, "bfloat16")
+        write_folder(tmp_path / "out", checkpoints.BACKBONE, base, "bfloat16")
     assert not (tmp_path / "out").exists()
 
 
-def test_extras_go_in_beside(tiny, tmp_path, folder):
+def test_extras_go_in_beside(tmp_path, folder):
     jnp = pytest.importorskip("jax.numpy")
     base = fill_base(open_folder(folder), "bfloat16")
     base["final_norm"]["scale"] = jnp.asarray(base["final_norm"]["scale"])
     write_folder(
         tmp_path / "out",
-        tiny.backbone,
+        checkpoints.BACKBONE,
         base,
         "bfloat16",
         extra_files={"tokenizer.json": b"{}", "generation_config.json": b'{"eos_token_id": [1, 106]}'},
@@ -667,14 +668,18 @@ def test_extras_go_in_beside(tiny, tmp_path, folder):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "sst_gemma3"
     assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {"bfloat16"}  # what was written
-    raw = tiny.read_raw(tmp_path / "out")
+    raw = checkpoints.read_raw(tmp_path / "out")
     assert raw.pop("model.blend.theta")[:2] == ("float32", (8, 24))
-    assert raw == tiny.read_raw(folder)
+    assert raw == checkpoints.read_raw(folder)
     for name in ("../x", "config.json", "model.safetensors", "a/b", ""):
         with pytest.raises(InputError, match="extra file"):
-            write_folder(tmp_path / "bad", tiny.backbone, base, "bfloat16", shard_bytes=2e4, extra_files={name: b""})
+            write_folder(
+                tmp_path / "bad", checkpoints.BACKBONE, base, "bfloat16", shard_bytes=2e4, extra_files={name: b""}
+            )
     with pytest.raises(InputError, match="would replace"):
-        write_folder(tmp_path / "bad", tiny.backbone, base, "bfloat16", extra_tensors={"model.norm.weight": np.ones(1)})
+        write_folder(
+            tmp_path / "bad", checkpoints.BACKBONE, base, "bfloat16", extra_tensors={"model.norm.weight": np.ones(1)}
+        )
     assert not list(tmp_path.rglob("x"))
 
 
@@ -717,9 +722,9 @@ def test_a_cached_snapshot_needs_no_network(hub, folder):
     assert [offline for offline, _ in hub["calls"]] == [True]
 
 
-def test_an_uncached_or_incomplete_snapshot_is_downloaded(tiny, hub, folder, tmp_path):
+def test_an_uncached_or_incomplete_snapshot_is_downloaded(hub, folder, tmp_path):
     hub["online"] = folder
-    sharded = tiny.write_checkpoint(tmp_path / "sharded", tiny.random_state(), shards=2)
+    sharded = checkpoints.write_checkpoint(tmp_path / "sharded", checkpoints.random_state(), shards=2)
     assert resolve_hub("google/gemma-3-1b-pt") == folder
     partial = tmp_path / "partial"
     partial.mkdir()
@@ -780,7 +785,7 @@ def test_offline_and_uncached_with_the_real_client(tmp_path, monkeypatch):
         resolve_hub("google/gemma-3-1b-pt")
 
 
-def test_a_real_cache_is_read_offline(tiny, tmp_path, monkeypatch):
+def test_a_real_cache_is_read_offline(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -788,7 +793,7 @@ def test_a_real_cache_is_read_offline(tiny, tmp_path, monkeypatch):
     commit, repo = "0" * 40, tmp_path / "models--google--gemma-3-tiny"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
-    snapshot = tiny.write_checkpoint(repo / "snapshots" / commit, tiny.random_state(), shards=2)
+    snapshot = checkpoints.write_checkpoint(repo / "snapshots" / commit, checkpoints.random_state(), shards=2)
     assert resolve_hub("google/gemma-3-tiny") == snapshot
     (snapshot / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"model-00002-of-00002.*missing|cannot be fetched"):

@@ -19,6 +19,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.weights.huggingface import open_folder
 from sst_jax.weights.source import digest, fill_base
 from sst_jax.weights.store import is_base_folder, load_base, read_header, save_base, verify
+from tests.support import checkpoints
 
 CONFIG = ModelConfig(PRESETS["tiny"]).to_dict()
 FACTS = {"layout": "multimodal", "digest": "ab" * 32, "dtype": "bfloat16"}
@@ -222,13 +223,15 @@ def test_what_cannot_be_stored_is_refused_and_leaves_nothing(tmp_path, params, f
     assert not list(tmp_path.iterdir())
 
 
-def test_from_hugging_face_to_a_base_folder(tiny, tmp_path):
-    source = open_folder(tiny.write_checkpoint(tmp_path / "hf", tiny.random_state(layout="multimodal"), shards=2))
+def test_from_hugging_face_to_a_base_folder(tmp_path):
+    source = open_folder(
+        checkpoints.write_checkpoint(tmp_path / "hf", checkpoints.random_state(layout="multimodal"), shards=2)
+    )
     base = fill_base(source, source.dtype)
     facts = {"layout": source.layout, "digest": digest(source.files), "dtype": source.dtype}
     save_base(tmp_path / "base", ModelConfig(source.backbone).to_dict(), {"base": base}, facts)
     config, loaded, found = load_base(tmp_path / "base")
-    assert ModelConfig.from_dict(config).backbone == tiny.backbone
+    assert ModelConfig.from_dict(config).backbone == checkpoints.BACKBONE
     assert found == facts
     assert flat(loaded["base"]) == flat(base)
 

@@ -20,6 +20,7 @@ from sst_jax.families.registry import PRESETS
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.weights import huggingface, key_map, store
 from sst_jax.weights.source import fill_base
+from tests.support import checkpoints
 
 BACKBONE = BackboneConfig(
     num_layers=7,
@@ -37,9 +38,9 @@ BACKBONE = BackboneConfig(
 
 
 @pytest.fixture
-def folder(tmp_path, tiny):
+def folder(tmp_path):
     """A Hugging Face folder in three shards, with the byte tokenizer."""
-    made = tiny.write_checkpoint(tmp_path / "source", tiny.random_state(BACKBONE), BACKBONE, shards=3)
+    made = checkpoints.write_checkpoint(tmp_path / "source", checkpoints.random_state(BACKBONE), BACKBONE, shards=3)
     for name, content in ByteTokenizer().files().items():
         (made / name).write_bytes(content)
     return made
@@ -112,14 +113,14 @@ def test_damage_is_noticed_by_both_ways_of_reading(folder, tmp_path):
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-def test_the_vision_tower_goes_through_untouched_or_not_at_all(tmp_path, tiny, text_only):
-    state = tiny.random_state(BACKBONE, layout="multimodal")
+def test_the_vision_tower_goes_through_untouched_or_not_at_all(tmp_path, text_only):
+    state = checkpoints.random_state(BACKBONE, layout="multimodal")
     tower = {
         "vision_tower.a.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
         "multi_modal_projector.b": np.ones(3),
     }
     config = huggingface.config_json(BACKBONE, "bfloat16", "multimodal") | {"mm_tokens_per_image": 9}
-    source = tiny.write_checkpoint(tmp_path / "source", {**state, **tower}, BACKBONE, config)
+    source = checkpoints.write_checkpoint(tmp_path / "source", {**state, **tower}, BACKBONE, config)
     for name, content in ByteTokenizer().files().items():
         (source / name).write_bytes(content)
     flags = ["--text-only"] if text_only else []
@@ -140,11 +141,11 @@ def test_the_vision_tower_goes_through_untouched_or_not_at_all(tmp_path, tiny, t
     assert all(np.array_equal(written[key], state[key]) for key in state if key in written)
 
 
-def test_the_vision_tower_is_found_beside_an_export_with_a_stream(tmp_path, tiny):
+def test_the_vision_tower_is_found_beside_an_export_with_a_stream(tmp_path):
     config = huggingface.config_json(BACKBONE, "float32", "multimodal")
     tower = {"vision_tower.a.weight": np.arange(6, dtype=np.float32)}
-    state = tiny.random_state(BACKBONE, layout="multimodal")
-    source = tiny.write_checkpoint(tmp_path / "source", {**state, **tower}, BACKBONE, config)
+    state = checkpoints.random_state(BACKBONE, layout="multimodal")
+    source = checkpoints.write_checkpoint(tmp_path / "source", {**state, **tower}, BACKBONE, config)
     for name, content in ByteTokenizer().files().items():
         (source / name).write_bytes(content)
     sst_jax.load(source).with_stream().save(tmp_path / "base")

@@ -7,7 +7,7 @@ from sst_jax.errors import InputError
 from sst_jax.lab.evaluation import contamination
 from sst_jax.lab.evaluation.tasks import Item, find
 from sst_jax.training.recipe import defaults
-from tests.lab.evaluation.conftest import gsm8k_lines, write_lines
+from tests.support.problems import gsm8k_lines, write_lines
 
 LONG = "a baker bakes one two three four five six seven eight nine ten eleven rolls and sells none"
 

@@ -11,7 +11,7 @@ from sst_jax.console.command import run
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.weights.huggingface import write_folder
-from tests.lab.evaluation.conftest import gsm8k_lines, write_lines
+from tests.support.problems import gsm8k_lines, write_lines
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sst_jax.data.tracking import Stories, parse
 from sst_jax.errors import InputError
 from sst_jax.lab.evaluation import tasks
-from tests.lab.evaluation.conftest import GPQA, write_lines
+from tests.support.problems import GPQA, write_lines
 
 GPQA_ROW = dict(zip(GPQA, ("r1", "Which, of\nthese, is blue?", "sky", "grass", "milk", "coal"), strict=True))
 ARC_ROW = {
