@@ -13,11 +13,14 @@ The aliases are checked at run time in the tests (jaxtyping with beartype) and c
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-Tokens = Int[Array, "B T"]
-SegmentIds = Int[Array, "B T"]  # 0 is padding, documents count from 1
-Positions = Int[Array, "B T"]  # restart at 0 with every document
+AnyArray = Array | np.ndarray  # on a device or in the host's memory
+
+Tokens = Int[AnyArray, "B T"]
+SegmentIds = Int[AnyArray, "B T"]  # 0 is padding, documents count from 1
+Positions = Int[AnyArray, "B T"]  # restart at 0 with every document
 Logits = Float[Array, "B T V"]
 Hidden = Float[Array, "B TI D"]  # the residual stream, or a state
 Queries = Float[Array, "B TI N H"]
@@ -42,9 +45,9 @@ HeadTable = Float[Array, "V D"]
 Fraction = Float[Array, ""]
 
 # Decoding, one position a row.
-RowInts = Int[Array, "B"]
-RowFloats = Float[Array, "B"]
-RowBools = Bool[Array, "B"]
+RowInts = Int[AnyArray, "B"]
+RowFloats = Float[AnyArray, "B"]
+RowBools = Bool[AnyArray, "B"]
 RowHidden = Float[Array, "B D"]  # normed hidden states of one position
 RowStates = Float[Array, "L B D"]  # each layer's state
 RowLogits = Float[Array, "B V"]

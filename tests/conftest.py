@@ -20,6 +20,13 @@ def pytest_addoption(parser, pluginmanager):
         install_import_hook("sst_jax", "beartype.beartype")
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("typecheck"):
+        for item in items:
+            if item.get_closest_marker("wrong_types"):
+                item.add_marker(pytest.mark.skip(reason="--typecheck refuses wrong types before the package can"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Tests compile many programs more than once: keep them for the session, for workers and subprocesses too.

@@ -22,6 +22,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
+from sst_jax.types import RowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -46,8 +47,8 @@ def capacity_for(length: int) -> int:
 def prefill(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Tokens,
+    lengths: RowInts,
     *,
     capacity: int,
     depth: int = 1,
@@ -72,8 +73,8 @@ class PrefillChunk(NamedTuple):
 def prefill_chunks(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Tokens,
+    lengths: RowInts,
     *,
     capacity: int,
     depth: int = 1,
@@ -93,7 +94,7 @@ def prefill_chunks(
 def fill_chunk(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    tokens: Tokens,
     count: jax.Array,
     cache: Cache,
     hidden: jax.Array,
@@ -140,7 +141,7 @@ def fill_chunk(
 
 def chunk_context(
     config: ModelConfig,
-    tokens: jax.Array,
+    tokens: Tokens,
     count: jax.Array,
     cache: Cache,
     *,

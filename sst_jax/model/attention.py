@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.kernels import KERNELS
 from sst_jax.model.layers import rope_frequencies, rope_table, rotate
+from sst_jax.types import Positions, SegmentIds
 
 Table = tuple[jax.Array, jax.Array]
 
@@ -98,7 +99,7 @@ def attention_once(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, sc
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def ropes(backbone: BackboneConfig, positions: jax.Array) -> Ropes:
+def ropes(backbone: BackboneConfig, positions: Positions) -> Ropes:
     """Tables for `positions` [B, T]."""
     size, scale = backbone.head_dim, backbone.rope_scale_global
     local = rope_frequencies(size, backbone.rope_theta_local, 1.0)
@@ -118,7 +119,7 @@ def attend_rows(
     backbone: BackboneConfig,
     is_global: jax.Array,
     tables: Ropes,
-    segment_ids: jax.Array,
+    segment_ids: SegmentIds,
     depth: int,
     keep: str,
     q: jax.Array,

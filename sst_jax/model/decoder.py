@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.config import ModelConfig
@@ -28,6 +29,7 @@ from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import constrain, gather
 from sst_jax.model.state import Masks, alpha_and_gain, masks_for
+from sst_jax.types import Positions, SegmentIds, Tokens
 
 Params = dict[str, Any]
 # What training keeps of a layer until its backward pass: everything that a gradient reads; the layer's inputs and the
@@ -56,7 +58,7 @@ class Context:
 
     config: ModelConfig
     ropes: Ropes
-    segment_ids: jax.Array | None = None  # [B, T]; None when decoding
+    segment_ids: SegmentIds | None = None  # [B, T]; None when decoding
     masks: Masks | None = None
     depth: int = 1
     alpha_warmup_fraction: jax.Array | None = None
@@ -69,9 +71,9 @@ class Context:
 
 def row_context(
     config: ModelConfig,
-    tokens: jax.Array,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
+    tokens: Tokens,
+    segment_ids: SegmentIds | None = None,
+    positions: Positions | None = None,
     *,
     depth: int = 1,
     **rest: Any,
@@ -87,7 +89,7 @@ def row_context(
     return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth, **rest)
 
 
-def document_positions(segment_ids: jax.Array) -> jax.Array:
+def document_positions(segment_ids: SegmentIds) -> jax.Array:
     """Positions [B, T] counted from 0 at the start of every run of equal segment ids."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     starts = jnp.concatenate(
@@ -101,7 +103,7 @@ def layer_slots(layer_types: tuple[str, ...]) -> np.ndarray:
     return np.array([layer_types[:layer].count(kind) for layer, kind in enumerate(layer_types)], np.int32)
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters: base in `dtype`, adapter and blend in float32. Also the shapes, under `jax.eval_shape`."""
     backbone = config.backbone
     embed_key, layers_key = jax.random.split(key)
@@ -137,7 +139,7 @@ def init_blend(config: ModelConfig, key: jax.Array) -> Params:
     return jax.jit(lambda key: init_params(config, key)["blend"])(key)
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """`init_params` as shapes and types only."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
 
@@ -229,7 +231,7 @@ def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer
     return Layer(block, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
 
 
-def embed(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+def embed(config: ModelConfig, params: Params, tokens: Tokens) -> jax.Array:
     """Return scaled token embeddings, [B, T, D], in the config's dtype."""
     return embed_tokens(config.backbone, params["base"]["embed"]["embedding"], tokens, jnp.dtype(config.dtype))
 

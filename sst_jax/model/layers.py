@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.quantization.storages import product
@@ -55,7 +56,7 @@ class RMSNorm(nnx.Module):
     one rounding more, and in float32 the same.
     """
 
-    def __init__(self, size: int, eps: float, offset: float, dtype: jnp.dtype):
+    def __init__(self, size: int, eps: float, offset: float, dtype: DTypeLike):
         self.scale = Base(jnp.full(size, 1.0 - offset, dtype))
         self.eps, self.offset = eps, offset
 
@@ -92,7 +93,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int], rank: int, scale: float, dtype: jnp.dtype, rngs: nnx.Rngs, bias: bool = False
+        self, shape: tuple[int, int], rank: int, scale: float, dtype: DTypeLike, rngs: nnx.Rngs, bias: bool = False
     ):
         inputs, outputs = shape
         self.kernel = Base(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(inputs))
@@ -121,7 +122,7 @@ ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "s
 class Block(nnx.Module):
     """The parameters of one decoder layer, with the stream's where there is one; a norm that it lacks only widens."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         backbone, adapter, stream = config.backbone, config.adapter, config.stream
         for names, size, present in (
             (("pre_attn_norm", "pre_ffn_norm"), backbone.d_model, True),
@@ -185,7 +186,7 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
 
 
-def embed(backbone: BackboneConfig, embedding: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embed(backbone: BackboneConfig, embedding: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Token embeddings times embed_scale, [..., D]; the factor is rounded to the table's type, as in the reference."""
     scale = jnp.asarray(backbone.embed_scale, embedding.dtype)
     return (jnp.take(embedding, tokens, axis=0) * scale).astype(dtype)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
@@ -29,6 +30,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.layers import ACTIVATIONS, to_float32
 from sst_jax.model.state import Masks, blend, decay_state, initial_state, scan_states, shift_right, state_update
+from sst_jax.types import Positions, SegmentIds, Tokens
 
 FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
 CHUNK = 32  # positions of `exact` between checkpoints, at most
@@ -104,7 +106,7 @@ def feed(
     layer: Layer,
     h: AttentionResidual | jax.Array,
     context: Context,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     s: jax.Array | None = None,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -292,13 +294,13 @@ SETTINGS = ("config", "forward", "passes", "depth")
 def hidden(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    tokens: Tokens,
     *,
     forward: str = "two_pass",
     passes: int = 2,
     depth: int = 1,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
+    segment_ids: SegmentIds | None = None,
+    positions: Positions | None = None,
     alpha_warmup_fraction: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     remat: str = "none",
@@ -351,7 +353,7 @@ def num_residuals(forward: str, passes: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=SETTINGS)
-def logits(config: ModelConfig, params: Params, tokens: jax.Array, **settings: Any) -> jax.Array:
+def logits(config: ModelConfig, params: Params, tokens: Tokens, **settings: Any) -> jax.Array:
     """Logits [B, T, V], float32 or wider; settings as for `hidden`."""
     return decoder.head(params, hidden(config, params, tokens, **settings))
 
@@ -360,12 +362,12 @@ def logits(config: ModelConfig, params: Params, tokens: jax.Array, **settings: A
 def states(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    tokens: Tokens,
     *,
     forward: str = "exact",
     passes: int = 2,
     depth: int = 1,
-    segment_ids: jax.Array | None = None,
+    segment_ids: SegmentIds | None = None,
 ) -> jax.Array:
     """What every layer remembers after every iteration, [L, B, T, I, D], as the named forward has it (not plain).
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from sst_jax.model.config import StreamConfig
 from sst_jax.model.layers import Block, to_float32, unit_rms
+from sst_jax.types import SegmentIds, Tokens
 
 EPS = 1e-6
 
@@ -140,7 +141,7 @@ def shift_right(
     return jnp.where(masks.has_state, earlier, initial_state(stream, x))
 
 
-def masks_for(stream: StreamConfig, segment_ids: jax.Array, tokens: jax.Array, depth: int, bos_id: int | None) -> Masks:
+def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, depth: int, bos_id: int | None) -> Masks:
     """Masks for whole rows, [B, T*I, 1], from segment_ids [B, T] (0 is padding) and tokens [B, T]."""
     real = segment_ids > 0
     source = real

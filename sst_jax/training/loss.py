@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from sst_jax.model.sharding import constrain, on_a_mesh
 from sst_jax.types import AnswerMask, FlatHidden, FlatLosses, FlatMask, FlatTokens, HeadTable, Hidden, Losses, Tokens
@@ -51,7 +52,7 @@ def _chunked(
 
 
 def _whole_block(
-    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: jnp.dtype, with_gradient: bool
+    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: DTypeLike, with_gradient: bool
 ) -> tuple[FlatLosses, FlatHidden | None]:
     """Return the losses of a block of positions and their gradients, from all of its logits [M, V]."""
     table = embedding.astype(x.dtype)
@@ -67,7 +68,7 @@ def _whole_block(
 
 
 def _tiled_block(
-    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: jnp.dtype, with_gradient: bool
+    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: DTypeLike, with_gradient: bool
 ) -> tuple[FlatLosses, FlatHidden | None]:
     """Return what `_whole_block` does, from tiles of logits, [M, COLUMNS] each."""
     size = len(embedding)

@@ -24,6 +24,7 @@ from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Block, embed, to_float32
 from sst_jax.model.quantization import gptq, storages
+from sst_jax.types import SegmentIds, Tokens
 from sst_jax.weights import key_map
 from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, lazy_base
 
@@ -113,7 +114,7 @@ class _Observed:
 
 @functools.partial(jax.jit, static_argnums=0)
 def through(
-    config: ModelConfig, layer: dict[str, Any], x: jax.Array, tokens: jax.Array, segment_ids: jax.Array
+    config: ModelConfig, layer: dict[str, Any], x: jax.Array, tokens: Tokens, segment_ids: SegmentIds
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """x [B, T, D] behind a layer (kernels and norms, unstacked), and the Gram matrices [K, K] of OBSERVED."""
     context = decoder.row_context(config, tokens, segment_ids)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -185,7 +186,7 @@ def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
 
 
 def _base_tensors(
-    backbone: BackboneConfig, base: Mapping[str, Any], dtype: np.dtype, layout: str
+    backbone: BackboneConfig, base: Mapping[str, Any], dtype: DTypeLike, layout: str
 ) -> Iterator[tuple[str, int, Any]]:
     """(key, bytes, function that makes the array) of every tensor to write, shapes checked and nothing copied yet."""
 

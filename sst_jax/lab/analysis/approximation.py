@@ -22,6 +22,7 @@ from sst_jax.errors import InputError
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
 from sst_jax.model.decoder import Params, abstract_params
+from sst_jax.types import Tokens
 
 FIT_BELOW = 0.05
 MEASURES = ("states", "logits", "kl", "adapter_gradient", "blend_gradient")
@@ -146,7 +147,7 @@ def measure(
 def _look(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    tokens: Tokens,
     forward: str,
     passes: int,
     depth: int,
@@ -164,7 +165,7 @@ def _look(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
-def _gradient(config: ModelConfig, base: Params, trainable: Params, tokens: jax.Array, settings: tuple) -> Params:
+def _gradient(config: ModelConfig, base: Params, trainable: Params, tokens: Tokens, settings: tuple) -> Params:
     """Gradient of the mean next-token loss with respect to `trainable`."""
 
     def loss(trainable: Params) -> jax.Array:

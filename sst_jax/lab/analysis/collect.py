@@ -30,6 +30,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.quantization import storages
 from sst_jax.model.rules import exact, plain
+from sst_jax.types import Tokens
 
 TOP = 100  # likeliest tokens that are kept
 
@@ -99,7 +100,7 @@ RULES = {"output": outputs, "memory": remembered}
 def run_texts(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    tokens: Tokens,
     count: jax.Array,
     cache: Cache,
     options: Any = None,

@@ -14,6 +14,7 @@ from sst_jax.inference.model import Model
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
+from sst_jax.types import SegmentIds, Tokens
 
 BUCKET = 64  # rows are padded to multiples of this, so that few shapes are compiled
 CHUNK = 64  # positions whose logits exist at one time
@@ -61,8 +62,8 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
 def _score(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
+    tokens: Tokens,
+    segment_ids: SegmentIds,
     places: jax.Array,
     *,
     depth: int,

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.types import Gram, Kernel, LinearInputs, LinearOutputs
@@ -54,7 +55,7 @@ class LinearStorage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def kernel(self, leaf: Leaf, dtype: jnp.dtype) -> Kernel:
+    def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         """Return the kernel [..., in, out] that a leaf stands for, in `dtype`."""
 
     def quantise_for(self, kernel: Kernel, factor: Gram) -> dict[str, jax.Array]:
@@ -68,18 +69,18 @@ class LinearStorage(abc.ABC):
         """Return x [..., in] times the kernel, [..., out] in x's type."""
         return x @ self.kernel(leaf, x.dtype)
 
-    def cast(self, leaf: Leaf, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    def cast(self, leaf: Leaf, dtype: DTypeLike) -> dict[str, jax.Array]:
         """Return a leaf in another type of floats; quantised numbers stay, as they say what the weights are."""
         return dict(leaf)
 
-    def abstract(self, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Shapes:
+    def abstract(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Shapes:
         """Return the shapes and types of the leaf of a kernel [..., in, out] of `dtype`, without computing it.
 
         Raises: InputError as `quantise`.
         """
         return jax.eval_shape(self.quantise, jax.ShapeDtypeStruct(shape, dtype))
 
-    def num_bytes(self, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> int:
+    def num_bytes(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> int:
         """Return the bytes of the leaf of a kernel [..., in, out] of `dtype`."""
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.abstract(shape, dtype).values())
 
@@ -98,10 +99,10 @@ class AsItIs(LinearStorage):
     def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
         return {"kernel": kernel}
 
-    def kernel(self, leaf: Leaf, dtype: jnp.dtype) -> Kernel:
+    def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return leaf["kernel"].astype(dtype)
 
-    def cast(self, leaf: Leaf, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    def cast(self, leaf: Leaf, dtype: DTypeLike) -> dict[str, jax.Array]:
         return {name: value.astype(dtype) for name, value in leaf.items()}
 
 

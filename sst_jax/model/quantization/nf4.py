@@ -27,6 +27,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model.quantization.base import BLOCKS, Leaf, LinearStorage
@@ -168,7 +169,7 @@ def quantise_for(kernel: Kernel, factor: Gram, kind: str = "nf4") -> dict[str, j
     return {"codes": _packed(codes.reshape(inputs, outputs)), **scales}
 
 
-def kernel_of(leaf: Leaf, dtype: jnp.dtype = jnp.bfloat16) -> Kernel:
+def kernel_of(leaf: Leaf, dtype: DTypeLike = jnp.bfloat16) -> Kernel:
     """Return the kernel [..., in, out] of an NF4 leaf."""
     codes = leaf["codes"]
     *lead, half, outputs = codes.shape
@@ -197,5 +198,5 @@ class NF4(LinearStorage):
     def quantise_for(self, kernel: Kernel, factor: Gram) -> dict[str, jax.Array]:
         return quantise_for(kernel, factor, self.name)
 
-    def kernel(self, leaf: Leaf, dtype: jnp.dtype) -> Kernel:
+    def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return kernel_of(leaf, dtype)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model.quantization import nf4
@@ -92,7 +93,7 @@ def quantise_layers(layers: Params, kind: str = "nf4") -> Params:
     }
 
 
-def dequantise(layers: Params, dtype: jnp.dtype = jnp.bfloat16) -> Params:
+def dequantise(layers: Params, dtype: DTypeLike = jnp.bfloat16) -> Params:
     """Return a layer (or a stack of layers) with every quantised linear turned back into a kernel of `dtype`."""
     return {
         name: {**_others(leaf, storage), "kernel": storage.kernel(leaf, dtype)}
@@ -102,7 +103,7 @@ def dequantise(layers: Params, dtype: jnp.dtype = jnp.bfloat16) -> Params:
     }
 
 
-def unpack(layer: Params, dtype: jnp.dtype) -> Params:
+def unpack(layer: Params, dtype: DTypeLike) -> Params:
     """Return one layer as its linears multiply it: kernels, of a fused storage a `StoredLinear` in a kernel's place."""
     unpacked = {}
     for name, leaf in layer.items():
@@ -122,7 +123,7 @@ def product(x: LinearInputs, kernel: jax.Array | StoredLinear) -> LinearOutputs:
     return AS_IT_IS.product(x, {"kernel": kernel})
 
 
-def cast(tree: Tree, dtype: jnp.dtype | str) -> Tree:
+def cast(tree: Tree, dtype: DTypeLike) -> Tree:
     """Return a tree of parameters in another type of floats; quantised linears stay."""
 
     def one(leaf: Leaf | jax.Array) -> Leaf | jax.Array:

@@ -1,0 +1,39 @@
+"""`--typecheck` is live: with it the package's annotations are checked, and a wrong shape is an error that names it."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+
+from tests.support import ROOT
+
+WRONG = """
+import jax.numpy as jnp, pytest
+from sst_jax.model import decoder
+
+def test_wrong():
+    with pytest.raises(Exception, match="document_positions") as error:
+        decoder.document_positions(jnp.ones(3, int))
+    assert type(error.value).__name__ == "TypeCheckError"
+    assert decoder.document_positions(jnp.ones((1, 3), int)).tolist() == [[0, 1, 2]]
+"""
+
+
+def test_a_wrong_shape_is_refused_under_the_option(tmp_path):
+    """In sessions of their own, the checked one with a worker, which learns of the option in another way."""
+    file = tmp_path / "test_wrong.py"
+    file.write_text(WRONG)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    command += ["--rootdir", str(ROOT), "-p", "tests.conftest", str(file)]
+    checked = subprocess.run([*command, "-n", "1", "--typecheck"], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert plain.returncode == 1
+    assert "TypeCheckError" not in plain.stdout
+
+
+def test_this_session_is_checked_where_it_was_asked(request):
+    from sst_jax.model import decoder
+
+    assert hasattr(decoder.document_positions, "__wrapped__") == request.config.getoption("typecheck")
+    assert decoder.document_positions(jnp.ones((2, 3), int)).shape == (2, 3)
