@@ -106,13 +106,13 @@ def llama_job(source: str) -> Callable[[list[int], int], Timing]:
     """llama.cpp (pip install xllamacpp), on the GGUF file that the model was read from, by its own clock."""
     import xllamacpp
 
-    from sst_jax.weights.loading import source_of
+    from sst_jax.weights.loading import resolve
 
-    found = source_of(source)
-    if found is None or found[0].kind != "gguf":
+    found = resolve(source).source
+    if found is None or found.kind != "gguf":
         raise InputError(f"llama.cpp reads GGUF files, and {source} is none: leave it out of --jobs")
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(found[0].files[0]), 2048, 1
+    params.model.path, params.n_ctx, params.n_parallel = str(found.files[0]), 2048, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
     server = xllamacpp.Server(params)
 

@@ -120,7 +120,7 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     from sst_jax.lab.evaluation.evaluation import read_task
     from sst_jax.lab.studies import arms, pairs
     from sst_jax.training import recipe
-    from sst_jax.weights.loading import backbone_of
+    from sst_jax.weights.loading import resolve
 
     # Everything that can be wrong with the input shows before the first run.
     measured = {task: EvalConfig(task, "loss", data=args.data, limit=args.limit, batch_size=25) for task in study.tasks}
@@ -139,7 +139,7 @@ def pretrained(args: Any, study: Pretrained, overrides: Sequence[str], workdir: 
     shared = [*study.overrides, *overrides]
     reference = recipe.resolve(recipe.read(config, [*shared, *ARMS[REFERENCE]]))
     baseline = recipe.resolve(recipe.read(config, [*shared, arms.OFF]))
-    found = arms.costs(reference, baseline, backbone_of(reference.model.source))
+    found = arms.costs(reference, baseline, resolve(reference.model.source).backbone)
     own = {name: ARMS[name] if name in ARMS else arms.overrides(name, reference, found) for name in names}
     runs = {
         (name, seed): [*shared, *own[name], f"--config.train.seed={seed}"]

@@ -118,7 +118,7 @@ def basins(args: Any) -> None:
         collection = collect(model, texts, settings, out / "collected", meter.update)
     with bar(len(texts), "measuring", "problem") as meter:
         found = findings.measure(model, collection, settings, args.layer % layers, meter.update)
-    result = {"model": {**model.facts, "recipe": None}, "settings": vars(args), **found.result}
+    result = {"model": {**model.provenance.to_json(), "recipe": None}, "settings": vars(args), **found.result}
     write_json(out / "result.json", result)
     if args.json:
         write_json(args.json, result)
@@ -234,8 +234,8 @@ def approximation(args: Any) -> None:
     title = f"{Path(args.model).name}, state={stream.state}"
     room.figure(records, out / "approximation.png", title)
     result = {
-        "model": model.facts, "stream": dataclasses.asdict(stream), "dtype": args.dtype, "batch": args.batch,
-        "records": records, "orders": fitted,
+        "model": model.provenance.to_json(), "stream": dataclasses.asdict(stream), "dtype": args.dtype,
+        "batch": args.batch, "records": records, "orders": fitted,
     }  # fmt: skip
     write_json(out / "result.json", result)
     if args.json:

@@ -53,44 +53,45 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     target = new_folder(args.to)
 
-    from sst_jax.weights.loading import source_dtype, source_of
+    from sst_jax.weights.loading import resolve
 
     started = time.monotonic()
-    dtype = args.dtype or source_dtype(args.source)
-    found = source_of(args.source)
+    reference = resolve(args.source)
+    dtype, source = args.dtype or reference.dtype, reference.source
     if args.calibrate and args.quantize == "none":
         raise InputError("--calibrate needs --quantize nf4 or nf4_double: nothing else is fitted to texts")
-    if args.calibrate and found is None:
+    if args.calibrate and source is None:
         raise InputError(
             f"--calibrate reads a foreign checkpoint layer by layer, and {args.source} is none: give the Hugging Face "
             "folder or GGUF file that it was made from"
         )
-    if found is None:
+    if source is None:
         from sst_jax.inference.model import Model
-        from sst_jax.weights.loading import open_model
 
-        model = Model(*open_model(args.source, dtype, args.quantize))
+        model = Model(*reference.open(dtype, args.quantize))
         model.save(target, vision=not args.text_only)
-        facts, backbone = model.facts, model.config.backbone
+        provenance, backbone = model.provenance, model.config.backbone
     else:
-        facts, backbone = streamed(*found, target, dtype, args)
+        provenance, backbone = streamed(source, reference.location, target, dtype, args), source.backbone
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(
         f"{backbone.family}: {backbone.num_layers} layers, {backbone.num_params / 1e6:,.0f}M parameters, {dtype}",
         end="",
     )
-    print(f", linears in {facts['quantize']}" if facts.get("quantize", "none") != "none" else "", end="")
-    print(f", for {facts['calibration']['tokens']:,} tokens of {args.calibrate}" if args.calibrate else "")
+    print(f", linears in {provenance.quantize}" if provenance.quantize != "none" else "", end="")
+    print(f", for {provenance.calibration['tokens']:,} tokens of {args.calibrate}" if args.calibrate else "")
     print(f"written to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
     print(f"next: python -m sst_jax.generate --model {target} --prompt 'The capital of France is'")
     if args.json:
-        result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": dtype, "source": facts}
+        result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": dtype, "source": provenance.to_json()}
         write_json(args.json, result)
 
 
-def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> tuple[dict[str, Any], Any]:
-    """Converts a foreign checkpoint a tensor at a time; returns its facts and backbone."""
+def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> Any:
+    """Convert a foreign checkpoint a tensor at a time; return its provenance."""
+    import dataclasses
+
     from safetensors.numpy import save
 
     from sst_jax.console.progress import bar
@@ -99,31 +100,38 @@ def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> tup
     from sst_jax.model.config import ModelConfig
     from sst_jax.weights import calibrate, store
     from sst_jax.weights.loading import vision_tensors
+    from sst_jax.weights.provenance import Provenance
 
-    facts = {"kind": source.kind, "path": name, "layout": source.layout, "quantize": args.quantize}
     tokenizer, config, texts = load_tokenizer(source.path), ModelConfig(source.backbone).to_dict(), None
     if args.calibrate:
         texts = calibrate.read_texts(args.calibrate, tokenizer, args.calibrate_tokens)
-        facts["calibration"] = texts.facts
     files = tokenizer.files()
     tower, tower_config = ({}, {}) if args.text_only else vision_tensors(source)
     if tower:
-        files[store.VISION], facts["vision_config"] = save(tower, metadata={"format": "pt"}), tower_config
+        files[store.VISION] = save(tower, metadata={"format": "pt"})
         del tower
     # Hashing takes as long as converting and needs no more than a core: both at once.
     with ThreadPoolExecutor(1) as pool, bar(None, "converting", unit="tensor") as meter:
         identity = pool.submit(digest, source.files)
+        known = Provenance(
+            source.kind,
+            name,
+            layout=source.layout,
+            quantize=args.quantize,
+            calibration=texts.facts if texts else None,
+            vision_config=tower_config or None,
+        )
 
-        def finished() -> dict[str, Any]:
-            facts["digest"] = identity.result()
-            return facts
+        def provenance() -> Provenance:
+            return dataclasses.replace(known, digest=identity.result())
 
         def update(done: int, total: int) -> None:
             meter.total = total
             meter.update(done - meter.n)
 
-        store.stream_base(target, source, config, finished, files, dtype, args.quantize, update, texts)
-    return facts, source.backbone
+        facts = lambda: provenance().conversion_record()  # noqa: E731
+        store.stream_base(target, source, config, facts, files, dtype, args.quantize, update, texts)
+        return provenance()
 
 
 if __name__ == "__main__":

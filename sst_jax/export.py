@@ -81,16 +81,17 @@ def main(argv: Sequence[str]) -> None:
     check(args)
 
     from sst_jax.weights import hub
-    from sst_jax.weights.loading import open_model, source_dtype
+    from sst_jax.weights.loading import resolve
 
     if args.push and not args.dry_run:
         hub.check(args.push, args.force)
     started = time.monotonic()
-    own = source_dtype(args.source)  # what the model is read in; it is narrowed or widened as it is written
+    reference = resolve(args.source)
+    own = reference.dtype  # what the model is read in; it is narrowed or widened as it is written
     dtype = "float32" if args.format == "adapter" else args.dtype or own
-    opened = open_model(args.source, own, lazy=True)
-    config, facts = opened.config, opened.provenance
-    result: dict[str, Any] = {"to": str(target), "format": args.format, "dtype": dtype, "source": facts}
+    opened = reference.open(own, lazy=True)
+    config, provenance = opened.config, opened.provenance
+    result: dict[str, Any] = {"to": str(target), "format": args.format, "dtype": dtype, "source": provenance.to_json()}
     if args.format == "adapter":
         result |= write_adapter(args, target, opened)
     else:
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     result["seconds"] = time.monotonic() - started
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{args.format}: {size / 1e6:,.1f} MB in {dtype} at {target} ({result['seconds']:.1f} s)")
-    print(describe(args, config, facts, result))
+    print(describe(args, config, provenance, result))
     measure = config.backbone.num_params <= MEASURED if args.measure_gap is None else args.measure_gap
     if measure and args.format != "adapter":
         result["logit_gap"] = gap = logit_gap(args.source, target, with_stream=args.format == "sst")
@@ -139,7 +140,7 @@ def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any)
     from sst_jax.weights.loading import vision_of
     from sst_jax.weights.lora import merge
 
-    config, params, tokenizer, facts = opened
+    config, params, tokenizer, provenance = opened
     sst = args.format == "sst"
     if sst and config.stream is None:
         raise InputError(f"{args.source} has no stream: export it with --format merged")
@@ -152,16 +153,16 @@ def write_model(args: argparse.Namespace, target: Path, dtype: str, opened: Any)
     }
     files = tokenizer.export_files() | {"generation_config.json": (json.dumps(ends, indent=2) + "\n").encode()}
     files["README.md"] = card(args, opened, gaps).encode()
-    layout = args.layout or ("text" if args.text_only or sst else facts.get("layout")) or "text"
-    tensors, own_config = ({}, {}) if layout == "text" else vision_of(facts)
+    layout = args.layout or ("text" if args.text_only or sst else provenance.layout) or "text"
+    tensors, own_config = ({}, {}) if layout == "text" else vision_of(provenance)
     if sst:
         files |= export_format.torch_files(config.backbone)
-        own_config = ends | export_format.sst_config(config, facts, args.keep_lora)
+        own_config = ends | export_format.sst_config(config, provenance, args.keep_lora)
         tensors = export_format.blend_tensors(params["blend"])
         if args.keep_lora:
             tensors |= export_format.lora_tensors(config.backbone, params["adapter"])
     elif config.stream is not None:
-        files |= export_format.stream_files(config, params["blend"], facts)
+        files |= export_format.stream_files(config, params["blend"], provenance)
     with bar(None, "writing", unit="B", unit_scale=True) as meter:
 
         def update(done: int, total: int) -> None:
@@ -186,17 +187,17 @@ def write_adapter(args: argparse.Namespace, target: Path, opened: Any) -> dict[s
     """The format adapter: LoRA's factors for PEFT, in float32 as they are trained."""
     from sst_jax.weights import export_format, peft
 
-    config, params, _, facts = opened
+    config, params, _, provenance = opened
     if not config.adapter.rank:
         raise InputError(f"{args.source} has no LoRA adapter: export it with --format sst or merged")
-    if facts.get("carries") == "sst":
-        raise InputError(f"{facts['path']} is an sst export, no base that PEFT can load: export it with --format sst")
+    if provenance.carries == "sst":
+        raise InputError(f"{provenance.path} is an sst export, no base that PEFT can load: export it with --format sst")
     _, gaps = merge_base(args.merge_base, opened)
-    name = args.base_name or export_format.origin(facts)["path"]
-    files = export_format.stream_files(config, params["blend"], facts) | {
+    name = args.base_name or provenance.origin.path
+    files = export_format.stream_files(config, params["blend"], provenance) | {
         "README.md": card(args, opened, gaps).encode()
     }
-    peft.write_folder(target, config, params["adapter"], name, facts.get("layout") or "text", files)
+    peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files)
     return {"base_name": name, "gap": gaps}
 
 
@@ -206,15 +207,15 @@ def merge_base(choice: str, opened: Any) -> tuple[dict[str, Any], dict[str, floa
     from sst_jax.weights.lora import gap
 
     base = opened.params["base"]
-    if opened.provenance["quantize"] == "none" or choice == "dequantized":
+    if opened.provenance.quantize == "none" or choice == "dequantized":
         return base, None
-    original = open_original(opened.provenance, opened.provenance["dtype"], lazy=True).params["base"]
+    original = open_original(opened.provenance, opened.provenance.dtype, lazy=True).params["base"]
     return original, gap(original, base, opened.config.adapter)
 
 
-def onto(args: argparse.Namespace, config: Any, facts: dict[str, Any], gaps: dict[str, float] | None) -> str | None:
+def onto(args: argparse.Namespace, config: Any, provenance: Any, gaps: dict[str, float] | None) -> str | None:
     """What the weights are, those under the adapter where there is one, if they could be others than it says."""
-    kind = facts["quantize"]
+    kind = provenance.quantize
     if kind == "none":
         return None
     away = "" if gaps is None else f"whose kernels are {gaps['all']:.2%} away from them (Frobenius norm)"
@@ -231,20 +232,21 @@ def card(args: argparse.Namespace, opened: Any, gaps: dict[str, float] | None) -
     from sst_jax.training.run import read_metrics
     from sst_jax.weights.card import model_card
 
-    facts, metrics = opened.provenance, []
-    if facts.get("run") and (Path(facts["run"]) / "config.json").is_file():
-        facts = {**facts, "recipe": read_json(Path(facts["run"]) / "config.json").get("recipe")}
-        metrics = [line for line in read_metrics(Path(facts["run"])) if line["step"] <= facts["step"]]
-    return model_card(args.format, opened.config, facts, metrics, onto(args, opened.config, facts, gaps))
+    provenance, metrics = opened.provenance, []
+    if provenance.run and (Path(provenance.run) / "config.json").is_file():
+        recipe = read_json(Path(provenance.run) / "config.json").get("recipe")
+        provenance = dataclasses.replace(provenance, recipe=recipe)
+        metrics = [line for line in read_metrics(Path(provenance.run)) if line["step"] <= provenance.step]
+    return model_card(args.format, opened.config, provenance, metrics, onto(args, opened.config, provenance, gaps))
 
 
-def describe(args: argparse.Namespace, config: Any, facts: dict[str, Any], result: dict[str, Any]) -> str:
+def describe(args: argparse.Namespace, config: Any, provenance: Any, result: dict[str, Any]) -> str:
     """What was done with LoRA and the stream, for the summary."""
     targets = ", ".join(config.adapter.targets) if config.adapter.rank else ""
     done = "kept apart" if args.keep_lora or args.format == "adapter" else "folded in"
     lines = [f"LoRA of {targets}: {done}" if targets else "no adapter: the weights are the base's"]
-    lines += [text for text in (onto(args, config, facts, result["gap"]),) if text]
-    if args.format == "sst" and facts.get("layout") not in (None, "text"):
+    lines += [text for text in (onto(args, config, provenance, result["gap"]),) if text]
+    if args.format == "sst" and provenance.layout not in (None, "text"):
         lines.append("text only: the vision tower stays behind (--format merged takes it along)")
     if config.stream is not None and args.format != "sst":
         lines.append("the stream is no part of it and lies beside: stream.safetensors, stream.json")

@@ -65,11 +65,11 @@ def main(argv: Sequence[str]) -> None:
 
     from sst_jax.lab.planning import records, targets
     from sst_jax.training.recipe import read_recipe
-    from sst_jax.weights.loading import backbone_of
+    from sst_jax.weights.loading import resolve
 
     chosen = [targets.find(name) for name in args.target.split(",")]
     recipe = read_recipe(args.config, overrides)
-    backbone = backbone_of(recipe.model.source)
+    backbone = resolve(recipe.model.source).backbone
     decoding = records.Decoding(args.rows, args.capacity, args.depth) if args.decode else None
     plans = []
     for target in chosen:

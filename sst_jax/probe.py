@@ -78,7 +78,7 @@ def fit(args: Any) -> None:
     if not 0 <= layer < layers:
         raise InputError(f"--layer {layer}: the model has layers 0 to {layers - 1}")
     out = folder_for("--out", args.out)  # before the hours
-    items = probe_dataset.items(records, depths, model.tokenizer, model.facts)
+    items = probe_dataset.items(records, depths, model.tokenizer, model.provenance)
     settings = room.Settings(args.inputs, args.hidden, permutations=args.permutations, seed=args.seed)
     room.asked_about(items, args.label)  # before the states are computed
     states = room.first_states(model, [item.prompt for item in items], args.first)

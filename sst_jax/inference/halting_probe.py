@@ -115,7 +115,7 @@ def fingerprint(model: Model) -> str:
 
     The type of the arithmetic is not part of it.
     """
-    facts = {name: model.facts.get(name) for name in ("digest", "quantize")}
+    facts = {name: getattr(model.provenance, name) for name in ("digest", "quantize")}
     total = hashlib.sha256(json.dumps([facts, model.config.to_dict()], sort_keys=True).encode())
     for name in ("adapter", "blend"):
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.params[name]):

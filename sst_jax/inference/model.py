@@ -23,11 +23,14 @@ from sst_jax.inference.session import Request, check_policy, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
+from sst_jax.types import Json
 from sst_jax.weights import store
-from sst_jax.weights.loading import open_model, quantised_from, vision_of
+from sst_jax.weights.loading import open_model, vision_of
+from sst_jax.weights.provenance import Provenance
 
 Prompt = str | Sequence[int]
 Depth = int | str | Policy
+UNKNOWN = Provenance()  # of a model that is made of its parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Model:
     """A decoder with its parameters and tokenizer, and possibly a stream and an adapter."""
 
     def __init__(
-        self, config: ModelConfig, params: decoder.Params, tokenizer: Tokenizer, facts: Mapping[str, Any] | None = None
+        self, config: ModelConfig, params: decoder.Params, tokenizer: Tokenizer, provenance: Provenance = UNKNOWN
     ):
         dtype = str(params["base"]["embed"]["embedding"].dtype)
         self.config = dataclasses.replace(config, bos_id=tokenizer.bos_id, dtype=dtype)
-        self.params, self.tokenizer, self.facts = params, tokenizer, dict(facts or {})
+        self.params, self.tokenizer, self.provenance = params, tokenizer, provenance
 
     @property
     def dtype(self) -> str:
@@ -80,13 +83,19 @@ class Model:
     @property
     def prompt_format(self) -> str:
         """How questions are put to it: as it was trained here, "plain" or "chat"; else "plain"."""
-        return self.facts.get("prompts") or "plain"
+        return self.provenance.prompt_format or "plain"
+
+    @property
+    def facts(self) -> Json:
+        """The dict of version 0.1.0, now `provenance`."""
+        warnings.warn("Model.facts is Model.provenance now, a dataclass", DeprecationWarning, stacklevel=2)
+        return self.provenance.to_json()
 
     def __repr__(self) -> str:
         backbone, stream = self.config.backbone, self.config.stream
         what = "plain" if stream is None else f"stream {stream.state}, {count(self.params['blend']):,} parameters"
         return (
-            f"Model({self.facts.get('path', backbone.family)}: {backbone.num_layers} layers, "
+            f"Model({self.provenance.path or backbone.family}: {backbone.num_layers} layers, "
             f"{backbone.num_params / 1e6:,.0f}M parameters, {what}, {self.dtype})"
         )
 
@@ -250,25 +259,22 @@ class Model:
         stream = from_mapping(StreamConfig, fields)
         config = dataclasses.replace(self.config, stream=stream)
         fresh = decoder.init_blend(config, jax.random.key(seed))
-        return Model(config, {**self.params, "blend": fresh}, self.tokenizer, self.facts)
+        return Model(config, {**self.params, "blend": fresh}, self.tokenizer, self.provenance)
 
     def without_stream(self) -> Model:
         """The same backbone and adapter with the stream taken off."""
         config = dataclasses.replace(self.config, stream=None)
-        return Model(config, {**self.params, "blend": {}}, self.tokenizer, self.facts)
+        return Model(config, {**self.params, "blend": {}}, self.tokenizer, self.provenance)
 
     def save(self, directory: str | Path, vision: bool = True) -> Path:
         """Writes a base folder that `load` and every command take; `vision`: with a multimodal base's tower beside it.
 
         Raises: InputError when the folder is not empty.
         """
-        source = quantised_from(self.facts)  # a copy of a base in NF4 came from where that did
-        facts = {name: source.get(name) for name in ("kind", "path", "digest")} | {
-            name: self.facts.get(name) for name in ("layout", "run", "step", "prompts")
-        }
+        facts = self.provenance.header_record()
         files = self.tokenizer.files()
-        if vision and self.facts.get("layout") not in (None, "text"):
-            tower, config = vision_of(self.facts)
+        if vision and self.provenance.layout not in (None, "text"):
+            tower, config = vision_of(self.provenance)
             if tower:
                 files, facts["vision_config"] = {**files, store.VISION: save(tower, {"format": "pt"})}, config
         return store.save_base(directory, self.config.to_dict(), self.params, facts, files)

@@ -248,8 +248,7 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch) -> Iterator[Run]:
     Raises: InputError as `RunFolder`.
     """
     recipe, config, data = inputs.recipe, inputs.config, inputs.recipe.data
-    provenance = inputs.opened.provenance
-    base_record = {name: provenance[name] for name in ("path", "digest", "dtype", "kind", "quantize")}
+    base_record = inputs.opened.provenance.base_record()
     run_config = {"recipe": inputs.record, "model_config": config.to_dict()}
     folder = RunFolder(workdir, run_config, base_record, writes=is_primary())
     try:

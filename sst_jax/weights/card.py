@@ -10,7 +10,7 @@ from typing import Any
 
 from sst_jax.families.registry import family_of
 from sst_jax.model.config import ModelConfig
-from sst_jax.weights.export_format import origin
+from sst_jax.weights.provenance import Provenance
 
 PAPER = "https://arxiv.org/abs/2605.00206"
 
@@ -62,7 +62,7 @@ def public_name(path: str) -> str:
 def model_card(
     kind: str,
     config: ModelConfig,
-    facts: Mapping[str, Any],
+    provenance: Provenance,
     metrics: Sequence[Mapping[str, Any]],
     merged_onto: str | None,
 ) -> str:
@@ -70,12 +70,12 @@ def model_card(
 
     Args:
       kind: "sst", "merged" or "adapter".
-      facts: of the model, as `open_model` gives them.
+      provenance: of the model, with the recipe that its run records now.
       metrics: the run's lines of metrics.jsonl up to the exported step; none where there is no run.
       merged_onto: what is known of the weights that LoRA was folded into, one sentence.
     """
-    source = origin(facts)
-    base, invented = public_name(source["path"]), source["kind"] == "random"
+    source = provenance.origin
+    base, invented = public_name(source.path or ""), source.kind == "random"
     licence, terms = family_of(config.backbone).licence or (None, "The terms of the base model bind this one too.")
     if invented:
         licence, terms = None, "The base has random weights: there are no terms to pass on."
@@ -86,7 +86,7 @@ def model_card(
     }
     if licence:
         meta["license"] = licence
-    if source["kind"] == "huggingface" and base == source["path"]:
+    if source.kind == "huggingface" and base == source.path:
         meta["base_model"] = base
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in meta.items()) + "---",
@@ -95,33 +95,33 @@ def model_card(
         "## Use",
         USE[kind],
         "## Training",
-        _training(facts, metrics),
+        _training(provenance, metrics),
         "## Mechanism",
         _table(("option", "value"), dataclasses.asdict(config.stream).items()) if config.stream else "No stream.",
         "## Base",
-        f"{base}, sha256 `{source['digest']}`{_quantised(facts)}. {merged_onto or ''}",
+        f"{base}, sha256 `{source.digest}`{_quantised(provenance)}. {merged_onto or ''}",
         "## Licence",
         terms,
     ]  # fmt: skip
-    recipe = facts.get("recipe")
+    recipe = provenance.recipe
     if recipe:
         parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def _quantised(facts: Mapping[str, Any]) -> str:
-    kind = facts.get("quantize", "none")
+def _quantised(provenance: Provenance) -> str:
+    kind = provenance.quantize
     return "" if kind == "none" else f", in {kind} while training"
 
 
-def _training(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    recipe = facts.get("recipe")
+def _training(provenance: Provenance, metrics: Sequence[Mapping[str, Any]]) -> str:
+    recipe = provenance.recipe
     if not recipe:
         return "Nothing is recorded: this does not come from a run folder."
     stream, train, data, optimizer = (recipe.get(part, {}) for part in ("stream", "train", "data", "optimizer"))
     adapter = recipe.get("adapter", {})
     rows = {
-        "steps": f"{facts['step']} of {train.get('steps')}",
+        "steps": f"{provenance.step} of {train.get('steps')}",
         "forward": f"{stream.get('forward')}, {stream.get('passes')} passes" if stream.get("on") else "plain",
         "data": f"{data.get('name')} {public_name(data.get('path') or '')}".strip(),
         "rows": f"{data.get('batch_size')} of {data.get('length')} tokens a step",

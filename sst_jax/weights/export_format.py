@@ -32,7 +32,9 @@ from sst_jax.files import read_json
 from sst_jax.model import decoder
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.model.fields import written_fields
+from sst_jax.types import Json, Params
 from sst_jax.weights import hub_config, huggingface, key_map
+from sst_jax.weights.provenance import Provenance
 from sst_jax.weights.source import Source, Tensor
 
 FORMAT, STREAM_FORMAT, VERSION = "sst_jax.sst", "sst_jax.stream", 1
@@ -45,29 +47,18 @@ _FACTOR = re.compile(r"(?P<linear>.+)\.lora_(?P<side>[AB])\.weight")
 class StreamBundle(NamedTuple):
     """What came with a backbone: its config with stream and adapter, and the trees "adapter" and "blend".
 
-    prompts: how questions are to be put to it ("plain", "chat"), where that is recorded.
+    prompt_format: how questions are to be put to it ("plain", "chat"), where that is recorded.
     """
 
     config: ModelConfig
     params: dict[str, Any]
-    prompts: str | None = None
+    prompt_format: str | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------- out
 
 
-def origin(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a model's facts, those of the weights that it was converted from, where that is known: kind, path, digest."""
-    source = facts.get("source") if facts["kind"] == "base" else None
-    return source if source and source.get("path") else facts
-
-
-def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model's facts, which base it stands on."""
-    return {name: facts.get(name) for name in ("path", "digest", "kind", "quantize")}
-
-
-def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -> dict[str, Any]:
+def sst_config(config: ModelConfig, provenance: Provenance, keep_lora: bool) -> Json:
     """What config.json of an sst folder has besides or instead of the backbone's fields."""
     family = registry.family_of(config.backbone)
     module, prefix = family.torch.module.removesuffix(".py"), family.torch.prefix
@@ -84,8 +75,8 @@ def sst_config(config: ModelConfig, facts: Mapping[str, Any], keep_lora: bool) -
             "forward": "exact",
             "stream": written_fields(config.stream),
             "adapter": dataclasses.asdict(config.adapter) if keep_lora and config.adapter.rank else None,
-            "prompts": facts.get("prompts"),
-            "base": provenance(facts),
+            "prompts": provenance.prompt_format,
+            "base": provenance.export_record(),
         },
     }
 
@@ -116,12 +107,12 @@ def lora_tensors(backbone: BackboneConfig, adapter: Mapping[str, Any], layout: s
     return found
 
 
-def stream_files(config: ModelConfig, blend: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, bytes]:
+def stream_files(config: ModelConfig, blend: Params, provenance: Provenance) -> dict[str, bytes]:
     """stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
     stream = None if config.stream is None else written_fields(config.stream)
     record = {
-        "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": facts.get("prompts"),
-        "base": provenance(facts),
+        "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": provenance.prompt_format,
+        "base": provenance.export_record(),
     }  # fmt: skip
     arrays = {name: np.asarray(value) for name, value in blend.items()}
     return {

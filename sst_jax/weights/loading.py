@@ -1,18 +1,22 @@
 """From what a user calls a model to a config, parameters and a tokenizer.
 
-MODEL is a Hugging Face folder, a hub id, a GGUF file, a base folder (`convert`, `Model.save`), a run folder (`train`),
-anything that `export` wrote, `package:NAME` (weights that a Python package carries) or `random:PRESET` (random weights
-from a fixed seed).
+`resolve` turns a name into a `Reference`, one class for each thing that MODEL may be: a Hugging Face folder, a hub id,
+a GGUF file, a base folder (`convert`, `Model.save`), a run folder (`train`), whatever `export` wrote, `package:NAME`
+(weights that a Python package carries) or `random:PRESET` (random weights from a fixed seed). A reference knows type
+and backbone from headers, and opens the model.
 """
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,347 +27,488 @@ from sst_jax.console.progress import bar
 from sst_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES, PRESETS, family_of
-from sst_jax.files import digest, read_json, sha256
+from sst_jax.files import Progress, digest, read_json, sha256
 from sst_jax.model import decoder, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig, canonical_text
 from sst_jax.model.quantization import storages
+from sst_jax.types import Json, Params
 from sst_jax.weights import export_format, gguf, huggingface, key_map, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
+from sst_jax.weights.provenance import BaseRecord, Origin, Provenance
 from sst_jax.weights.source import Source, fill_base, lazy_base
 
 RUN_FILES = ("config.json", "base.json")
 
+VisionTower = tuple[dict[str, np.ndarray], Json]  # its tensors, untouched, and config.json without the text part
+
 
 class LoadedModel(NamedTuple):
-    """A model in memory. `facts` is JSON-ready: kind, path, digest, dtype, layout of the source's keys.
-
-    Where it was trained here, "prompts" is how its questions are to be put ("plain", "chat").
-    """
+    """A model in memory."""
 
     config: ModelConfig
-    params: decoder.Params
+    params: Params
     tokenizer: Tokenizer
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
-def default_dtype() -> str:
-    """bfloat16 on accelerators, float32 on CPUs, where bfloat16 decodes several times slower."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+class Reference(abc.ABC):
+    """What a name refers to.
 
-
-def source_dtype(model: str | Path) -> str:
-    """The type in which reading MODEL loses nothing; raises InputError as `open_model` does."""
-    name, path = str(model), Path(model).expanduser()
-    if path.is_dir() and store.is_base_folder(path):
-        arrays = store.read_header(path)["arrays"]
-        if "base/embed/embedding" not in arrays:
-            raise InputError(f"{path / store.HEADER}: arrays lacks base/embed/embedding")
-        return arrays["base/embed/embedding"]["dtype"]
-    if path.is_dir() and is_run_folder(path):
-        return source_dtype(_recorded_base(path)["path"])
-    if path.is_dir() and peft.is_adapter_folder(path):
-        return source_dtype(peft.base_of(path)["path"])
-    if path.is_dir() and (path / "config.json").is_file():
-        return export_format.open_folder(path).dtype
-    if is_hub_id(name) and not path.exists():
-        return source_dtype(_fetched(name))
-    return "float32"  # GGUF is dequantised into float32, random weights are made in it
-
-
-def backbone_of(model: str | Path) -> BackboneConfig:
-    """The backbone of MODEL from headers alone; of a hub id that is not on this disk, from the size in its name.
-
-    Raises: InputError as `open_model`, and where neither tells.
+    Attributes:
+      location: how others may refer to the same: an absolute path, or a name that means the same everywhere.
     """
-    name, path = str(model), Path(model).expanduser()
-    kind, _, rest = name.partition(":")
-    if kind == "random" and rest in PRESETS:
-        return PRESETS[rest]
-    if kind == "package" and rest:
-        return gguf.open_file(gguf.package(rest.replace("-", "_"))).backbone
-    if path.is_file() and path.suffix == ".gguf":
-        return gguf.open_file(path).backbone
-    if path.is_dir() and store.is_base_folder(path):
-        return ModelConfig.from_dict(store.read_header(path)["config"]).backbone
-    if path.is_dir() and is_run_folder(path):
-        return ModelConfig.from_dict(read_json(path / "config.json").get("model_config", {})).backbone
-    if peft.is_adapter_folder(path):
-        return backbone_of(peft.base_of(path)["path"])
-    if (path / "config.json").is_file():
-        return export_format.backbone_of(path)
-    named = [preset for part, preset in HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b", name.lower())]
-    if not path.exists() and is_hub_id(name) and named:
+
+    def __init__(self, location: str):
+        self.location = location
+
+    @property
+    def dtype(self) -> str:
+        """The type in which reading loses nothing, from headers alone."""
+        return "float32"  # GGUF is dequantised into float32, random weights are made in it
+
+    @property
+    @abc.abstractmethod
+    def backbone(self) -> BackboneConfig:
+        """The backbone, from headers alone."""
+
+    @property
+    def source(self) -> Source | None:
+        """The source of weights where this is a plain checkpoint of a foreign format."""
+        return None
+
+    def vision(self) -> VisionTower:
+        """Return the vision tower; empty where there is none."""
+        return {}, {}
+
+    @abc.abstractmethod
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        """Return the model as `open` does, quantised where that can be done while reading."""
+
+    def open(self, dtype: str | None = None, quantize: str = "none", *, lazy: bool = False) -> LoadedModel:
+        """Return the model.
+
+        Args:
+          dtype: type of the base, "float32" or "bfloat16"; None: `default_dtype()`.
+          quantize: the storage of the linears (`model/quantization`); "none" leaves them as they are.
+          lazy: where the format allows it, read the base's layers from disk whenever they are indexed, as they are
+            there (`dtype` is not applied): for exports, which look at every layer once.
+
+        Raises: InputError naming what is missing, damaged or not supported.
+        """
+        storage, dtype = storages.get(quantize), dtype or default_dtype()
+        opened = self.read(dtype, quantize, lazy)
+        config = dataclasses.replace(opened.config, bos_id=opened.tokenizer.bos_id, dtype=dtype)
+        opened = opened._replace(config=config)
+        base, provenance = opened.params["base"], opened.provenance
+        family_of(opened.config.backbone)  # a folder of ours may be of a family that this version does not know
+        held = storages.kind_of(base)
+        if quantize in ("none", held):
+            provenance = dataclasses.replace(provenance, stored=provenance.stored or held, quantize=held)
+            return opened._replace(provenance=provenance)
+        if held != "none":
+            raise InputError(
+                f"{self.location} is stored as {held} and cannot become {quantize}: convert its source again"
+            )
+        # One linear at a time, so that old and new exist side by side for one only.
+        layers, quantise = dict(base["layers"]), jax.jit(storage.quantise)
+        for key in [key for key, leaf in layers.items() if storages.storage_of(leaf) is not None]:
+            leaf = dict(layers.pop(key))
+            layers[key] = {**jax.lax.map(quantise, leaf.pop("kernel")), **leaf}
+        base["layers"] = sharding.device_put_sharded(layers)
+        return opened._replace(provenance=dataclasses.replace(provenance, quantize=quantize, stored="none"))
+
+
+class RandomPreset(Reference):
+    """random:PRESET, the same weights every time."""
+
+    def __init__(self, location: str):
+        super().__init__(location)
+        self.preset = location.partition(":")[2]
+        if self.preset not in PRESETS:
+            raise InputError(f"random:{self.preset} is unknown; presets are {', '.join(PRESETS)}")
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return PRESETS[self.preset]
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        config = ModelConfig(self.backbone)
+        params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
+        corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
+        identity = hashlib.sha256(corner + canonical_text(config).encode()).hexdigest()
+        provenance = Provenance("random", self.location, identity, dtype)
+        return LoadedModel(config, sharding.device_put_sharded(params), ByteTokenizer(), provenance)
+
+
+class GgufFile(Reference):
+    """A GGUF file."""
+
+    def __init__(self, file: Path, location: str | None = None):
+        super().__init__(location or str(file.resolve()))
+        self.file = file
+
+    @functools.cached_property
+    def source(self) -> Source:
+        return gguf.open_file(self.file)
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return self.source.backbone
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        return _from_source(self.source, dtype, self.location, quantize, lazy)
+
+
+class HuggingFaceFolder(Reference):
+    """A folder that transformers loads: a plain checkpoint, or an export of ours with its stream and adapter."""
+
+    def __init__(self, path: Path, location: str | None = None):
+        super().__init__(location or str(path.resolve()))
+        self.path = path
+
+    @functools.cached_property
+    def weights(self) -> Source:
+        """The backbone's weights, whatever else the folder carries."""
+        return export_format.open_folder(self.path)
+
+    @property
+    def dtype(self) -> str:
+        return self.weights.dtype
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return export_format.backbone_of(self.path)
+
+    @property
+    def source(self) -> Source | None:
+        return None if export_format.carries(self.path) else self.weights
+
+    def vision(self) -> VisionTower:
+        return vision_tensors(self.weights)
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        if not export_format.carries(self.path):
+            return _from_source(self.weights, dtype, self.location, quantize, lazy)
+        carried = export_format.read_carried(self.weights)
+        opened = _from_source(self.weights, dtype, self.location, quantize, lazy)
+        provenance = dataclasses.replace(
+            opened.provenance,
+            carries="sst" if export_format.is_sst_folder(self.path) else "stream",
+            prompt_format=carried.prompt_format,
+        )
+        params = {**opened.params, **sharding.device_put_sharded(carried.params)}
+        return LoadedModel(carried.config, params, opened.tokenizer, provenance)
+
+
+class HubId(Reference):
+    """A repository of the Hugging Face hub; it is fetched when more is asked than its name tells."""
+
+    @functools.cached_property
+    def folder(self) -> Reference:
+        """The folder of its snapshot, which is downloaded unless it is cached.
+
+        Raises: InputError as `huggingface.resolve_hub`; a mistyped path may look like an id, so the error says that
+        there is no such folder.
+        """
+        try:
+            path = huggingface.resolve_hub(self.location)
+        except InputError as error:
+            raise InputError(f"there is no folder {self.location} here, and as a hub id {error}") from error
+        return _foreign_folder(path, self.location)
+
+    @property
+    def dtype(self) -> str:
+        return self.folder.dtype
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The backbone by the size in the name; nothing is fetched for it."""
+        name = self.location.lower()
+        named = [preset for part, preset in HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b", name)]
+        if not named:
+            raise InputError(
+                f"{self.location} does not exist here, and its name does not tell its size (gemma-3-1b and the like do)"
+            )
         return named[0]
-    raise InputError(f"{name} does not exist here, and its name does not tell its size (gemma-3-1b and the like do)")
+
+    @property
+    def source(self) -> Source | None:
+        return self.folder.source
+
+    def vision(self) -> VisionTower:
+        return self.folder.vision()
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        return self.folder.read(dtype, quantize, lazy)
 
 
-def source_of(model: str | Path) -> tuple[Source, str] | None:
-    """(source, its name) where MODEL is a plain checkpoint of a foreign format: a Hugging Face folder or id, a GGUF.
+class BaseFolder(Reference):
+    """A base folder of ours, with or without a stream and an adapter."""
 
-    Raises: InputError as `open_model`.
+    def __init__(self, path: Path):
+        super().__init__(str(path.resolve()))
+        self.path = path
+
+    @property
+    def dtype(self) -> str:
+        arrays = store.read_header(self.path)["arrays"]
+        if "base/embed/embedding" not in arrays:
+            raise InputError(f"{self.path / store.HEADER}: arrays lacks base/embed/embedding")
+        return arrays["base/embed/embedding"]["dtype"]
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return ModelConfig.from_dict(store.read_header(self.path)["config"]).backbone
+
+    def vision(self) -> VisionTower:
+        file = self.path / store.VISION
+        if not file.is_file():
+            return {}, {}
+        facts = Provenance.from_json(store.read_header(self.path)["facts"], str(self.path / store.HEADER))
+        return load_file(file), facts.vision_config or {}
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        stacks = store.open_stacks(self.path) if lazy else None
+        params: Params = {"adapter": {}, "blend": {}}
+        if stacks is not None:
+            header = store.read_header(self.path)
+            config, facts = header["config"], header["facts"]
+            params["base"] = stacks
+        else:
+            # Where it belongs at once: no second copy on the host, and of a mesh each process reads its own parts.
+            where = lambda name, shape: sharding.sharding_of(tuple(name.split("/")), shape)  # noqa: E731
+            config, held, facts = store.load_base(self.path, dtype, sharding=where)
+            params |= held
+        converted = Provenance.from_json(facts, str(self.path / store.HEADER))  # speaks of what it was made from
+        provenance = dataclasses.replace(
+            converted,
+            kind="base",
+            path=self.location,
+            digest=sha256(self.path / store.MANIFEST),
+            dtype=dtype,
+            source=Origin(converted.kind, converted.path, converted.digest),
+            stored=None,
+        )
+        return LoadedModel(ModelConfig.from_dict(config), params, load_tokenizer(self.path), provenance)
+
+
+class AdapterFolder(Reference):
+    """A PEFT folder with LoRA over a base that lies elsewhere, and possibly a stream beside."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path.resolve()))
+        self.path = path
+
+    @property
+    def base(self) -> Reference:
+        with _naming(f"the base of adapter {self.path}, {peft.base_of(self.path).path},"):
+            return resolve(peft.base_of(self.path).path)
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return self.base.backbone
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        recorded = peft.base_of(self.path)
+        with _naming(f"the base of adapter {self.path}, {recorded.path},"):
+            opened = resolve(recorded.path).open(dtype, recorded.quantize or quantize, lazy=lazy)
+        if recorded.digest is not None:
+            check_base(self.path, export_format.STREAM_CONFIG, recorded, opened.provenance)
+        carried = peft.read_folder(self.path, opened.config.backbone)
+        params = {"base": opened.params["base"], **sharding.device_put_sharded(carried.params)}
+        provenance = dataclasses.replace(opened.provenance, adapter=self.location, prompt_format=carried.prompt_format)
+        return LoadedModel(carried.config, params, opened.tokenizer, provenance)
+
+
+class RunFolder(Reference):
+    """A training run: its latest good checkpoint over its base."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path.resolve()))
+        self.path = path
+
+    @property
+    def recorded(self) -> BaseRecord:
+        """base.json; raises InputError unless it names a path and a digest."""
+        file = self.path / "base.json"
+        content = read_json(file)
+        for key in ("path", "digest"):
+            if key not in content:
+                raise InputError(f"{file} lacks the key {key}")
+            if not isinstance(content[key], str):
+                raise InputError(f"{file}: {key}={content[key]!r} is not text")
+        return BaseRecord(content["path"], content["digest"], content.get("quantize"))
+
+    @property
+    def dtype(self) -> str:
+        with _naming(f"the base of run {self.path}, {self.recorded.path} (from base.json),"):
+            return resolve(self.recorded.path).dtype
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return ModelConfig.from_dict(read_json(self.path / "config.json").get("model_config", {})).backbone
+
+    def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        path, recorded, content = self.path, self.recorded, read_json(self.path / "config.json")
+        recipe = content.get("recipe")
+        known = recipe or {}
+        if "kind" in known:
+            raise InputError(
+                f"{path} trained tiny models from scratch (kind={known['kind']!r}), which are not kept: its "
+                "result.json is what there is"
+            )
+        if "model_config" not in content:
+            raise InputError(f"{path / 'config.json'} lacks the key model_config")
+        step = newest_good(path)
+        if step is None:
+            raise InputError(
+                f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder"
+            )
+        with _naming(f"the base of run {path}, {recorded.path} (from base.json),"):
+            opened = resolve(recorded.path).open(dtype, recorded.quantize or "none", lazy=lazy)
+        check_base(path, "base.json", recorded, opened.provenance)
+        config = ModelConfig.from_dict(content["model_config"])
+        if config.backbone != opened.config.backbone:
+            raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded.path}")
+        shapes = decoder.abstract_params(config)
+        trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
+        provenance = dataclasses.replace(
+            opened.provenance,
+            run=self.location,
+            step=step,
+            recipe=recipe,
+            prompt_format=known.get("data", {}).get("format"),
+        )
+        return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, provenance)
+
+
+def resolve(model: str | Path) -> Reference:
+    """Return what MODEL refers to, without reading weights.
+
+    Raises: InputError where it is none of the things that MODEL may be.
     """
-    name, path = str(model), Path(model).expanduser()
+    name = str(model)
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
-        return gguf.open_file(gguf.package(rest.replace("-", "_"))), name
-    if path.is_file() and path.suffix == ".gguf":
-        return gguf.open_file(path), str(path.resolve())
+        return GgufFile(gguf.package(rest.replace("-", "_")), name)
+    if kind == "random" and rest:
+        return RandomPreset(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GgufFile(path)
+        raise InputError(f"{path} is a file, but not a .gguf: give the folder that holds it")
     if path.is_dir():
-        foreign = not store.is_base_folder(path) and not is_run_folder(path) and (path / "config.json").is_file()
-        plain = foreign and not export_format.carries(path)
-        return (huggingface.open_folder(path), str(path.resolve())) if plain else None
-    if kind != "random" and is_hub_id(name) and not path.exists():
-        found = source_of(_fetched(name))
-        return None if found is None else (found[0], name)
-    return None
+        if store.is_base_folder(path):
+            return BaseFolder(path)
+        if is_run_folder(path):
+            return RunFolder(path)
+        return _foreign_folder(path)
+    if is_hub_id(name):
+        return HubId(name)
+    raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")
 
 
-def is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-
-
-def _fetched(name: str) -> Path:
-    """The folder of a hub id. A mistyped path may look like one, so errors say that there is no such folder."""
-    try:
-        return huggingface.resolve_hub(name)
-    except InputError as error:
-        raise InputError(f"there is no folder {name} here, and as a hub id {error}") from error
-
-
-def is_run_folder(path: Path) -> bool:
-    return all((path / name).is_file() for name in RUN_FILES)
+def _foreign_folder(path: Path, location: str | None = None) -> Reference:
+    if peft.is_adapter_folder(path):
+        return AdapterFolder(path)
+    if (path / "config.json").is_file():
+        return HuggingFaceFolder(path, location)
+    raise InputError(
+        f"{path} is neither a Hugging Face folder (config.json), an adapter ({peft.CONFIG}), a converted folder "
+        f"({store.HEADER}) nor a training run (base.json)"
+    )
 
 
 def open_model(
     model: str | Path, dtype: str | None = None, quantize: str = "none", *, lazy: bool = False
 ) -> LoadedModel:
-    """Opens anything that MODEL may be; `dtype` ("float32", "bfloat16") is the base's, None: `default_dtype()`.
-
-    quantize: "nf4" or "nf4_double" stores the linears so (`model/quantization`), "none" leaves them as they are.
-    lazy: where the format allows it, the base's layers are read from disk whenever they are indexed, as they are there
-    (`dtype` is not applied): for exports, which look at every layer once.
-
-    Raises: InputError naming what is missing, damaged or not supported.
-    """
-    storage, dtype = storages.get(quantize), dtype or default_dtype()
-    config, params, tokenizer, facts = _open(model, dtype, quantize, lazy)
-    family_of(config.backbone)  # what a folder of ours records may be of a family that this version does not know
-    config = dataclasses.replace(config, bos_id=tokenizer.bos_id, dtype=dtype)
-    stored = storages.kind_of(params["base"])
-    if quantize == "none" or stored == quantize:
-        return LoadedModel(config, params, tokenizer, {"stored": stored, **facts, "quantize": stored})
-    if stored != "none":
-        raise InputError(f"{model} is stored as {stored} and cannot become {quantize}: convert its source again")
-    # One linear at a time, so that old and new exist side by side for one only.
-    layers, quantised = dict(params["base"]["layers"]), jax.jit(storage.quantise)
-    for key in [key for key, leaf in layers.items() if storages.storage_of(leaf) is not None]:
-        leaf = dict(layers.pop(key))
-        layers[key] = {**jax.lax.map(quantised, leaf.pop("kernel")), **leaf}
-    params["base"]["layers"] = sharding.device_put_sharded(layers)
-    return LoadedModel(config, params, tokenizer, {**facts, "quantize": quantize, "stored": "none"})
+    """Open whatever MODEL refers to; the arguments are those of `Reference.open`."""
+    return resolve(model).open(dtype, quantize, lazy=lazy)
 
 
-def _open(model: str | Path, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
-    name = str(model)
-    kind, _, rest = name.partition(":")
-    if kind == "package" and rest:
-        return _from_source(gguf.open_file(gguf.package(rest.replace("-", "_"))), dtype, name, quantize, lazy)
-    if kind == "random" and rest:
-        return _random(rest, dtype)
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return _from_source(gguf.open_file(path), dtype, str(path.resolve()), quantize, lazy)
-        raise InputError(f"{path} is a file, but not a .gguf: give the folder that holds it")
-    if path.is_dir():
-        if store.is_base_folder(path):
-            return _from_store(path, dtype, lazy)
-        if is_run_folder(path):
-            return _from_run(path, dtype, lazy)
-        return _from_folder(path, dtype, str(path.resolve()), quantize, lazy)
-    if is_hub_id(name):
-        return _from_folder(_fetched(name), dtype, name, quantize, lazy)
-    raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")
+def default_dtype() -> str:
+    """Return bfloat16 on accelerators, float32 on CPUs, where bfloat16 decodes several times slower."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _progress(description: str) -> tuple[Any, Callable[[int, int], None]]:
-    meter = bar(None, description, unit="B", unit_scale=True)
-
-    def update(done: int, total: int) -> None:
-        meter.total = total
-        meter.update(done - meter.n)
-
-    return meter, update
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
-def _from_source(source: Source, dtype: str, name: str, quantize: str, lazy: bool) -> LoadedModel:
+def is_run_folder(path: Path) -> bool:
+    """Return whether a folder holds a training run."""
+    return all((path / name).is_file() for name in RUN_FILES)
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Let errors say what could not be opened."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what} cannot be opened: {error}") from None
+
+
+@contextlib.contextmanager
+def _progress(description: str) -> Iterator[Progress]:
+    """Yield a function of (bytes done, bytes in all) that moves a bar."""
+    with bar(None, description, unit="B", unit_scale=True) as meter:
+
+        def update(done: int, total: int) -> None:
+            meter.total = total
+            meter.update(done - meter.n)
+
+        yield update
+
+
+def _from_source(source: Source, dtype: str, location: str, quantize: str, lazy: bool) -> LoadedModel:
     tokenizer = load_tokenizer(source.path)
     if lazy and quantize == "none":
         base = lazy_base(source)
     else:
-        meter, update = _progress("reading weights")
-        with meter:
+        with _progress("reading weights") as update:
             base = sharding.device_put_sharded(fill_base(source, dtype, update, quantize))
-    meter, update = _progress("hashing weights")
-    with meter:
+    with _progress("hashing weights") as update:
         identity = digest(source.files, update)
-    facts = {"kind": source.kind, "path": name, "digest": identity, "dtype": dtype, "layout": source.layout}
-    params = {"base": base, "adapter": {}, "blend": {}}
-    return LoadedModel(ModelConfig(source.backbone), params, tokenizer, facts)
+    provenance = Provenance(source.kind, location, identity, dtype, source.layout)
+    return LoadedModel(ModelConfig(source.backbone), {"base": base, "adapter": {}, "blend": {}}, tokenizer, provenance)
 
 
-def _from_folder(path: Path, dtype: str, name: str, quantize: str, lazy: bool) -> LoadedModel:
-    """A folder of the hub's formats: a plain checkpoint, or one of our exports with its stream and adapter."""
-    if peft.is_adapter_folder(path):
-        return _from_adapter(path, dtype, quantize, lazy)
-    if not (path / "config.json").is_file():
-        raise InputError(
-            f"{path} is neither a Hugging Face folder (config.json), an adapter ({peft.CONFIG}), a converted folder "
-            f"({store.HEADER}) nor a training run (base.json)"
-        )
-    source = export_format.open_folder(path)
-    carried = export_format.read_carried(source) if export_format.carries(path) else None
-    opened = _from_source(source, dtype, name, quantize, lazy)
-    if carried is None:
-        return opened
-    facts = {
-        **opened.provenance,
-        "carries": "sst" if export_format.is_sst_folder(path) else "stream",
-        "prompts": carried.prompts,
-    }
-    return LoadedModel(carried.config, {**opened.params, **_on_device(carried.params)}, opened.tokenizer, facts)
-
-
-def _from_adapter(path: Path, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
-    base = peft.base_of(path)
-    try:
-        opened = open_model(base["path"], dtype, base["quantize"] or quantize, lazy=lazy)
-    except InputError as error:
-        raise InputError(f"the base of adapter {path}, {base['path']}, cannot be opened: {error}") from None
-    if base["digest"] is not None:
-        check_base(path, export_format.STREAM_CONFIG, base, opened.provenance)
-    carried = peft.read_folder(path, opened.config.backbone)
-    params = {"base": opened.params["base"], **_on_device(carried.params)}
-    facts = {**opened.provenance, "adapter": str(path.resolve()), "prompts": carried.prompts}
-    return LoadedModel(carried.config, params, opened.tokenizer, facts)
-
-
-def _on_device(params: dict[str, Any]) -> dict[str, Any]:
-    return sharding.device_put_sharded(params)
-
-
-def _random(preset: str, dtype: str) -> LoadedModel:
-    if preset not in PRESETS:
-        raise InputError(f"random:{preset} is unknown; presets are {', '.join(PRESETS)}")
-    config = ModelConfig(PRESETS[preset])
-    params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
-    corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
-    identity = hashlib.sha256(corner + canonical_text(config).encode()).hexdigest()
-    facts = {"kind": "random", "path": f"random:{preset}", "digest": identity, "dtype": dtype, "layout": None}
-    return LoadedModel(config, sharding.device_put_sharded(params), ByteTokenizer(), facts)
-
-
-def _from_store(path: Path, dtype: str, lazy: bool) -> LoadedModel:
-    stacks = store.open_stacks(path) if lazy else None
-    if stacks is not None:
-        header = store.read_header(path)
-        config, params, facts = header["config"], {"base": stacks, "adapter": {}, "blend": {}}, header["facts"]
-    else:
-        # Where it belongs at once: no second copy on the host, and of a mesh each process reads its own parts.
-        where = lambda slot, shape: sharding.sharding_of(tuple(slot.split("/")), shape)  # noqa: E731
-        config, params, facts = store.load_base(path, dtype, sharding=where)
-        params = {"adapter": {}, "blend": {}, **params}
-    source = {name: facts.get(name) for name in ("kind", "path", "digest")}  # what it was converted from
-    facts = {**facts, "kind": "base", "path": str(path.resolve()), "digest": sha256(path / store.MANIFEST)}
-    facts["source"] = source
-    return LoadedModel(ModelConfig.from_dict(config), params, load_tokenizer(path), {**facts, "dtype": dtype})
-
-
-def _from_run(path: Path, dtype: str, lazy: bool) -> LoadedModel:
-    recorded, content = _recorded_base(path), read_json(path / "config.json")
-    recipe = content.get("recipe")
-    known = recipe or {}
-    if "kind" in known:
-        raise InputError(
-            f"{path} trained tiny models from scratch (kind={known['kind']!r}), which are not kept: its result.json is "
-            "what there is"
-        )
-    if "model_config" not in content:
-        raise InputError(f"{path / 'config.json'} lacks the key model_config")
-    step = newest_good(path)
-    if step is None:
-        raise InputError(f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder")
-    try:
-        opened = open_model(recorded["path"], dtype, recorded.get("quantize", "none"), lazy=lazy)
-    except InputError as error:
-        raise InputError(
-            f"the base of run {path}, {recorded['path']} (from base.json), cannot be opened: {error}"
-        ) from None
-    check_base(path, "base.json", recorded, opened.provenance)
-    config = ModelConfig.from_dict(content["model_config"])
-    if config.backbone != opened.config.backbone:
-        raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded['path']}")
-    shapes = decoder.abstract_params(config)
-    trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
-    prompts = known.get("data", {}).get("format")
-    facts = {**opened.provenance, "run": str(path.resolve()), "step": step, "recipe": recipe, "prompts": prompts}
-    return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, facts)
-
-
-def _recorded_base(run: Path) -> dict[str, Any]:
-    """base.json of a run folder; raises InputError unless it names a path and a digest."""
-    recorded = read_json(run / "base.json")
-    for key in ("path", "digest"):
-        if key not in recorded:
-            raise InputError(f"{run / 'base.json'} lacks the key {key}")
-        if not isinstance(recorded[key], str):
-            raise InputError(f"{run / 'base.json'}: {key}={recorded[key]!r} is not text")
-    return recorded
-
-
-def quantised_from(facts: dict[str, Any]) -> dict[str, Any]:
-    """Of a model's facts, kind, path and digest of the weights before quantisation; of one without it, its own."""
-    return facts["source"] if facts["kind"] == "base" and facts.get("stored") != "none" else facts
-
-
-def open_original(facts: dict[str, Any], dtype: str, *, lazy: bool = False) -> LoadedModel:
-    """The unquantised weights that a base in NF4 was made from, by its facts.
+def open_original(provenance: Provenance, dtype: str, *, lazy: bool = False) -> LoadedModel:
+    """Return the unquantised weights that a quantised base was made from.
 
     Raises: InputError when they are gone, or are other ones.
     """
-    source = quantised_from(facts)
-    advice = "or choose --merge-base dequantized"
-    if not source.get("path"):
-        raise InputError(f"{facts['path']} does not say what it was quantised from: {advice.removeprefix('or ')}")
+    origin, advice = provenance.unquantised, "or choose --merge-base dequantized"
+    if not origin.path:
+        raise InputError(f"{provenance.path} does not say what it was quantised from: {advice.removeprefix('or ')}")
     try:
-        opened = open_model(source["path"], dtype, lazy=lazy)
+        opened = open_model(origin.path, dtype, lazy=lazy)
     except InputError as error:
-        raise InputError(f"the original weights of {facts['path']} cannot be opened: {error}; {advice}") from None
-    if source["digest"] != opened.provenance["digest"]:
-        raise InputError(f"{source['path']} is not what {facts['path']} was quantised from: put it back, {advice}")
-    if opened.provenance["quantize"] != "none":  # a copy of another base in NF4
+        raise InputError(f"the original weights of {provenance.path} cannot be opened: {error}; {advice}") from None
+    if origin.digest != opened.provenance.digest:
+        raise InputError(f"{origin.path} is not what {provenance.path} was quantised from: put it back, {advice}")
+    if opened.provenance.quantize != "none":  # a copy of another quantised base
         return open_original(opened.provenance, dtype, lazy=lazy)
     return opened
 
 
-def vision_of(facts: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The vision tower beside a base, untouched, and its source's config.json without the text part; empty if none.
+def vision_of(provenance: Provenance) -> VisionTower:
+    """Return the vision tower beside a base; empty where there is none.
 
-    Raises: InputError where the source cannot be opened.
+    Raises: InputError where the base cannot be opened.
     """
-    if facts["kind"] == "base":
-        file = Path(facts["path"]) / store.VISION
-        if not file.is_file():
-            return {}, {}
-        return load_file(file), facts["vision_config"]
-    if facts["kind"] != "huggingface":
-        return {}, {}
-    path = Path(facts["path"])
-    return vision_tensors(export_format.open_folder(path if path.is_dir() else _fetched(facts["path"])))
+    return resolve(provenance.path).vision() if provenance.kind in ("base", "huggingface") else ({}, {})
 
 
-def vision_tensors(source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """As `vision_of`, of a source."""
+def vision_tensors(source: Source) -> VisionTower:
+    """Return the vision tower of a source; empty where there is none."""
     if source.kind != "huggingface":
         return {}, {}
     towers = [tensor for tensor in source.tensors() if key_map.normalise(tensor.name)[0] is None]
@@ -371,10 +516,10 @@ def vision_tensors(source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any
     return {tensor.name: tensor.read() for tensor in towers}, config if towers else {}
 
 
-def check_base(path: Path, file: str, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raises InputError where a base is not the one that a run or adapter, by its `file`, was trained on."""
-    if recorded["digest"] != facts["digest"]:
+def check_base(path: Path, file: str, recorded: BaseRecord, base: Provenance) -> None:
+    """Raise InputError where a base is not the one that a run or adapter, by its `file`, was trained on."""
+    if recorded.digest != base.digest:
         raise InputError(
-            f"{recorded['path']} is not the base that {path} was trained on: its digest is {facts['digest'][:12]}, "
-            f"{file} records {str(recorded['digest'])[:12]}"
+            f"{recorded.path} is not the base that {path} was trained on: its digest is {base.digest[:12]}, "
+            f"{file} records {str(recorded.digest)[:12]}"
         )

@@ -14,6 +14,7 @@ from sst_jax.families import registry
 from sst_jax.files import read_json, staged_folder
 from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig
 from sst_jax.weights import export_format, huggingface
+from sst_jax.weights.provenance import BaseRecord
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper around the model
@@ -79,8 +80,8 @@ def write_folder(
             (folder / name).write_bytes(content)
 
 
-def base_of(folder: Path) -> dict[str, Any]:
-    """The base that an adapter stands on: {"path", "digest", "quantize"}, the last two None where it does not say.
+def base_of(folder: Path) -> BaseRecord:
+    """Return the base that an adapter stands on.
 
     What stream.json records of our own exports counts before PEFT's base_model_name_or_path.
     Raises: InputError where nothing tells.
@@ -92,7 +93,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     path = recorded.get("path") or name
     if not isinstance(path, str) or not path:
         raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing, so the base is unknown")
-    return {"path": path, "digest": recorded.get("digest"), "quantize": recorded.get("quantize")}
+    return BaseRecord(path, recorded.get("digest"), recorded.get("quantize"))
 
 
 def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamBundle:

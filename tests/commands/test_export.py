@@ -1,5 +1,6 @@
 """The export command on a finished run: each format, what lies in it, and the way back through convert and load."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -107,8 +108,9 @@ def test_the_card_has_the_facts_of_the_run(exported, finished):
 def test_a_gemma_export_passes_its_terms_on_and_no_path_of_this_machine(tmp_path, finished):
     from sst_jax.weights.card import model_card
 
-    facts = sst_jax.load(finished).facts | {"kind": "gguf", "path": "/home/somebody/models/gemma.gguf"}
-    card = model_card("sst", sst_jax.load(finished).config, facts, [], None)
+    model = sst_jax.load(finished)
+    provenance = dataclasses.replace(model.provenance, kind="gguf", path="/home/somebody/models/gemma.gguf")
+    card = model_card("sst", model.config, provenance, [], None)
     assert 'license: "gemma"' in card
     assert "ai.google.dev/gemma/terms" in card
     assert "/home" not in card

@@ -32,7 +32,7 @@ def ours() -> Model:
 
     shapes = decoder.abstract_params(config)
     trained = {name: jax.tree_util.tree_map_with_path(draw, shapes[name]) for name in ("adapter", "blend")}
-    return Model(config, {**plain.params, **trained}, plain.tokenizer, plain.facts)
+    return Model(config, {**plain.params, **trained}, plain.tokenizer, plain.provenance)
 
 
 @pytest.fixture(scope="module")

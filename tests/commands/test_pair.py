@@ -10,7 +10,7 @@ from sst_jax.lab.planning.compile import training_work
 from sst_jax.lab.studies import arms
 from sst_jax.training import recipe
 from sst_jax.training.run import read_metrics
-from sst_jax.weights.loading import backbone_of
+from sst_jax.weights.loading import resolve
 from tests.support.runs import SMALL, TINY
 
 ARGUMENTS = ["--config", TINY, *SMALL, "--arms", "stream,baseline,compute", "--task", "words", "--limit", "3"]
@@ -74,7 +74,7 @@ def test_what_is_finished_is_not_done_again(paired, monkeypatch):
 
 
 def test_more_steps_for_the_baseline_cost_what_the_stream_costs():
-    stream, backbone = resolved(), backbone_of("random:tiny")
+    stream, backbone = resolved(), resolve("random:tiny").backbone
     costs = arms.costs(stream, resolved(arms.OFF), backbone)
     assert 1.5 < costs.ratio < 2.1
     compute = resolved(*arms.overrides("compute", stream, costs))
@@ -91,7 +91,7 @@ def test_more_steps_for_the_baseline_cost_what_the_stream_costs():
     ],
 )
 def test_the_control_of_a_stream_with_drawn_depths_or_passes_has_their_average_flops(drawn, low, high):
-    stream, baseline, backbone = resolved(*drawn), resolved(arms.OFF), backbone_of("random:tiny")
+    stream, baseline, backbone = resolved(*drawn), resolved(arms.OFF), resolve("random:tiny").backbone
     ratio = arms.costs(stream, baseline, backbone).ratio
     assert low < ratio < high
     each = [share * training_work(stream.with_schedule(one), backbone).flops for share, one in stream.forward.draws()]
@@ -99,13 +99,13 @@ def test_the_control_of_a_stream_with_drawn_depths_or_passes_has_their_average_f
 
 
 def test_parameters_of_layers_without_a_state_are_not_matched():
-    costs = arms.costs(resolved("--config.stream.layers=(0,3)"), resolved(arms.OFF), backbone_of("random:tiny"))
+    costs = arms.costs(resolved("--config.stream.layers=(0,3)"), resolved(arms.OFF), resolve("random:tiny").backbone)
     assert costs.blend_parameters == 2 * 64
 
 
 def test_a_larger_rank_has_at_least_the_streams_parameters_and_the_same_scale():
     stream = resolved()
-    costs = arms.costs(stream, resolved(arms.OFF), backbone_of("random:tiny"))
+    costs = arms.costs(stream, resolved(arms.OFF), resolve("random:tiny").backbone)
     assert costs.blend_parameters == 7 * 64
     larger = resolved(*arms.overrides("parameters", stream, costs)).adapter
     added = (larger.rank - stream.adapter.rank) * costs.parameters_a_rank

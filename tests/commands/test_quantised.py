@@ -1,5 +1,6 @@
 """Bases in NF4 through the commands: convert, train, generate, export."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -44,7 +45,7 @@ def test_a_converted_folder_is_what_loading_with_quantize_gives(folders, tmp_pat
     assert run(convert.main, ["--from", str(folders / "plain"), "--to", str(target), "--quantize", kind]) == 0
     model, opened = sst_jax.load(target), open_model("random:tiny", "float32", kind)
     assert trees_equal(model.params["base"], opened.params["base"])
-    assert storages.kind_of(model.params["base"]) == model.facts["quantize"] == opened.provenance["quantize"] == kind
+    assert storages.kind_of(model.params["base"]) == model.provenance.quantize == opened.provenance.quantize == kind
     assert model.params["base"]["embed"]["embedding"].dtype == np.float32
     # Another type for the floats leaves the quantised linears bit for bit.
     narrow = sst_jax.load(target, "bfloat16").params["base"]
@@ -100,7 +101,7 @@ def test_a_run_on_nf4_keeps_its_numbers_with_the_stream_on(run_on_nf4, tmp_path)
     arguments = ["--from", str(run_on_nf4), "--to", str(tmp_path / "adapter"), "--format", "adapter"]
     assert run(export.main, arguments) == 0
     back = sst_jax.load(tmp_path / "adapter")
-    assert back.facts["quantize"] == "nf4"
+    assert back.provenance.quantize == "nf4"
     assert back.config == trained.config
     assert trees_equal(back.params, trained.params)
     torch = pytest.importorskip("torch")
@@ -140,7 +141,7 @@ def test_a_copy_of_a_quantised_base_is_merged_onto_the_first_original(folders, t
     sst_jax.load(folders / "nf4").with_stream(alpha=0.03).save(tmp_path / "copy")
     sst_jax.load(tmp_path / "copy").save(tmp_path / "second")
     found = json.loads((tmp_path / "second" / "sst_jax.json").read_text())["facts"]
-    assert found["path"] == sst_jax.load(folders / "nf4").facts["source"]["path"]
+    assert found["path"] == sst_jax.load(folders / "nf4").provenance.source.path
     for folder in (tmp_path / "copy", tmp_path / "second"):
         out = tmp_path / f"{folder.name}.json"
         arguments = ["--from", str(folder), "--to", str(tmp_path / f"merged-{folder.name}"), "--format", "merged"]
@@ -156,10 +157,10 @@ def test_a_copy_of_a_quantised_base_is_merged_onto_the_first_original(folders, t
 def test_the_original_of_a_chain_of_quantised_bases(folders):
     from sst_jax.weights.loading import open_original
 
-    facts = sst_jax.load(folders / "nf4").facts
-    assert facts["stored"] == "nf4"
-    chained = {**facts, "source": {name: facts[name] for name in ("kind", "path", "digest")}}
-    assert open_original(chained, "float32").provenance["quantize"] == "none"
+    provenance = sst_jax.load(folders / "nf4").provenance
+    assert provenance.stored == "nf4"
+    chained = dataclasses.replace(provenance, source=provenance.identity)
+    assert open_original(chained, "float32").provenance.quantize == "none"
 
 
 def test_errors_of_the_forwards_are_measured_on_a_quantised_base(folders, tmp_path):

@@ -331,7 +331,7 @@ def targets(folder: Path) -> list[Target]:
     from sst_jax.weights import huggingface, store
     from sst_jax.weights.checkpoint import newest_good
     from sst_jax.weights.hub_config import backbone_from_config
-    from sst_jax.weights.loading import backbone_of, open_model, source_dtype
+    from sst_jax.weights.loading import open_model, resolve
     from tests.support import torch_exports as exports
 
     two_layers = {"num_layers": 2, "layer_types": ("local", "global"), "d_model": 12, "d_ff": 8, "head_dim": 4}
@@ -340,9 +340,9 @@ def targets(folder: Path) -> list[Target]:
     plain = exports.model(None, backbone, rank=0, dtype="bfloat16")
 
     def model(path: Path) -> None:
-        source_dtype(path)
-        backbone_of(path)
-        open_model(path, "float32")
+        reference = resolve(path)
+        reference.dtype, reference.backbone  # noqa: B018
+        reference.open("float32")
 
     def files(name: str) -> dict[str, bytes]:
         root = folder / name
@@ -352,7 +352,7 @@ def targets(folder: Path) -> list[Target]:
 
     exports.write(plain, folder / "plain", "merged", dtype="bfloat16")
     opened = open_model(folder / "plain", "float32")
-    adapted = exports.model({}, backbone, rank=2, **{**opened.provenance, "path": str(folder / "plain")})
+    adapted = exports.model({}, backbone, rank=2, **{**opened.provenance.to_json(), "path": str(folder / "plain")})
     exports.write(ours, folder / "sst", "sst", "--keep-lora")
     exports.write(ours, folder / "merged", "merged")
     exports.write(adapted, folder / "adapter", "adapter")
@@ -520,8 +520,7 @@ def run_folder(folder: Path, ours: Any) -> dict[str, bytes]:
     from sst_jax.weights.loading import open_model
 
     root = folder / "run"
-    facts = open_model(folder / "plain", "float32").provenance
-    write_json(root / "base.json", {name: facts[name] for name in ("path", "digest", "dtype", "kind", "quantize")})
+    write_json(root / "base.json", open_model(folder / "plain", "float32").provenance.base_record())
     write_json(root / "config.json", {"recipe": {}, "model_config": ours.config.to_dict()})
     state = init_state({name: ours.params[name] for name in ("adapter", "blend")}, optax.sgd(1.0))
     checkpoints = Checkpoints(root)

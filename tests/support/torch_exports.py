@@ -9,6 +9,7 @@ from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.inference.model import Model
 from sst_jax.model.config import LINEARS, AdapterConfig, ModelConfig, StreamConfig
 from sst_jax.weights.loading import LoadedModel
+from sst_jax.weights.provenance import Provenance
 from tests.support import toys
 
 # The byte tokenizer's vocabulary; transformers wants d_model to be a multiple of the heads.
@@ -23,14 +24,14 @@ def model(stream=None, backbone=BACKBONE, rank=3, targets=LINEARS, dtype="float3
     """A toy Model; `stream` is a dict of StreamConfig's fields, or None."""
     stream = None if stream is None else StreamConfig(**stream)
     config = ModelConfig(backbone, stream, AdapterConfig(rank, 2.0 * rank, targets, dropout=0.1))
-    return Model(config, toys.params(config, dtype, seed), ByteTokenizer(), {**FACTS, **facts})
+    return Model(config, toys.params(config, dtype, seed), ByteTokenizer(), Provenance.from_json({**FACTS, **facts}))
 
 
 def write(ours, folder, kind="sst", *flags, dtype="float32"):
     """Exports a Model as `export` would, without a detour through a saved one."""
-    arguments = ["--from", ours.facts["path"], "--to", str(folder), "--format", kind, *flags]
+    arguments = ["--from", ours.provenance.path, "--to", str(folder), "--format", kind, *flags]
     args = export.parser().parse_args(arguments)
-    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.facts)
+    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.provenance)
     if kind == "adapter":
         export.write_adapter(args, folder, opened)
     else:

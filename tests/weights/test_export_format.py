@@ -15,7 +15,7 @@ from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
 from sst_jax.model.fields import written_fields
 from sst_jax.weights import export_format, huggingface
-from sst_jax.weights.loading import open_model, source_dtype
+from sst_jax.weights.loading import open_model, resolve
 from sst_jax.weights.lora import merge
 from tests.support import toys
 from tests.support.torch_exports import BACKBONE, SHALLOW, model, write
@@ -45,7 +45,7 @@ def test_an_sst_folder_comes_back_bit_for_bit(tmp_path, backbone, fields, dtype)
     back = sst_jax.load(folder, dtype)
     assert back.config == ours.config
     assert same(back.params, ours.params)
-    assert source_dtype(folder) == dtype
+    assert resolve(folder).dtype == dtype
     assert back.tokenizer.encode("a b") == ours.tokenizer.encode("a b")
 
 
@@ -123,7 +123,7 @@ def test_pytorch_may_train_on_and_save_for_us_to_read(tmp_path):
 def test_quantised_on_the_way_in(tmp_path):
     folder = write(model(WILD, PRESETS["tiny"]), tmp_path / "out", "sst", "--keep-lora")
     opened = open_model(folder, "float32", "nf4")
-    assert opened.provenance["quantize"] == "nf4"
+    assert opened.provenance.quantize == "nf4"
     assert opened.config.stream is not None
     assert opened.params["adapter"]
 

@@ -20,7 +20,7 @@ from sst_jax.model.quantization import storages
 from sst_jax.weights import gguf as reader
 from sst_jax.weights import key_map
 from sst_jax.weights.huggingface import backbone_from_config, config_json, open_folder, write_folder
-from sst_jax.weights.loading import backbone_of
+from sst_jax.weights.loading import resolve
 from sst_jax.weights.source import fill_base, lazy_base
 from tests.support import checkpoints
 
@@ -192,10 +192,10 @@ def test_layouts_are_gemmas_alone(backbone):
 )
 def test_a_hub_id_tells_the_shapes_before_anything_is_fetched(hub, name):
     if name is not None:
-        assert backbone_of(hub) == PRESETS[name]
+        assert resolve(hub).backbone == PRESETS[name]
     else:
         with pytest.raises(InputError, match="does not tell"):
-            backbone_of(hub)
+            print(resolve(hub).backbone)
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors

@@ -24,7 +24,7 @@ STREAM = {"alpha_range": (0.0, 1.0), "decay": 0.2}
 def trained_on(base, targets=("down", "q", "v"), stream=STREAM):
     """A Model with a random adapter and stream over a base, as training leaves one."""
     fresh = model(stream, base.config.backbone, targets=targets)
-    return Model(fresh.config, {**fresh.params, "base": base.params["base"]}, base.tokenizer, base.facts)
+    return Model(fresh.config, {**fresh.params, "base": base.params["base"]}, base.tokenizer, base.provenance)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_an_adapter_comes_back_with_its_stream_bit_for_bit(ours, tmp_path):
     assert back.config == ours.config
     assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), back.params,
                                      ours.params))  # fmt: skip
-    assert back.facts["path"] == ours.facts["path"]
+    assert back.provenance.path == ours.provenance.path
 
 
 @pytest.mark.parametrize("targets", [("down", "q", "v"), ("o",)], ids=str)
@@ -67,7 +67,7 @@ def test_peft_writes_what_we_read(ours, tmp_path):
     """An adapter of PEFT's own, without anything of ours beside."""
     torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    base = transformers.AutoModelForCausalLM.from_pretrained(ours.facts["path"], dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(ours.provenance.path, dtype=torch.float32)
     config = theirs.LoraConfig(r=2, lora_alpha=5, target_modules=["k_proj", "up_proj"], task_type="CAUSAL_LM",
                                init_lora_weights=False)  # fmt: skip
     adapted = theirs.get_peft_model(base, config).eval()
@@ -85,7 +85,7 @@ def test_an_adapter_of_a_multimodal_model_leaves_its_vision_tower_alone(tmp_path
     transformers = pytest.importorskip("transformers")
     tiny = multimodal(transformers, torch, tmp_path)
     ours = trained_on(sst_jax.load(tmp_path / "base"))
-    assert ours.facts["layout"] != "text"
+    assert ours.provenance.layout != "text"
     folder = write(ours, tmp_path / "adapter", "adapter")
     tokens = torch.tensor(toys.tokens(1, 20)).long()
     adapted = theirs.PeftModel.from_pretrained(tiny.eval(), folder).eval()
@@ -205,7 +205,7 @@ def test_there_is_no_adapter_without_lora(tmp_path):
 
 def test_an_adapter_over_an_sst_folder_is_refused(tmp_path):
     ours = sst_jax.load(write(model(STREAM, SHALLOW), tmp_path / "sst", "sst", "--keep-lora"))
-    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.facts)
+    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.provenance)
     with pytest.raises(InputError, match="--format sst"):
         write(Model(*opened), tmp_path / "adapter", "adapter")
 

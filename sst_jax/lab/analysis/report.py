@@ -40,7 +40,7 @@ def write(out: Path, found: AnalysisResult, model: Model, probe: Probe | None = 
 
 def render(out: Path, found: AnalysisResult, model: Model, probe: Probe | None) -> str:
     result = found.result
-    name = Path(str(model.facts.get("run") or model.facts.get("path", "a model"))).name
+    name = Path(model.provenance.run or model.provenance.path or "a model").name
     title = f"Inside {name}: {' to '.join(str(result['by_depth'][end]['depth']) for end in (0, -1))} iterations"
     body = [f"<h1>{escape(title)}</h1>", f"<p>{PREAMBLE}</p>", f"<pre>{escape(summary(result))}</pre>"]
     for drawn in figures.draw(found):
@@ -50,7 +50,7 @@ def render(out: Path, found: AnalysisResult, model: Model, probe: Probe | None) 
             body += [events(result), "<h2>The tokens at a shift</h2>", at_shifts(result)]
     if probe is not None:
         body += of_probe(probe, out)
-    body += ["<h2>What was run</h2>", table(("", ""), [(key, str(model.facts.get(key))) for key in FACTS])]
+    body += ["<h2>What was run</h2>", table(("", ""), [(key, str(getattr(model.provenance, key))) for key in FACTS])]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -127,7 +127,7 @@ def check_model(model: Model, policies: Sequence[Policy]) -> None:
 
 def identity(model: Model) -> dict[str, Any]:
     """Return what says which model it is: of the base, and of the run's checkpoint where it is one."""
-    return {name: model.facts.get(name) for name in IDENTITY}
+    return {name: getattr(model.provenance, name) for name in IDENTITY}
 
 
 def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = None) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
     task, every, items = read or read_task(config)
     check_model(model, config.policies)
     format = config.format or model.prompt_format
-    overlap = contamination.check(model.facts.get("recipe"), every, config.allow_overlap)
+    overlap = contamination.check(model.provenance.recipe, every, config.allow_overlap)
     answering = config.measure == "answers"
     room = (config.max_new_tokens or task.max_new_tokens) if answering else 0
     # A base model writes the next question after its answer; the harness stops GSM8K at the same word.

@@ -13,6 +13,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.lab.evaluation.runner import HEADER, ITEMS, prompt_sha256, read_outcomes
 from sst_jax.lab.probing.fit import Item
+from sst_jax.weights.provenance import Provenance
 
 
 def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]]:
@@ -42,8 +43,10 @@ def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]
     return [item for item in found.values() if all(str(depth) in item["outcomes"] for depth in depths)]
 
 
-def items(records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer: Tokenizer, facts: Any) -> list[Item]:
-    """The items with their prompts as tokens; `facts` are those of the model that the probe is for.
+def items(
+    records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer: Tokenizer, provenance: Provenance
+) -> list[Item]:
+    """The items with their prompts as tokens; `provenance` is that of the model that the probe is for.
 
     Raises: InputError where outcomes are another model's, or a prompt is not the one that was answered.
     """
@@ -54,10 +57,10 @@ def items(records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer:
         for outcome in pair:
             folder, model = outcome["folder"], outcome["model"]
             for key in ("digest", "run", "step"):
-                if model.get(key) != facts.get(key):
+                if model.get(key) != getattr(provenance, key):
                     raise InputError(
                         f"{folder} has the outcomes of another model: its {key} is {model.get(key)}, --model's is "
-                        f"{facts.get(key)}"
+                        f"{getattr(provenance, key)}"
                     )
             if prompt_sha256(prompt) != outcome["prompt_sha256"]:
                 raise InputError(f"{folder}: the prompt of {record['id']} is not the one that was answered")

@@ -23,7 +23,7 @@ from sst_jax.training import recipe as recipes
 from sst_jax.training.loop import fit
 from sst_jax.training.recipe import default_record
 from sst_jax.training.run import check_recipe
-from sst_jax.weights.loading import backbone_of
+from sst_jax.weights.loading import resolve
 
 WITH_STREAM = ("stream", "memoryless")
 
@@ -91,7 +91,7 @@ def plan(config: PairConfig, workdir: Path) -> tuple[dict[str, Any], list[Planne
     stream = recipes.resolve(recipes.read(config.config, config.overrides))
     arms.check(config.arms, stream)
     baseline = recipes.resolve(recipes.read(config.config, [*config.overrides, arms.OFF]))
-    costs = arms.costs(stream, baseline, backbone_of(stream.model.source))
+    costs = arms.costs(stream, baseline, resolve(stream.model.source).backbone)
     record: dict[str, Any] = {
         "config": config.config,
         "overrides": list(config.overrides),

@@ -251,7 +251,7 @@ def test_a_fingerprint_is_of_the_model_and_not_of_its_precision(tmp_path):
     assert fingerprint(model) == fingerprint(sst_jax.load(folder, "bfloat16"))
     assert fingerprint(model) != fingerprint(model.with_stream(state="block"))
     theta = model.params["blend"]["theta"]
-    moved = Model(model.config, {**model.params, "blend": {"theta": theta + 1e-3}}, model.tokenizer, model.facts)
+    moved = Model(model.config, {**model.params, "blend": {"theta": theta + 1e-3}}, model.tokenizer, model.provenance)
     assert fingerprint(model) != fingerprint(moved)
 
 

@@ -161,13 +161,13 @@ def test_the_baseline_differs_from_the_recipe_in_one_line():
     from sst_jax.families.registry import PRESETS
     from sst_jax.files import diff
     from sst_jax.training.recipe import read
-    from sst_jax.weights.loading import backbone_of
+    from sst_jax.weights.loading import resolve
 
     for size in [name for name in PRESETS if not name.startswith("tiny")]:
         on, off = (json.loads(read(f"{path}:size={size}", []).to_json_best_effort()) for path in (SST, BASELINE))
         assert diff(on, off) == [("stream.on", True, False)]
         assert on["data"]["batch_size"] * on["optimizer"]["accumulate"] == 32
-        assert backbone_of(on["model"]["source"]) == PRESETS[size]
+        assert resolve(on["model"]["source"]).backbone == PRESETS[size]
 
 
 def planned(tmp_path, *arguments):

@@ -387,10 +387,10 @@ def test_outcomes_of_two_models_are_refused_in_either_order(model, outcomes, tmp
         header["model"]["digest"] = "0" * 64 if number == foreign else header["model"]["digest"]
         (folder / "evaluation.json").write_text(json.dumps(header))
         folders.append(str(folder))
-    facts, tokenizer = model[1].facts, model[1].tokenizer
+    provenance, tokenizer = model[1].provenance, model[1].tokenizer
     for order in (folders, folders[::-1]):
         with pytest.raises(InputError, match=f"{folders[foreign]} has the outcomes of another model"):
-            room_of_outcomes.items(room_of_outcomes.read(order, (1, 2)), (1, 2), tokenizer, facts)
+            room_of_outcomes.items(room_of_outcomes.read(order, (1, 2)), (1, 2), tokenizer, provenance)
 
 
 def test_generating_refuses_a_probe_of_another_model_however_it_is_asked_for(model, fitted, tmp_path, capsys):
