@@ -91,15 +91,14 @@ def hashes(folder: Path, target: Path) -> None:
 def weights(folder: Path, target: Path, quantize: str) -> None:
     """What `convert.streamed` does, without the tokenizer and a vision tower."""
     from sst_jax.files import digest
-    from sst_jax.model.config import ModelConfig
-    from sst_jax.weights import huggingface, store
+    from sst_jax.weights import huggingface
+    from sst_jax.weights.conversion import Conversion
 
     source = huggingface.open_folder(folder)
     with ThreadPoolExecutor(1) as pool:
         identity = pool.submit(digest, source.files)
         facts = lambda: {"digest": identity.result()}  # noqa: E731
-        config = ModelConfig(source.backbone).to_dict()
-        store.stream_base(target, source, config, facts, {}, source.dtype, quantize)
+        Conversion(target, source, source.dtype, quantize).run(facts)
 
 
 def command(folder: Path, target: Path, quantize: str) -> None:

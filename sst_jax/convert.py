@@ -97,12 +97,12 @@ def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> Any
     from sst_jax.console.progress import bar
     from sst_jax.data.tokenizer import load_tokenizer
     from sst_jax.files import digest
-    from sst_jax.model.config import ModelConfig
     from sst_jax.weights import calibrate, store
+    from sst_jax.weights.conversion import Conversion
     from sst_jax.weights.loading import vision_tensors
     from sst_jax.weights.provenance import Provenance
 
-    tokenizer, config, texts = load_tokenizer(source.path), ModelConfig(source.backbone).to_dict(), None
+    tokenizer, texts = load_tokenizer(source.path), None
     if args.calibrate:
         texts = calibrate.read_texts(args.calibrate, tokenizer, args.calibrate_tokens)
     files = tokenizer.files()
@@ -130,7 +130,7 @@ def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> Any
             meter.update(done - meter.n)
 
         facts = lambda: provenance().conversion_record()  # noqa: E731
-        store.stream_base(target, source, config, facts, files, dtype, args.quantize, update, texts)
+        Conversion(target, source, dtype, args.quantize, texts).run(facts, files, update)
         return provenance()
 
 

@@ -9,16 +9,16 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sst_jax.errors import InputError
+from sst_jax.types import Json
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
 
 _CHUNK = 1 << 18  # stays in the cache, between being read and being hashed
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """Return the JSON object in a UTF-8 file.
 
     Raises: InputError, naming the file, when it is missing, malformed or not an object.
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def is_plain_name(name: Any) -> bool:
+def is_plain_name(name: object) -> bool:
     """Return whether a name from a file may be joined to a folder: a single component that cannot leave it."""
     return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
 
@@ -96,7 +96,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def diff(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+def diff(old: object, new: object, path: str = "") -> list[tuple[str, object, object]]:
     """Return (key, old, new) wherever two JSON values differ, keys written with dots."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))

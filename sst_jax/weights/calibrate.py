@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from sst_jax.errors import InputError
 from sst_jax.files import sha256
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.layers import Block, embed, to_float32
+from sst_jax.model.layers import ACTIVATIONS, Block, embed, to_float32
 from sst_jax.model.quantization import gptq, storages
-from sst_jax.types import SegmentIds, Tokens
+from sst_jax.types import Hidden, Json, Params, SegmentIds, Tokens
 from sst_jax.weights import key_map
 from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, lazy_base
 
@@ -38,7 +38,7 @@ class Texts(NamedTuple):
 
     tokens: np.ndarray  # int32 [rows, 256]
     segment_ids: np.ndarray  # int32 [rows, 256], a number a text
-    facts: dict[str, Any]  # what a base folder says of them
+    facts: Json  # what a base folder says of them
 
 
 def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
@@ -81,58 +81,48 @@ def _texts(file: Path) -> Iterator[str]:
             raise InputError(f"{where}: needs text under the key text, or under question and answer")
 
 
-@jax.custom_vjp
-def observe(x: jax.Array, gram: jax.Array) -> jax.Array:
-    """x [..., K] as it is. The gradient of `gram` [K, K], whatever the loss, is the sum of x^T x in float32."""
-    return x
+class _KeepingInputs:
+    """A block that keeps what its linear `o` is fed, which `attend` does not return."""
+
+    def __init__(self, block: Block):
+        self._block, self.fed = block, None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._block, name)
+
+    def o(self, x: Hidden, drop: jax.Array | None = None) -> Hidden:
+        self.fed = x
+        return self._block.o(x, drop)
 
 
-def _observe_forward(x: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x, x
-
-
-def _observe_backward(x: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # No gradient goes further down: nothing but Gram matrices is wanted, and XLA drops all that only led there.
-    return jnp.zeros_like(x), jnp.einsum("...i,...j->ij", to_float32(x), to_float32(x))
-
-
-observe.defvjp(_observe_forward, _observe_backward)
-
-
-class _Observed:
-    """A block whose linears in `grams` observe what they are fed."""
-
-    def __init__(self, block: Block, grams: dict[str, jax.Array]):
-        self._block, self._grams = block, grams
-
-    def __getattr__(self, name: str) -> Any:
-        part = getattr(self._block, name)
-        if name not in self._grams:
-            return part
-        return lambda x, drop=None: part(observe(x, self._grams[name]), drop)
+def observe(
+    layer: decoder.Layer, residuals: decoder.Residuals, extra: None, context: decoder.Context
+) -> tuple[decoder.Residuals, dict[str, jax.Array]]:
+    """A rule: `plain`, whose per-layer output are the Gram matrices [K, K] of what the linears in OBSERVED are fed."""
+    (x,), block = residuals, layer.block
+    keeping = _KeepingInputs(block)
+    h, _ = rules.attend(layer._replace(block=keeping), x, context)
+    y = block.pre_ffn_norm(rules.residual_after_attention(layer, h)).astype(x.dtype)
+    activation = ACTIVATIONS[context.config.backbone.activation]
+    fed = {
+        "q": block.pre_attn_norm(x).astype(x.dtype),
+        "o": keeping.fed,
+        "gate": y,
+        "down": activation(block.gate(y)) * block.up(y),
+    }
+    o, _ = rules.feed(layer, h, context, x.dtype)  # whose products XLA shares with those above
+    return (o,), {name: jnp.einsum("...i,...j->ij", to_float32(part), to_float32(part)) for name, part in fed.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def through(
-    config: ModelConfig, layer: dict[str, Any], x: jax.Array, tokens: Tokens, segment_ids: SegmentIds
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """x [B, T, D] behind a layer (kernels and norms, unstacked), and the Gram matrices [K, K] of OBSERVED."""
+    config: ModelConfig, layer: Params, x: Hidden, tokens: Tokens, segment_ids: SegmentIds
+) -> tuple[Hidden, dict[str, jax.Array]]:
+    """Return x [B, T, D] behind a layer (kernels and norms, unstacked), and the Gram matrices [K, K] of OBSERVED."""
     context = decoder.row_context(config, tokens, segment_ids)
-    stacked = jax.tree.map(lambda part: part[None], layer)
-
-    def rule(
-        layer: decoder.Layer, residuals: decoder.Residuals, grams: Any, context: decoder.Context
-    ) -> tuple[Any, None]:
-        observed = layer._replace(block=_Observed(layer.block, grams))
-        return rules.plain(observed, residuals, None, context)[0], None
-
-    def run(grams: dict[str, jax.Array]) -> jax.Array:
-        params = {"base": {"layers": stacked}, "adapter": {}, "blend": {}}
-        return decoder.run_layers(params, rule, (x,), context, grams)[0][0]
-
-    sizes = {name: config.backbone.linear_shapes[name][0] for name in set(OBSERVED.values())}
-    behind, gradient = jax.vjp(run, {name: jnp.zeros((1, size, size)) for name, size in sizes.items()})
-    return behind, {name: gram[0] for name, gram in gradient(jnp.zeros_like(behind))[0].items()}
+    params = {"base": {"layers": jax.tree.map(lambda part: part[None], layer)}, "adapter": {}, "blend": {}}
+    (behind,), grams = decoder.run_layers(params, observe, (x,), context)
+    return behind, {name: gram[0] for name, gram in grams.items()}
 
 
 def calibrated(
@@ -184,4 +174,6 @@ def calibrated(
             if observed not in factors:
                 factors = {observed: gptq.compensation(grams.pop(observed))}  # one at a time, they are large
             leaf = storage.quantise_for(layer[name]["kernel"], factors[observed])
-            yield ConvertedTensor(number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()})
+            yield ConvertedTensor(
+                slot, number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()}
+            )

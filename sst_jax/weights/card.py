@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sst_jax.families.registry import family_of
 from sst_jax.model.config import ModelConfig
+from sst_jax.types import Json
 from sst_jax.weights.provenance import Provenance
 
 PAPER = "https://arxiv.org/abs/2605.00206"
@@ -63,7 +63,7 @@ def model_card(
     kind: str,
     config: ModelConfig,
     provenance: Provenance,
-    metrics: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Json],
     merged_onto: str | None,
 ) -> str:
     """Markdown with the hub's metadata block.
@@ -79,7 +79,7 @@ def model_card(
     licence, terms = family_of(config.backbone).licence or (None, "The terms of the base model bind this one too.")
     if invented:
         licence, terms = None, "The base has random weights: there are no terms to pass on."
-    meta: dict[str, Any] = {
+    meta: Json = {
         "library_name": "peft" if kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["state-stream-transformer", "sst", "sst_jax"],
@@ -114,7 +114,7 @@ def _quantised(provenance: Provenance) -> str:
     return "" if kind == "none" else f", in {kind} while training"
 
 
-def _training(provenance: Provenance, metrics: Sequence[Mapping[str, Any]]) -> str:
+def _training(provenance: Provenance, metrics: Sequence[Json]) -> str:
     recipe = provenance.recipe
     if not recipe:
         return "Nothing is recorded: this does not come from a run folder."
@@ -137,6 +137,6 @@ def _training(provenance: Provenance, metrics: Sequence[Mapping[str, Any]]) -> s
     return _table(("what", "value"), rows.items()) + "\n\nOne seed. See the recipe below for every setting."
 
 
-def _table(head: tuple[str, str], rows: Any) -> str:
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])

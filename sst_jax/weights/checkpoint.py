@@ -14,7 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,9 +23,18 @@ from sst_jax.console.command import write_json
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import read_json, sha256
 from sst_jax.model.sharding import sharding_of
+from sst_jax.types import Json, Params
 
 log = logging.getLogger(__name__)
+Tree = TypeVar("Tree")
 TORN = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
+
+
+class DataIterator(Protocol):
+    """An iterator that says where it is, as grain's do."""
+
+    def get_state(self) -> Json: ...
+    def set_state(self, state: Json) -> None: ...
 
 
 class Checkpoints:
@@ -44,7 +53,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, trainable: Any, optimizer: Any, iterator: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator, meta: Json) -> None:
         """Writes the step, then its manifest; only then older steps beyond `keep` go.
 
         Raises: Stopped where the disk does not take it; the checkpoints before it stay.
@@ -59,7 +68,7 @@ class Checkpoints:
                 f"{self.latest_good() or 'the beginning'}; make room or mend the disk, then the same command goes on"
             ) from error
 
-    def _save(self, step: int, trainable: Any, optimizer: Any, iterator: Any, meta: dict[str, Any]) -> None:
+    def _save(self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator, meta: Json) -> None:
         import grain
 
         if step in self.manager.all_steps():  # a step that had been found damaged
@@ -90,7 +99,9 @@ class Checkpoints:
         """The newest step whose files are all as they were written; says loudly which ones it passed over."""
         return newest_good(self.folder.parent, say=log.warning)
 
-    def restore(self, step: int, trainable: Any, optimizer: Any, iterator: Any) -> tuple[Any, Any, dict[str, Any]]:
+    def restore(
+        self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator
+    ) -> tuple[Params, Tree, Json]:
         """(trainable, optimizer, meta) in the shapes and places of the given trees; sets the iterator to its place."""
         restored = self.manager.restore(
             step,
@@ -143,7 +154,7 @@ def damage(run: Path, step: int) -> str | None:
     return None
 
 
-def restore_trainable(run: Path, step: int, trainable: Any) -> Any:
+def restore_trainable(run: Path, step: int, trainable: Params) -> Params:
     """Adapter and blend of a step, in the shapes of `trainable`, without optimizer or data.
 
     Raises: InputError where the step holds others than those.
@@ -160,10 +171,10 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return [(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: Tree) -> Tree:
     """Shapes, types and this mesh's placement: what opens a checkpoint on another topology than it was saved on."""
 
-    def one(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
+    def one(path: tuple, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None) or sharding_of(path, x.shape)
         )

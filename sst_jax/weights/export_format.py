@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -51,7 +51,7 @@ class StreamBundle(NamedTuple):
     """
 
     config: ModelConfig
-    params: dict[str, Any]
+    params: Params
     prompt_format: str | None = None
 
 
@@ -88,12 +88,12 @@ def torch_files(backbone: BackboneConfig) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files}
 
 
-def blend_tensors(blend: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def blend_tensors(blend: Params) -> dict[str, np.ndarray]:
     """The stream's parameters as tensors of an sst folder."""
     return {f"{BLEND}{name}": np.asarray(value) for name, value in blend.items()}
 
 
-def lora_tensors(backbone: BackboneConfig, adapter: Mapping[str, Any], layout: str = "text") -> dict[str, np.ndarray]:
+def lora_tensors(backbone: BackboneConfig, adapter: Params, layout: str = "text") -> dict[str, np.ndarray]:
     """LoRA's factors in PyTorch's orientation, by key; `layout` as in `names.LAYOUTS`."""
     found = {}
     for entry in key_map.expected(backbone).values():
@@ -151,7 +151,7 @@ def backbone_of(folder: Path) -> BackboneConfig:
     return hub_config.backbone_from_config(config, str(folder / "config.json"))
 
 
-def _plain_config(folder: Path) -> dict[str, Any]:
+def _plain_config(folder: Path) -> Json:
     """config.json of an sst folder with the model_type of its backbone."""
     where = folder / "config.json"
     config = read_json(where)
@@ -187,7 +187,7 @@ def read_carried(source: Source) -> StreamBundle:
     return StreamBundle(found, params, _prompts(options, where))
 
 
-def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | None, dict[str, Any], str | None]:
+def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | None, Params, str | None]:
     """(options, parameters, format of prompts) of stream.json and stream.safetensors.
 
     Raises: InputError naming the file and the option, key or version at fault.
@@ -207,7 +207,7 @@ def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | 
     return stream, blend, prompts
 
 
-def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -> dict[str, Any]:
+def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -> Params:
     """The tree "adapter", stacked over layers, from LoRA's factors by key (KEY.lora_A.weight, in any layout).
 
     Raises: InputError naming a key that is unknown, missing or of another shape than the config's.
@@ -240,7 +240,7 @@ def _is_ours(key: str) -> bool:
     return key.startswith(BLEND) or _FACTOR.fullmatch(key) is not None
 
 
-def _check(record: Any, expected: str, where: str) -> None:
+def _check(record: object, expected: str, where: str) -> None:
     """Raises InputError unless a record is of a format and version that this program reads."""
     record = record if isinstance(record, Mapping) else {}
     if record.get("format") != expected:
@@ -252,13 +252,13 @@ def _check(record: Any, expected: str, where: str) -> None:
         )
 
 
-def _options(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+def _options(record: Json, name: str, where: str) -> Json:
     if not isinstance(record.get(name), Mapping):
         raise InputError(f"{where}: {name} is missing or not an object")
     return record[name]
 
 
-def _prompts(record: Mapping[str, Any], where: str) -> str | None:
+def _prompts(record: Json, where: str) -> str | None:
     """The format of prompts that a record names; None where it names none."""
     value = record.get("prompts")
     if value not in (None, *FORMATS):
@@ -266,7 +266,7 @@ def _prompts(record: Mapping[str, Any], where: str) -> str | None:
     return value
 
 
-def _check_shapes(params: Mapping[str, Any], config: ModelConfig, where: Path) -> None:
+def _check_shapes(params: Params, config: ModelConfig, where: Path) -> None:
     """Raises InputError unless the stream's parameters are those that the config asks for, in shape and type."""
     wanted = decoder.abstract_params(config)["blend"]
     differing: Iterable[str] = sorted(set(wanted) ^ set(params["blend"]))

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sst_jax.errors import InputError
 
+Result = TypeVar("Result")
 _OWN = {".gitattributes"}  # what a new repository comes with
 
 
-def check(repo: str, force: bool, api: Any = None) -> str | None:
+class Hub(Protocol):
+    """What is asked of `huggingface_hub.HfApi`."""
+
+    def model_info(self, repo_id: str) -> Any: ...
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, parent_commit: str | None
+    ) -> Any: ...
+
+
+def check(repo: str, force: bool, api: Hub | None = None) -> str | None:
     """The newest commit of a model repository, or None where it does not exist yet. One look, nothing is written.
 
     Raises: InputError where the repository holds files and `force` is off, on a malformed id, where the hub refuses.
@@ -33,7 +44,7 @@ def check(repo: str, force: bool, api: Any = None) -> str | None:
     return info.sha
 
 
-def push(folder: Path, repo: str, *, force: bool, private: bool, message: str, api: Any = None) -> str:
+def push(folder: Path, repo: str, *, force: bool, private: bool, message: str, api: Hub | None = None) -> str:
     """Uploads a folder in one commit and returns its address; a new repository is made private unless told otherwise.
 
     Raises: InputError as `check`, and where somebody else wrote to the repository in the meantime.
@@ -48,13 +59,13 @@ def push(folder: Path, repo: str, *, force: bool, private: bool, message: str, a
     return str(done.commit_url)
 
 
-def _api() -> Any:
+def _api() -> Hub:
     from huggingface_hub import HfApi
 
     return HfApi(library_name="sst_jax")
 
 
-def _asked(repo: str, request: Callable[[], Any]) -> Any:
+def _asked(repo: str, request: Callable[[], Result]) -> Result:
     """What the hub answers; its refusals as InputError, but for a repository that does not exist."""
     from huggingface_hub import errors
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.model.config import AdapterConfig
 from sst_jax.model.quantization import storages
+from sst_jax.types import Params
 
 
 class MergedKernel:
     """A stack of kernels [L, in, out] with their adapter folded in, each computed in float32 when it is indexed."""
 
-    def __init__(self, leaf: dict[str, Any], pair: dict[str, Any] | None, scale: float):
+    def __init__(self, leaf: Params, pair: Params | None, scale: float):
         self.leaf, self.pair, self.scale = leaf, pair, scale
 
     @property
@@ -41,7 +40,7 @@ def _kernel_of(leaf: dict[str, jax.Array]) -> jax.Array:
     return storages.dequantise({"linear": leaf}, jnp.float32)["linear"]["kernel"]
 
 
-def merge(base: dict[str, Any], adapter: dict[str, Any], config: AdapterConfig) -> dict[str, Any]:
+def merge(base: Params, adapter: Params, config: AdapterConfig) -> Params:
     """The base tree with every linear's kernel a `MergedKernel`: W + (alpha / rank) A B where it has an adapter."""
     layers = {}
     for name, leaf in base["layers"].items():
@@ -54,7 +53,7 @@ def merge(base: dict[str, Any], adapter: dict[str, Any], config: AdapterConfig) 
     return {**base, "layers": layers}
 
 
-def gap(base: dict[str, Any], other: dict[str, Any], config: AdapterConfig) -> dict[str, float]:
+def gap(base: Params, other: Params, config: AdapterConfig) -> dict[str, float]:
     """|W - W'| / |W| over all layers of each linear (Frobenius norms) of two bases, and over all linears as "all"."""
     ours, theirs = (merge(tree, {}, config)["layers"] for tree in (base, other))
     found, total = {}, np.zeros(2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import save_file
 
@@ -13,6 +12,7 @@ from sst_jax.errors import InputError
 from sst_jax.families import registry
 from sst_jax.files import read_json, staged_folder
 from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig
+from sst_jax.types import Params
 from sst_jax.weights import export_format, huggingface
 from sst_jax.weights.provenance import BaseRecord
 
@@ -42,7 +42,7 @@ def is_adapter_folder(folder: Path) -> bool:
 def write_folder(
     path: str | Path,
     config: ModelConfig,
-    adapter: Mapping[str, Any],
+    adapter: Params,
     base_name: str,
     layout: str,
     files: Mapping[str, bytes],
@@ -54,7 +54,7 @@ def write_folder(
     # transformers 5 names a multimodal model's text part so in memory, whichever of the two spellings is on disk.
     layout = layout if layout == "text" else "multimodal_v5"
     modules = [_modules(config.backbone)[name] for name in config.adapter.targets]
-    targets: Any = [module.rpartition(".")[2] for module in modules]
+    targets: list[str] | str = [module.rpartition(".")[2] for module in modules]
     if layout != "text":  # the vision tower has linears of the same names
         targets = rf".*language_model.*\.({'|'.join(module.replace('.', chr(92) + '.') for module in modules)})"
     alpha = config.adapter.alpha

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_dtypes
@@ -19,6 +19,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import Progress, digest
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.quantization import storages
+from sst_jax.types import Json, Params
 from sst_jax.weights import key_map
 
 __all__ = [
@@ -75,7 +76,7 @@ class Source:
     layout: str | None
     files: list[Path]
     dtype: str
-    metadata: dict[str, Any]
+    metadata: Json
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors in the order they lie on disk; nothing is read until `Tensor.read`."""
@@ -101,8 +102,14 @@ def param_shapes(
 
 
 class ConvertedTensor(NamedTuple):
-    """What one tensor of a source becomes: arrays (or views) by path in the base tree, of a layer or of all (None)."""
+    """What one tensor of a source becomes.
 
+    path: of its parameter in the base tree, unquantised, such as "layers/q/kernel".
+    layer: None where the parameter has no layers.
+    arrays: the arrays (or views) by path that it becomes, several where it is quantised.
+    """
+
+    path: str
     layer: int | None
     arrays: dict[str, np.ndarray]
 
@@ -135,9 +142,11 @@ def converted_tensors(
         value = key_map.transform(entry.row, source.backbone, source.kind)(value)
         if quantize != "none" and slot.endswith("/kernel"):
             leaf = _quantised(value.T, quantize)
-            yield ConvertedTensor(layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()})
+            yield ConvertedTensor(
+                slot, layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()}
+            )
         else:
-            yield ConvertedTensor(layer, {slot: value.astype(target, copy=False)})
+            yield ConvertedTensor(slot, layer, {slot: value.astype(target, copy=False)})
 
 
 _ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few hundred MB, whatever the tensor
@@ -157,7 +166,7 @@ def _quantised(value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     return leaves[0] if len(leaves) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *leaves)
 
 
-def fill_base(source: Source, dtype: str, progress: Progress | None = None, quantize: str = "none") -> dict[str, Any]:
+def fill_base(source: Source, dtype: str, progress: Progress | None = None, quantize: str = "none") -> Params:
     """Reads a source into a base tree of numpy arrays, kernels [L, in, out], in "float32" or "bfloat16", or quantised.
 
     Memory: the base itself plus one tensor.
@@ -165,7 +174,7 @@ def fill_base(source: Source, dtype: str, progress: Progress | None = None, quan
     Raises: InputError as `converted_tensors`.
     """
     key_map.bind(source.tensors(), source.backbone, source.kind, source.path)  # no memory for shapes that no file has
-    base: dict[str, Any] = {}
+    base: Params = {}
     for slot, (shape, slot_dtype) in param_shapes(source.backbone, dtype, quantize).items():
         key_map.set_param(base, slot, np.empty(shape, slot_dtype))
     done, total = 0, sum(leaf.nbytes for leaf in jax.tree.leaves(base))
@@ -188,13 +197,13 @@ class SourceStack:
         return self.transform(self.reads[layer]())
 
 
-def lazy_base(source: Source) -> dict[str, Any]:
+def lazy_base(source: Source) -> Params:
     """The base tree of a source with its layers as `SourceStack`, in the source's own types.
 
     Raises: InputError as `converted_tensors`, but for the head, which is not compared.
     """
     bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
-    base: dict[str, Any] = {}
+    base: Params = {}
     reads: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
     for tensor, entry in bound.tensors:
         reads.setdefault(entry.row.path, {})[entry.layer] = tensor.read

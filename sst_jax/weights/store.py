@@ -10,35 +10,29 @@ An array's shape and dtype are always told to Orbax on restore, so a folder writ
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from sst_jax.errors import InputError
-from sst_jax.files import Progress, is_plain_name, read_json, sha256, staged_folder
+from sst_jax.files import is_plain_name, read_json, sha256, staged_folder
 from sst_jax.model.quantization import storages
-from sst_jax.weights import key_map
-from sst_jax.weights.calibrate import Texts, calibrated
+from sst_jax.types import Json, Params
 from sst_jax.weights.key_map import set_param
-from sst_jax.weights.source import DTYPES, ConvertedTensor, Source, converted_tensors, numpy_dtype, param_shapes
+from sst_jax.weights.source import DTYPES, numpy_dtype
 
 FORMAT, VERSION = "sst_jax", 1
 HEADER, MANIFEST, PARAMS = "sst_jax.json", "manifest.json", "params"
-WRITERS = 2  # tensors that `stream_base` writes at once
 VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}  # integers: quantised linears
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Params, path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise InputError(f"parameter key {key!r} under {path or 'the top'} must be text without a slash")
@@ -57,9 +51,9 @@ def is_base_folder(directory: str | Path) -> bool:
 
 def save_base(
     directory: str | Path,
-    config: Mapping[str, Any],
-    params: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    config: Json,
+    params: Params,
+    facts: Json,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes parameter trees (nested dicts of arrays, {"base": ..., "adapter": ..., "blend": ...}) as a base folder.
@@ -71,14 +65,13 @@ def save_base(
     """
     import orbax.checkpoint as ocp
 
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     arrays = {}
     for slot, value in _leaves(params):
         set_param(tree, slot, value)
         arrays[slot] = {"shape": list(value.shape), "dtype": str(value.dtype)}
     if not arrays:
         raise InputError("there are no parameters to store")
-    header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts, "arrays": arrays}
     with staged_folder(directory) as folder:
         for name, content in (files or {}).items():
             if not is_plain_name(name) or name in (HEADER, MANIFEST, PARAMS):
@@ -86,161 +79,43 @@ def save_base(
             (folder / name).write_bytes(content)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / PARAMS, tree)
-        (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n")
-        manifest = {file.relative_to(folder).as_posix(): sha256(file) for file in _files(folder)}
-        (folder / MANIFEST).write_text(json.dumps({"sha256": manifest}, indent=1) + "\n")
+        write_header(folder, config, facts, arrays)
+        write_manifest(folder, {})
     return Path(directory)
 
 
-def stream_base(
-    directory: str | Path,
-    source: Source,
-    config: Mapping[str, Any],
-    facts: Callable[[], Mapping[str, Any]],
-    files: Mapping[str, bytes],
-    dtype: str,
-    quantize: str = "none",
-    progress: Progress | None = None,
-    texts: Texts | None = None,
-) -> Path:
-    """Writes a source of weights as a base folder, no more than WRITERS + 1 tensors in memory at a time.
-
-    The arrays are put where Orbax looks for them, a file a layer, uncompressed, in a folder beside `directory` that
-    gets its name when it is complete. Interrupted and called again with the same arguments it goes on where it was.
-    `facts` is called at the end, so that the source may be hashed meanwhile. With `texts` linears are quantised for
-    what these feed them.
-
-    Raises: InputError as `converted_tensors` or `calibrated`, when `directory` is not empty, or holds the beginning of
-    another conversion.
-    """
-    directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} is not empty; choose another output folder, nothing is overwritten")
-    stage = directory.with_name(f".{directory.name}.converting")
-    shapes = {f"base/{slot}": spec for slot, spec in param_shapes(source.backbone, dtype, quantize).items()}
-    arrays = {slot: {"shape": list(shape), "dtype": str(kind)} for slot, (shape, kind) in shapes.items()}
-    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
-    begun = {"arrays": arrays, "source": stamps, "texts": texts.facts if texts else None}
-    if (stage / _BEGUN).is_file():
-        if read_json(stage / _BEGUN) != begun:
-            raise InputError(f"{stage} is the beginning of another conversion: remove it, or choose another folder")
-    else:
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        _placeholders(stage / PARAMS, shapes)
-        (stage / _BEGUN).write_text(json.dumps(begun))
-
-    def written(slot: str, layer: int | None) -> bool:
-        stored = slot if f"base/{slot}" in shapes else f"{slot.removesuffix('kernel')}scale_step"
-        stored = stored if f"base/{stored}" in shapes else f"{slot.removesuffix('kernel')}scales"
-        return _chunk(stage / PARAMS, f"base/{stored}", shapes, layer).is_file()  # the last file of a tensor
-
-    bound = len(key_map.bind(source.tensors(), source.backbone, source.kind, source.path).tensors)
-    if texts is None:
-        found = converted_tensors(source, dtype, quantize, written)
-    else:
-        found = calibrated(source, dtype, quantize, texts, written)
-
-    manifest = {}
-
-    def write(piece: ConvertedTensor) -> None:
-        for slot, value in piece.arrays.items():
-            file = _chunk(stage / PARAMS, f"base/{slot}", shapes, piece.layer)
-            manifest[file.relative_to(stage).as_posix()] = _write(file, value)
-
-    with ThreadPoolExecutor(WRITERS) as pool:  # tensors are written and hashed while the next one is read
-        pending: deque[Future] = deque()
-        for number, piece in enumerate(found, 1):
-            if piece is not None:
-                if len(pending) == WRITERS:
-                    pending.popleft().result()
-                pending.append(pool.submit(write, piece))
-            if progress is not None:
-                progress(number, bound)
-        for future in pending:
-            future.result()
-    for name, content in files.items():
-        (stage / name).write_bytes(content)
-    header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts(), "arrays": arrays}
-    (stage / HEADER).write_text(json.dumps(header, indent=1) + "\n")
-    (stage / _BEGUN).unlink()
-    for file in _files(stage):  # what an earlier, interrupted call wrote, and the small ones
-        name = file.relative_to(stage).as_posix()
-        manifest[name] = manifest.get(name) or sha256(file)
-    (stage / MANIFEST).write_text(json.dumps({"sha256": dict(sorted(manifest.items()))}, indent=1) + "\n")
-    if directory.exists():
-        directory.rmdir()
-    stage.rename(directory)
-    return directory
+def write_header(folder: Path, config: Json, facts: Json, arrays: Json) -> None:
+    """Write the header of a base folder; `arrays` are shape and dtype by name."""
+    header = {"format": FORMAT, "version": VERSION, "config": config, "facts": facts, "arrays": arrays}
+    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n")
 
 
-_BEGUN = "converting.json"
+def write_manifest(folder: Path, known: Mapping[str, str], leave_out: Collection[str] = ()) -> None:
+    """Write the manifest of a base folder's files; hashes that are `known` are not computed again."""
+    names = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
+    hashes = {name: known.get(name) or sha256(file) for name, file in names.items() if name not in leave_out}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1) + "\n")
 
 
-def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """An Orbax checkpoint of those arrays without their numbers: one file an array and layer is still to be written."""
-    import orbax.checkpoint as ocp
-
-    tree: dict[str, Any] = {}
-    for slot, (_, dtype) in shapes.items():
-        set_param(tree, slot, np.zeros(1, dtype))
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # that there is nothing to merge without OCDBT, Orbax finds worth a warning
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-            checkpointer.save(folder, tree)
-    finally:
-        logger.setLevel(level)
-    for slot, (shape, _) in shapes.items():
-        array = folder / slot.replace("/", ".")
-        spec = json.loads((array / ".zarray").read_text())
-        chunks = [1, *shape[1:]] if slot.startswith("base/layers/") else list(shape)
-        spec |= {"shape": list(shape), "chunks": chunks, "compressor": None}
-        (array / "0").unlink()
-        (array / ".zarray").write_text(json.dumps(spec))
-
-
-def _chunk(folder: Path, slot: str, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], layer: int | None) -> Path:
-    """The file of one layer (or, with None, of the whole) of an array, named by zarr's chunk index."""
-    rest = len(shapes[slot][0]) - (layer is not None)
-    index = ([] if layer is None else [layer]) + [0] * rest
-    return folder / slot.replace("/", ".") / ".".join(map(str, index))
-
-
-def _write(file: Path, value: np.ndarray) -> str:
-    """Writes an array's bytes under a name that appears when they are all there; returns their SHA-256."""
-    partial = file.with_name(f".{file.name}.partial")
-    content = _contiguous(value).view(np.uint8)
-    content.tofile(partial)
-    partial.rename(file)
-    return hashlib.sha256(content).hexdigest()
-
-
-def _contiguous(value: np.ndarray) -> np.ndarray:
-    """The same bytes, row by row; a large transpose in strips that stay in the cache, which is five times as fast."""
-    if value.ndim != 2 or value.flags.c_contiguous:
-        return np.ascontiguousarray(value)
-    value = value.view(f"u{value.itemsize}")  # which NumPy moves faster than a bfloat16
-    found = np.empty(value.shape, value.dtype)
-    for at in range(0, value.shape[1], 32):
-        found[:, at : at + 32] = value[:, at : at + 32]
-    return found
+def chunk_file(folder: Path, name: str, rank: int, layer: int | None) -> Path:
+    """Return the file of one layer (None: the whole) of an array of `rank` axes, named by zarr's chunk index."""
+    index = ([] if layer is None else [layer]) + [0] * (rank - (layer is not None))
+    return folder / name.replace("/", ".") / ".".join(map(str, index))
 
 
 class StoredStack:
-    """A stack of arrays [L, ...] in a folder of `stream_base`, read a layer at a time when it is indexed."""
+    """A stack of arrays [L, ...] in a folder that a `Conversion` wrote, read a layer at a time when it is indexed."""
 
     def __init__(self, folder: Path, slot: str, shape: tuple[int, ...], dtype: np.dtype):
         self.folder, self.slot, self.shape, self.dtype = folder, slot, shape, dtype
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        file = _chunk(self.folder, self.slot, {self.slot: (self.shape, self.dtype)}, layer)
+        file = chunk_file(self.folder, self.slot, len(self.shape), layer)
         return np.fromfile(file, self.dtype).reshape(self.shape[1:])
 
 
-def open_stacks(directory: str | Path) -> dict[str, Any] | None:
-    """The tree "base" of a folder written by `stream_base`, layers as `StoredStack`; None for any other base folder.
+def open_stacks(directory: str | Path) -> Params | None:
+    """The tree "base" of a folder that a `Conversion` wrote, layers as `StoredStack`; None for any other base folder.
 
     Raises: InputError as `load_base`.
     """
@@ -250,12 +125,12 @@ def open_stacks(directory: str | Path) -> dict[str, Any] | None:
     if not first.is_file() or any(not slot.startswith("base/") for slot in header["arrays"]):
         return None
     verify(folder)
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for slot, spec in header["arrays"].items():
         shape, dtype = tuple(spec["shape"]), _STORED[spec["dtype"]]
         stack = StoredStack(folder / PARAMS, slot, shape, dtype)
         if not slot.startswith("base/layers/"):
-            file = _chunk(folder / PARAMS, slot, {slot: (shape, dtype)}, None)
+            file = chunk_file(folder / PARAMS, slot, len(shape), None)
             stack = np.memmap(file, dtype, "r", shape=shape)
         set_param(tree, slot, stack)
     return tree["base"]
@@ -265,7 +140,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
 
 
-def read_header(directory: str | Path) -> dict[str, Any]:
+def read_header(directory: str | Path) -> Json:
     """The header of a base folder, {"config", "facts", "arrays", ...}, without touching its weights.
 
     Raises: InputError naming the file, for a folder of another kind or of a version this program does not know.
@@ -316,9 +191,9 @@ def load_base(
     directory: str | Path,
     dtype: str | None = None,
     *,
-    sharding: Any | Callable[[str, tuple[int, ...]], Any] | None = None,
+    sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     check: bool = True,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+) -> tuple[Json, Params, Json]:
     """(config, params, facts) of a base folder.
 
     `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and
@@ -327,14 +202,13 @@ def load_base(
 
     Raises: InputError naming the file that is missing, damaged or of an unknown format version.
     """
-    import jax
     import orbax.checkpoint as ocp
 
     folder = Path(directory).absolute()
     header = read_header(folder)
     if check:
         verify(folder)
-    target: dict[str, Any] = {}
+    target: Params = {}
     for slot, spec in header["arrays"].items():
         shape, stored = tuple(spec["shape"]), _STORED[spec["dtype"]]
         converted = (
@@ -343,7 +217,7 @@ def load_base(
         wanted = numpy_dtype(dtype) if converted else stored
         if sharding is None:
             # A numpy leaf asks for numpy back; broadcasting gives it its shape without its memory.
-            leaf: Any = np.broadcast_to(np.zeros((), wanted), shape)
+            leaf: jax.ShapeDtypeStruct | np.ndarray = np.broadcast_to(np.zeros((), wanted), shape)
         else:
             placed = sharding(slot, shape) if callable(sharding) else sharding
             leaf = jax.ShapeDtypeStruct(shape, wanted, sharding=placed)

@@ -22,6 +22,7 @@ from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import gptq, nf4
 from sst_jax.weights import calibrate, huggingface, store
 from sst_jax.weights.calibrate import ROW, Texts, read_texts
+from sst_jax.weights.conversion import Conversion
 from tests.support import checkpoints, toys
 
 BACKBONE = BackboneConfig(
@@ -175,8 +176,7 @@ def test_layer_by_layer_is_the_whole_stack_of_every_family(backbone):
 
 def stream(folder, target, texts, progress=None):
     source = huggingface.open_folder(folder)
-    config = ModelConfig(source.backbone).to_dict()
-    return store.stream_base(target, source, config, lambda: {}, {}, "bfloat16", "nf4", progress, texts)
+    return Conversion(target, source, "bfloat16", "nf4", texts).run(dict, progress=progress)
 
 
 def test_an_interrupted_calibration_goes_on_and_other_texts_are_refused(folder, tmp_path):

@@ -17,8 +17,9 @@ from sst_jax.console.command import run
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
-from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.model.config import BackboneConfig
 from sst_jax.weights import huggingface, key_map, store
+from sst_jax.weights.conversion import Conversion
 from sst_jax.weights.source import fill_base
 from tests.support import checkpoints
 
@@ -48,8 +49,7 @@ def folder(tmp_path):
 
 def stream(folder, target, quantize="none", dtype="bfloat16", progress=None):
     source = huggingface.open_folder(folder)
-    config = ModelConfig(source.backbone).to_dict()
-    return store.stream_base(target, source, config, lambda: {"kind": "huggingface"}, {}, dtype, quantize, progress)
+    return Conversion(target, source, dtype, quantize).run(lambda: {"kind": "huggingface"}, progress=progress)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "nf4_double"])
@@ -89,6 +89,37 @@ def test_an_interrupted_conversion_goes_on_where_it_was(folder, tmp_path, monkey
     whole = stream(folder, tmp_path / "whole", "nf4")
     ours, theirs = (store.load_base(path)[1] for path in (tmp_path / "out", whole))
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+
+
+def test_what_a_kill_left_half_written_is_written_again(folder, tmp_path):
+    """A file that is not what the record says, a record that breaks off, and a line too few."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, total):
+        if done == 60:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stream(folder, tmp_path / "out", "nf4_double", progress=kill)
+    stage = tmp_path / ".out.converting"
+    record = stage / "written.jsonl"
+    *lines, last = record.read_text().splitlines(keepends=True)
+    assert len(lines) == 59
+    record.write_text("".join(lines[1:]) + last[: len(last) // 2])
+    victim = stage / next(iter(json.loads(lines[5])["sha256"]))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    stream(folder, tmp_path / "out", "nf4_double")
+    whole = stream(folder, tmp_path / "whole", "nf4_double")
+    names = [
+        sorted(file.relative_to(top) for file in top.rglob("*") if file.is_file()) for top in (tmp_path / "out", whole)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.suffix != ".json" and "params" in name.parts and name.name[0].isdigit():
+            assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    store.verify(tmp_path / "out")
 
 
 def test_the_beginning_of_another_conversion_is_refused(folder, tmp_path):
