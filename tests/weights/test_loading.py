@@ -111,4 +111,4 @@ def test_facts_of_a_model_still_give_a_dict_with_a_warning():
     with pytest.warns(DeprecationWarning, match="provenance"):
         facts = model.facts
     assert (facts["kind"], facts["path"], facts["prompts"]) == ("random", "random:tiny", "chat")
-    assert Model(opened.config, opened.params, ByteTokenizer()).prompts == "plain"
+    assert Model(opened.config, opened.params, ByteTokenizer()).prompt_format == "plain"
