@@ -31,6 +31,7 @@ Kernel = Num[Array, "*L inputs outputs"]  # of a linear, or of a stack of them
 LinearInputs = Float[Array, "*B inputs"]
 LinearOutputs = Float[Array, "*B outputs"]
 Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
+Embedding = Float[Array, "V D"]
 Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
 Json = dict[str, Any]  # a JSON object
 

@@ -23,13 +23,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sst_jax.model.attention import Past, Ropes, ropes
+from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import constrain, gather
 from sst_jax.model.state import Masks, alpha_and_gain, masks_for
-from sst_jax.types import Positions, SegmentIds, Tokens
+from sst_jax.types import Embedding, Positions, SegmentIds, Tokens
 
 Params = dict[str, Any]
 # What training keeps of a layer until its backward pass: everything that a gradient reads; the layer's inputs and the
@@ -117,14 +118,12 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
     if config.stream is not None and config.stream.granularity == "scalar":
         blend = {name: value[:1] if name == "theta" else value for name, value in blend.items()}
 
-    def table(key: jax.Array) -> jax.Array:
-        embedding = jax.random.normal(key, (backbone.vocab_size, backbone.d_model), dtype)
-        return embedding * jnp.asarray(backbone.d_model**-0.5, dtype)
-
-    head = {} if backbone.tied_head else {"head": {"embedding": table(jax.random.fold_in(embed_key, 1))}}
+    head = {}
+    if not backbone.tied_head:
+        head = {"head": {"embedding": init_embedding(backbone, jax.random.fold_in(embed_key, 1), dtype)}}
     return {
         "base": {
-            "embed": {"embedding": table(embed_key)},
+            "embed": {"embedding": init_embedding(backbone, embed_key, dtype)},
             "final_norm": {"scale": jnp.full(backbone.d_model, 1.0 - backbone.norm_offset, dtype)},
             "layers": base,
             **head,
@@ -132,6 +131,12 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
         "adapter": adapter,
         "blend": blend,
     }
+
+
+def init_embedding(backbone: BackboneConfig, key: jax.Array, dtype: DTypeLike) -> Embedding:
+    """Return a random embedding table [V, D]; the input one of `init_params` has the first half of its split key."""
+    embedding = jax.random.normal(key, (backbone.vocab_size, backbone.d_model), dtype)
+    return embedding * jnp.asarray(backbone.d_model**-0.5, dtype)
 
 
 def init_blend(config: ModelConfig, key: jax.Array) -> Params:

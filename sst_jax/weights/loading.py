@@ -31,11 +31,11 @@ from sst_jax.files import Progress, digest, read_json, sha256
 from sst_jax.model import decoder, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig, canonical_text
 from sst_jax.model.quantization import storages
-from sst_jax.types import Json, Params
+from sst_jax.types import Embedding, Json, Params
 from sst_jax.weights import export_format, gguf, huggingface, key_map, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
 from sst_jax.weights.provenance import BaseRecord, Origin, Provenance
-from sst_jax.weights.source import Source, fill_base, lazy_base
+from sst_jax.weights.source import DTYPES, Source, fill_base, lazy_base
 
 RUN_FILES = ("config.json", "base.json")
 
@@ -119,10 +119,15 @@ class Reference(abc.ABC):
 
 
 class RandomPreset(Reference):
-    """random:PRESET, the same weights every time."""
+    """random:PRESET, the same weights every time.
 
-    def __init__(self, location: str):
+    A draw in another type gives other numbers. `drawn` is the type of the draw, from which weights are cast to the one
+    asked for; None is the one asked for.
+    """
+
+    def __init__(self, location: str, drawn: str | None = None):
         super().__init__(location)
+        self.drawn = drawn
         self.preset = location.partition(":")[2]
         if self.preset not in PRESETS:
             raise InputError(f"random:{self.preset} is unknown; presets are {', '.join(PRESETS)}")
@@ -132,12 +137,24 @@ class RandomPreset(Reference):
         return PRESETS[self.preset]
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
-        config = ModelConfig(self.backbone)
-        params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
-        corner = np.asarray(params["base"]["embed"]["embedding"][:4].astype(jnp.float32)).tobytes()
-        identity = hashlib.sha256(corner + canonical_text(config).encode()).hexdigest()
+        config, drawn = ModelConfig(self.backbone), self.drawn or dtype
+        params = decoder.init_params(config, jax.random.key(0), jnp.dtype(drawn))
+        identity = self._digest(params["base"]["embed"]["embedding"])
+        params["base"] = storages.cast(params["base"], dtype)
         provenance = Provenance("random", self.location, identity, dtype)
         return LoadedModel(config, sharding.device_put_sharded(params), ByteTokenizer(), provenance)
+
+    def recorded_as(self, digest: str | None) -> RandomPreset:
+        """Return the weights that a run or an adapter has on record: those of the draw with that digest."""
+        key = jax.random.split(jax.random.key(0))[0]  # of the embedding, in `init_params`
+        for drawn in DTYPES:
+            if self._digest(decoder.init_embedding(self.backbone, key, jnp.dtype(drawn))) == digest:
+                return RandomPreset(self.location, drawn)
+        return self
+
+    def _digest(self, embedding: Embedding) -> str:
+        corner = np.asarray(embedding[:4].astype(jnp.float32)).tobytes()
+        return hashlib.sha256(corner + canonical_text(ModelConfig(self.backbone)).encode()).hexdigest()
 
 
 class GgufFile(Reference):
@@ -315,7 +332,7 @@ class AdapterFolder(Reference):
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         recorded = peft.base_of(self.path)
         with _naming(f"the base of adapter {self.path}, {recorded.path},"):
-            opened = resolve(recorded.path).open(dtype, recorded.quantize or quantize, lazy=lazy)
+            opened = _resolve_recorded(recorded).open(dtype, recorded.quantize or quantize, lazy=lazy)
         if recorded.digest is not None:
             check_base(self.path, export_format.STREAM_CONFIG, recorded, opened.provenance)
         carried = peft.read_folder(self.path, opened.config.backbone)
@@ -369,7 +386,7 @@ class RunFolder(Reference):
                 f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder"
             )
         with _naming(f"the base of run {path}, {recorded.path} (from base.json),"):
-            opened = resolve(recorded.path).open(dtype, recorded.quantize or "none", lazy=lazy)
+            opened = _resolve_recorded(recorded).open(dtype, recorded.quantize or "none", lazy=lazy)
         check_base(path, "base.json", recorded, opened.provenance)
         config = ModelConfig.from_dict(content["model_config"])
         if config.backbone != opened.config.backbone:
@@ -422,6 +439,12 @@ def _foreign_folder(path: Path, location: str | None = None) -> Reference:
         f"{path} is neither a Hugging Face folder (config.json), an adapter ({peft.CONFIG}), a converted folder "
         f"({store.HEADER}) nor a training run (base.json)"
     )
+
+
+def _resolve_recorded(recorded: BaseRecord) -> Reference:
+    """The base that a record means, whichever type it is opened in."""
+    base = resolve(recorded.path)
+    return base.recorded_as(recorded.digest) if isinstance(base, RandomPreset) else base
 
 
 def open_model(
@@ -489,7 +512,8 @@ def open_original(provenance: Provenance, dtype: str, *, lazy: bool = False) -> 
     if not origin.path:
         raise InputError(f"{provenance.path} does not say what it was quantised from: {advice.removeprefix('or ')}")
     try:
-        opened = open_model(origin.path, dtype, lazy=lazy)
+        recorded = BaseRecord(origin.path, origin.digest, None)
+        opened = _resolve_recorded(recorded).open(dtype, lazy=lazy)
     except InputError as error:
         raise InputError(f"the original weights of {provenance.path} cannot be opened: {error}; {advice}") from None
     if origin.digest != opened.provenance.digest:

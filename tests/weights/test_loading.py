@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import sst_jax
@@ -112,3 +115,24 @@ def test_facts_of_a_model_still_give_a_dict_with_a_warning():
         facts = model.facts
     assert (facts["kind"], facts["path"], facts["prompts"]) == ("random", "random:tiny", "chat")
     assert Model(opened.config, opened.params, ByteTokenizer()).prompt_format == "plain"
+    assert Model(opened.config, opened.params, ByteTokenizer()).prompts == "plain"
+
+
+@pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
+def test_a_run_on_random_weights_opens_in_either_type_with_the_weights_it_was_trained_on(tmp_path, trained_in):
+    """Another type draws other numbers: those that the run has on record are cast to the type asked for."""
+    run = shutil.copytree(FIXTURES / "run", tmp_path / "run")
+    drawn = loading.open_model("random:tiny-llama", trained_in)
+    recorded = json.loads((run / "base.json").read_text())
+    digest = drawn.provenance.digest
+    (run / "base.json").write_text(json.dumps({**recorded, "digest": digest, "dtype": trained_in}))
+    for dtype in ("float32", "bfloat16"):
+        opened = loading.open_model(run, dtype)
+        assert opened.provenance.digest == digest
+        for found, leaf in zip(
+            jax.tree.leaves(opened.params["base"]), jax.tree.leaves(drawn.params["base"]), strict=True
+        ):
+            np.testing.assert_array_equal(found, leaf.astype(dtype))
+    (run / "base.json").write_text(json.dumps({**recorded, "digest": "0" * 64}))
+    with pytest.raises(InputError, match="is not the base that"):
+        loading.open_model(run, "float32")
