@@ -1,4 +1,4 @@
-"""Converts a model into a base folder: an Orbax checkpoint that every command and sst_jax.load open.
+"""Convert a model into a base folder: an Orbax checkpoint that every command and sst_jax.load open.
 
 python -m sst_jax.convert --from google/gemma-3-1b-pt --to models/gemma-3-1b
 python -m sst_jax.convert --from model.gguf --to models/base --dtype float32
@@ -10,9 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 from sst_jax.console.command import Parser, new_folder, run, write_json
 from sst_jax.errors import InputError
@@ -52,86 +49,40 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     target = new_folder(args.to)
-
-    from sst_jax.weights.loading import resolve
-
-    started = time.monotonic()
-    reference = resolve(args.source)
-    dtype, source = args.dtype or reference.dtype, reference.source
     if args.calibrate and args.quantize == "none":
         raise InputError("--calibrate needs --quantize nf4 or nf4_double: nothing else is fitted to texts")
+
+    from sst_jax.inference.model import Model
+    from sst_jax.weights.converting import ConvertOptions, convert_source
+    from sst_jax.weights.loading import resolve
+
+    started, reference = time.monotonic(), resolve(args.source)
+    dtype, source = args.dtype or reference.dtype, reference.source
     if args.calibrate and source is None:
         raise InputError(
             f"--calibrate reads a foreign checkpoint layer by layer, and {args.source} is none: give the Hugging Face "
             "folder or GGUF file that it was made from"
         )
-    if source is None:
-        from sst_jax.inference.model import Model
-
+    if source is not None:
+        options = ConvertOptions(dtype, args.quantize, args.calibrate, args.calibrate_tokens, args.text_only)
+        provenance, backbone = convert_source(source, reference.location, target, options), source.backbone
+    else:
         model = Model(*reference.open(dtype, args.quantize))
         model.save(target, vision=not args.text_only)
         provenance, backbone = model.provenance, model.config.backbone
-    else:
-        provenance, backbone = streamed(source, reference.location, target, dtype, args), source.backbone
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    quantized = f", linears in {provenance.quantize}" if provenance.quantize != "none" else ""
+    texts = f", for {provenance.calibration['tokens']:,} tokens of {args.calibrate}" if provenance.calibration else ""
     print(
         f"{backbone.family}: {backbone.num_layers} layers, {backbone.num_params / 1e6:,.0f}M parameters, {dtype}",
         end="",
     )
-    print(f", linears in {provenance.quantize}" if provenance.quantize != "none" else "", end="")
-    print(f", for {provenance.calibration['tokens']:,} tokens of {args.calibrate}" if args.calibrate else "")
-    print(f"written to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
+    print(f"{quantized}{texts}\nwritten to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
     print(f"next: python -m sst_jax.generate --model {target} --prompt 'The capital of France is'")
     if args.json:
         result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": dtype, "source": provenance.to_json()}
         write_json(args.json, result)
-
-
-def streamed(source: Any, name: str, target: Path, dtype: str, args: Any) -> Any:
-    """Convert a foreign checkpoint a tensor at a time; return its provenance."""
-    import dataclasses
-
-    from safetensors.numpy import save
-
-    from sst_jax.console.progress import bar
-    from sst_jax.data.tokenizer import load_tokenizer
-    from sst_jax.files import digest
-    from sst_jax.weights import calibrate, store
-    from sst_jax.weights.conversion import Conversion
-    from sst_jax.weights.loading import vision_tensors
-    from sst_jax.weights.provenance import Provenance
-
-    tokenizer, texts = load_tokenizer(source.path), None
-    if args.calibrate:
-        texts = calibrate.read_texts(args.calibrate, tokenizer, args.calibrate_tokens)
-    files = tokenizer.files()
-    tower, tower_config = ({}, {}) if args.text_only else vision_tensors(source)
-    if tower:
-        files[store.VISION] = save(tower, metadata={"format": "pt"})
-        del tower
-    # Hashing takes as long as converting and needs no more than a core: both at once.
-    with ThreadPoolExecutor(1) as pool, bar(None, "converting", unit="tensor") as meter:
-        identity = pool.submit(digest, source.files)
-        known = Provenance(
-            source.kind,
-            name,
-            layout=source.layout,
-            quantize=args.quantize,
-            calibration=texts.facts if texts else None,
-            vision_config=tower_config or None,
-        )
-
-        def provenance() -> Provenance:
-            return dataclasses.replace(known, digest=identity.result())
-
-        def update(done: int, total: int) -> None:
-            meter.total = total
-            meter.update(done - meter.n)
-
-        facts = lambda: provenance().conversion_record()  # noqa: E731
-        Conversion(target, source, dtype, args.quantize, texts).run(facts, files, update)
-        return provenance()
 
 
 if __name__ == "__main__":

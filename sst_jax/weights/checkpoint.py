@@ -10,6 +10,7 @@ Orbax restores a flipped byte in silence; the manifest is how a damaged step is 
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -165,6 +166,23 @@ def restore_trainable(run: Path, step: int, trainable: Params) -> Params:
             return checkpointer.restore(folder, _abstract(trainable))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} does not hold what {run / 'config.json'} says was trained") from error
+
+
+def read_metrics(run: Path) -> list[Json]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    file = run / "metrics.jsonl"
+    *whole, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    lines = []
+    for number, text in enumerate([*whole, torn], 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("needs a step")
+            lines.append(line)
+        except (ValueError, RecursionError) as error:
+            if number <= len(whole):
+                raise InputError(f"{file}, line {number}: not a line of metrics ({error}); remove it") from None
+    return lines
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:

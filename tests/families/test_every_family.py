@@ -218,8 +218,8 @@ def test_decoding_token_by_token_is_exact(ours, depth):
 def test_the_pytorch_export_gives_our_logits(ours, tmp_path):
     torch = pytest.importorskip("torch")
     tokens = toys.tokens(2, 40, vocabulary=262)
-    for flags in ((), ("--keep-lora",)):
-        loaded = open_torch(write(ours, tmp_path / f"sst{len(flags)}", "sst", *flags))
+    for keep_lora in (False, True):
+        loaded = open_torch(write(ours, tmp_path / f"sst{keep_lora}", "sst", keep_lora=keep_lora))
         for depth in (1, 2):
             with torch.no_grad():
                 got = loaded(torch.tensor(tokens).long(), depth=depth).logits.numpy()

@@ -353,7 +353,7 @@ def targets(folder: Path) -> list[Target]:
     exports.write(plain, folder / "plain", "merged", dtype="bfloat16")
     opened = open_model(folder / "plain", "float32")
     adapted = exports.model({}, backbone, rank=2, **{**opened.provenance.to_json(), "path": str(folder / "plain")})
-    exports.write(ours, folder / "sst", "sst", "--keep-lora")
+    exports.write(ours, folder / "sst", "sst", keep_lora=True)
     exports.write(ours, folder / "merged", "merged")
     exports.write(adapted, folder / "adapter", "adapter")
     huggingface.write_folder(

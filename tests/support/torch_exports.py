@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from sst_jax import export
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.inference.model import Model
 from sst_jax.model.config import LINEARS, AdapterConfig, ModelConfig, StreamConfig
+from sst_jax.weights.exporting import ExportOptions, export_model
 from sst_jax.weights.loading import LoadedModel
 from sst_jax.weights.provenance import Provenance
 from tests.support import toys
@@ -27,15 +27,11 @@ def model(stream=None, backbone=BACKBONE, rank=3, targets=LINEARS, dtype="float3
     return Model(config, toys.params(config, dtype, seed), ByteTokenizer(), Provenance.from_json({**FACTS, **facts}))
 
 
-def write(ours, folder, kind="sst", *flags, dtype="float32"):
+def write(ours, folder, kind="sst", dtype="float32", **options):
     """Exports a Model as `export` would, without a detour through a saved one."""
-    arguments = ["--from", ours.provenance.path, "--to", str(folder), "--format", kind, *flags]
-    args = export.parser().parse_args(arguments)
     opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.provenance)
-    if kind == "adapter":
-        export.write_adapter(args, folder, opened)
-    else:
-        export.write_model(args, folder, dtype, opened)
+    dtype = None if kind == "adapter" else dtype
+    export_model(opened, folder, ExportOptions(kind, dtype, **options))
     return folder
 
 
@@ -53,8 +49,8 @@ def open_torch(folder, **settings):
     return loaded.eval()
 
 
-def torch_model(ours, folder, *flags, **settings):
-    return open_torch(write(ours, folder, "sst", *flags), **settings)
+def torch_model(ours, folder, keep_lora=False, **settings):
+    return open_torch(write(ours, folder, "sst", keep_lora=keep_lora), **settings)
 
 
 def apart(theirs, ours):

@@ -41,7 +41,7 @@ def same(one, two):
 @pytest.mark.parametrize("backbone", [SHALLOW, PRESETS["tiny-qwen3"]], ids=["gemma3", "qwen3"])
 def test_an_sst_folder_comes_back_bit_for_bit(tmp_path, backbone, fields, dtype):
     ours = model(fields, backbone, targets=("v", "q", "down"), dtype=dtype)
-    folder = write(ours, tmp_path / "sst", "sst", "--keep-lora", dtype=dtype)
+    folder = write(ours, tmp_path / "sst", "sst", keep_lora=True, dtype=dtype)
     back = sst_jax.load(folder, dtype)
     assert back.config == ours.config
     assert same(back.params, ours.params)
@@ -70,7 +70,7 @@ def test_how_questions_are_put_goes_with_the_model(tmp_path, kind):
 def test_shards_are_read_together(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "write_folder", functools.partial(huggingface.write_folder, shard_bytes=20_000))
     ours = model(WILD)
-    folder = write(ours, tmp_path / "sst", "sst", "--keep-lora")
+    folder = write(ours, tmp_path / "sst", "sst", keep_lora=True)
     assert len(list(folder.glob("*.safetensors"))) > 5
     assert same(sst_jax.load(folder).params, ours.params)
 
@@ -106,7 +106,7 @@ def test_pytorch_may_train_on_and_save_for_us_to_read(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     ours = model(ODD, SHALLOW)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        write(ours, tmp_path / "out", "sst", "--keep-lora"), trust_remote_code=True, dtype=torch.float32
+        write(ours, tmp_path / "out", "sst", keep_lora=True), trust_remote_code=True, dtype=torch.float32
     )
     with torch.no_grad():
         loaded.model.stream.theta += 0.25
@@ -121,7 +121,7 @@ def test_pytorch_may_train_on_and_save_for_us_to_read(tmp_path):
 
 
 def test_quantised_on_the_way_in(tmp_path):
-    folder = write(model(WILD, PRESETS["tiny"]), tmp_path / "out", "sst", "--keep-lora")
+    folder = write(model(WILD, PRESETS["tiny"]), tmp_path / "out", "sst", keep_lora=True)
     opened = open_model(folder, "float32", "nf4")
     assert opened.provenance.quantize == "nf4"
     assert opened.config.stream is not None

@@ -205,7 +205,7 @@ def test_there_is_no_adapter_without_lora(tmp_path):
 
 
 def test_an_adapter_over_an_sst_folder_is_refused(tmp_path):
-    ours = sst_jax.load(write(model(STREAM, SHALLOW), tmp_path / "sst", "sst", "--keep-lora"))
+    ours = sst_jax.load(write(model(STREAM, SHALLOW), tmp_path / "sst", "sst", keep_lora=True))
     opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.provenance)
     with pytest.raises(InputError, match="--format sst"):
         write(Model(*opened), tmp_path / "adapter", "adapter")

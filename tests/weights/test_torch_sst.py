@@ -91,7 +91,7 @@ def test_gradients_of_every_parameter_are_ours(tmp_path, fields, forward, depth)
         return (out * weights).sum()
 
     expected = toys.quick_jit(jax.grad(loss))(ours.params)
-    loaded = torch_model(ours, tmp_path / "sst", "--keep-lora")
+    loaded = torch_model(ours, tmp_path / "sst", keep_lora=True)
     out = loaded(torch.tensor(tokens).long(), forward=forward, depth=depth, use_cache=False).logits
     (out * torch.tensor(weights)).sum().backward()
     grads = {name: parameter.grad.numpy() for name, parameter in loaded.named_parameters()}
@@ -293,7 +293,7 @@ def test_sweeps_settle_where_single_steps_arrive(tmp_path, fields):
 def test_narrow_types_leave_alpha_and_the_adapter_wide(tmp_path):
     ours = model({**WILD, "dtype": "bfloat16"})
     tokens = toys.tokens(2, 12, vocabulary=262)
-    folder = write(ours, tmp_path / "sst", "sst", "--keep-lora")
+    folder = write(ours, tmp_path / "sst", "sst", keep_lora=True)
     wide, narrow = open_torch(folder), open_torch(folder, dtype=torch.bfloat16)
     assert apart(run(wide, tokens), ours.logits(tokens)) <= 1e-4  # the rounding of states is ours too
     kept = {name for name, part in narrow.named_parameters() if part.dtype == torch.float32}
@@ -309,7 +309,7 @@ def test_narrow_types_leave_alpha_and_the_adapter_wide(tmp_path):
 def test_other_families_are_one_more_small_file(tmp_path, preset, settings):
     ours = model(RICH, PRESETS[preset])
     tokens = toys.tokens(2, 30, vocabulary=262)
-    loaded = torch_model(ours, tmp_path / "sst", "--keep-lora")
+    loaded = torch_model(ours, tmp_path / "sst", keep_lora=True)
     assert loaded.config.model_type == f"sst_{PRESETS[preset].family}"
     assert apart(run(loaded, tokens, **settings), ours.logits(tokens, **settings)) <= 1e-4
 

@@ -1,0 +1,82 @@
+"""A foreign checkpoint made into a base folder: what `convert` does with a Hugging Face folder or a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from sst_jax.console.progress import bar
+from sst_jax.data.tokenizer import load_tokenizer
+from sst_jax.files import digest
+from sst_jax.types import Json
+from sst_jax.weights import calibrate, store
+from sst_jax.weights.conversion import Conversion
+from sst_jax.weights.loading import vision_tensors
+from sst_jax.weights.provenance import Provenance
+from sst_jax.weights.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """How a checkpoint is stored.
+
+    dtype             type of what is not quantised: "float32" or "bfloat16"
+    quantize          storage of the linears (`model/quantization`)
+    calibrate         a file of texts to quantise for, see `calibrate.read_texts`; None: for the weights alone
+    calibrate_tokens  tokens of these texts
+    text_only         whether a vision tower is left out
+    """
+
+    dtype: str
+    quantize: str = "none"
+    calibrate: str | None = None
+    calibrate_tokens: int = 32_768
+    text_only: bool = False
+
+
+def convert_source(source: Source, location: str, target: Path, options: ConvertOptions) -> Provenance:
+    """Convert a foreign checkpoint into a base folder, a tensor at a time.
+
+    Args:
+        source: the checkpoint, of which only headers have been read.
+        location: how others may refer to it.
+        target: the base folder: new or empty.
+        options: how it is stored.
+
+    Returns:
+        Its provenance, as the base folder records it.
+
+    Raises: InputError as `Conversion` and `calibrate.read_texts`.
+    """
+    tokenizer, texts = load_tokenizer(source.path), None
+    if options.calibrate is not None:
+        texts = calibrate.read_texts(options.calibrate, tokenizer, options.calibrate_tokens)
+    files = tokenizer.files()
+    tower, tower_config = ({}, {}) if options.text_only else vision_tensors(source)
+    if tower:
+        files[store.VISION] = save(tower, metadata={"format": "pt"})
+        del tower
+    known = Provenance(
+        source.kind,
+        location,
+        layout=source.layout,
+        quantize=options.quantize,
+        calibration=texts.facts if texts else None,
+        vision_config=tower_config or None,
+    )
+    # Hashing takes as long as converting and needs no more than a core: both at once.
+    with ThreadPoolExecutor(1) as pool, bar(None, "converting", unit="tensor") as meter:
+        identity = pool.submit(digest, source.files)
+
+        def facts() -> Json:
+            return dataclasses.replace(known, digest=identity.result()).conversion_record()
+
+        def update(done: int, total: int) -> None:
+            meter.total = total
+            meter.update(done - meter.n)
+
+        Conversion(target, source, options.dtype, options.quantize, texts).run(facts, files, update)
+        return dataclasses.replace(known, digest=identity.result())

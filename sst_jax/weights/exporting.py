@@ -1,0 +1,248 @@
+"""Models written as PyTorch safetensors: the three formats of `export`, and the check of what was written.
+
+sst      a transformers folder with the stream and its own PyTorch modelling files
+merged   the plain backbone with LoRA folded in, the stream beside it
+adapter  a PEFT folder with LoRA's factors, the stream beside it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from sst_jax.console.progress import bar
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+from sst_jax.files import read_json
+from sst_jax.model import rules
+from sst_jax.model.config import ModelConfig
+from sst_jax.types import Json, Params
+from sst_jax.weights import export_format, huggingface, peft
+from sst_jax.weights.card import model_card
+from sst_jax.weights.checkpoint import read_metrics
+from sst_jax.weights.loading import LoadedModel, open_model, open_original, vision_of
+from sst_jax.weights.lora import gap, merge
+from sst_jax.weights.provenance import Provenance
+
+FORMATS = ("sst", "merged", "adapter")
+Gaps = dict[str, float]  # relative distances of kernels, "all" among them
+
+TEXT = (
+    "Ann has 3 boxes of 4 pens and gives 5 pens away. How many pens has she left? She had 3 * 4 = 12 pens. "
+    "Of these 12 - 5 = 7 are left. The answer is 7."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """How a model is written; an option of another format is an error.
+
+    format      "sst", "merged" or "adapter"
+    dtype       type of the weights: "float32" or "bfloat16"; None: the source's own. An adapter is in float32.
+    merge_base  of a quantised base, the weights that LoRA is added to: "original" ones that it was quantised from, or
+                the "dequantized" ones, on which LoRA was trained
+    keep_lora   sst: whether LoRA's factors stay apart from the weights
+    base_name   adapter: what PEFT shall load as base; None: the base
+    layout      merged: spelling of the keys (`key_map.LAYOUTS`); None: the source's
+    text_only   merged: whether a multimodal source's vision tower is left out
+    """
+
+    format: str
+    dtype: str | None = None
+    merge_base: str = "original"
+    keep_lora: bool = False
+    base_name: str | None = None
+    layout: str | None = None
+    text_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InputError(f"--format {self.format} is not one of {', '.join(FORMATS)}")
+        for flag, value, formats in (
+            ("--keep-lora", self.keep_lora, ("sst",)),
+            ("--base-name", self.base_name, ("adapter",)),
+            ("--layout", self.layout, ("merged",)),
+            ("--text-only", self.text_only, ("merged",)),
+            ("--dtype", self.dtype, ("sst", "merged")),
+        ):
+            if value and self.format not in formats:
+                raise InputError(f"{flag} is for --format {' or '.join(formats)}, not {self.format}")
+
+
+def export_model(model: LoadedModel, target: Path, options: ExportOptions) -> Json:
+    """Write a model, opened lazily or not, into a new folder.
+
+    Returns:
+        What was done, JSON-ready: "dtype", "gap" (how far the kernels under LoRA are from those it was trained on;
+        None: they are the same), "notes" (for the summary), and the format's own choices.
+
+    Raises: InputError where the model has not what the format needs.
+    """
+    _check_model(model, options)
+    base, gaps = merge_base(options.merge_base, model)
+    if options.format == "adapter":
+        own = _write_adapter(model, target, options, gaps)
+    else:
+        own = _write_model(model, base, target, options, gaps)
+    return {**own, "gap": gaps, "notes": _notes(model, options, gaps)}
+
+
+def _check_model(model: LoadedModel, options: ExportOptions) -> None:
+    """Raise InputError where a model has not what the format needs."""
+    config, provenance = model.config, model.provenance
+    name = provenance.run or provenance.path
+    if options.format == "sst" and config.stream is None:
+        raise InputError(f"{name} has no stream: export it with --format merged")
+    if options.format == "adapter" and not config.adapter.rank:
+        raise InputError(f"{name} has no LoRA adapter: export it with --format sst or merged")
+    if options.format == "adapter" and provenance.carries == "sst":
+        raise InputError(f"{provenance.path} is an sst export, no base that PEFT can load: export it with --format sst")
+
+
+def _write_model(model: LoadedModel, base: Params, target: Path, options: ExportOptions, gaps: Gaps | None) -> Json:
+    """Write the formats sst and merged: the backbone's weights, and what goes with them."""
+    config, params, tokenizer, provenance = model
+    sst = options.format == "sst"
+    dtype = options.dtype or str(provenance.dtype)
+    layout = options.layout or ("text" if options.text_only or sst else provenance.layout) or "text"
+    tensors, own_config = ({}, {}) if layout == "text" else vision_of(provenance)
+    ends = _token_ids(tokenizer)
+    files = tokenizer.export_files() | {"generation_config.json": (json.dumps(ends, indent=2) + "\n").encode()}
+    files["README.md"] = _card(model, options, gaps).encode()
+    if sst:
+        files |= export_format.torch_files(config.backbone)
+        own_config = ends | export_format.sst_config(config, provenance, options.keep_lora)
+        tensors = export_format.blend_tensors(params["blend"])
+        if options.keep_lora:
+            tensors |= export_format.lora_tensors(config.backbone, params["adapter"])
+    elif config.stream is not None:
+        files |= export_format.stream_files(config, params["blend"], provenance)
+    with bar(None, "writing", unit="B", unit_scale=True) as meter:
+
+        def update(done: int, total: int) -> None:
+            meter.total = total
+            meter.update(done - meter.n)
+
+        huggingface.write_folder(
+            target,
+            config.backbone,
+            merge(base, {} if options.keep_lora else params["adapter"], config.adapter),
+            dtype,
+            layout,
+            extra_files=files,
+            extra_tensors=tensors,
+            extra_config=own_config,
+            progress=update,
+        )
+    return {"dtype": dtype, "merge_base": options.merge_base, "layout": layout}
+
+
+def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gaps: Gaps | None) -> Json:
+    """Write the format adapter: LoRA's factors for PEFT, in float32 as they are trained."""
+    config, params, _, provenance = model
+    name = options.base_name or provenance.origin.path
+    files = export_format.stream_files(config, params["blend"], provenance)
+    files["README.md"] = _card(model, options, gaps).encode()
+    peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files)
+    return {"dtype": "float32", "base_name": name}
+
+
+def _token_ids(tokenizer: Tokenizer) -> Json:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def merge_base(choice: str, model: LoadedModel) -> tuple[Params, Gaps | None]:
+    """Return the weights that LoRA is added to, and how far their kernels are from those it was trained on.
+
+    Args:
+        choice: "original" or "dequantized", as in ExportOptions.
+        model: the model with its base as it is stored.
+
+    Returns:
+        The base, and the distances; None where the kernels are the same.
+
+    Raises: InputError where the original weights cannot be opened, or are other ones.
+    """
+    base, provenance = model.params["base"], model.provenance
+    if provenance.quantize == "none" or choice == "dequantized":
+        return base, None
+    original = open_original(provenance, str(provenance.dtype), lazy=True).params["base"]
+    return original, gap(original, base, model.config.adapter)
+
+
+def _base_note(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> str | None:
+    """Return which weights of a quantised base were written, or lie under the adapter; None where it is plain."""
+    kind = model.provenance.quantize
+    if kind == "none":
+        return None
+    away = "" if gaps is None else f"whose kernels are {gaps['all']:.2%} away from them (Frobenius norm)"
+    if not model.config.adapter.rank:
+        return f"The weights are the original ones of {kind}, {away}." if away else f"The weights are those of {kind}."
+    verb = "stands" if options.format == "adapter" or options.keep_lora else "was merged"
+    if away:
+        return f"LoRA {verb} on the original weights and was trained on {kind}, {away}."
+    return f"LoRA {verb} on the dequantised weights ({kind}), on which it was trained."
+
+
+def _card(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> str:
+    """Return the model card, with the recipe and metrics of a run that is still there."""
+    provenance: Provenance = model.provenance
+    metrics: Sequence[Json] = []
+    run = None if provenance.run is None else Path(provenance.run)
+    if run is not None and (run / "config.json").is_file():
+        provenance = dataclasses.replace(provenance, recipe=read_json(run / "config.json").get("recipe"))
+        metrics = [line for line in read_metrics(run) if line["step"] <= (provenance.step or 0)]
+    return model_card(options.format, model.config, provenance, metrics, _base_note(model, options, gaps))
+
+
+def _notes(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> list[str]:
+    """Return what was done with LoRA, the vision tower and the stream."""
+    config: ModelConfig = model.config
+    done = "kept apart" if options.keep_lora or options.format == "adapter" else "folded in"
+    targets = ", ".join(config.adapter.targets)
+    notes = [f"LoRA of {targets}: {done}" if config.adapter.rank else "no adapter: the weights are the base's"]
+    if note := _base_note(model, options, gaps):
+        notes.append(note)
+    if options.format == "sst" and model.provenance.layout not in (None, "text"):
+        notes.append("text only: the vision tower stays behind (--format merged takes it along)")
+    if config.stream is not None and options.format != "sst":
+        notes.append("the stream is no part of it and lies beside: stream.safetensors, stream.json")
+    return notes
+
+
+def logit_gap(source: str | Path, folder: Path, with_stream: bool) -> Json:
+    """Compare an exported folder, read back, with the model on a fixed text, both in float32.
+
+    Args:
+        source: the model.
+        folder: its export.
+        with_stream: whether the exact recurrence is compared; else the plain backbones with LoRA.
+
+    Returns:
+        "tokens" compared, "relative" distance of the logits (norm), "largest" difference, and "same_best", the top-1
+        agreement in [0, 1].
+    """
+
+    def logits(model: str | Path) -> np.ndarray:
+        config, params, tokenizer, _ = open_model(model, "float32")
+        if not with_stream:
+            config, params = dataclasses.replace(config, stream=None), {**params, "blend": {}}
+        tokens = jnp.asarray([tokenizer.encode(TEXT)], jnp.int32)
+        return np.asarray(rules.logits(config, params, tokens, forward="exact" if with_stream else "plain"))[0]
+
+    ours, theirs = logits(source), logits(folder)  # one after the other: one model in memory at a time
+    return {
+        "tokens": len(ours),
+        "relative": float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours)),
+        "largest": float(np.abs(theirs - ours).max()),
+        "same_best": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+    }
