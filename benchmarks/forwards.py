@@ -10,14 +10,21 @@ one (LoRA on seven linears, AdamW), on random tokens of which the second half of
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sst_jax.console.command import Parser, run, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sst_jax.inference.model import Model
+    from sst_jax.types import Json, Params
 
 FORWARDS = ("plain", "two_pass", "local", "k_pass:3", "exact")
 
@@ -55,67 +62,74 @@ def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
     return seconds
 
 
-def training(args: Any) -> list[dict[str, Any]]:
-    import jax
+def training(args: argparse.Namespace) -> list[Json]:
+    """Time the train step under every forward, for every type and batch."""
+    from sst_jax.inference.model import load
+
+    records = []
+    for dtype in args.dtype.split(","):
+        model = load(args.model, dtype)
+        for rows in (int(part) for part in args.batch.split(",")):
+            batch = random_batch(rows, args.length, model.config.backbone.vocab_size)
+            jobs = train_steps(model, args, dtype, batch)
+            if args.peer and dtype == "float32":
+                jobs["transformers + PEFT, plain"] = peer(model, batch["tokens"], batch["answer_mask"], args.rank)
+            seconds = in_turns(jobs, args.repeats)
+            for name, values in seconds.items():
+                best, ratio, spread = min(values), min(values) / min(seconds["plain"]), max(values) / min(values)
+                records.append({
+                    "dtype": dtype, "batch": rows, "length": args.length, "remat": args.remat, "forward": name,
+                    "seconds": best, "spread": spread, "ratio": ratio, "tokens_per_second": rows * args.length / best,
+                })  # fmt: skip
+                print(
+                    f"{dtype:9} B={rows:<3} T={args.length}  {name:28} {best:8.2f} s  {ratio:5.2f} x plain  "
+                    f"{rows * args.length / best:7.1f} tokens/s  (slowest/fastest {spread:.2f})",
+                    flush=True,
+                )
+    return records
+
+
+def random_batch(rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Return rows of random tokens, one document each, whose second half is learned."""
     import numpy as np
 
-    from sst_jax.inference.model import load
+    tokens = np.random.default_rng(0).integers(3, vocabulary, (rows, length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    mask[:, length // 2 :] = True
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return {"tokens": tokens, "answer_mask": mask, "segment_ids": np.ones_like(tokens), "positions": positions}
+
+
+def train_steps(
+    model: Model, args: argparse.Namespace, dtype: str, batch: dict[str, np.ndarray]
+) -> dict[str, Callable[[], Any]]:
+    """Return the train step of each forward, LoRA and a fresh stream on the model, by the forward's name."""
+    import jax
+
     from sst_jax.model import decoder
     from sst_jax.model.config import AdapterConfig, StreamConfig
     from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
     from sst_jax.training.step import ForwardConfig, init_state, train_step
 
-    records = []
-    for dtype in args.dtype.split(","):
-        model = load(args.model, dtype)
-        config = dataclasses.replace(model.config, stream=StreamConfig(), adapter=AdapterConfig(rank=args.rank))
-        fresh = jax.jit(lambda key, config=config: {
-            name: tree for name, tree in decoder.init_params(config, key).items() if name != "base"
-        })(jax.random.key(0))  # fmt: skip
-        optimizer = make_optimizer(OptimizerConfig(), 100)
-        state = init_state(fresh, optimizer)
-        for rows in (int(part) for part in args.batch.split(",")):
-            tokens = np.random.default_rng(0).integers(3, config.backbone.vocab_size, (rows, args.length), np.int32)
-            mask = np.zeros(tokens.shape, bool)
-            mask[:, args.length // 2 :] = True
-            batch = {
-                "tokens": tokens, "answer_mask": mask, "segment_ids": np.ones_like(tokens),
-                "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape),
-            }  # fmt: skip
-            jobs = {}
-            for text in args.forwards.split(","):
-                name, _, passes = text.partition(":")
-                settings = ForwardConfig(name, int(passes or 2), remat=args.remat, dtype=dtype)
-                plain = dataclasses.replace(config, stream=None)
-                start = state if name != "plain" else init_state({**fresh, "blend": {}}, optimizer)
-                which = config if name != "plain" else plain
-                step = jax.jit(functools.partial(train_step, which, settings, optimizer))
-                jobs[text] = functools.partial(step, start, model.params["base"], batch, jax.random.key(1))
-            if args.peer and dtype == "float32":
-                jobs["transformers + PEFT, plain"] = peer(model, tokens, mask, args.rank)
-            seconds = in_turns(jobs, args.repeats)
-            for name, values in seconds.items():
-                best, plain_best = min(values), min(seconds["plain"])
-                records.append(
-                    {
-                        "dtype": dtype,
-                        "batch": rows,
-                        "length": args.length,
-                        "remat": args.remat,
-                        "forward": name,
-                        "seconds": best,
-                        "spread": max(values) / min(values),
-                        "ratio": best / plain_best,
-                        "tokens_per_second": rows * args.length / best,
-                    }
-                )
-                print(
-                    f"{dtype:9} B={rows:<3} T={args.length}  {name:28} {best:8.2f} s  "
-                    f"{best / plain_best:5.2f} x plain  {rows * args.length / best:7.1f} tokens/s"
-                    f"  (slowest/fastest {max(values) / min(values):.2f})",
-                    flush=True,
-                )
-    return records
+    config = dataclasses.replace(model.config, stream=StreamConfig(), adapter=AdapterConfig(rank=args.rank))
+
+    @jax.jit
+    def fresh(key: jax.Array) -> Params:
+        params = decoder.init_params(config, key)
+        return {name: params[name] for name in ("adapter", "blend")}  # the base is never made
+
+    trainable, optimizer = fresh(jax.random.key(0)), make_optimizer(OptimizerConfig(), 100)
+    jobs = {}
+    for text in args.forwards.split(","):
+        name, _, passes = text.partition(":")
+        settings = ForwardConfig(name, int(passes or 2), remat=args.remat, dtype=dtype)
+        mine, start = config, trainable
+        if name == "plain":
+            mine, start = dataclasses.replace(config, stream=None), {**trainable, "blend": {}}
+        step = jax.jit(functools.partial(train_step, mine, settings, optimizer))
+        state, base = init_state(start, optimizer), model.params["base"]
+        jobs[text] = functools.partial(step, state, base, batch, jax.random.key(1))
+    return jobs
 
 
 def peer(model: Any, tokens: Any, mask: Any, rank: int) -> Callable[[], Any]:
@@ -151,9 +165,8 @@ def peer(model: Any, tokens: Any, mask: Any, rank: int) -> Callable[[], Any]:
     return step
 
 
-def prefilling(args: Any) -> list[dict[str, Any]]:
-    import dataclasses
-
+def prefilling(args: argparse.Namespace) -> list[Json]:
+    """Time the exact prefill of a prompt, done in three ways."""
     import jax
     import jax.numpy as jnp
     import numpy as np
