@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sst_jax.console.figure import new_figure
-from sst_jax.training.run import read_metrics
+from sst_jax.weights.checkpoint import read_metrics
 
 
 def learning_curve(run: Path, title: str) -> Path:

@@ -28,6 +28,7 @@ from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.recipe import RENAMED, RETIRED, default_record
+from sst_jax.weights.checkpoint import read_metrics
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -192,26 +193,6 @@ def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) ->
         shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])
         more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; a last line cut off by a kill is left out.
-
-    Raises: InputError naming a line that is none of metrics.
-    """
-    file = run / "metrics.jsonl"
-    *whole, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
-    lines = []
-    for number, text in enumerate([*whole, torn], 1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                raise ValueError("needs a step")
-            lines.append(line)
-        except (ValueError, RecursionError) as error:
-            if number <= len(whole):
-                raise InputError(f"{file}, line {number}: not a line of metrics ({error}); remove it") from None
-    return lines
 
 
 def environment() -> dict[str, Any]:

@@ -169,7 +169,10 @@ def restore_trainable(run: Path, step: int, trainable: Params) -> Params:
 
 
 def read_metrics(run: Path) -> list[Json]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    """Return the lines of a run's metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises: InputError naming a line that is none of metrics.
+    """
     file = run / "metrics.jsonl"
     *whole, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     lines = []

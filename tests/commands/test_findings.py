@@ -5,7 +5,7 @@ import pytest
 from benchmarks import findings
 from sst_jax.console.command import run
 from sst_jax.files import read_json
-from sst_jax.training.run import read_metrics
+from sst_jax.weights.checkpoint import read_metrics
 
 TINY = [
     "--study", "rooms", "--limit", "6", "--config.model.source=random:tiny", "--config.data.length=384",

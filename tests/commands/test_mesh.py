@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sst_jax.training.distributed import in_cluster
-from sst_jax.training.run import read_metrics
+from sst_jax.weights.checkpoint import read_metrics
 from tests.support import ROOT
 from tests.support.runs import SMALL, TINY, train_small
 

@@ -9,7 +9,7 @@ from sst_jax.console.command import run
 from sst_jax.lab.planning.compile import training_work
 from sst_jax.lab.studies import arms
 from sst_jax.training import recipe
-from sst_jax.training.run import read_metrics
+from sst_jax.weights.checkpoint import read_metrics
 from sst_jax.weights.loading import resolve
 from tests.support.runs import SMALL, TINY
 

@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 
 from sst_jax.console.progress import print_line
 from sst_jax.training import step as steps
-from sst_jax.training.run import read_metrics
 from sst_jax.training.watchdog import StallWatchdog
-from sst_jax.weights.checkpoint import newest_good
+from sst_jax.weights.checkpoint import newest_good, read_metrics
 from tests.support import kills
 from tests.support.runs import SMALL, TINY, assert_same_run, train_small, trainables
 

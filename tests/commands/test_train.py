@@ -13,8 +13,7 @@ import jax
 import pytest
 
 from sst_jax.inference.model import load
-from sst_jax.training.run import read_metrics
-from sst_jax.weights.checkpoint import newest_good
+from sst_jax.weights.checkpoint import newest_good, read_metrics
 from tests.support.runs import SMALL, TINY, assert_same_run, train_small, trainables
 
 

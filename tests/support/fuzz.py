@@ -327,9 +327,8 @@ def targets(folder: Path) -> list[Target]:
     from sst_jax.lab.evaluation.runner import read_outcomes
     from sst_jax.lab.evaluation.tasks import find
     from sst_jax.model.config import ModelConfig
-    from sst_jax.training.run import read_metrics
     from sst_jax.weights import huggingface, store
-    from sst_jax.weights.checkpoint import newest_good
+    from sst_jax.weights.checkpoint import newest_good, read_metrics
     from sst_jax.weights.hub_config import backbone_from_config
     from sst_jax.weights.loading import open_model, resolve
     from tests.support import torch_exports as exports

@@ -143,7 +143,7 @@ def check(whole: Path, killed: Path, steps: int) -> None:
     import numpy as np
 
     from sst_jax.inference.model import load
-    from sst_jax.training.run import read_metrics
+    from sst_jax.weights.checkpoint import read_metrics
 
     one, other = ({name: load(run).params[name] for name in ("adapter", "blend")} for run in (whole, killed))
     if not jax.tree.all(jax.tree.map(np.array_equal, one, other)):

@@ -6,7 +6,7 @@ import numpy as np
 from sst_jax import train
 from sst_jax.console.command import run
 from sst_jax.inference.model import load
-from sst_jax.training.run import read_metrics
+from sst_jax.weights.checkpoint import read_metrics
 from tests.support import ROOT
 
 TINY = str(ROOT / "configs" / "tiny.py")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sst_jax
-from sst_jax.training.run import read_metrics
+from sst_jax.weights.checkpoint import read_metrics
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "fixtures" / "v0_1_0"
