@@ -16,6 +16,7 @@ from sst_jax.families.registry import PRESETS
 from sst_jax.inference.model import Model
 from sst_jax.weights import huggingface, loading
 from sst_jax.weights.provenance import Origin, Provenance
+from tests.support import checkpoints
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1_0"
 KINDS = {
@@ -40,8 +41,8 @@ def test_a_reference_knows_from_headers_what_opening_gives(name):
     assert opened.provenance.quantize == ("nf4" if name == "base_nf4" else "none")
 
 
-def test_a_plain_folder_and_a_preset(tmp_path, tiny):
-    folder = tiny.write_checkpoint(tmp_path / "plain", tiny.random_state())
+def test_a_plain_folder_and_a_preset(tmp_path):
+    folder = checkpoints.write_checkpoint(tmp_path / "plain", checkpoints.random_state())
     reference = loading.resolve(folder)
     assert type(reference) is loading.HuggingFaceFolder
     assert reference.source.kind == "huggingface"
