@@ -42,7 +42,7 @@ class Texts(NamedTuple):
 
 
 def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
-    """About so many tokens of a file: a text file is one text; in JSON lines each record's `text`, or its `question`
+    """Return about so many tokens of a file: a text file is one text; of JSON lines each record's `text`, or `question`
     and `answer` as the plain format puts them.
 
     Raises: InputError naming the file, and the line without any of these; when it does not fill a row of 256 tokens.
@@ -98,7 +98,7 @@ class _KeepingInputs:
 def observe(
     layer: decoder.Layer, residuals: decoder.Residuals, extra: None, context: decoder.Context
 ) -> tuple[decoder.Residuals, dict[str, jax.Array]]:
-    """A rule: `plain`, whose per-layer output are the Gram matrices [K, K] of what the linears in OBSERVED are fed."""
+    """Apply `plain`; the per-layer output of this rule are the Gram matrices [K, K] of OBSERVED's inputs."""
     (x,), block = residuals, layer.block
     keeping = _KeepingInputs(block)
     h, _ = rules.attend(layer._replace(block=keeping), x, context)
@@ -128,7 +128,7 @@ def through(
 def calibrated(
     source: Source, dtype: str, quantize: str, texts: Texts, done: Callable[[str, int | None], bool]
 ) -> Iterator[ConvertedTensor | None]:
-    """`converted_tensors` with every linear quantised for the inputs that the texts give it, in the order of layers.
+    """Yield `converted_tensors` with every linear quantised for the inputs that the texts give it, layer by layer.
 
     Computes in float32. Memory: the texts' states [rows, 256, D], a layer, and a few times its largest Gram matrix.
 

@@ -55,7 +55,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FO
 
 
 def public_name(path: str) -> str:
-    """How to call a base in public: a hub id or a package as it is, a folder or file on this disk by its last name."""
+    """Return a base's name in public: a hub id or package as it is, a folder or file by its last name."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -66,7 +66,7 @@ def model_card(
     metrics: Sequence[Json],
     merged_onto: str | None,
 ) -> str:
-    """Markdown with the hub's metadata block.
+    """Return Markdown with the hub's metadata block.
 
     Args:
       kind: "sst", "merged" or "adapter".

@@ -15,7 +15,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import orbax.checkpoint as ocp
@@ -31,6 +31,7 @@ Tree = TypeVar("Tree")
 TORN = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
 
 
+@runtime_checkable
 class DataIterator(Protocol):
     """An iterator that says where it is, as grain's do."""
 
@@ -55,9 +56,9 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator, meta: Json) -> None:
-        """Writes the step, then its manifest; only then older steps beyond `keep` go.
+        """Write the step, then its manifest; only then older steps beyond `keep` go.
 
-        Raises: Stopped where the disk does not take it; the checkpoints before it stay.
+        Raises: RunInterrupted where the disk does not take it; the checkpoints before it stay.
         """
         try:
             self._save(step, trainable, optimizer, iterator, meta)
@@ -97,13 +98,13 @@ class Checkpoints:
                 manifest.unlink()
 
     def latest_good(self) -> int | None:
-        """The newest step whose files are all as they were written; says loudly which ones it passed over."""
+        """Return the newest step whose files are all as they were written; warn of those that are passed over."""
         return newest_good(self.folder.parent, say=log.warning)
 
     def restore(
         self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator
     ) -> tuple[Params, Tree, Json]:
-        """(trainable, optimizer, meta) in the shapes and places of the given trees; sets the iterator to its place."""
+        """Return (trainable, optimizer, meta), shaped and placed as the given trees; set the iterator to its place."""
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
@@ -122,7 +123,7 @@ class Checkpoints:
 
 
 def newest_good(run: Path, say: Callable[[str], None] = log.warning) -> int | None:
-    """The newest step of a run folder that its manifest vouches for, or None."""
+    """Return the newest step of a run folder that its manifest vouches for, or None."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return None
@@ -136,7 +137,7 @@ def newest_good(run: Path, say: Callable[[str], None] = log.warning) -> int | No
 
 
 def damage(run: Path, step: int) -> str | None:
-    """What is wrong with a step's files, or None."""
+    """Return what is wrong with a step's files, or None."""
     manifest, folder = run / "manifests" / f"{step}.json", run / "checkpoints" / str(step)
     if not manifest.is_file():
         return "its manifest is missing, so it was never finished"
@@ -156,7 +157,7 @@ def damage(run: Path, step: int) -> str | None:
 
 
 def restore_trainable(run: Path, step: int, trainable: Params) -> Params:
-    """Adapter and blend of a step, in the shapes of `trainable`, without optimizer or data.
+    """Return adapter and blend of a step, in the shapes of `trainable`, without optimizer or data.
 
     Raises: InputError where the step holds others than those.
     """
@@ -193,7 +194,7 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _abstract(tree: Tree) -> Tree:
-    """Shapes, types and this mesh's placement: what opens a checkpoint on another topology than it was saved on."""
+    """Return shapes, types and this mesh's placement, so that a checkpoint opens on another topology."""
 
     def one(path: tuple, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(

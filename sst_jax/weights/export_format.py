@@ -59,7 +59,7 @@ class StreamBundle(NamedTuple):
 
 
 def sst_config(config: ModelConfig, provenance: Provenance, keep_lora: bool) -> Json:
-    """What config.json of an sst folder has besides or instead of the backbone's fields."""
+    """Return what config.json of an sst folder has besides or instead of the backbone's fields."""
     family = registry.family_of(config.backbone)
     module, prefix = family.torch.module.removesuffix(".py"), family.torch.prefix
     return {
@@ -82,19 +82,19 @@ def sst_config(config: ModelConfig, provenance: Provenance, keep_lora: bool) -> 
 
 
 def torch_files(backbone: BackboneConfig) -> dict[str, bytes]:
-    """The PyTorch files of an sst folder. They are read here as text; nothing in this package imports them."""
+    """Return the PyTorch files of an sst folder. They are read here as text; nothing in this package imports them."""
     folder = importlib.resources.files("sst_jax.weights") / "torch_sst"
     files = ("configuration_sst.py", "modeling_sst.py", registry.family_of(backbone).torch.module)
     return {name: (folder / name).read_bytes() for name in files}
 
 
 def blend_tensors(blend: Params) -> dict[str, np.ndarray]:
-    """The stream's parameters as tensors of an sst folder."""
+    """Return the stream's parameters as tensors of an sst folder."""
     return {f"{BLEND}{name}": np.asarray(value) for name, value in blend.items()}
 
 
 def lora_tensors(backbone: BackboneConfig, adapter: Params, layout: str = "text") -> dict[str, np.ndarray]:
-    """LoRA's factors in PyTorch's orientation, by key; `layout` as in `names.LAYOUTS`."""
+    """Return LoRA's factors in PyTorch's orientation, by key; `layout` as in `key_map.LAYOUTS`."""
     found = {}
     for entry in key_map.expected(backbone).values():
         _, _, name = entry.row.path.removesuffix("/kernel").rpartition("/")
@@ -108,7 +108,7 @@ def lora_tensors(backbone: BackboneConfig, adapter: Params, layout: str = "text"
 
 
 def stream_files(config: ModelConfig, blend: Params, provenance: Provenance) -> dict[str, bytes]:
-    """stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
+    """Return stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
     stream = None if config.stream is None else written_fields(config.stream)
     record = {
         "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": provenance.prompt_format,
@@ -125,18 +125,18 @@ def stream_files(config: ModelConfig, blend: Params, provenance: Provenance) -> 
 
 
 def is_sst_folder(folder: Path) -> bool:
-    """Whether config.json is of one of our own model_types (of any version)."""
+    """Return whether config.json is of one of our own model_types (of any version)."""
     file = folder / "config.json"
     return file.is_file() and str(read_json(file).get("model_type")).startswith(PREFIX)
 
 
 def carries(folder: Path) -> bool:
-    """Whether a Hugging Face folder has more to it than a backbone."""
+    """Return whether a Hugging Face folder has more to it than a backbone."""
     return is_sst_folder(folder) or (folder / STREAM_CONFIG).is_file()
 
 
 def open_folder(folder: Path) -> Source:
-    """The backbone of a Hugging Face folder, be it plain, merged with a stream beside, or one of ours.
+    """Open the backbone of a Hugging Face folder, be it plain, merged with a stream beside, or one of ours.
 
     Raises: InputError as `huggingface.open_folder`, and on a model_type or version of ours that is not known.
     """
@@ -146,13 +146,13 @@ def open_folder(folder: Path) -> Source:
 
 
 def backbone_of(folder: Path) -> BackboneConfig:
-    """As `open_folder(folder).backbone`, without looking for weights."""
+    """Return `open_folder(folder).backbone` without looking for weights."""
     config = _plain_config(folder) if is_sst_folder(folder) else read_json(folder / "config.json")
     return hub_config.backbone_from_config(config, str(folder / "config.json"))
 
 
 def _plain_config(folder: Path) -> Json:
-    """config.json of an sst folder with the model_type of its backbone."""
+    """Return config.json of an sst folder with the model_type of its backbone."""
     where = folder / "config.json"
     config = read_json(where)
     _check(config.get("sst"), FORMAT, f"{where}: sst")
@@ -164,7 +164,7 @@ def _plain_config(folder: Path) -> Json:
 
 
 def read_carried(source: Source) -> StreamBundle:
-    """What the folder of a source has besides its backbone; to be asked where `carries`.
+    """Read what the folder of a source has besides its backbone; to be asked where `carries`.
 
     Raises: InputError naming the file and the option, key or version at fault.
     """
@@ -188,7 +188,7 @@ def read_carried(source: Source) -> StreamBundle:
 
 
 def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | None, Params, str | None]:
-    """(options, parameters, format of prompts) of stream.json and stream.safetensors.
+    """Return (options, parameters, format of prompts) of stream.json and stream.safetensors.
 
     Raises: InputError naming the file and the option, key or version at fault.
     """
@@ -208,7 +208,7 @@ def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | 
 
 
 def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -> Params:
-    """The tree "adapter", stacked over layers, from LoRA's factors by key (KEY.lora_A.weight, in any layout).
+    """Return the tree "adapter", stacked over layers, from LoRA's factors by key (KEY.lora_A.weight, in any layout).
 
     Raises: InputError naming a key that is unknown, missing or of another shape than the config's.
     """
@@ -241,7 +241,7 @@ def _is_ours(key: str) -> bool:
 
 
 def _check(record: object, expected: str, where: str) -> None:
-    """Raises InputError unless a record is of a format and version that this program reads."""
+    """Raise InputError unless a record is of a format and version that this program reads."""
     record = record if isinstance(record, Mapping) else {}
     if record.get("format") != expected:
         raise InputError(f"{where}: format {record.get('format')!r} is not {expected!r}")
@@ -259,7 +259,7 @@ def _options(record: Json, name: str, where: str) -> Json:
 
 
 def _prompts(record: Json, where: str) -> str | None:
-    """The format of prompts that a record names; None where it names none."""
+    """Return the format of prompts that a record names; None where it names none."""
     value = record.get("prompts")
     if value not in (None, *FORMATS):
         raise InputError(f"{where}: prompts={value!r} is not one of {', '.join(FORMATS)}")
@@ -267,7 +267,7 @@ def _prompts(record: Json, where: str) -> str | None:
 
 
 def _check_shapes(params: Params, config: ModelConfig, where: Path) -> None:
-    """Raises InputError unless the stream's parameters are those that the config asks for, in shape and type."""
+    """Raise InputError unless the stream's parameters are those that the config asks for, in shape and type."""
     wanted = decoder.abstract_params(config)["blend"]
     differing: Iterable[str] = sorted(set(wanted) ^ set(params["blend"]))
     for name in differing:

@@ -1,10 +1,10 @@
-"""An exported folder onto the Hugging Face hub, without ever overwriting what somebody has there."""
+"""An exported folder onto the Hugging Face hub, without ever overwriting what is there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from sst_jax.errors import InputError
 
@@ -12,6 +12,7 @@ Result = TypeVar("Result")
 _OWN = {".gitattributes"}  # what a new repository comes with
 
 
+@runtime_checkable
 class Hub(Protocol):
     """What is asked of `huggingface_hub.HfApi`."""
 
@@ -23,7 +24,7 @@ class Hub(Protocol):
 
 
 def check(repo: str, force: bool, api: Hub | None = None) -> str | None:
-    """The newest commit of a model repository, or None where it does not exist yet. One look, nothing is written.
+    """Return the newest commit of a model repository, or None where it does not exist yet; nothing is written.
 
     Raises: InputError where the repository holds files and `force` is off, on a malformed id, where the hub refuses.
     """
@@ -45,9 +46,9 @@ def check(repo: str, force: bool, api: Hub | None = None) -> str | None:
 
 
 def push(folder: Path, repo: str, *, force: bool, private: bool, message: str, api: Hub | None = None) -> str:
-    """Uploads a folder in one commit and returns its address; a new repository is made private unless told otherwise.
+    """Upload a folder in one commit and return its address; a new repository is made private unless told otherwise.
 
-    Raises: InputError as `check`, and where somebody else wrote to the repository in the meantime.
+    Raises: InputError as `check`, and where another wrote to the repository in the meantime.
     """
     api = api or _api()
     _asked(repo, lambda: api.create_repo(repo, private=private, exist_ok=True))
@@ -66,7 +67,7 @@ def _api() -> Hub:
 
 
 def _asked(repo: str, request: Callable[[], Result]) -> Result:
-    """What the hub answers; its refusals as InputError, but for a repository that does not exist."""
+    """Return what the hub answers; its refusals as InputError, but for a repository that does not exist."""
     from huggingface_hub import errors
 
     try:

@@ -41,7 +41,7 @@ def _kernel_of(leaf: dict[str, jax.Array]) -> jax.Array:
 
 
 def merge(base: Params, adapter: Params, config: AdapterConfig) -> Params:
-    """The base tree with every linear's kernel a `MergedKernel`: W + (alpha / rank) A B where it has an adapter."""
+    """Return the base tree with every linear's kernel a `MergedKernel`: W + (alpha / rank) A B where adapted."""
     layers = {}
     for name, leaf in base["layers"].items():
         storage = storages.storage_of(leaf)
@@ -54,7 +54,7 @@ def merge(base: Params, adapter: Params, config: AdapterConfig) -> Params:
 
 
 def gap(base: Params, other: Params, config: AdapterConfig) -> dict[str, float]:
-    """|W - W'| / |W| over all layers of each linear (Frobenius norms) of two bases, and over all linears as "all"."""
+    """Return |W - W'| / |W| over all layers of each linear (Frobenius norms) of two bases, of all as "all"."""
     ours, theirs = (merge(tree, {}, config)["layers"] for tree in (base, other))
     found, total = {}, np.zeros(2)
     for name in ours:

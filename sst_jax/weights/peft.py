@@ -30,7 +30,7 @@ _HARMLESS = {
 
 
 def _modules(backbone: BackboneConfig) -> dict[str, str]:
-    """Each linear's module inside a layer, as the hub spells it: {"q": "self_attn.q_proj", ...}."""
+    """Return each linear's module inside a layer, as the hub spells it: {"q": "self_attn.q_proj", ...}."""
     rows = {row.path: row.huggingface for row in registry.family_of(backbone).params}
     return {name: rows[f"layers/{name}/kernel"].split("{layer}.")[1].removesuffix(".weight") for name in LINEARS}
 
@@ -47,7 +47,7 @@ def write_folder(
     layout: str,
     files: Mapping[str, bytes],
 ) -> None:
-    """Writes an adapter, with `files` beside it. `layout` is the base's: where PEFT will find its linears.
+    """Write an adapter, with `files` beside it. `layout` is the base's: where PEFT will find its linears.
 
     Raises: InputError when `path` is not empty.
     """
@@ -97,7 +97,7 @@ def base_of(folder: Path) -> BaseRecord:
 
 
 def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamBundle:
-    """An adapter and, where stream.json lies beside it, its stream; `backbone` is its base's.
+    """Read an adapter and, where stream.json lies beside it, its stream; `backbone` is its base's.
 
     Raises: InputError naming the file and the field, key or version at fault.
     """
@@ -143,7 +143,7 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamB
 
 
 def _place(targets: list[str] | str | None, module: str) -> int:
-    """Where a module stands in target_modules, so that an adapter comes back with its targets in their order."""
+    """Return where a module stands in target_modules, so that an adapter comes back with its targets in their order."""
     name = module.rpartition(".")[2]
     if isinstance(targets, str):
         return targets.find(name)

@@ -39,7 +39,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    """The numpy dtype of "float32" or "bfloat16".
+    """Return the numpy dtype of "float32" or "bfloat16".
 
     Raises: InputError for any other name.
     """
@@ -79,7 +79,7 @@ class Source:
     metadata: Json
 
     def tensors(self) -> Iterator[Tensor]:
-        """The tensors in the order they lie on disk; nothing is read until `Tensor.read`."""
+        """Return the tensors in the order they lie on disk; nothing is read until `Tensor.read`."""
         return iter(self.headers)
 
 
@@ -117,36 +117,36 @@ class ConvertedTensor(NamedTuple):
 def converted_tensors(
     source: Source, dtype: str, quantize: str = "none", done: Callable[[str, int | None], bool] | None = None
 ):
-    """Yields the `ConvertedTensor` of every tensor of a source, one at a time, in the order they lie on disk.
+    """Yield the `ConvertedTensor` of every tensor of a source, one at a time, in the order they lie on disk.
 
     Linears are quantised from the source's own numbers in float32. All names and shapes are checked before any weight
-    is read. `done(slot, layer)` says which tensors to pass over; they are yielded as None.
+    is read. `done(path, layer)` says which tensors to pass over; they are yielded as None.
 
     Raises: InputError naming key and file, as `names.bind`; when a tied output head differs from the embedding.
     """
     target = numpy_dtype(dtype)
     bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
     for tensor, entry in bound.tensors:
-        slot, layer = entry.row.path, entry.layer
-        if done is not None and done(slot, layer):
+        path, layer = entry.row.path, entry.layer
+        if done is not None and done(path, layer):
             yield None
             continue
         value = tensor.read()
         if value.shape != entry.shape:
             raise InputError(f"{tensor.file}: key {tensor.name} changed while it was being read")
-        if bound.head is not None and slot == "embed/embedding" and not np.array_equal(bound.head.read(), value):
+        if bound.head is not None and path == "embed/embedding" and not np.array_equal(bound.head.read(), value):
             raise InputError(
                 f"{bound.head.file}: {bound.head.name} differs from {tensor.name}, but the model's config ties them "
                 "(tie_word_embeddings)"
             )
         value = key_map.transform(entry.row, source.backbone, source.kind)(value)
-        if quantize != "none" and slot.endswith("/kernel"):
+        if quantize != "none" and path.endswith("/kernel"):
             leaf = _quantised(value.T, quantize)
             yield ConvertedTensor(
-                slot, layer, {f"{slot.removesuffix('kernel')}{name}": part for name, part in leaf.items()}
+                path, layer, {f"{path.removesuffix('kernel')}{name}": part for name, part in leaf.items()}
             )
         else:
-            yield ConvertedTensor(slot, layer, {slot: value.astype(target, copy=False)})
+            yield ConvertedTensor(path, layer, {path: value.astype(target, copy=False)})
 
 
 _ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few hundred MB, whatever the tensor
@@ -167,7 +167,7 @@ def _quantised(value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
 
 
 def fill_base(source: Source, dtype: str, progress: Progress | None = None, quantize: str = "none") -> Params:
-    """Reads a source into a base tree of numpy arrays, kernels [L, in, out], in "float32" or "bfloat16", or quantised.
+    """Read a source into a base tree of numpy arrays, kernels [L, in, out], in "float32" or "bfloat16", or quantised.
 
     Memory: the base itself plus one tensor.
 
@@ -175,12 +175,12 @@ def fill_base(source: Source, dtype: str, progress: Progress | None = None, quan
     """
     key_map.bind(source.tensors(), source.backbone, source.kind, source.path)  # no memory for shapes that no file has
     base: Params = {}
-    for slot, (shape, slot_dtype) in param_shapes(source.backbone, dtype, quantize).items():
-        key_map.set_param(base, slot, np.empty(shape, slot_dtype))
+    for path, (shape, param_dtype) in param_shapes(source.backbone, dtype, quantize).items():
+        key_map.set_param(base, path, np.empty(shape, param_dtype))
     done, total = 0, sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    for piece in converted_tensors(source, dtype, quantize):
-        for slot, value in piece.arrays.items():
-            key_map.get_param(base, slot)[... if piece.layer is None else piece.layer] = value
+    for tensor in converted_tensors(source, dtype, quantize):
+        for path, value in tensor.arrays.items():
+            key_map.get_param(base, path)[... if tensor.layer is None else tensor.layer] = value
             done += value.nbytes
         if progress is not None:
             progress(done, total)
@@ -188,7 +188,7 @@ def fill_base(source: Source, dtype: str, progress: Progress | None = None, quan
 
 
 class SourceStack:
-    """The arrays of one slot of a source, [L, ...], each read and transformed when it is indexed."""
+    """The stacked arrays [L, ...] of one parameter of a source, each read and transformed when it is indexed."""
 
     def __init__(self, shape: tuple[int, ...], reads: list[Callable[[], np.ndarray]], transform: Callable):
         self.shape, self.reads, self.transform = shape, reads, transform
@@ -198,7 +198,7 @@ class SourceStack:
 
 
 def lazy_base(source: Source) -> Params:
-    """The base tree of a source with its layers as `SourceStack`, in the source's own types.
+    """Return the base tree of a source with its layers as `SourceStack`, in the source's own types.
 
     Raises: InputError as `converted_tensors`, but for the head, which is not compared.
     """

@@ -32,7 +32,7 @@ VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}  # integers: quantised linears
 
 
-def _leaves(tree: Params, path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def _leaves(tree: Mapping[object, object], path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise InputError(f"parameter key {key!r} under {path or 'the top'} must be text without a slash")
@@ -45,7 +45,7 @@ def _leaves(tree: Params, path: str = "") -> Iterator[tuple[str, jax.Array | np.
 
 
 def is_base_folder(directory: str | Path) -> bool:
-    """Whether a folder was written by `save_base` (of any version)."""
+    """Return whether a folder was written by `save_base` (of any version)."""
     return (Path(directory) / HEADER).is_file()
 
 
@@ -56,7 +56,7 @@ def save_base(
     facts: Json,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Writes parameter trees (nested dicts of arrays, {"base": ..., "adapter": ..., "blend": ...}) as a base folder.
+    """Write parameter trees (nested dicts of arrays, {"base": ..., "adapter": ..., "blend": ...}) as a base folder.
 
     `config` (a ModelConfig's `to_dict`) and `facts` must be JSON-ready; `files` are put beside by name. Empty dicts are
     dropped. The folder appears when it is complete. Meant for one process.
@@ -67,9 +67,9 @@ def save_base(
 
     tree: Params = {}
     arrays = {}
-    for slot, value in _leaves(params):
-        set_param(tree, slot, value)
-        arrays[slot] = {"shape": list(value.shape), "dtype": str(value.dtype)}
+    for name, value in _leaves(params):
+        set_param(tree, name, value)
+        arrays[name] = {"shape": list(value.shape), "dtype": str(value.dtype)}
     if not arrays:
         raise InputError("there are no parameters to store")
     with staged_folder(directory) as folder:
@@ -106,33 +106,33 @@ def chunk_file(folder: Path, name: str, rank: int, layer: int | None) -> Path:
 class StoredStack:
     """A stack of arrays [L, ...] in a folder that a `Conversion` wrote, read a layer at a time when it is indexed."""
 
-    def __init__(self, folder: Path, slot: str, shape: tuple[int, ...], dtype: np.dtype):
-        self.folder, self.slot, self.shape, self.dtype = folder, slot, shape, dtype
+    def __init__(self, folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.folder, self.name, self.shape, self.dtype = folder, name, shape, dtype
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        file = chunk_file(self.folder, self.slot, len(self.shape), layer)
+        file = chunk_file(self.folder, self.name, len(self.shape), layer)
         return np.fromfile(file, self.dtype).reshape(self.shape[1:])
 
 
 def open_stacks(directory: str | Path) -> Params | None:
-    """The tree "base" of a folder that a `Conversion` wrote, layers as `StoredStack`; None for any other base folder.
+    """Return the tree "base" of a folder that a `Conversion` wrote, layers as `StoredStack`; None for others.
 
     Raises: InputError as `load_base`.
     """
     folder = Path(directory).absolute()
     header = read_header(folder)
     first = folder / PARAMS / "base.layers.pre_attn_norm.scale" / "0.0"
-    if not first.is_file() or any(not slot.startswith("base/") for slot in header["arrays"]):
+    if not first.is_file() or any(not name.startswith("base/") for name in header["arrays"]):
         return None
     verify(folder)
     tree: Params = {}
-    for slot, spec in header["arrays"].items():
+    for name, spec in header["arrays"].items():
         shape, dtype = tuple(spec["shape"]), _STORED[spec["dtype"]]
-        stack = StoredStack(folder / PARAMS, slot, shape, dtype)
-        if not slot.startswith("base/layers/"):
-            file = chunk_file(folder / PARAMS, slot, len(shape), None)
+        stack = StoredStack(folder / PARAMS, name, shape, dtype)
+        if not name.startswith("base/layers/"):
+            file = chunk_file(folder / PARAMS, name, len(shape), None)
             stack = np.memmap(file, dtype, "r", shape=shape)
-        set_param(tree, slot, stack)
+        set_param(tree, name, stack)
     return tree["base"]
 
 
@@ -141,7 +141,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_header(directory: str | Path) -> Json:
-    """The header of a base folder, {"config", "facts", "arrays", ...}, without touching its weights.
+    """Return the header of a base folder, {"config", "facts", "arrays", ...}, without touching its weights.
 
     Raises: InputError naming the file, for a folder of another kind or of a version this program does not know.
     """
@@ -157,16 +157,16 @@ def read_header(directory: str | Path) -> Json:
     for name in ("config", "facts", "arrays"):
         if not isinstance(header.get(name), dict):
             raise InputError(f"{file}: {name} is missing or not an object")
-    for slot, spec in header["arrays"].items():
+    for name, spec in header["arrays"].items():
         shape = spec.get("shape") if isinstance(spec, dict) else None
         sizes = isinstance(shape, list) and all(isinstance(size, int) and 0 <= size < 2**40 for size in shape)
         if not sizes or spec.get("dtype") not in list(_STORED):
-            raise InputError(f"{file}: arrays.{slot} is malformed")
+            raise InputError(f"{file}: arrays.{name} is malformed")
     return header
 
 
 def verify(directory: str | Path) -> None:
-    """Hashes every file of a base folder against its manifest.
+    """Hash every file of a base folder against its manifest.
 
     Raises: InputError naming the first file that is missing, changed or unlisted under params/.
     """
@@ -194,7 +194,7 @@ def load_base(
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     check: bool = True,
 ) -> tuple[Json, Params, Json]:
-    """(config, params, facts) of a base folder.
+    """Return (config, params, facts) of a base folder.
 
     `dtype` ("float32", "bfloat16") converts the floats of the tree "base" as they are read; adapter, blend and
     quantised linears keep theirs. Arrays come as numpy unless `sharding` is given: a jax Sharding for all, or a
@@ -209,19 +209,19 @@ def load_base(
     if check:
         verify(folder)
     target: Params = {}
-    for slot, spec in header["arrays"].items():
+    for name, spec in header["arrays"].items():
         shape, stored = tuple(spec["shape"]), _STORED[spec["dtype"]]
         converted = (
-            dtype is not None and slot.startswith("base/") and not storages.is_quantised_array(slot.rpartition("/")[2])
+            dtype is not None and name.startswith("base/") and not storages.is_quantised_array(name.rpartition("/")[2])
         )
         wanted = numpy_dtype(dtype) if converted else stored
         if sharding is None:
             # A numpy leaf asks for numpy back; broadcasting gives it its shape without its memory.
             leaf: jax.ShapeDtypeStruct | np.ndarray = np.broadcast_to(np.zeros((), wanted), shape)
         else:
-            placed = sharding(slot, shape) if callable(sharding) else sharding
+            placed = sharding(name, shape) if callable(sharding) else sharding
             leaf = jax.ShapeDtypeStruct(shape, wanted, sharding=placed)
-        set_param(target, slot, leaf)
+        set_param(target, name, leaf)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder / PARAMS, target)

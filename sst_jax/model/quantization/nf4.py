@@ -152,7 +152,7 @@ def quantise_for(kernel: Kernel, factor: Gram, kind: str = "nf4") -> dict[str, j
         stored = _stored_scales(scales[None], kind)
         read = _scales(stored)[0]
 
-        def one(j: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def one(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             rows, codes, errors = state
             code = _codes(rows[j] / scales)
             value = jax.lax.reduce_precision(levels[code] * read, 8, 7)  # as `kernel_of` reads it

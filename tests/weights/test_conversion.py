@@ -1,4 +1,4 @@
-"""Streamed conversion: the same numbers as reading all at once, interrupted or not, in bounded memory, and back out."""
+"""Conversion gives the numbers of reading all at once, interrupted or not, in bounded memory; and back out."""
 
 import json
 import os
