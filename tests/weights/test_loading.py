@@ -116,7 +116,7 @@ def test_facts_of_a_model_still_give_a_dict_with_a_warning():
         facts = model.facts
     assert (facts["kind"], facts["path"], facts["prompts"]) == ("random", "random:tiny", "chat")
     assert Model(opened.config, opened.params, ByteTokenizer()).prompt_format == "plain"
-    assert Model(opened.config, opened.params, ByteTokenizer()).prompts == "plain"
+    assert Model(opened.config, opened.params, ByteTokenizer()).prompt_format == "plain"
 
 
 @pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
