@@ -1,6 +1,6 @@
 """`configs/sst.py` with the stream off, and nothing else: the matched control.
 
-    python -m sst_jax.train --config configs/baseline.py:size=1b --workdir runs/1b-baseline
+    sst-jax train --config configs/baseline.py:size=1b --workdir runs/1b-baseline
 
 Same data in the same order, same adapter, optimizer and number of steps. A step costs about half of the stream's two
 passes; the control of equal compute doubles the steps: --config.train.steps.

@@ -1,6 +1,6 @@
 """A state stream in the real pretrained Gemma-3-270M, on a laptop's CPU in minutes.
 
-    python -m sst_jax.train --config configs/quickstart.py --workdir runs/quickstart
+    sst-jax train --config configs/quickstart.py --workdir runs/quickstart
 
 LoRA (rank 16, all seven linears) and a fresh stream are trained in two parallel passes on word problems, the base is
 frozen; the loss that counts is measured on problems held out of training, with the exact recurrence that decoding runs.

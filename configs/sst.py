@@ -1,15 +1,15 @@
 """The paper's run: a state stream in a pretrained decoder, LoRA on all linears, GSM8K, the base in NF4. Gemma-3-27B
 unless told otherwise.
 
-    python -m sst_jax.plan    --config configs/sst.py --target rtx-pro-6000,rtx-4090
-    python -m sst_jax.convert --from google/gemma-3-27b-pt --to models/27b-nf4 --quantize nf4 --text-only
+    sst-jax plan    --config configs/sst.py --target rtx-pro-6000,rtx-4090
+    sst-jax convert --from google/gemma-3-27b-pt --to models/27b-nf4 --quantize nf4 --text-only
     bash launch/gpu.sh        --config configs/sst.py --config.model.source=models/27b-nf4 --workdir runs/27b
-    python -m sst_jax.train   --config configs/sst.py:size=1b --workdir runs/1b
+    sst-jax train   --config configs/sst.py:size=1b --workdir runs/1b
 
 Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-1b, -3b, llama-3.1-8b; qwen3-0.6b,
 -1.7b, -4b, -8b. Gemma's and Llama's weights are gated: accept the licence on the hub and run `hf auth login` first.
 
-Planned with `sst_jax.plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
+Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
     size   rows x 1024   card           base   peak GiB   hours for all steps
     27b    1             RTX PRO 6000   nf4    22.1       2.0      (21.2 without its accumulator of micro-batches,

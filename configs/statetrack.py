@@ -1,7 +1,7 @@
 """A state stream and the plain model that matches it, from scratch, side by side, on a task whose answer is a state.
 
-    python -m sst_jax.train --config configs/statetrack.py --workdir runs/s3
-    python -m sst_jax.train --config configs/statetrack.py --config.task.name=parity --workdir runs/parity
+    sst-jax train --config configs/statetrack.py --workdir runs/s3
+    sst-jax train --config configs/statetrack.py --config.task.name=parity --workdir runs/parity
 
 Two layers of width 64, trained at length 12 with three seeds, tested with new words of that length and of two and four
 times it. The stream trains by exact backpropagation through time with alpha free, starting from 0.5; the arm `range` is

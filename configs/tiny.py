@@ -1,6 +1,6 @@
 """The whole path in under a minute: a tiny random model, embedded word problems, no downloads.
 
-    python -m sst_jax.train --config configs/tiny.py --workdir runs/tiny
+    sst-jax train --config configs/tiny.py --workdir runs/tiny
 
 What tests use. The model has seven layers of random weights and reads bytes, so the loss falls from that of a random
 model towards that of letter frequencies, and what it writes is noise. One variation: --config.stream.forward=exact.

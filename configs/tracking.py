@@ -1,7 +1,7 @@
 """Entity tracking in plain English on the pretrained SmolLM2-135M: does a stream help it follow what changes?
 
-    python -m sst_jax.train --config configs/tracking.py --workdir runs/tracking
-    python -m sst_jax.evaluate --model runs/tracking --task rooms:8 --measure loss --limit 200 --out runs/tracking/8
+    sst-jax train --config configs/tracking.py --workdir runs/tracking
+    sst-jax evaluate --model runs/tracking --task rooms:8 --measure loss --limit 200 --out runs/tracking/8
 
 Stories in which four people walk between rooms, or go where another one is, one to four times; only the answer, one
 word, is learned, so every state on the way is hidden. LoRA and a stream train by exact backpropagation through time,

@@ -1,6 +1,6 @@
 """An exported State Stream Transformer in PyTorch: the same prompt at two iteration depths, and what depth changes.
 
-    python -m sst_jax.export --from runs/quickstart --to out/sst --format sst
+    sst-jax export --from runs/quickstart --to out/sst --format sst
     python examples/pytorch_depths.py out/sst --prompt "Ann has 3 boxes of 4 pens. How many pens has she?"
 
 Needs torch and transformers, and nothing of sst_jax: the folder brings its modelling files.

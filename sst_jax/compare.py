@@ -1,7 +1,7 @@
 """Compare two evaluations of the same items, pair by pair.
 
-  python -m sst_jax.compare runs/stream/gsm8k runs/baseline/gsm8k --out runs/compare
-  python -m sst_jax.compare runs/stream-0/loss,runs/stream-1/loss runs/baseline-0/loss,runs/baseline-1/loss
+  sst-jax compare runs/stream/gsm8k runs/baseline/gsm8k --out runs/compare
+  sst-jax compare runs/stream-0/loss,runs/stream-1/loss runs/baseline-0/loss,runs/baseline-1/loss
 
 A and B are folders of `evaluate --task`, or several separated by commas: one a training seed, in the same order on both
 sides. Answers: exact McNemar on the discordant pairs of the first seed, Holm over all comparisons, a paired bootstrap.
@@ -19,8 +19,8 @@ from sst_jax.console.command import Parser, run, write_json
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.compare", description=__doc__)
-    parser.add_argument("a", metavar="OUT_A", help="an evaluation, or one a seed: DIR,DIR,DIR")
-    parser.add_argument("b", metavar="OUT_B", help="what it is compared with")
+    parser.add_argument("a", metavar="OUT_A", help="an evaluation folder, or one per seed: DIR,DIR,DIR")
+    parser.add_argument("b", metavar="OUT_B", help="the evaluation folders to compare with")
     parser.add_argument("--out", metavar="DIR", help="result.json, compare.png and differing_items.jsonl go here")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
     return parser

@@ -1,8 +1,8 @@
 """Convert a model into a base folder: an Orbax checkpoint that every command and sst_jax.load open.
 
-python -m sst_jax.convert --from google/gemma-3-1b-pt --to models/gemma-3-1b
-python -m sst_jax.convert --from model.gguf --to models/base --dtype float32
-python -m sst_jax.convert --from model.gguf --to models/base --quantize nf4 --calibrate data/train.jsonl
+sst-jax convert --from google/gemma-3-1b-pt --to models/gemma-3-1b
+sst-jax convert --from model.gguf --to models/base --dtype float32
+sst-jax convert --from model.gguf --to models/base --quantize nf4 --calibrate data/train.jsonl
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parser() -> Parser:
         "--quantize",
         choices=("none", "nf4", "nf4_double"),
         default="none",
-        help="storage of the linears: as they are (default), 4.25 bits a weight, or 4.13 with quantised scales",
+        help="storage of the linears: unchanged (default), 4.25 bits a weight, or 4.13 with quantised scales",
     )
     parser.add_argument(
         "--calibrate",
@@ -38,10 +38,10 @@ def parser() -> Parser:
         "answer; texts like those to be trained on, and never a test",
     )
     parser.add_argument(
-        "--calibrate-tokens", type=int, default=32_768, metavar="N", help="of FILE (default: %(default)s)"
+        "--calibrate-tokens", type=int, default=32_768, metavar="N", help="tokens read from FILE (default: %(default)s)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the base (default: the source's own)")
-    parser.add_argument("--text-only", action="store_true", help="leave a multimodal source's vision tower behind")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the base (default: the source's)")
+    parser.add_argument("--text-only", action="store_true", help="omit a multimodal source's vision tower")
     parser.add_argument("--json", metavar="FILE", help="write the summary to FILE")
     return parser
 

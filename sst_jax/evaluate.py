@@ -1,9 +1,9 @@
-"""Measure a model on a task, item by item, under one or more depth policies.
+"""Measure a model on a task, item by item, at one or more depth policies.
 
-  python -m sst_jax.evaluate --model runs/27b --task gsm8k --depth 1,2,3,4 --out runs/27b/gsm8k
-  python -m sst_jax.evaluate --model runs/27b --task gpqa_diamond --data DIR --depth 1,2,3,4 --out runs/27b/gpqa
-  python -m sst_jax.evaluate --model runs/270m --task gsm8k --data DIR --measure loss --out runs/270m/loss
-  python -m sst_jax.evaluate --model runs/27b --tasks arc_easy,hellaswag --depth 1,4 --out runs/27b/harness
+  sst-jax evaluate --model runs/27b --task gsm8k --depth 1,2,3,4 --out runs/27b/gsm8k
+  sst-jax evaluate --model runs/27b --task gpqa_diamond --data DIR --depth 1,2,3,4 --out runs/27b/gpqa
+  sst-jax evaluate --model runs/270m --task gsm8k --data DIR --measure loss --out runs/270m/loss
+  sst-jax evaluate --model runs/27b --tasks arc_easy,hellaswag --depth 1,4 --out runs/27b/harness
 
 Zero-shot and greedy. The same command on the same folder resumes. --task takes this project's tasks:
 gsm8k, gpqa_diamond, arc_challenge, math_500, words; gsm8k:result and words:result for models that write no steps; and
@@ -36,16 +36,25 @@ def parser() -> Parser:
     add("--out", required=True, metavar="DIR", help="outcomes.jsonl and result.json go here")
     add("--depth", default="1", metavar="P,Q", help="policies: 1,4,first_token:4,until_stable:0.01:4,probe:FILE")
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
-    add("--limit", type=int, default=0, metavar="N", help="only the first N items (0: all)")
-    add("--format", choices=("plain", "chat"), help="of prompts (default: as the run was trained, else plain)")
-    add("--measure", choices=("answers", "loss"), default="answers", help="loss: of the worked answers, in nats")
-    add("--max-new-tokens", type=int, metavar="N", help="room for an answer (default: the task's)")
-    add("--batch-size", type=int, default=8, metavar="B", help="items answered together (default: 8)")
+    add("--limit", type=int, default=0, metavar="N", help="use only the first N items (0: all)")
+    add("--format", choices=("plain", "chat"), help="format of prompts (default: as the run was trained, else plain)")
+    add(
+        "--measure",
+        choices=("answers", "loss"),
+        default="answers",
+        help="accuracy of answers, or loss of the worked answers in nats (default: answers)",
+    )
+    add("--max-new-tokens", type=int, metavar="N", help="limit of new tokens per answer (default: the task's)")
+    add("--batch-size", type=int, default=8, metavar="B", help="items per batch (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    add("--allow-overlap", action="store_true", help="evaluate a run that was trained on the test, and record it")
-    add("--fewshot", type=int, metavar="K", help="examples in the prompt (--tasks only; default: the task's)")
-    add("--include", metavar="DIR", help="folder with task files of your own (--tasks only)")
-    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
+    add(
+        "--allow-overlap",
+        action="store_true",
+        help="evaluate a run whose training data overlaps the test, and record it",
+    )
+    add("--fewshot", type=int, metavar="K", help="few-shot examples in the prompt (--tasks only; default: the task's)")
+    add("--include", metavar="DIR", help="folder with your own task files (--tasks only)")
+    add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
     return parser
 
 

@@ -1,8 +1,8 @@
 """Export a model as PyTorch safetensors.
 
-  python -m sst_jax.export --from runs/quickstart --to out/sst --format sst
-  python -m sst_jax.export --from runs/quickstart --to out/merged --format merged
-  python -m sst_jax.export --from runs/quickstart --to out/adapter --format adapter
+  sst-jax export --from runs/quickstart --to out/sst --format sst
+  sst-jax export --from runs/quickstart --to out/merged --format merged
+  sst-jax export --from runs/quickstart --to out/adapter --format adapter
 
 sst      the whole model, stream included: a transformers folder with its own PyTorch modelling files, for
          AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) and generate(..., depth=4)
@@ -43,25 +43,21 @@ def parser() -> Parser:
         "for, on which LoRA was trained (default: original)",
     )
     parser.add_argument("--keep-lora", action="store_true", help="sst: keep the LoRA factors apart from the weights")
-    parser.add_argument("--base-name", metavar="NAME", help="adapter: what PEFT shall load as base (default: the base)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="type of the weights (default: the source's own)"
-    )
+    parser.add_argument("--base-name", metavar="NAME", help="adapter: base model that PEFT loads (default: the base)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
     parser.add_argument(
         "--layout",
         choices=("text", "multimodal", "multimodal_v5"),
-        help="merged: spelling of the keys (default: the source's)",
+        help="merged: layout of the keys (default: the source's)",
     )
-    parser.add_argument("--text-only", action="store_true", help="leave a multimodal source's vision tower out")
+    parser.add_argument("--text-only", action="store_true", help="omit a multimodal source's vision tower")
     parser.add_argument(
         "--measure-gap",
         action=argparse.BooleanOptionalAction,
         help="read the export back and compare its logits with "
         f"the model's on a short text (default: up to {MEASURED / 1e6:.0f}M parameters)",
     )
-    parser.add_argument(
-        "--push", metavar="REPO", help="then upload to this hub repository (owner/name), private if new"
-    )
+    parser.add_argument("--push", metavar="REPO", help="upload to this hub repository (owner/name), private if new")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument("--force", action="store_true", help="push to a repository that already holds files")
     parser.add_argument("--dry-run", action="store_true", help="print what --push would upload, without asking the hub")

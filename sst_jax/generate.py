@@ -1,14 +1,14 @@
-"""Generates text, streamed as it comes.
+"""Generate text, printed as it comes.
 
-  python -m sst_jax.generate --model runs/quickstart --depth 4 --question "Ann has 3 boxes of 4 pens. How many?"
-  python -m sst_jax.generate --model google/gemma-3-1b-it --chat --prompt "Why is the sky blue?"
-  python -m sst_jax.generate --model MODEL --prompts prompts.jsonl --n 4 --temperature 0.7 --out answers.jsonl
+  sst-jax generate --model runs/quickstart --depth 4 --question "Ann has 3 boxes of 4 pens. How many?"
+  sst-jax generate --model google/gemma-3-1b-it --chat --prompt "Why is the sky blue?"
+  sst-jax generate --model MODEL --prompts prompts.jsonl --n 4 --temperature 0.7 --out answers.jsonl
 
---depth I iterates the stack I times at every position from the one that the first new token comes from, the prompt's
-last (stream.iterate_prompt may say otherwise); it needs a model with a stream.
+--depth I runs the stack I times at every position, from the prompt's last one on (or as stream.iterate_prompt says); it
+needs a model with a stream.
 Other policies: "first_token:I" (I times where the first token comes from, then once), "until_stable:TOL:I" (until
 the final hidden state moves by a share of at most TOL), "until_confident:P:I" (until the next token's largest
-probability is at least P; both at most I times) and "probe:FILE" (as a probe says, see `sst-jax probe`).
+probability is at least P; both at most I times) and "probe:FILE" (as a probe decides, see `sst-jax probe`).
 """
 
 from __future__ import annotations
@@ -41,19 +41,33 @@ def parser() -> Parser:
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
     given.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    parser.add_argument("--format", choices=("plain", "chat"), help="of --question (default: as trained, else plain)")
-    depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--depth", default="1", metavar="I", help="iterations at each position, or a policy; default: 1")
-    depth.add_argument("--halt", metavar="PROBE", help="let a probe choose, as --depth probe:PROBE")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="answers computed together (default: 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest share P")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0); the i-th answer uses seed + i")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated"
+        "--format", choices=("plain", "chat"), help="format of --question (default: as trained, else plain)"
+    )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--depth", default="1", metavar="I", help="iterations per token, or a policy (default: 1)")
+    depth.add_argument("--halt", metavar="PROBE", help="let a probe choose the depth, as --depth probe:PROBE")
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="answers per prompt (default: 1)")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences decoded together (default: 8)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="limit of new tokens per answer (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 is greedy (default)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens (0: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the smallest set of tokens with probability P (nucleus)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0); answer i uses seed + i")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT; may be repeated"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--out", metavar="FILE", help="write answers to FILE, one JSON object a line, as they finish")

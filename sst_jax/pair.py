@@ -1,7 +1,7 @@
-"""Trains a stream and what it must be measured against: same data, order and seeds, one command.
+"""Train a stream and its matched controls: same data, order and seeds, one command.
 
-  python -m sst_jax.pair --config configs/sst.py:size=1b --seeds 3 --workdir runs/pair
-  python -m sst_jax.pair --config configs/quickstart.py --config.data.path=DIR --seeds 3 --workdir runs/pair \\
+  sst-jax pair --config configs/sst.py:size=1b --seeds 3 --workdir runs/pair
+  sst-jax pair --config configs/quickstart.py --config.data.path=DIR --seeds 3 --workdir runs/pair \\
       --task gsm8k --data DIR --limit 100
 
 Arms: stream, baseline (the stream off), compute (the baseline with the stream's FLOPs as more steps), parameters (the
@@ -31,11 +31,11 @@ def parser() -> Parser:
     add("--arms", metavar="A,B", help="default: stream,baseline,compute,parameters")
     add("--task", metavar="NAME", help="measure every run on this task of `evaluate`")
     add("--measure", choices=("answers", "loss"), default="loss", help="default: loss, of the worked answers")
-    add("--depth", default="1", metavar="P,Q", help="depth policies of arms with a stream (default: 1)")
+    add("--depth", default="1", metavar="P,Q", help="depth policies for arms with a stream (default: 1)")
     add("--data", metavar="DIR", help="folder with the task's file")
-    add("--limit", type=int, default=0, metavar="N", help="only the first N items (0: all)")
-    add("--batch-size", type=int, default=8, metavar="B", help="items measured together (default: 8)")
-    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
+    add("--limit", type=int, default=0, metavar="N", help="use only the first N items (0: all)")
+    add("--batch-size", type=int, default=8, metavar="B", help="items per batch (default: 8)")
+    add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
     return parser
 
 

