@@ -134,3 +134,14 @@ def test_every_option_of_a_benchmark_that_a_page_shows_is_one_of_its_own(page):
 
 def test_the_readme_fits_on_a_few_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_architecture_page_names_every_scope_of_a_trace():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    scopes = {
+        name
+        for file in (ROOT / "sst_jax").rglob("*.py")
+        for name in re.findall(r'named_scope\("([\w/]+)"', file.read_text(encoding="utf-8"))
+    }
+    assert scopes
+    assert {name for name in scopes if f"`{name}`" not in page} == set()
