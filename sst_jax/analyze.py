@@ -139,7 +139,7 @@ def read_asked(args: Any) -> list[Any]:
         ):
             if value != usual:
                 raise InputError(f"{flag} goes with --task")
-        asked = read_prompts(args.prompts)
+        asked: list[Any] = read_prompts(args.prompts)
         given = [isinstance(record.get("text"), str) for record in asked]
         if any("text" in record for record in asked) and not all(given):
             raise InputError(

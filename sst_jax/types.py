@@ -14,7 +14,7 @@ The aliases are checked at run time in the tests (jaxtyping with beartype) and c
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 AnyArray = Array | np.ndarray  # on a device or in the host's memory
 
@@ -46,9 +46,14 @@ HeadTable = Float[Array, "V D"]
 Fraction = Float[Array, ""]
 
 # Decoding, one position a row.
-RowInts = Int[AnyArray, "B"]
-RowFloats = Float[AnyArray, "B"]
-RowBools = Bool[AnyArray, "B"]
+RowInts = Int[Array, "B"]
+RowFloats = Float[Array, "B"]
+RowBools = Bool[Array, "B"]
 RowHidden = Float[Array, "B D"]  # normed hidden states of one position
 RowStates = Float[Array, "L B D"]  # each layer's state
 RowLogits = Float[Array, "B V"]
+# What the host says of each row, or a program computed.
+AnyRowInts = Int[AnyArray, "B"]
+AnyRowSeeds = UInt32[AnyArray, "B"]
+AnyRowFloats = Float[AnyArray, "B"]
+AnyRowBools = Bool[AnyArray, "B"]

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sst_jax.errors import InputError, RunInterrupted
 
@@ -35,10 +35,10 @@ class Parser(argparse.ArgumentParser):
             prog = self.program + prog.removeprefix(MODULES)
         super().__init__(prog, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
         """Parse as argparse does.
 
         Raises: InputError on bad arguments, or where the file of --json, which is written last, could not be written.

@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sst_jax.data.records import Record, read_hub, read_jsonl
 from sst_jax.errors import InputError
@@ -137,9 +137,15 @@ class Template(NamedTuple):
 
 
 def _story(name: str, question: str, *steps: str, **drawn: Sequence[int] | Sequence[str]) -> Template:
-    numbers = {key: choices for key, choices in drawn.items() if isinstance(choices[0], int)}
-    words = {key: choices for key, choices in drawn.items() if key not in numbers}
-    return Template(name, question, tuple(tuple(step.split(" | ")) for step in steps), numbers, words)
+    numbers: dict[str, Sequence[int]] = {}
+    words: dict[str, Sequence[str]] = {}
+    for key, choices in drawn.items():
+        if isinstance(choices[0], int):
+            numbers[key] = cast(Sequence[int], choices)
+        else:
+            words[key] = cast(Sequence[str], choices)
+    halves = [step.split(" | ") for step in steps]
+    return Template(name, question, tuple((formula, sentence) for formula, sentence in halves), numbers, words)
 
 
 TRAIN_TEMPLATES = (
@@ -402,13 +408,13 @@ class WordProblems(Sequence[Problem]):
             raise InputError(f"word problems have no split {split!r}; they have {', '.join(SPLITS)}")
         if count < 1:
             raise InputError(f"word problems: count={count} must be positive")
-        self.split, self.count, self.seed = split, count, seed
+        self.split, self.size, self.seed = split, count, seed
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
-    def __getitem__(self, index: int) -> Problem:
-        if not 0 <= index < self.count:
+    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]  # no slices
+        if not 0 <= index < self.size:
             raise IndexError(index)
         rng = random.Random(f"{self.split}/{self.seed}/{index}")
         template = rng.choice(TEST_TEMPLATES if self.split == "test" else TRAIN_TEMPLATES)

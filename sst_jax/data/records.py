@@ -13,9 +13,9 @@ from sst_jax.errors import InputError
 
 
 class Record(NamedTuple):
-    """A record; `index` counts lines or rows from 0, empty lines included, and `where` names the place in words."""
+    """A record; `place` counts lines or rows from 0, empty lines included, and `where` names the place in words."""
 
-    index: int
+    place: int
     where: str
     value: Any
 

@@ -77,7 +77,8 @@ class Tokenizer(abc.ABC):
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of the text, after BOS if `bos` and the model is one that wants it."""
-        return [self.bos_id] * (bos and self.add_bos) + self.encode_text(text)
+        first = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
+        return first + self.encode_text(text)
 
     @property
     def turn_end_id(self) -> int:
@@ -105,7 +106,7 @@ class Tokenizer(abc.ABC):
         Raises: InputError for any other order, and where the vocabulary has no turn tokens.
         """
         start, end = self.piece_id(START_OF_TURN), self.piece_id(END_OF_TURN)
-        if start is None or end is None:
+        if start is None or end is None or self.bos_id is None:
             raise InputError(f"chat needs the tokens {START_OF_TURN} and {END_OF_TURN}, which this vocabulary lacks")
         ids = [self.bos_id]
         for role, content in _turns(messages):

@@ -146,13 +146,13 @@ class Stories(Sequence[Problem]):
             raise InputError(f"{spec.kind} has no split {split!r}; it has {', '.join(SPLITS)}")
         if count < 1:
             raise InputError(f"{spec.kind}: count={count} must be positive")
-        self.spec, self.split, self.count, self.seed = spec, split, count, seed
+        self.spec, self.split, self.size, self.seed = spec, split, count, seed
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
-    def __getitem__(self, index: int) -> Problem:
-        if not 0 <= index < self.count:
+    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]  # no slices
+        if not 0 <= index < self.size:
             raise IndexError(index)
         kind, fewest, most = self.spec
         rng = random.Random(f"{kind}/{fewest}-{most}/{self.split}/{self.seed}/{index}")

@@ -67,7 +67,14 @@ def vocabulary_from_gguf(
         piece.replace(" ", SPACE) if kind == USER_DEFINED else piece for piece, kind in zip(tokens, types, strict=True)
     ]
     return Vocabulary(
-        pieces, list(scores), types, **ids, add_dummy_prefix=facts.get("tokenizer.ggml.add_space_prefix", True)
+        pieces,
+        list(scores),
+        list(types),
+        ids["unk_id"],
+        ids["bos_id"],
+        ids["eos_id"],
+        ids["pad_id"],
+        add_dummy_prefix=facts.get("tokenizer.ggml.add_space_prefix", True),
     )
 
 
@@ -91,8 +98,8 @@ def _field(number: int, value: int | float | str | bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """(field number, value) of one protobuf message; submessages and strings come as bytes."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of one protobuf message: int, float, or the bytes of a submessage or string."""
     at = 0
 
     def varint() -> int:
@@ -144,7 +151,11 @@ def from_model_proto(data: bytes) -> Vocabulary:
 
     Raises: InputError when the bytes are not such a model, or it is not BPE with an identity normaliser.
     """
-    pieces, scores, types, trainer, normalizer = [], [], [], {}, {}
+    pieces: list[str] = []
+    scores: list[float] = []
+    types: list[int] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
     try:
         for number, value in _fields(data):
             if number == 1:
@@ -254,7 +265,7 @@ def byte_level_json(facts: Mapping[str, Any]) -> bytes:
     Raises: InputError when its way of splitting text is not one of SPLITTINGS, or its parts disagree.
     """
     tokens, types, merges = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
-    pre = facts.get("tokenizer.ggml.pre")
+    pre = str(facts.get("tokenizer.ggml.pre"))
     if pre not in SPLITTINGS:
         raise InputError(f"tokenizer.ggml.pre={pre!r} is unsupported; known are {', '.join(map(repr, SPLITTINGS))}")
     ids, pairs = {token: index for index, token in enumerate(tokens)}, [merge.split(" ") for merge in merges]

@@ -48,10 +48,13 @@ LLAMA_BLOCK: Mapping[str, Any] = {
 TINY: Mapping[str, Any] = {"vocab_size": 262, "max_positions": 4096}  # the byte tokenizer's vocabulary
 
 
+SHAPE = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim")
+
+
 def global_decoder(
     family: str,
     block: Mapping[str, Any],
-    shape: tuple[int, int, int, int, int, int],
+    shape: tuple[int, ...],
     **fields: Any,
 ) -> BackboneConfig:
     """A decoder with global attention only, whose queries are scaled by its head_dim.
@@ -62,7 +65,8 @@ def global_decoder(
       shape: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim.
       fields: others of BackboneConfig.
     """
-    return BackboneConfig(*shape, query_pre_attn_scalar=float(shape[-1]), family=family, **{**block, **fields})
+    sizes: dict[str, Any] = dict(zip(SHAPE, shape, strict=True))
+    return BackboneConfig(**sizes, query_pre_attn_scalar=float(shape[-1]), family=family, **{**block, **fields})
 
 
 # ------------------------------------------------------------------------------------------------------ config.json
@@ -146,7 +150,11 @@ def write_llama_config(backbone: BackboneConfig) -> dict[str, Any]:
     """`ConfigFormat.write` of a decoder with global attention only."""
     scaling: dict[str, Any] | None = {"rope_type": "linear", "factor": backbone.rope_scale_global}
     if backbone.rope_llama3 is not None:
-        scaling |= {"rope_type": "llama3", **dict(zip(_LLAMA3, backbone.rope_llama3, strict=True))}
+        scaling = {
+            "rope_type": "llama3",
+            "factor": backbone.rope_scale_global,
+            **dict(zip(_LLAMA3, backbone.rope_llama3, strict=True)),
+        }
     elif backbone.rope_scale_global == 1.0:
         scaling = None
     return {

@@ -24,7 +24,7 @@ from sst_jax.families.base import (
     TorchExport,
     Wrapper,
 )
-from sst_jax.families.common import layer_param, positive_number, shape_fields
+from sst_jax.families.common import SHAPE, layer_param, positive_number, shape_fields
 from sst_jax.model.backbone import BackboneConfig
 
 PARAMS = (
@@ -49,7 +49,8 @@ PARAMS = (
 def _preset(*shape: int, window: int, scalar: float, **fields: Any) -> BackboneConfig:
     """A size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     large = {"vocab_size": 262_208, "rope_scale_global": 8.0, "max_positions": 131_072}
-    return BackboneConfig(*shape, **{**large, **fields}, window=window, query_pre_attn_scalar=scalar)
+    sizes: dict[str, Any] = dict(zip(SHAPE, shape, strict=True))
+    return BackboneConfig(**{**sizes, **large, **fields, "window": window, "query_pre_attn_scalar": scalar})
 
 
 # Shapes as published with the checkpoints. The two smallest are text-only: 64 fewer vocabulary rows, no RoPE scaling.

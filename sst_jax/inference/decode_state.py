@@ -16,16 +16,16 @@ from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.rules import attention_residual, feed, project
 from sst_jax.model.state import Masks, decay_state, initial_state, state_update
-from sst_jax.types import RowBools, RowHidden, RowInts, RowStates
+from sst_jax.types import AnyRowBools, AnyRowInts, RowBools, RowHidden, RowInts, RowStates
 
 
 class DecodeState(NamedTuple):
     """A batch that is being decoded."""
 
     cache: Cache
-    token: RowInts  # the newest token of each row, not yet fed
-    done: RowBools
-    left: RowInts  # how many tokens a row may still sample
+    token: AnyRowInts  # the newest token of each row, not yet fed
+    done: AnyRowBools
+    left: AnyRowInts  # how many tokens a row may still sample
     depth_budget: DepthBudget
     sampling_params: SamplingParams
 
@@ -44,9 +44,9 @@ class StepCarry(NamedTuple):
 def decode_step_at_depth(
     config: ModelConfig,
     params: Params,
-    token: RowInts,
+    token: AnyRowInts,
     cache: Cache,
-    depth: RowInts,
+    depth: AnyRowInts,
     start: int = 0,
     hidden: RowHidden | None = None,
 ) -> tuple[RowHidden, Cache]:
@@ -57,9 +57,9 @@ def decode_step_at_depth(
 def decode_step(
     config: ModelConfig,
     params: Params,
-    token: RowInts,
+    token: AnyRowInts,
     cache: Cache,
-    depth: RowInts,
+    depth: AnyRowInts,
     halting: Halting | None,
     start: int = 0,
     hidden: RowHidden | None = None,
@@ -85,9 +85,9 @@ def decode_step(
 def _decode_step(
     config: ModelConfig,
     params: Params,
-    token: RowInts,
+    token: AnyRowInts,
     cache: Cache,
-    depth: RowInts,
+    depth: AnyRowInts,
     halting: Halting | None,
     start: int,
     hidden: RowHidden | None,
@@ -126,11 +126,12 @@ def _decode_step(
             q, k, v = project(layer, x, context)
             out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, tables, position, write, q, k, v, kv)
             h = attention_residual(layer, x, out)
-            if stream is None:
+            if stream is None or state_in is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None
-            s = jnp.where(layer.masks.has_state, state_in[:, None], initial_state(stream, x))
-            o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
-            state_out = decay_state(stream, s, state_update(stream, o, f), layer.masks.blends)[:, 0]
+            masks, *_ = layer.stream
+            s = jnp.where(masks.has_state, state_in[:, None], initial_state(stream, x))
+            o, f = feed(layer, h, context, x.dtype, s, masks.blends)
+            state_out = decay_state(stream, s, state_update(stream, o, f), masks.blends)[:, 0]
             return (o, kv), jnp.where(active[:, None], state_out, state_in)
 
         (x, kv), state = decoder.run_layers(params, rule, (embedded, carry.kv), context, carry.state)
@@ -138,7 +139,7 @@ def _decode_step(
         more = wants_more(i + 1, active, new, carry.hidden, state)
         return StepCarry(i + 1, more, carry.used + active, jnp.where(active[:, None], new, carry.hidden), kv, state)
 
-    active = depth > start
+    active = jnp.asarray(depth > start)
     if start and halting is not None:
         active = wants_more(jnp.int32(start), active, hidden, jnp.zeros_like(hidden), cache.state)
     first = StepCarry(jnp.int32(start), active, jnp.where(depth > 0, start, 0), hidden, cache.kv, cache.state)

@@ -7,7 +7,7 @@ whatever the length. `prefill.py` fills a cache, `decode_state.py` takes it one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
 def state_dtype(config: ModelConfig) -> jnp.dtype:
     """Return the type that states are stored in: `stream.dtype`, where float32 means "or wider"."""
-    if config.stream.dtype == "bfloat16":
+    if config.stream is not None and config.stream.dtype == "bfloat16":
         return jnp.dtype(jnp.bfloat16)
     return jnp.promote_types(config.dtype, jnp.float32)
 
@@ -69,5 +69,5 @@ def bytes_per_sequence(config: ModelConfig, capacity: int) -> dict[str, int]:
 
 def map_rows(function: Callable[..., jax.Array], *caches: Cache) -> Cache:
     """Apply `function(axis, *arrays)` to every array of caches; `axis` is the one that counts sequences."""
-    axes = Cache(KV(1, 1, 1, 1), None if caches[0].state is None else 1, 0, 0)
-    return jax.tree.map(function, axes, *caches)
+    places: Any = Cache(KV(*[1] * 4), None if caches[0].state is None else 1, 0, 0)  # type: ignore[arg-type]  # axes
+    return jax.tree.map(function, places, *caches)

@@ -145,7 +145,9 @@ class Model:
     def _mesh(self) -> contextlib.AbstractContextManager:
         """The mesh that the parameters lie on, where they do, as the one in force."""
         place = getattr(self.params["base"]["embed"]["embedding"], "sharding", None)
-        return jax.set_mesh(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else contextlib.nullcontext()
+        if isinstance(place, jax.sharding.NamedSharding) and isinstance(place.mesh, jax.sharding.Mesh):
+            return jax.set_mesh(place.mesh)
+        return contextlib.nullcontext()
 
     def _ids(self, tokens: Any) -> jax.Array:
         try:
@@ -197,7 +199,7 @@ class Model:
             for row, answer in enumerate(answers):
                 if answer.ended:
                     continue
-                new = answer.add(chunk.tokens[row], chunk.depths[row], chunk.done[row])
+                new = answer.add(chunk.tokens[row], chunk.depths[row], bool(chunk.done[row]))
                 if new:
                     yield TextDelta(row, new)
                 if answer.ended:

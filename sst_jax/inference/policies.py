@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.types import RowBools, RowFloats, RowHidden, RowInts, RowLogits, RowStates
+from sst_jax.types import AnyRowFloats, AnyRowInts, RowBools, RowHidden, RowLogits, RowStates
 
 # ------------------------------------------------------------------------------------------------------ Halting rules
 
@@ -46,7 +46,7 @@ class StepSeen(NamedTuple):
     previous: RowHidden
     states: RowStates | None
     logits: Callable[[], RowLogits]
-    threshold: RowFloats
+    threshold: AnyRowFloats
 
 
 class HaltingRule(NamedTuple):
@@ -89,8 +89,8 @@ HALTING_RULES = {
 class Halting(NamedTuple):
     """The halting rules of the rows of a batch, [B] each: data of a compiled program."""
 
-    rule: RowInts  # its place in HALTING_RULES, counted from 1; 0 is none
-    threshold: RowFloats
+    rule: AnyRowInts  # its place in HALTING_RULES, counted from 1; 0 is none
+    threshold: AnyRowFloats
 
 
 def halted(halting: Halting, seen: StepSeen, active: RowBools) -> RowBools:
@@ -149,8 +149,8 @@ class Policy:
 class DepthBudget(NamedTuple):
     """Policies of the rows of a batch: the most iterations [B] at the next position and at those after it."""
 
-    now: RowInts
-    rest: RowInts
+    now: AnyRowInts
+    rest: AnyRowInts
     halting: Halting
 
 
@@ -190,12 +190,15 @@ def probe(select_depth: Callable[[np.ndarray], int], first: int = 1) -> Policy:
 
 def selected_depth(policy: Policy, states: np.ndarray) -> int:
     """Return what `policy.select_depth` chooses for the states [L, D], checked."""
+    if policy.select_depth is None:
+        raise ValueError(f"the policy {policy.name} does not choose from states")
     return dataclasses.replace(policy, rest=policy.select_depth(states)).rest
 
 
 def depth_budget(policies: Sequence[Policy]) -> DepthBudget:
     """Return the policies of rows whose first position is still before them, as data."""
-    numbers = {None: 0, **{name: number for number, name in enumerate(HALTING_RULES, 1)}}
+    numbers: dict[str | None, int] = {None: 0}
+    numbers.update({name: number for number, name in enumerate(HALTING_RULES, 1)})
     halting = Halting(
         np.array([numbers[policy.halt] for policy in policies], np.int32),
         np.array([policy.threshold for policy in policies], np.float32),

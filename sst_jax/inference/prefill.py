@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +19,10 @@ from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.model import decoder
 from sst_jax.model.attention import Past, ring_positions
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Params
+from sst_jax.model.decoder import Params, Residuals
 from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
-from sst_jax.types import RowInts, Tokens
+from sst_jax.types import AnyRowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -48,7 +48,7 @@ def prefill(
     config: ModelConfig,
     params: Params,
     tokens: Tokens,
-    lengths: RowInts,
+    lengths: AnyRowInts,
     *,
     capacity: int,
     depth: int = 1,
@@ -74,7 +74,7 @@ def prefill_chunks(
     config: ModelConfig,
     params: Params,
     tokens: Tokens,
-    lengths: RowInts,
+    lengths: AnyRowInts,
     *,
     capacity: int,
     depth: int = 1,
@@ -110,7 +110,7 @@ def fill_chunk(
     stream, (batch, length) = config.stream, tokens.shape
     depth = depth if stream is not None else 1
     context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth)
-    solve = plain
+    solve: Callable[..., tuple[Residuals, LayerOutputs]] = plain
     if stream is not None:
         solve = fixed_point_states if stream.prefill == "sweeps" else exact
     last = jnp.maximum(count - 1, 0)
@@ -133,7 +133,7 @@ def fill_chunk(
         state = jnp.where(going[:, None], left.state_out, state)
     source = jnp.ones(batch, bool)
     if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
-        source = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0] != config.bos_id
+        source = jnp.take_along_axis(jnp.asarray(tokens), last[:, None], axis=1)[:, 0] != config.bos_id
     live = jnp.where(going, source, cache.has_state)
     cache = Cache(update_kv_cache(config, cache, left, count), state, live, cache.length + count)
     return hidden, x, constrain_tree(cache)
@@ -155,7 +155,7 @@ def chunk_context(
     context = decoder.row_context(
         config, tokens, inside.astype(jnp.int32), positions, depth=depth, options={}, past=past
     )
-    if fresh or config.stream is None:
+    if fresh or context.masks is None:
         return context
     # A chunk's first step is entered from the cache, and no document begins there.
     live = context.masks.has_state.at[:, 0, 0].set(cache.has_state & inside[:, 0])
@@ -180,7 +180,8 @@ def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count
         ("local", ring, ("local_k", "local_v")),
         ("global", lambda old, new: whole(old, new, cache.length), ("global_k", "global_v")),
     ):
-        if kind in kinds:
+        if kind in kinds and left.k is not None and left.v is not None:
             for name, part in zip(names, (left.k, left.v), strict=True):
-                kv = kv._replace(**{name: put(getattr(kv, name), part[kinds == kind].astype(kv.local_k.dtype))})
+                new = part[kinds == kind].astype(kv.local_k.dtype)
+                kv = kv._replace(**{name: put(getattr(kv, name), new)})
     return kv

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
+from sst_jax.types import AnyRowFloats, AnyRowInts, AnyRowSeeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Sampling:
 class SamplingParams(NamedTuple):
     """How each row of a batch is sampled, [B] each: settings are data, so that any mix of them is one program."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array  # uint32
+    temperature: AnyRowFloats
+    top_k: AnyRowInts
+    top_p: AnyRowFloats
+    seed: AnyRowSeeds
 
 
 class Scores(NamedTuple):

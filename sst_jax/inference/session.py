@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.sharding import constrain
-from sst_jax.types import RowHidden, RowInts
+from sst_jax.types import AnyRowInts, RowHidden, RowInts
 
 CHUNK = 16  # tokens between two looks of the host at what was generated
 ONCE, GREEDY = flat(1), Sampling()
@@ -120,7 +120,8 @@ def begin(
             were iterated while they were prefilled, "none".
         stop_ids, top, scored: as for `decode_chunk`.
     """
-    budget, used = state.depth_budget, jnp.ones_like(state.token)
+    budget = state.depth_budget
+    used: AnyRowInts = jnp.ones_like(state.token)
     if iterated == "last":
         hidden, cache, used = decode_step(
             config, params, state.token, state.cache, budget.now, budget.halting, start=1, hidden=hidden
@@ -199,8 +200,8 @@ def seat(batch: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
     def put(axis: int, whole: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), row, axis)
 
-    rest = jax.tree.map(functools.partial(put, 0), batch._replace(cache=None), one._replace(cache=None))
-    return rest._replace(cache=map_rows(put, batch.cache, one.cache))
+    rest = jax.tree.map(functools.partial(put, 0), tuple(batch[1:]), tuple(one[1:]))
+    return DecodeState(map_rows(put, batch.cache, one.cache), *rest)
 
 
 @functools.partial(jax.jit, static_argnames=("top",))
@@ -286,7 +287,7 @@ class Session:
         *,
         rows: int,
         capacity: int,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
         pad_id: int = 0,
         chunk: int = CHUNK,
         top: int = 0,
@@ -410,7 +411,7 @@ class Session:
             self._requests.pop(row, None)
             self._unselected.discard(row)
         if len(rows) and self._state is not None:
-            self._state = self._state._replace(done=self._state.done.at[np.array(rows)].set(True))
+            self._state = self._state._replace(done=jnp.asarray(self._state.done).at[np.array(rows)].set(True))
 
     def _begin(
         self, requests: Sequence[Request], cache: Cache, hidden: RowHidden, iterated: str
@@ -476,9 +477,9 @@ def generate_tokens(
     params: Params,
     requests: Sequence[Request],
     *,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
     pad_id: int = 0,
-) -> Iterator[SampledTokens]:
+) -> Generator[SampledTokens, np.ndarray | None, None]:
     """Yield new tokens of a batch of requests until all have ended, the first chunk being one token.
 
     The receiver may `send` a bool [B] of rows to end, such as those whose text holds a stop string.

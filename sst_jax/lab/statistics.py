@@ -41,7 +41,7 @@ def mcnemar(broken: int, mended: int) -> float:
     return float(stats.binomtest(broken, total).pvalue) if total else 1.0
 
 
-def holm(pvalues: Sequence[float]) -> list[float]:
+def holm(pvalues: Sequence[float] | np.ndarray) -> list[float]:
     """Holm's step-down adjustment (Holm 1979), in the order given: reject where the adjusted p is below the level."""
     adjusted, running = [0.0] * len(pvalues), 0.0
     for rank, index in enumerate(np.argsort(pvalues, kind="stable")):
@@ -51,17 +51,17 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
 
 def bootstrap_mean(
-    values: Sequence[float], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+    values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """The mean of values over items with a percentile interval from resampling items.
 
     Given differences of two runs on the same items, this is the paired bootstrap. One item tells nothing: (-inf, inf).
     """
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return Interval(float(values.mean()), -math.inf, math.inf)
+    items = np.asarray(values, float)
+    if len(items) < 2:
+        return Interval(float(items.mean()), -math.inf, math.inf)
     result = stats.bootstrap(
-        (values,),
+        (items,),
         np.mean,
         confidence_level=confidence,
         n_resamples=resamples,
@@ -69,12 +69,13 @@ def bootstrap_mean(
         batch=500,
         rng=np.random.default_rng(seed),
     )
-    return Interval(float(values.mean()), *map(float, result.confidence_interval))
+    low, high = map(float, result.confidence_interval)
+    return Interval(float(items.mean()), low, high)
 
 
 def clustered_ratio(
-    above: Sequence[float],
-    below: Sequence[float],
+    above: Sequence[float] | np.ndarray,
+    below: Sequence[float] | np.ndarray,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -84,13 +85,13 @@ def clustered_ratio(
     The mean of values that come in clusters (positions of a text), given each cluster's sum and count. Clusters that
     have nothing below do not count; nan where none has, and no interval from a single one.
     """
-    above, below = (np.asarray(side, float)[np.asarray(below) > 0] for side in (above, below))
-    if len(below) < 2:
-        value = float(above.sum() / below.sum()) if len(below) else math.nan
+    sums, counts = (np.asarray(side, float)[np.asarray(below) > 0] for side in (above, below))
+    if len(counts) < 2:
+        value = float(sums.sum() / counts.sum()) if len(counts) else math.nan
         return Interval(value, -math.inf, math.inf)
-    drawn = np.random.default_rng(seed).multinomial(len(below), np.full(len(below), 1 / len(below)), resamples)
-    ends = np.quantile((drawn @ above) / (drawn @ below), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(above.sum() / below.sum()), *map(float, ends))
+    drawn = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), resamples)
+    ends = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(sums.sum() / counts.sum()), float(ends[0]), float(ends[1]))
 
 
 def clustered_mean(groups: Sequence[np.ndarray], **settings: Any) -> Interval:
@@ -98,20 +99,20 @@ def clustered_mean(groups: Sequence[np.ndarray], **settings: Any) -> Interval:
     return clustered_ratio([float(np.sum(group)) for group in groups], [len(group) for group in groups], **settings)
 
 
-def t_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def t_mean(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> Interval:
     """The mean of a few values, such as one difference a seed, with Student's interval; (-inf, inf) for one value."""
-    values = np.asarray(values, float)
-    mean, count = float(values.mean()), len(values)
+    few = np.asarray(values, float)
+    mean, count = float(few.mean()), len(few)
     if count < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(0.5 + confidence / 2, count - 1) * values.std(ddof=1) / math.sqrt(count))
+    half = float(stats.t.ppf(0.5 + confidence / 2, count - 1) * few.std(ddof=1) / math.sqrt(count))
     return Interval(mean, mean - half, mean + half)
 
 
 def redraw_union(
-    right: Sequence[bool],
-    changed: Sequence[int],
-    chance: Sequence[float],
+    right: Sequence[bool] | np.ndarray,
+    changed: Sequence[int] | np.ndarray,
+    chance: Sequence[float] | np.ndarray,
     draws: int = RESAMPLES,
     seed: int = 0,
     confidence: float = CONFIDENCE,
@@ -124,16 +125,16 @@ def redraw_union(
 
     Returns the expected union as a share, exactly, and the central interval of `sampling_params` simulations.
     """
-    right, chance = np.asarray(right, bool), np.asarray(chance, float)
-    count, rng = len(right), np.random.default_rng(seed)
-    missed = np.prod([1.0 - share / count * chance for share in changed], axis=0) if len(changed) else np.ones(count)
-    expected = float(np.where(right, 1.0, 1.0 - missed).mean())
+    first, lucky = np.asarray(right, bool), np.asarray(chance, float)
+    count, rng = len(first), np.random.default_rng(seed)
+    missed = np.prod([1.0 - share / count * lucky for share in changed], axis=0) if len(changed) else np.ones(count)
+    expected = float(np.where(first, 1.0, 1.0 - missed).mean())
     unions = np.empty(draws)
     for draw in range(draws):
-        found = right.copy()
+        found = first.copy()
         for share in changed:
             picked = rng.permutation(count)[:share]
-            found[picked] |= rng.random(share) < chance[picked]
+            found[picked] |= rng.random(share) < lucky[picked]
         unions[draw] = found.mean()
     tail = (1.0 - confidence) / 2
     return Interval(expected, *map(float, np.quantile(unions, [tail, 1.0 - tail])))

@@ -104,6 +104,7 @@ def ropes(backbone: BackboneConfig, positions: Positions) -> Ropes:
     size, scale = backbone.head_dim, backbone.rope_scale_global
     local = rope_frequencies(size, backbone.rope_theta_local, 1.0)
     glob = rope_frequencies(size, backbone.rope_theta_global, scale, backbone.rope_llama3)
+    positions = jnp.asarray(positions)
     return Ropes(rope_table(positions, local), rope_table(positions, glob))
 
 
@@ -142,7 +143,8 @@ def attend_rows(
 
     def branch(kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         table = tables.glob if kind == "global" else tables.local
-        window = backbone.window if kind == "local" and backbone.window < length else None
+        window = backbone.window if kind == "local" else None
+        window = window if window is None or window < length else None
         if depth == 1 and past is None:
             rq, rk = rotate(q, table), rotate(k, table)
             if implementation in KERNELS:
@@ -152,7 +154,7 @@ def attend_rows(
         qs, ks, vs = (
             jnp.moveaxis(part.reshape(batch, length, depth, *part.shape[2:]), 2, 1) for part in (q, k, v)
         )  # [B, I, T, heads, H]
-        table_rows = tuple(jnp.repeat(part, depth, axis=0) for part in table)
+        table_rows = jnp.repeat(table[0], depth, axis=0), jnp.repeat(table[1], depth, axis=0)
         qs = rotate(qs.reshape(batch * depth, length, *q.shape[2:]), table_rows)
         ks = rotate(ks.reshape(batch * depth, length, *k.shape[2:]), table_rows).reshape(ks.shape)
         kept = 0 if keep == "first" else depth - 1
@@ -196,7 +198,7 @@ def earlier(
     else:
         held = ring_positions(past.length - 1, size)
     seen = ((held >= 0) & (held < past.length[:, None]))[:, None, :]
-    if kind == "local":
+    if kind == "local" and backbone.window is not None:
         queries = past.length[:, None] + jnp.arange(count)
         seen = seen & (queries[:, :, None] - held[:, None, :] < backbone.window)
     return keys[slot], values[slot], jnp.broadcast_to(seen, (rows, count, size))
@@ -247,8 +249,7 @@ def attend_cached(
             seen = index[None, :] <= position[:, None]
         else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
             seen = ring_positions(position, ring) >= 0
-        past = (part[slot].astype(q.dtype) for part in (keys, values))
-        return (attention_once(q, *past, seen, scale),)
+        return (attention_once(q, keys[slot].astype(q.dtype), values[slot].astype(q.dtype), seen, scale),)
 
     (out,) = by_kind(backbone, is_global, branch)
     return out.reshape(*q.shape[:2], -1), kv

@@ -43,7 +43,7 @@ class BackboneConfig:
     rope_llama3: tuple[float, float, int] | None = None
     norm_eps: float = 1e-6
     max_positions: int = 32_768
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[str, ...] = ()
     family: str = "gemma3"
     norm_offset: float = 1.0
     post_norms: bool = True
@@ -80,7 +80,7 @@ class BackboneConfig:
             f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         require(self.head_dim % 2 == 0, f"backbone.head_dim={self.head_dim} must be even: RoPE rotates pairs")
-        if self.layer_types is None:
+        if self.layer_types in ((), None):  # None: as a JSON file may say it
             period = 1 if self.window is None else 6
             kinds = tuple("local" if (layer + 1) % period else "global" for layer in range(self.num_layers))
             object.__setattr__(self, "layer_types", kinds)

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
-from sst_jax.model.config import ModelConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
@@ -52,6 +52,13 @@ class Layer(NamedTuple):
     gain: jax.Array | None
     drop: dict[str, jax.Array]  # LoRA dropout factors by linear, [B, 1, inputs]
 
+    @property
+    def stream(self) -> tuple[Masks, jax.Array, jax.Array]:
+        """Masks, alpha and gain, of a layer of a model with a stream."""
+        if self.masks is None or self.alpha is None or self.gain is None:
+            raise ValueError("the model has no stream")
+        return self.masks, self.alpha, self.gain
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -69,6 +76,13 @@ class Context:
     recompute: bool = False  # whether `exact` walks its chunks again for their gradients, or keeps what these read
     past: Past | None = None  # what caches hold of earlier positions, where rows go on from them
 
+    @property
+    def stream(self) -> StreamConfig:
+        """The stream's config, of a model that has one."""
+        if self.config.stream is None:
+            raise ValueError("the model has no stream")
+        return self.config.stream
+
 
 def row_context(
     config: ModelConfig,
@@ -80,12 +94,12 @@ def row_context(
     **rest: Any,
 ) -> Context:
     """The context of whole rows. Without segment_ids a row is one document; positions restart with every document."""
-    if positions is None and segment_ids is None:  # plainly, or XLA spends seconds folding a constant scan
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        if positions is None:  # plainly, or XLA spends seconds folding a constant scan
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segment_ids = jnp.ones_like(tokens)
     elif positions is None:
         positions = document_positions(segment_ids)
-    if segment_ids is None:
-        segment_ids = jnp.ones_like(tokens)
     masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, config.bos_id)
     return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth, **rest)
 
@@ -220,12 +234,13 @@ def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
 def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer:
     """Everything that a rule needs of one layer, from its slice of the stacked parameters."""
-    config, masks, alpha, gain, drop = context.config, None, None, None, {}
+    config, masks, alpha, gain = context.config, None, None, None
+    drop: dict[str, jax.Array] = {}
     if config.stream is not None:
         alpha, gain = alpha_and_gain(config.stream, block, context.alpha_warmup_fraction)
         if context.masks is not None:
             masks = Masks(*(mask & facts["carries"] for mask in context.masks))
-    if config.adapter.dropout and context.dropout_key is not None:
+    if config.adapter.dropout and context.dropout_key is not None and context.segment_ids is not None:
         rows, rate = context.segment_ids.shape[0], config.adapter.dropout
         for number, name in enumerate(config.adapter.targets):
             # One mask a row, the same at all positions and in all passes (Gal and Ghahramani 2016): then every forward
@@ -238,7 +253,9 @@ def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer
 
 def embed(config: ModelConfig, params: Params, tokens: Tokens) -> jax.Array:
     """Return scaled token embeddings, [B, T, D], in the config's dtype."""
-    return embed_tokens(config.backbone, params["base"]["embed"]["embedding"], tokens, jnp.dtype(config.dtype))
+    return embed_tokens(
+        config.backbone, params["base"]["embed"]["embedding"], jnp.asarray(tokens), jnp.dtype(config.dtype)
+    )
 
 
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -249,7 +266,7 @@ def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 def head_table(base: Params) -> jax.Array:
     """The output head [V, D] of a base: its own where it has one, else the tied embedding."""
-    return base.get("head", base["embed"])["embedding"]
+    return (base["head"] if "head" in base else base["embed"])["embedding"]
 
 
 def head(params: Params, hidden: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sst_jax.errors import InputError
 
@@ -49,7 +49,7 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
     Raises: InputError naming an unknown or missing key, or a bad value.
     """
     require(isinstance(mapping, Mapping), f"{cls.__name__} is read from a mapping of its fields, not {mapping!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in fields_of(cls)}
     former = {written_name(field): name for name, field in fields.items()}
     mapping = {former.get(key, key): value for key, value in mapping.items()}
     known = set(fields)
@@ -59,6 +59,12 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
     missing = sorted(required - set(mapping))
     require(not missing, f"{cls.__name__} lacks the field {', '.join(missing)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
+
+
+def fields_of(config: object) -> tuple[dataclasses.Field, ...]:
+    """Return the fields of a config dataclass or its type."""
+    require(dataclasses.is_dataclass(config), f"{config!r} is no config")
+    return dataclasses.fields(cast(Any, config))
 
 
 def written_name(field: dataclasses.Field) -> str:
@@ -74,7 +80,7 @@ def written_fields(config: object) -> dict[str, Any]:
     """
     return {
         written_name(field): getattr(config, field.name)
-        for field in dataclasses.fields(config)
+        for field in fields_of(config)
         if field.repr and ("since" not in field.metadata or getattr(config, field.name) != field.default)
     }
 

@@ -57,8 +57,10 @@ def here(implementation: str, dtype: str, head_dim: int) -> str:
     """`pick` for the device that JAX runs on."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
-    known = tuple(int(part) for part in str(capability).split(".")) if capability else None
-    return pick(implementation, head_dim, dtype, jax.default_backend(), known)
+    if not capability:
+        return pick(implementation, head_dim, dtype, jax.default_backend(), None)
+    major, minor = (int(part) for part in str(capability).split("."))
+    return pick(implementation, head_dim, dtype, jax.default_backend(), (major, minor))
 
 
 def cudnn(
@@ -103,7 +105,16 @@ def splash(
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
-        block_sizes=library.BlockSizes(*[block] * 3, *[block] * 3, *[block] * 2),
+        block_sizes=library.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
     )
     heads_first = [jnp.moveaxis(part, 2, 1) for part in (q * jnp.asarray(scale, q.dtype), k, v)]
     segments = library.SegmentIds(segment_ids, segment_ids)

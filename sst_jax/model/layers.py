@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,13 @@ class RMSNorm(nnx.Module):
         return scaled_unit_rms(x, self.scale[...], self.eps, self.offset)
 
 
+class NoNorm(nnx.Module):
+    """The place of a norm that a family lacks: x, wide."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return to_float32(x)
+
+
 @jax.custom_vjp
 def up_product(z: jax.Array, b: jax.Array) -> jax.Array:
     """z @ b, [..., outputs] from z [..., rank] and b [rank, outputs].
@@ -116,25 +124,34 @@ class Linear(nnx.Module):
         return y
 
 
-ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
 
 
 class Block(nnx.Module):
-    """The parameters of one decoder layer, with the stream's where there is one; a norm that it lacks only widens."""
+    """The parameters of one decoder layer, with the stream's where there is one."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         backbone, adapter, stream = config.backbone, config.adapter, config.stream
-        for names, size, present in (
-            (("pre_attn_norm", "pre_ffn_norm"), backbone.d_model, True),
-            (("post_attn_norm", "post_ffn_norm"), backbone.d_model, backbone.post_norms),
-            (("q_norm", "k_norm"), backbone.head_dim, backbone.qk_norm),
-        ):
-            for name in names:
-                norm = RMSNorm(size, backbone.norm_eps, backbone.norm_offset, dtype) if present else to_float32
-                setattr(self, name, norm)
-        for name, shape in backbone.linear_shapes.items():
-            rank = adapter.rank if name in adapter.targets else 0
-            setattr(self, name, Linear(shape, rank, adapter.scale, dtype, rngs, bias=name in backbone.biased))
+
+        def norm(size: int, present: bool = True) -> RMSNorm | NoNorm:
+            return RMSNorm(size, backbone.norm_eps, backbone.norm_offset, dtype) if present else NoNorm()
+
+        def linear(name: str) -> Linear:
+            rank, shape = adapter.rank if name in adapter.targets else 0, backbone.linear_shapes[name]
+            return Linear(shape, rank, adapter.scale, dtype, rngs, bias=name in backbone.biased)
+
+        self.pre_attn_norm = norm(backbone.d_model)
+        self.q, self.k, self.v = linear("q"), linear("k"), linear("v")
+        self.q_norm = norm(backbone.head_dim, backbone.qk_norm)
+        self.k_norm = norm(backbone.head_dim, backbone.qk_norm)
+        self.o = linear("o")
+        self.post_attn_norm = norm(backbone.d_model, backbone.post_norms)
+        self.pre_ffn_norm = norm(backbone.d_model)
+        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+        self.post_ffn_norm = norm(backbone.d_model, backbone.post_norms)
         if stream is not None and stream.alpha is None:
             size = backbone.d_model if stream.granularity == "dimension" else 1
             self.theta = Blend(jnp.full(size, initial_theta(stream)))

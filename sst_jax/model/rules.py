@@ -63,7 +63,9 @@ def project(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, ja
     @jax.checkpoint
     def linears(x: jax.Array) -> tuple[jax.Array, ...]:
         y = block.pre_attn_norm(x).astype(x.dtype)
-        return tuple(getattr(block, name)(y, layer.drop.get(name)) for name in ("q", "k", "v"))
+        return tuple(
+            linear(y, layer.drop.get(name)) for name, linear in zip("qkv", (block.q, block.k, block.v), strict=True)
+        )
 
     q, k, v = linears(x)
     q, k, v = (part.reshape(*part.shape[:2], -1, backbone.head_dim) for part in (q, k, v))
@@ -86,6 +88,8 @@ def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[AttentionResid
     keep = "overwrite" if stream is None else stream.kv
     q, k, v = project(layer, x, context)
     past = None if context.past is None else (context.past, layer.cache_index)
+    if context.segment_ids is None:
+        raise ValueError("rows are attended over with their segment ids")
     out, k, v = attend_rows(
         backbone,
         layer.is_global,
@@ -116,7 +120,10 @@ def feed(
     @jax.checkpoint
     def widen(h: AttentionResidual | jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
         h = residual_after_attention(layer, h)
-        mixed = h if s is None else blend(context.config.stream, layer.alpha, layer.gain, h, s, where)
+        if s is None or where is None:
+            mixed = h
+        else:
+            mixed = blend(context.stream, *layer.stream[1:], h, s, where)
         y = block.pre_ffn_norm(mixed).astype(dtype)
         return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
 
@@ -143,10 +150,12 @@ def k_pass(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> 
     All streams enter the first layer as the same embeddings. Computing its attention once would take a branch in every
     layer, and what a branch keeps for its gradients costs more memory, and no less time, than the sharing saves.
     """
-    s, memory, outputs = None, None, []
-    for number, x in enumerate(residuals):
+    s: jax.Array | None = None
+    memory: jax.Array | None = None
+    outputs = []
+    for x in residuals:
         h, _ = attend(layer, x, context)
-        if number:
+        if memory is not None:
             s = next_pass_states(layer, x, memory, context)
         o, memory = pass_once(layer, x, h, s, context)
         outputs.append(o)
@@ -162,15 +171,16 @@ def pass_once(
     before: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
-    o, f = feed(layer, h, context, x.dtype, s, layer.masks.blends)
+    masks, alpha, gain = layer.stream
+    o, f = feed(layer, h, context, x.dtype, s, masks.blends)
     whole = residual_after_attention(layer, h)
-    return o, scan_states(context.config.stream, layer.alpha, layer.gain, x, whole, f, o, layer.masks, before)
+    return o, scan_states(context.stream, alpha, gain, x, whole, f, o, masks, before)
 
 
 def next_pass_states(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
     """The states that a pass over x blends in, from the memory of the pass before, with or without its gradient."""
-    stream = context.config.stream
-    return shift_right(stream, x, memory if stream.pass1_grad else jax.lax.stop_gradient(memory), layer.masks)
+    kept = memory if context.stream.pass1_grad else jax.lax.stop_gradient(memory)
+    return shift_right(context.stream, x, kept, layer.stream[0])
 
 
 def local(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
@@ -200,7 +210,7 @@ def scan_positions(
     until then; where the whole layer is recomputed first, only under remat="memories" and "offload", or the positions
     are walked once more for them.
     """
-    stream = context.config.stream
+    stream, (entries, *_) = context.stream, layer.stream
     rows, steps, _ = h.shape
 
     def step(m: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
@@ -219,7 +229,7 @@ def scan_positions(
         return jnp.moveaxis(part, 1, 0).reshape(-1, chunk, rows, part.shape[-1])
 
     s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
-    inputs = jax.tree.map(chunked, (h, s0, layer.masks.has_state, layer.masks.is_initial))
+    inputs = jax.tree.map(chunked, (h, s0, entries.has_state, entries.is_initial))
 
     def through(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         return jax.lax.scan(step, m, part)
@@ -243,12 +253,12 @@ def fixed_point_states(
 
     `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
     """
-    stream, (x,) = context.config.stream, residuals
+    stream, (x,), (masks, *_) = context.stream, residuals, layer.stream
     summands, kv = attend(layer, x, context)
     h = residual_after_attention(layer, summands)
 
     def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
-        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(layer.masks.has_state, to_float32(part), 0.0)), axis=(1, 2)))
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.where(masks.has_state, to_float32(part), 0.0)), axis=(1, 2)))
 
     def moving(carry: tuple) -> jax.Array:
         count, _, _, change = carry
@@ -257,12 +267,12 @@ def fixed_point_states(
     def again(carry: tuple) -> tuple:
         count, _, s, _ = carry
         o, memory = pass_once(layer, x, h, s, context, before)
-        moved = shift_right(stream, x, memory, layer.masks, before)
+        moved = shift_right(stream, x, memory, masks, before)
         change = jnp.max(norm(to_float32(moved) - to_float32(s)) / jnp.maximum(norm(moved), 1e-30))
         return count + 1, (o, memory), moved, change.astype(jnp.float32)
 
     o, memory = pass_once(layer, x, h, None, context, before)
-    begin = (jnp.int32(1), (o, memory), shift_right(stream, x, memory, layer.masks, before), jnp.float32(jnp.inf))
+    begin = (jnp.int32(1), (o, memory), shift_right(stream, x, memory, masks, before), jnp.float32(jnp.inf))
     count, (o, memory), _, change = jax.lax.while_loop(moving, again, begin)
     o, memory, count = jax.lax.cond(
         change <= stream.sweep_tolerance,
@@ -378,7 +388,7 @@ def states(
         raise InputError("states need a stream and a forward other than 'plain'")
     context = decoder.row_context(config, tokens, segment_ids, depth=depth, options={"passes": passes})
 
-    def rule(*arguments: Any) -> tuple[Residuals, jax.Array]:
+    def rule(*arguments: Any) -> tuple[Residuals, jax.Array | None]:
         residuals, left = RULES[forward](*arguments)
         return residuals, left.state_out
 

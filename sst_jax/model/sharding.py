@@ -143,7 +143,7 @@ def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = No
     """The mesh axes of every dimension of a shape."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
-        names = [name for name in _RULES.get(axis, ()) if name != without and mesh.shape[name] > 1]
+        names = [name for name in _RULES.get(axis or "", ()) if name != without and mesh.shape[name] > 1]
         while names and size % math.prod(mesh.shape[name] for name in names):
             names.pop()
         parts.append(tuple(names) or None)

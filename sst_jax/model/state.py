@@ -50,8 +50,10 @@ def alpha_and_gain(
     stream: StreamConfig, block: Block, alpha_warmup_fraction: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """alpha, [D] or [1], and gain, [1], of one layer. `alpha_warmup_fraction` [] scales it up."""
-    fixed = stream.alpha is not None
-    alpha = jnp.full(1, stream.alpha) if fixed else learned_alpha(stream, block.theta[...], alpha_warmup_fraction)
+    if stream.alpha is None:
+        alpha = learned_alpha(stream, block.theta[...], alpha_warmup_fraction)
+    else:
+        alpha = jnp.full(1, stream.alpha)
     return alpha, block.gain[...] if stream.learn_gain else jnp.full(1, stream.gain)
 
 

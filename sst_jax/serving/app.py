@@ -71,7 +71,8 @@ class Api:
         body = await _body(request, self.limits.body)
         # In a thread: a long text takes a while to tokenise, and others want to be heard meanwhile.
         call = await asyncio.to_thread(lambda: read(parse(body), self.engine.model, self.name, self.limits))
-        writer, events = Writer(call, self.name, self.engine.model.tokenizer), asyncio.Queue()
+        writer = Writer(call, self.name, self.engine.model.tokenizer)
+        events: asyncio.Queue = asyncio.Queue()
         jobs = self._submit(call, events)
         if call.stream:
             return StreamingResponse(stream_events(self.engine, writer, jobs, events), media_type="text/event-stream")

@@ -312,7 +312,8 @@ class Writer:
         """OpenAI's four lists over the tokens, the prompt's too where it is echoed: its first token has no score."""
         if self._call.logprobs is None:
             return None
-        tokens, scores = list(job.answer.tokens), list(job.scores)
+        tokens = list(job.answer.tokens)
+        scores: list[Scores | None] = list(job.scores)
         if self._call.echo:
             tokens, scores = [*job.request.tokens, *tokens], [None, *job.prompt_scores, *scores]
         pieces = [self._tokenizer.decode([token]) for token in tokens]

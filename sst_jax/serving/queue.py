@@ -238,12 +238,12 @@ class Engine:
 
     def _pass_on(self, sampled: SampledTokens, jobs: dict[int, Job]) -> None:
         for row, job in jobs.items():
-            tokens, scores = sampled.tokens[row], []
+            tokens, scores = np.asarray(sampled.tokens[row]), []
             if job.request.scored:
                 new = jax.tree.map(lambda part, row=row: part[row], sampled.scores)
                 scores = each_score(new, int((tokens >= 0).sum()))
             if not job.cancelled:
-                self._tell(job, tokens, sampled.depths[row], scores, bool(sampled.done[row]))
+                self._tell(job, tokens, np.asarray(sampled.depths[row]), scores, bool(sampled.done[row]))
 
     def _leave(self) -> None:
         """Free the rows of jobs that have ended or were cancelled."""

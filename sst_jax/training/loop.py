@@ -323,6 +323,7 @@ def begin(run: Run, programs: Programs) -> None:
     if progress.step:
         return
     loss = heldout_loss(run, programs)
+    assert loss is not None  # signals are noted from the first step on
     if not math.isfinite(loss):
         raise InputError(
             f"model.source={recipe.model.source} has a held-out loss that is not finite before any training: its "

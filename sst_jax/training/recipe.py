@@ -99,12 +99,12 @@ class StreamSection:
         """The mechanism, None where it is off."""
         return self.state if self.on else None
 
-    def forward(self, **settings: str) -> ForwardConfig:
+    def forward(self, **settings: Any) -> ForwardConfig:
         """Return the forward that trains: the schedule's, "plain" without a stream.
 
         settings: fields of ForwardConfig that the schedule does not have.
         """
-        schedule = dataclasses.asdict(self.schedule) if self.on else {"forward": "plain"}
+        schedule: dict[str, Any] = dataclasses.asdict(self.schedule) if self.on else {"forward": "plain"}
         return ForwardConfig(**schedule, **settings)
 
 

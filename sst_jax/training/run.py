@@ -197,7 +197,7 @@ def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 def environment() -> dict[str, Any]:
     """Return the versions and devices of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

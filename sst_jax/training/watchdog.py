@@ -50,7 +50,8 @@ class StopSignals:
 
     def __init__(self, within: float = 0.0):
         self.requested: str | None = None
-        self._within, self._timer, self._interrupts = within, None, 0
+        self._within, self._interrupts = within, 0
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -67,9 +68,10 @@ class StopSignals:
         if number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
         if self._timer is None and self._within:
-            self._timer = threading.Timer(self._within, self._give_up)
-            self._timer.daemon = True
-            self._timer.start()
+            timer = threading.Timer(self._within, self._give_up)
+            timer.daemon = True
+            timer.start()
+            self._timer = timer
         self.requested = signal.Signals(number).name
 
     def _give_up(self) -> None:

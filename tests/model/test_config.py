@@ -152,7 +152,7 @@ def test_without_a_window_all_layers_are_global():
 
 
 def test_layers_are_five_local_to_one_global():
-    kinds = BackboneConfig(**{**dataclasses.asdict(PRESETS["27b"]), "layer_types": None}).layer_types
+    kinds = BackboneConfig(**{**dataclasses.asdict(PRESETS["27b"]), "layer_types": ()}).layer_types
     assert kinds.count("global") == 10
     assert [index for index, kind in enumerate(kinds) if kind == "global"] == list(range(5, 62, 6))
 

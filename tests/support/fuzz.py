@@ -476,7 +476,7 @@ def _gguf(file: Path, family: str, keys: dict[str, Any], facts: dict[str, Any]) 
     backbone = dataclasses.replace(
         toys.BACKBONE,
         family=family,
-        layer_types=None,
+        layer_types=(),
         vocab_size=len(facts["tokens"]),
         **{**BY_NAME[family].block, **sizes},
     )

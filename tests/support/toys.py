@@ -29,7 +29,7 @@ BACKBONE = BackboneConfig(
     max_positions=600,
 )
 # The other families, every head and norm of its own kind; Llama's scaling cuts in within the tests' lengths.
-_SMALL = {"num_layers": 3, "layer_types": None, "query_pre_attn_scalar": 10.0, "rope_theta_global": 500.0}
+_SMALL = {"num_layers": 3, "layer_types": (), "query_pre_attn_scalar": 10.0, "rope_theta_global": 500.0}
 LLAMA = dataclasses.replace(
     BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 64), tied_head=False, **{**BY_NAME["llama"].block, **_SMALL}
 )

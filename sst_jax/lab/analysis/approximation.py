@@ -117,7 +117,9 @@ def measure(
     if config.stream is None:
         config = dataclasses.replace(config, stream=StreamConfig())
     config, params = with_adapter(config, params)
-    records, reference, setting = [], None, None
+    records: list[dict[str, Any]] = []
+    reference: dict[str, Any] = {}
+    setting = None
     for case in todo:
         here = (case.alpha, case.depth, case.length)
         if here != setting:
@@ -222,7 +224,8 @@ def figure(records: Sequence[dict[str, Any]], path: Any, title: str) -> None:
     """Error in the states against alpha, one line a forward, a panel for each depth and length; log-log."""
     panels = sorted({(record["depth"], record["length"]) for record in records})
     canvas = new_figure(5.2 * len(panels), 4.4)
-    for axes, (depth, length) in zip(np.atleast_1d(canvas.subplots(1, len(panels), sharey=True)), panels, strict=True):
+    row = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (depth, length) in zip(row, panels, strict=True):
         here = [record for record in records if (record["depth"], record["length"]) == (depth, length)]
         names = list(dict.fromkeys(record["name"] for record in here))
         for name in names:
@@ -232,7 +235,7 @@ def figure(records: Sequence[dict[str, Any]], path: Any, title: str) -> None:
         axes.loglog(*zip(*effect, strict=True), "k--", label="effect of the stream", linewidth=1)
         axes.set(xlabel="alpha", title=f"depth {depth}, {length} positions")
         axes.grid(alpha=0.3, which="both")
-    np.atleast_1d(canvas.axes)[0].set_ylabel("relative error of the logits against exact")
-    np.atleast_1d(canvas.axes)[0].legend(fontsize=8)
+    row[0].set_ylabel("relative error of the logits against exact")
+    row[0].legend(fontsize=8)
     canvas.suptitle(title)
     canvas.savefig(path, dpi=150)

@@ -165,18 +165,18 @@ def components(fitted: Any) -> tuple[tuple[float, float], ...]:
     """Means, deviations and weights, the smaller mean first."""
     order = np.argsort(fitted.means_[:, 0])
     parts = fitted.means_[order, 0], np.sqrt(fitted.covariances_[order, 0, 0]), fitted.weights_[order]
-    return tuple(tuple(map(float, part)) for part in parts)
+    return tuple((float(smaller), float(larger)) for smaller, larger in parts)
 
 
 def density(x: np.ndarray, means: Sequence[float], deviations: Sequence[float], weights: Sequence[float]) -> np.ndarray:
     """Weighted normal densities of every component, [components, n]."""
-    x, means, deviations, weights = x[None], *(np.asarray(part)[:, None] for part in (means, deviations, weights))
-    return weights * np.exp(-0.5 * np.square((x - means) / deviations)) / (deviations * np.sqrt(2 * np.pi))
+    mean, deviation, weight = (np.asarray(part)[:, None] for part in (means, deviations, weights))
+    return weight * np.exp(-0.5 * np.square((x[None] - mean) / deviation)) / (deviation * np.sqrt(2 * np.pi))
 
 
 def crossing(means: Sequence[float], deviations: Sequence[float], weights: Sequence[float]) -> float:
     """Where, between the means, the second component becomes likelier than the first."""
-    x = np.linspace(*means, 4001)
+    x = np.linspace(means[0], means[1], 4001)
     first, second = density(x, means, deviations, weights)
     return float(x[np.argmax(second > first)]) if (second > first).any() else float(means[1])
 
@@ -207,8 +207,8 @@ def tokens_at(measured: Sequence[TextMetrics], masks: Sequence[np.ndarray]) -> d
     for name, wanted in (("shifted", True), ("stable", False)):
         where = [mask == wanted for mask in masks]
         changed = [(each.winner[-1] != each.winner[0])[at] for each, at in zip(measured, where, strict=True)]
-        ranks = [each.rank[-1][at][new] for each, at, new in zip(measured, where, changed, strict=True)]
-        ranks = np.concatenate(ranks)
+        by_text = [each.rank[-1][at][new] for each, at, new in zip(measured, where, changed, strict=True)]
+        ranks = np.concatenate(by_text)
         found[name] = {
             "positions": int(sum(at.sum() for at in where)),
             "replaced": finite(

@@ -85,7 +85,7 @@ def outputs(layer: Layer, residuals: Residuals, before: Any, context: Context) -
     return residuals, residuals[0]
 
 
-def remembered(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, jax.Array]:
+def remembered(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, jax.Array | None]:
     """A rule that leaves each layer's memory behind; without a stream there is none, and it is the output."""
     if context.config.stream is None:
         return outputs(layer, residuals, before, context)
@@ -156,9 +156,9 @@ class Batch(NamedTuple):
     """Texts of one batch, padded to the whole collection's shapes."""
 
     prefix: np.ndarray  # int32 [B, P]
-    prefix_count: np.ndarray  # [B]
+    prefix_counts: np.ndarray  # [B]
     walked: np.ndarray  # int32 [B, T]
-    count: np.ndarray  # [B]
+    counts: np.ndarray  # [B]
     predicted: list[list[int]]
 
     @classmethod
@@ -198,7 +198,7 @@ class Walker:
             config,
             params,
             batch.prefix,
-            batch.prefix_count,
+            batch.prefix_counts,
             capacity=self.capacity,
             depth=depth if prompt_mode(config) == "all" else 1,
         )
@@ -206,7 +206,7 @@ class Walker:
             config,
             params,
             batch.walked,
-            batch.count,
+            batch.counts,
             cache,
             depth=depth,
             every=every,

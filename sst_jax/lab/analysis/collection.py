@@ -110,7 +110,7 @@ class Collection:
         """Raises: InputError on what is missing or damaged, and where a state is not a number."""
         folder = self.folder(number)
         text = read_json(folder / TEXT)
-        arrays = {name: read_array(folder, name) for name in ("states", "top_ids", "top_logits")}
+        arrays: dict[str, Any] = {name: read_array(folder, name) for name in ("states", "top_ids", "top_logits")}
         rounded = read_array(folder, "rounded") if (folder / "rounded").is_dir() else None
         problem = Problem(**text, **arrays, rounded=rounded)
         check_finite(folder, problem)
@@ -192,7 +192,7 @@ def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[i
 def answers(model: Model, texts: Sequence[Text], settings: Settings) -> list[list[int]]:
     """What follows each prompt: as given, else greedy at the first depth."""
     wanting = [row for row, text in enumerate(texts) if text.given is None]
-    found = [text.given for text in texts]
+    found = [text.given or [] for text in texts]
     if wanting:
         written = model.generate(
             [texts[row].prompt for row in wanting], depth=settings.depths[0], max_new_tokens=settings.new_tokens
@@ -216,14 +216,16 @@ def look(walker: Walker, texts: Sequence[Text], batch: Batch, numbers: range) ->
     if numbers.start < settings.controls:
         controlled = controls.collect_batch(walker, batch, walks[0], walks[-1])
     for row, text in enumerate(texts):
-        count = int(batch.count[row])
-        parts = (np.stack(parts) for parts in zip(*(run_texts.row(row, count) for run_texts in walks), strict=True))
+        count = int(batch.counts[row])
+        seen = [walk.row(row, count) for walk in walks]
         yield Problem(
             text.id,
-            batch.prefix[row, : batch.prefix_count[row]].tolist(),
+            batch.prefix[row, : batch.prefix_counts[row]].tolist(),
             batch.walked[row, :count].tolist(),
             batch.predicted[row],
-            *parts,
+            np.stack([walk.states for walk in seen]),
+            np.stack([walk.top_ids for walk in seen]),
+            np.stack([walk.top_logits for walk in seen]),
             None if rounded is None else rounded.row(row, count).states,
             controlled[row],
         )

@@ -1,7 +1,7 @@
 """What the depth effect is without its cause: walks in which nothing, or the wrong thing, is remembered.
 
     alpha_0    the blend switched off: further iterations repeat the first, and nothing may move
-    plain      the backbone walked twice without a stream: the same, bit for bit
+    plain      without a stream against alpha = 0, two programs: the same but for rounding
     shuffled   iterations from the second on are entered by the real run's states of another position of the text
     another_text  by those of another text of the batch, where there is one
     random     by random directions of the real states' lengths
@@ -20,20 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.lab.analysis.collect import Batch, DepthStates, Walker
+from sst_jax.lab.analysis.collect import RULES, Batch, DepthStates, Walker
 from sst_jax.lab.analysis.cosine import cosine_similarity
 from sst_jax.lab.statistics import bootstrap_mean, finite
 from sst_jax.model import rules
+from sst_jax.model.config import StreamConfig
 from sst_jax.model.decoder import Context, Layer, Residuals
 from sst_jax.model.layers import to_float32
 from sst_jax.model.state import shift_right
+from sst_jax.types import AnyArray
 
 
 class Swap(NamedTuple):
     """What enters instead of the real states: those of position order[t] of row[b], or noise drawn from a key."""
 
-    row: jax.Array  # int32 [B]
-    order: jax.Array  # int32 [B, T]
+    row: AnyArray  # int32 [B]
+    order: AnyArray  # int32 [B, T]
     key: jax.Array | None = None
 
 
@@ -47,7 +49,8 @@ def swapped(
     """
     (x, other), swap, depth = residuals, context.options, context.depth
     (o,), left = rules.exact(layer, (x,), before, context)
-    real = shift_right(context.config.stream, x, left.state_out, layer.masks, before)
+    assert left.state_out is not None  # `exact` leaves them
+    real = shift_right(context.stream, x, left.state_out, layer.stream[0], before)
     by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
     if swap.key is None:
         wrong = by_position[swap.row[:, None], swap.order]
@@ -85,23 +88,23 @@ def collect_batch(walker: Walker, batch: Batch, shallow: DepthStates, deep: Dept
     """
     settings, config = walker.settings, walker.model.config
     depth = settings.depths[-1]
-    off = dataclasses.replace(config, stream=dataclasses.replace(config.stream, alpha=0.0))
+    off = dataclasses.replace(config, stream=dataclasses.replace(config.stream or StreamConfig(), alpha=0.0))
     plain = dataclasses.replace(config, stream=None)
     repeated = walker(batch, depth, config=off, every=True)
-    pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1])}
-    pairs["plain"] = tuple(walker(batch, 1, config=plain)[0] for _ in range(2))
-    order = another_order(batch.count, batch.walked.shape[1], settings.seed)
-    rows = np.arange(len(batch.count), dtype=np.int32)
+    without, zeroed = (walker(batch, 1, config=each, rule=RULES["output"])[0] for each in (plain, off))
+    pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1]), "plain": (without, zeroed)}
+    order = another_order(batch.counts, batch.walked.shape[1], settings.seed)
+    rows = np.arange(len(batch.counts), dtype=np.int32)
     swaps = {"shuffled": Swap(rows, order), "random": Swap(rows, order, jax.random.key(settings.seed))}
     if len(rows) > 1:
         others = np.roll(rows, 1)
-        swaps["another_text"] = Swap(others, np.arange(order.shape[1], dtype=np.int32) % batch.count[others, None])
+        swaps["another_text"] = Swap(others, np.arange(order.shape[1], dtype=np.int32) % batch.counts[others, None])
     for name, swap in swaps.items():
         (seen,) = walker(batch, depth, rule=SWAPPED[settings.what], copies=2, options=swap)
         pairs[name] = (shallow, seen)
     return [
         {name: compared(*(each.row(row, count) for each in pair)) for name, pair in pairs.items()}
-        for row, count in enumerate(batch.count)
+        for row, count in enumerate(batch.counts)
     ]
 
 

@@ -90,7 +90,7 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
     figure, axes = blank()
     values = basins.logs(np.concatenate([each.moved[-1, :, layer] for each in found.measured]))
     _, edges, _ = axes.hist(values, bins=60, color="0.8", label="positions")
-    x = np.linspace(*edges[[0, -1]], 400)
+    x = np.linspace(edges[0], edges[-1], 400)
     scale = len(values) * (edges[1] - edges[0])
     if min(modes.deviations) > 0:
         parts = basins.density(x, modes.means, modes.deviations, modes.weights) * scale
@@ -98,7 +98,7 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
             if modes.bimodal:
                 axes.plot(x, part, linewidth=1, label=label)
         axes.plot(x, parts.sum(0), "k", linewidth=1.2, label="mixture of two")
-    if modes.cut is not None:
+    if modes.cut is not None and modes.threshold is not None:
         axes.axvline(modes.cut, color="C3", linestyle="--", label=f"threshold {modes.threshold.value:.4g}")
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter(as_overlap)

@@ -89,6 +89,8 @@ def quartiles(measured: Sequence[TextMetrics], layer: int) -> list[float]:
 def alphas(model: Model) -> np.ndarray:
     """How strongly each dimension of each layer blends its state in, [L, D], or [L, 1] where all do alike."""
     stream, layers = model.config.stream, model.config.backbone.num_layers
+    if stream is None:
+        raise ValueError("the model has no stream")
     if stream.alpha is not None:
         return np.full((layers, 1), stream.alpha)
     theta = np.asarray(model.params["blend"]["theta"], float)

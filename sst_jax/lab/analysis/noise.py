@@ -24,7 +24,7 @@ def noise_floor(measured: Sequence[TextMetrics]) -> dict[str, Any]:
     dimensions: of the ratios of single dimensions, texts pooled: quartiles, and the share that is above 1.
     """
     depth = np.stack([each.depth_square for each in measured])  # [texts, L, D]
-    rounding = np.stack([each.rounding_square for each in measured])
+    rounding = np.stack([each.rounding_square for each in measured if each.rounding_square is not None])
     if not rounding.any():
         return {"what": "rounding to bfloat16 changed nothing, so there is no floor to compare with"}
     by_layer = [compare(depth[:, layer].mean(-1), rounding[:, layer].mean(-1)) for layer in range(depth.shape[1])]

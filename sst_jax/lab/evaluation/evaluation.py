@@ -68,9 +68,14 @@ class EvalConfig:
                 raise InputError(f"--{name.replace('_', '-')} {value} is too small")
 
     @property
+    def parsed(self) -> tuple[Policy, ...]:
+        """The policies, none of them a spelling any more."""
+        return tuple(policy for policy in self.policies if isinstance(policy, Policy))
+
+    @property
     def depths(self) -> str:
         """The policies' names in one line."""
-        return ",".join(policy.name for policy in self.policies)
+        return ",".join(policy.name for policy in self.parsed)
 
 
 class TaskItems(NamedTuple):
@@ -89,7 +94,7 @@ def read_task(config: EvalConfig) -> TaskItems:
     task = tasks.find(config.task)
     if config.measure == "loss" and not task.worked:
         raise InputError(f"--measure loss needs worked answers, which {task.name} has none of")
-    if config.measure == "loss" and not all(policy.is_flat for policy in config.policies):
+    if config.measure == "loss" and not all(policy.is_flat for policy in config.parsed):
         raise InputError(f"--depth {config.depths}: a known text is scored at flat depths, such as 1,2,4")
     every = task.read(config.data)
     return TaskItems(task, every, every[: config.limit or None])
@@ -100,7 +105,7 @@ def settings(config: EvalConfig, items: Sequence[tasks.Item]) -> dict[str, Any]:
     return {
         "task": config.task,
         "measure": config.measure,
-        "policies": [policy.name for policy in config.policies],
+        "policies": [policy.name for policy in config.parsed],
         "items": len(items),
         "items_sha256": tasks.items_digest(items),
         "data": config.data,
@@ -146,7 +151,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
         in the training data unless `allow_overlap`.
     """
     task, every, items = read or read_task(config)
-    check_model(model, config.policies)
+    check_model(model, config.parsed)
     format = config.format or model.prompt_format
     overlap = contamination.check(model.provenance.recipe, every, config.allow_overlap)
     answering = config.measure == "answers"
@@ -172,7 +177,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
     folder = runner.Folder(out, header, items)
     try:
         with bar(len(config.policies) * len(items), f"{task.name}, depth {config.depths}", "item") as meter:
-            plan = runner.batches(config.policies, items, config.batch_size)
+            plan = runner.batches(config.parsed, items, config.batch_size)
             outcomes = runner.run_batches(folder, plan, measure, meter.update)
     finally:
         folder.close()

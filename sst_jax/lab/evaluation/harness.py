@@ -73,7 +73,8 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids; BOS in front unless the text begins with it or `add_special_tokens` is False."""
-        tokenizer, ids, end = self.model.tokenizer, [], 0
+        tokenizer, end = self.model.tokenizer, 0
+        ids: list[int] = []
         for mark in _MARKS.finditer(string):
             index = tokenizer.piece_id(mark[0])
             if index is not None:
@@ -81,7 +82,9 @@ class HarnessModel(TemplateLM):
                 end = mark.end()
         ids += tokenizer.encode_text(string[end:])
         wanted = tokenizer.add_bos if add_special_tokens is None else add_special_tokens
-        return [tokenizer.bos_id] * (wanted and ids[:1] != [tokenizer.bos_id]) + ids
+        if wanted and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+            return [tokenizer.bos_id, *ids]
+        return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return CHAT_TEMPLATE if chat_template else ""

@@ -216,7 +216,7 @@ def figure(result: dict[str, Any], target: Path) -> None:
     left, right = picture.subplots(1, 2)
     names = list(dict.fromkeys([*result["scores"]["A"], *result["scores"]["B"]]))
     for place, side in enumerate("AB"):
-        label = side
+        label: str | None = side
         for policy, seeds in result["scores"][side].items():
             for index, found in enumerate(seeds):
                 at = names.index(policy) + 0.3 * (place - 0.5) + 0.06 * (index - (len(seeds) - 1) / 2)
@@ -237,5 +237,7 @@ def figure(result: dict[str, Any], target: Path) -> None:
 
 def _bar(axes: Any, at: float, found: dict[str, float | None], colour: str, label: str | None) -> None:
     value, low, high = (found[name] for name in ("value", "low", "high"))
-    reach = [[0.0], [0.0]] if low is None or high is None else [[value - low], [high - value]]
+    reach = [[0.0], [0.0]]
+    if value is not None and low is not None and high is not None:
+        reach = [[value - low], [high - value]]
     axes.errorbar([at], [value], yerr=reach, fmt="o", color=colour, markersize=4, capsize=3, label=label)

@@ -218,7 +218,7 @@ def plan_step(
     work = count(jax.make_jaxpr(counted)(*shapes), trips, flash)
     places = sharding.shardings(mesh, shapes)
     abstract = jax.tree.map(_placed, shapes, places)
-    options = {"donate_argnums": 0, "out_shardings": (places[0], None)} if donated else {}
+    options: dict[str, Any] = {"donate_argnums": 0, "out_shardings": (places[0], None)} if donated else {}
     started = time.monotonic()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):

@@ -352,7 +352,7 @@ def routing(items: Sequence[Item], go_deep: np.ndarray, depths: tuple[int, int])
             "mended": int((~right[:, 0] & now).sum()), "depth": float(np.asarray(depths)[which].mean()),
         }  # fmt: skip
     before = int(right[:, 0].sum())
-    harm = finite(wilson(found["routed"]["broken"], before)) if before else None
+    harm = finite(wilson(int(found["routed"]["broken"]), before)) if before else None
     change = right[np.arange(len(items)), taken["routed"]].astype(float) - right[:, 0]
     return {"routing": found, "harm": harm, "gain": finite(bootstrap_mean(change))}
 

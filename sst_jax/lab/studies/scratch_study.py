@@ -134,7 +134,8 @@ def measure_arm(study: Study, name: str, target: Path) -> None:
     params = scratch.load_params(target, arm.config)
     found = measure(arm, params, study.task, study.length, study.rows, study.times, study.depths)
     partial = target / "outcomes.partial.npz"
-    np.savez_compressed(partial, **found)
+    arrays: dict[str, Any] = dict(found)
+    np.savez_compressed(partial, **arrays)
     partial.replace(target / "outcomes.npz")
 
 

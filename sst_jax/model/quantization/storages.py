@@ -127,8 +127,12 @@ def cast(tree: Tree, dtype: DTypeLike) -> Tree:
     """Return a tree of parameters in another type of floats; quantised linears stay."""
 
     def one(leaf: Leaf | jax.Array) -> Leaf | jax.Array:
+        if not isinstance(leaf, Mapping):
+            return leaf.astype(dtype)
         storage = storage_of(leaf)
-        return leaf.astype(dtype) if storage is None else storage.cast(leaf, dtype)
+        if storage is None:
+            raise ValueError(f"no storage holds {', '.join(leaf)}")
+        return storage.cast(leaf, dtype)
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: storage_of(leaf) is not None)
 

@@ -81,7 +81,7 @@ def test_forced_text_equals_token_by_token_decoding(stream, depth):
     (found,) = walker(batch, depth)
     for row, text in enumerate(some):
         states, logits = by_decoding(model, text, depth)
-        mine = found.row(row, int(batch.count[row]))
+        mine = found.row(row, int(batch.counts[row]))
         assert np.linalg.norm(mine.states - states) <= 1e-5 * np.linalg.norm(states)
         assert mine.top_ids[:, 0].tolist() == logits.argmax(-1).tolist()
         likeliest = -np.sort(-logits, axis=-1)[:, : collect.TOP]
@@ -108,7 +108,8 @@ def test_controls_move_nothing_where_nothing_is_remembered_and_differ_where_it_i
     walker = collect.Walker(model, settings, 64)
     shallow, deep = walker(batch, 1)[0], walker(batch, 3)[0]
     found = controls.summarise(controls.collect_batch(walker, batch, shallow, deep))
-    assert found["alpha_0"]["largest"] == found["plain"]["largest"] == 0.0
+    assert found["alpha_0"]["largest"] == 0.0
+    assert found["plain"]["largest"] <= 1e-6  # two programs: their sums round differently
     assert found["alpha_0"]["argmax_changed"]["value"] == 0.0
     moves = {name: found[name]["moved"]["value"] for name in ("depth", "shuffled", "another_text", "random")}
     assert min(moves.values()) > 1e-3
@@ -138,7 +139,7 @@ def test_the_real_states_in_their_own_places_are_no_control():
     own = np.tile(np.arange(64, dtype=np.int32), (2, 1))
     (same,) = walker(batch, 3, rule=controls.SWAPPED["output"], copies=2, options=controls.Swap(np.arange(2), own))
     (deep,) = walker(batch, 3)
-    for row, count in enumerate(batch.count):
+    for row, count in enumerate(batch.counts):
         np.testing.assert_allclose(same.row(row, count).states, deep.row(row, count).states, atol=2e-4)
 
 
