@@ -43,6 +43,7 @@ if is_version "$python" 3.11; then extras=$extras,torch; fi
 environment "$python" .venv-test "$extras"
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
+.venv-test/bin/mypy
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
 if [ $all = 0 ]; then
   tests .venv-test -m "not slow" "$@"

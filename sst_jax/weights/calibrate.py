@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,8 @@ def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
     found = min(total, tokens) // ROW * ROW
     if not found:
         raise InputError(f"--calibrate {file} holds {total} tokens; a row of {ROW} is the least")
-    laid = [np.concatenate(part)[:found].reshape(-1, ROW) for part in (rows, segments)]
-    return Texts(*laid, {"file": file.name, "sha256": sha256(file), "tokens": found})
+    laid, numbers = (np.concatenate(part)[:found].reshape(-1, ROW) for part in (rows, segments))
+    return Texts(laid, numbers, {"file": file.name, "sha256": sha256(file), "tokens": found})
 
 
 def _texts(file: Path) -> Iterator[str]:
@@ -85,7 +85,8 @@ class _KeepingInputs:
     """A block that keeps what its linear `o` is fed, which `attend` does not return."""
 
     def __init__(self, block: Block):
-        self._block, self.fed = block, None
+        self._block = block
+        self.fed: Hidden | None = None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._block, name)
@@ -101,7 +102,8 @@ def observe(
     """Apply `plain`; the per-layer output of this rule are the Gram matrices [K, K] of OBSERVED's inputs."""
     (x,), block = residuals, layer.block
     keeping = _KeepingInputs(block)
-    h, _ = rules.attend(layer._replace(block=keeping), x, context)
+    h, _ = rules.attend(layer._replace(block=cast(Block, keeping)), x, context)
+    assert keeping.fed is not None  # `attend` ends with the linear o
     y = block.pre_ffn_norm(rules.residual_after_attention(layer, h)).astype(x.dtype)
     activation = ACTIVATIONS[context.config.backbone.activation]
     fed = {

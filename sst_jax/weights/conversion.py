@@ -190,7 +190,7 @@ def _write_array(file: Path, value: np.ndarray) -> str:
     content = _contiguous(value).view(np.uint8)
     content.tofile(partial)
     partial.rename(file)
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(content.data).hexdigest()
 
 
 def _contiguous(value: np.ndarray) -> np.ndarray:

@@ -216,9 +216,11 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -
     found: dict[str, dict[str, list[np.ndarray | None]]] = {}
     for key, tensor in factors.items():
         match = _FACTOR.fullmatch(key)
-        linear = match and key_map.normalise(f"{match['linear']}.weight")[0]
-        entry = places.get(linear)
-        name = entry.row.path.split("/")[1] if entry is not None and entry.layer is not None else None
+        linear = None if match is None else key_map.normalise(f"{match['linear']}.weight")[0]
+        entry = None if linear is None else places.get(linear)
+        if match is None or entry is None or entry.layer is None:
+            raise InputError(f"{tensor.file}: unknown key {tensor.name}")
+        name = entry.row.path.split("/")[1]
         if name not in wanted:
             raise InputError(f"{tensor.file}: unknown key {tensor.name}")
         stacks = found.setdefault(name, {side: [None] * config.backbone.num_layers for side in ("lora_a", "lora_b")})
@@ -227,13 +229,18 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -
     missing += [name for name, sides in found.items() for stack in sides.values() if any(x is None for x in stack)]
     if missing:
         raise InputError(f"{where}: LoRA factors of {missing[0]} are missing, in some layers or all")
-    for name, sides in found.items():
+    whole = {
+        (name, side): [x for x in stack if x is not None]
+        for name, sides in found.items()
+        for side, stack in sides.items()
+    }
+    for name in found:
         inputs, outputs = config.backbone.linear_shapes[name]
         for side, shape in (("lora_a", (inputs, config.adapter.rank)), ("lora_b", (config.adapter.rank, outputs))):
-            wrong = [stack.shape for stack in sides[side] if stack.shape != shape]
+            wrong = [part.shape for part in whole[name, side] if part.shape != shape]
             if wrong:
                 raise InputError(f"{where}: {side} of {name} has shape {wrong[0]}, not {shape} as its config says")
-    return {name: {side: np.stack(stack) for side, stack in sides.items()} for name, sides in found.items()}
+    return {name: {side: np.stack(whole[name, side]) for side in sides} for name, sides in found.items()}
 
 
 def _is_ours(key: str) -> bool:

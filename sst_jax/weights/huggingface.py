@@ -75,7 +75,7 @@ def _check_length(file: Path) -> dict[str, int]:
 def _read(file: Path, name: str, dtype: str, shape: tuple[int, ...], start: int) -> np.ndarray:
     # Mapped anew for each tensor: the pages of a long-lived map would all count as this process's memory.
     try:
-        if dtype in _FLOATS and math.prod(shape):  # a view of the file, where the library makes a copy
+        if dtype in _FLOATS and 0 not in shape:  # a view of the file, where the library makes a copy
             return np.memmap(file, np.dtype(_FLOATS[dtype]), "r", start, shape)
         with safe_open(file, framework="numpy") as reader:
             return reader.get_tensor(name)
@@ -139,7 +139,7 @@ def open_folder(
         layout=key_map.detect_layout(tensor.name for tensor in found),
         files=[config_file, *files],
         dtype=dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "float32",
-        metadata=config,
+        metadata=dict(config),
     )
 
 
@@ -199,7 +199,7 @@ def _base_tensors(
         wanted = key_map.param_shape(entry.row, backbone)
         if tuple(slot.shape) != wanted:
             raise InputError(f"base slot {entry.row.path} has shape {list(slot.shape)}, expected {list(wanted)}")
-        size = math.prod(entry.shape) * dtype.itemsize
+        size = math.prod(entry.shape) * np.dtype(dtype).itemsize
         yield key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry)
 
 
@@ -238,17 +238,17 @@ def write_folder(
     total, done = sum(size for _, size, _ in tensors), 0
 
     with staged_folder(path) as folder:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             save_file({key: make() for key, _, make in shard}, folder / name, metadata={"format": "pt"})
-            weight_map.update((key, name) for key, _, _ in shard)
+            weight_map.update({key: name for key, _, _ in shard})
             done += sum(size for _, size, _ in shard)
             if progress is not None:
                 progress(done, total)
-        named = {key: layout_config[key] for key in ("dtype", "torch_dtype") if key in layout_config}
+        named: dict[str, Any] = {key: layout_config[key] for key in ("dtype", "torch_dtype") if key in layout_config}
         others = {key: value for key, value in (extra_config or {}).items() if key not in ("dtype", "torch_dtype")}
-        documents = {"config.json": {**layout_config, **others, **named}}
+        documents: dict[str, dict[str, Any]] = {"config.json": {**layout_config, **others, **named}}
         text = documents["config.json"].get("text_config", layout_config)
         documents["generation_config.json"] = {key: text[key] for key in text if key.endswith("_token_id")}
         if len(shards) > 1:

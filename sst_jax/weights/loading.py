@@ -528,7 +528,9 @@ def vision_of(provenance: Provenance) -> VisionTower:
 
     Raises: InputError where the base cannot be opened.
     """
-    return resolve(provenance.path).vision() if provenance.kind in ("base", "huggingface") else ({}, {})
+    if provenance.path is None or provenance.kind not in ("base", "huggingface"):
+        return {}, {}
+    return resolve(provenance.path).vision()
 
 
 def vision_tensors(source: Source) -> VisionTower:
@@ -544,6 +546,6 @@ def check_base(path: Path, file: str, recorded: BaseRecord, base: Provenance) ->
     """Raise InputError where a base is not the one that a run or adapter, by its `file`, was trained on."""
     if recorded.digest != base.digest:
         raise InputError(
-            f"{recorded.path} is not the base that {path} was trained on: its digest is {base.digest[:12]}, "
+            f"{recorded.path} is not the base that {path} was trained on: its digest is {str(base.digest)[:12]}, "
             f"{file} records {str(recorded.digest)[:12]}"
         )

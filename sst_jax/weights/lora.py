@@ -19,7 +19,9 @@ class MergedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return storages.storage_of(self.leaf).kernel_shape(self.leaf)
+        storage = storages.storage_of(self.leaf)
+        assert storage is not None  # the leaf is a linear
+        return storage.kernel_shape(self.leaf)
 
     def __getitem__(self, layer: int) -> np.ndarray:
         kernel = self.frozen(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors.numpy import save_file
 
@@ -128,12 +129,13 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamB
     modules = _modules(backbone)
     held = {name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)}
     adapter = AdapterConfig(
-        rank=config.get("r"),
-        alpha=config.get("lora_alpha"),
+        rank=cast(Any, config.get("r")),  # checked by AdapterConfig
+        alpha=cast(Any, config.get("lora_alpha")),
         dropout=config.get("lora_dropout", 0.0),
-        targets=sorted(held, key=lambda name: _place(targets, modules[name])),
+        targets=tuple(sorted(held, key=lambda name: _place(targets, modules[name]))),
     )
-    stream, blend, prompts = None, {}, None
+    stream, prompts = None, None
+    blend: Params = {}
     if (folder / export_format.STREAM_CONFIG).is_file():
         stream, blend, prompts = export_format.read_stream(folder, backbone)
     found = ModelConfig(backbone, stream, adapter)

@@ -98,7 +98,7 @@ class Provenance:
             expected = _TYPES.get(field.name, str)
             if not isinstance(value, expected):
                 raise InputError(f"{where}: {key}={value!r} is malformed")
-            values[field.name] = dict(value) if expected is Mapping else value
+            values[field.name] = dict(value) if isinstance(value, Mapping) else value
         return cls(**values)
 
     @property

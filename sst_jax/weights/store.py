@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}  # integers: quantised linears
 
 
-def _leaves(tree: Mapping[object, object], path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise InputError(f"parameter key {key!r} under {path or 'the top'} must be text without a slash")
@@ -128,7 +129,7 @@ def open_stacks(directory: str | Path) -> Params | None:
     tree: Params = {}
     for name, spec in header["arrays"].items():
         shape, dtype = tuple(spec["shape"]), _STORED[spec["dtype"]]
-        stack = StoredStack(folder / PARAMS, name, shape, dtype)
+        stack: StoredStack | np.ndarray = StoredStack(folder / PARAMS, name, shape, dtype)
         if not name.startswith("base/layers/"):
             file = chunk_file(folder / PARAMS, name, len(shape), None)
             stack = np.memmap(file, dtype, "r", shape=shape)
@@ -211,10 +212,8 @@ def load_base(
     target: Params = {}
     for name, spec in header["arrays"].items():
         shape, stored = tuple(spec["shape"]), _STORED[spec["dtype"]]
-        converted = (
-            dtype is not None and name.startswith("base/") and not storages.is_quantised_array(name.rpartition("/")[2])
-        )
-        wanted = numpy_dtype(dtype) if converted else stored
+        kept = not name.startswith("base/") or storages.is_quantised_array(name.rpartition("/")[2])
+        wanted = stored if dtype is None or kept else numpy_dtype(dtype)
         if sharding is None:
             # A numpy leaf asks for numpy back; broadcasting gives it its shape without its memory.
             leaf: jax.ShapeDtypeStruct | np.ndarray = np.broadcast_to(np.zeros((), wanted), shape)
