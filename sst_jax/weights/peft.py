@@ -44,7 +44,7 @@ def write_folder(
     path: str | Path,
     config: ModelConfig,
     adapter: Params,
-    base_name: str,
+    base_name: str | None,
     layout: str,
     files: Mapping[str, bytes],
 ) -> None:
