@@ -161,7 +161,7 @@ def answer_all(
 
 
 def open_out(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    """The file for --out, which must not exist yet; a context manager of None without one.
+    """Return the file for --out, which must not exist yet; a context manager of None without one.
 
     Raises: InputError.
     """

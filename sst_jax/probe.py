@@ -107,7 +107,7 @@ def fit(args: Any) -> None:
 
 
 def report(scores: dict[str, Any]) -> None:
-    """The lines that a person reads."""
+    """Print the summary of a fit."""
     print(scores["summary"])
     capacity = scores["capacity"]
     print(

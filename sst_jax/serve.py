@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises: InputError where the address cannot be had."""
+    """Return a listening socket. Raises: InputError where the address is not available."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)

@@ -79,7 +79,7 @@ class Header:
 
 
 def metadata_of(file: str | Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, see `Header`, as plain Python values.
+    """Return the metadata of a GGUF file, see `Header`, as plain Python values.
 
     Raises: InputError as `Header`, and where there is no such file.
     """

@@ -27,7 +27,7 @@ PARAMS = tuple(spec._replace(transform="rotary") if spec.path in _ROTATED else s
 
 
 def _preset(*shape: int, **fields: Any) -> BackboneConfig:
-    """A size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
+    """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     return global_decoder("llama", LLAMA_BLOCK, shape, **fields)
 
 

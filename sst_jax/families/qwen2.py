@@ -32,7 +32,7 @@ PARAMS = (
 
 
 def _preset(*shape: int, **fields: Any) -> BackboneConfig:
-    """A size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
+    """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     published = {"vocab_size": 151_936, "max_positions": 32_768, "rope_theta_global": 1_000_000.0}
     return global_decoder("qwen2", BLOCK, shape, **{**published, **fields})
 

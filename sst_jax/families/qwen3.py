@@ -31,7 +31,7 @@ PARAMS = (
 
 
 def _preset(*shape: int, **fields: Any) -> BackboneConfig:
-    """A size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
+    """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     published = {"vocab_size": 151_936, "max_positions": 40_960, "rope_theta_global": 1_000_000.0}
     return global_decoder("qwen3", BLOCK, shape, **{**published, **fields})
 

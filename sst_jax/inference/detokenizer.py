@@ -18,7 +18,7 @@ class IncrementalDetokenizer:
         self.ended: str | None = None
 
     def add(self, tokens: Iterable[int], depths: Iterable[int], last: bool) -> str:
-        """Takes in new tokens, -1 being none, and returns the text that they settle; `last`: no more will come.
+        """Take in new tokens, -1 being none, and return the text that they settle; `last`: no more will come.
 
         Tokens after the one that completes a stop string are dropped.
         """
@@ -49,11 +49,13 @@ class IncrementalDetokenizer:
         return self._tokenizer.decode([token for token in self.tokens[:count] if token not in stop_ids])
 
     def _hit(self, text: str) -> int | None:
-        """Where the first stop string begins."""
+        """Return the position of the first stop string."""
         return min((place for place in map(text.find, self._stop) if place >= 0), default=None)
 
     def _settled(self, text: str) -> str:
-        """The part that later tokens can no longer change: not half a character, not the beginning of a stop string."""
+        """Return the part that later tokens can no longer change: not half a character, not the beginning of a stop
+        string.
+        """
         text = text.rstrip("�")
         begun = (size for mark in self._stop for size in range(1, len(mark)) if text.endswith(mark[:size]))
         return text[: len(text) - max(begun, default=0)]

@@ -44,7 +44,7 @@ class Probe:
     digest: str
 
     def probability(self, states: np.ndarray) -> float:
-        """Of the positive label, given the memories [L, D] at the first position.
+        """Return the probability of the positive label, given the states [L, D] at the first position.
 
         Raises: InputError where they are of another shape, or not numbers.
         """
@@ -66,7 +66,7 @@ class Probe:
         return Policy(f"probe:{self.path}#{self.digest[:8]}", self.facts["first"], deepest, select_depth=self)
 
     def check(self, model: Model) -> None:
-        """Raises: InputError where the probe was fitted on another model."""
+        """Raise InputError where the probe was fitted on another model."""
         stream = model.config.stream
         if stream is None:
             raise InputError(f"{self.path} needs a model with a stream")
@@ -78,7 +78,7 @@ class Probe:
 
 
 def probabilities(weights: dict[str, np.ndarray], inputs: np.ndarray) -> np.ndarray:
-    """[n] of the chosen dimensions' values [n, k]."""
+    """Return [n] of the chosen dimensions' values [n, k]."""
     x = weights["gate"] * (inputs - weights["mean"]) / weights["scale"]
     logits = np.tanh(x @ weights["hidden"] + weights["hidden_bias"]) @ weights["out"] + weights["out_bias"][0]
     return 0.5 * (1.0 + np.tanh(0.5 * logits))
@@ -86,7 +86,10 @@ def probabilities(weights: dict[str, np.ndarray], inputs: np.ndarray) -> np.ndar
 
 @functools.cache
 def load(path: str) -> Probe:
-    """Raises: InputError naming the file and what is missing, damaged or of another shape."""
+    """Read a probe's file.
+
+    Raises: InputError naming the file and what is missing, damaged or of another shape.
+    """
     file = Path(path)
     try:
         with safe_open(file, framework="numpy") as opened:
@@ -111,7 +114,9 @@ def load(path: str) -> Probe:
 
 
 def fingerprint(model: Model) -> str:
-    """Hex SHA-256 of what a model computes with: its base's digest, its config, and the stream's and adapter's values.
+    """Return the hex SHA-256 of what a model computes with.
+
+    It covers the base's digest, the config, and the values of stream and adapter.
 
     The type of the arithmetic is not part of it.
     """

@@ -59,7 +59,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> ModelConfig:
-        """Reads `to_dict`'s form.
+        """Read `to_dict`'s form.
 
         Raises: InputError, naming the missing or unknown field.
         """

@@ -54,7 +54,7 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def quiet_non_primary() -> Iterator[None]:
-    """Within this block only the primary process prints; every process keeps its errors and warnings."""
+    """Let only the primary process print within this block; every process keeps its errors and warnings."""
     if is_primary():
         yield
         return

@@ -24,7 +24,9 @@ from sst_jax.model.config import BackboneConfig
 
 
 def _halves(kernel: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of each head [N * H, D] in the order of GGUF's Llama, pairs side by side, as first halves then second."""
+    """Return rows of each head [N * H, D] in the order of GGUF's Llama, pairs side by side, as first halves then
+    second.
+    """
     pairs = kernel.reshape(-1, head_dim // 2, 2, *kernel.shape[1:])
     return pairs.swapaxes(1, 2).reshape(kernel.shape)
 
@@ -65,7 +67,7 @@ def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
 
 
 def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
-    """Shape of a slot in the base tree, [L, ...] under "layers/"."""
+    """Return the shape of an array of the base tree, [L, ...] under "layers/"."""
     sizes = {
         "V": config.vocab_size, "D": config.d_model, "F": config.d_ff, "H": config.head_dim,
         "P": config.num_heads * config.head_dim, "Q": config.num_kv_heads * config.head_dim,
@@ -75,12 +77,12 @@ def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
 
 
 def transform(row: ParamSpec, config: BackboneConfig, kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """What makes one layer's array in the tree of the tensor on disk, and for "huggingface" the other way round."""
+    """Return the transform from the tensor on disk to one layer's array, and for "huggingface" its inverse."""
     return lambda value: TRANSFORMS[kind][row.transform](value, config.head_dim)
 
 
 def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, CheckpointKey]:
-    """Every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
+    """Return every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
     rows = table(config)
     stacked = [row for row in rows if row.path.startswith("layers/")]
     order: list[tuple[ParamSpec, int | None]] = [(row, None) for row in rows if row not in stacked]
@@ -94,7 +96,8 @@ def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Che
 
 
 def normalise(key: str, kind: str = "huggingface") -> tuple[str | None, str | None]:
-    """(key in the layout "text", layout of the key); the key is None for parts of a vision tower, which are skipped.
+    """Return (key in the layout "text", layout of the key); the key is None for parts of a vision tower, which are
+    skipped.
 
     The layout is None where the key does not tell: vision, a tied head, anything unknown, and all of GGUF.
     """
@@ -108,7 +111,7 @@ def normalise(key: str, kind: str = "huggingface") -> tuple[str | None, str | No
 
 
 def relayout(key: str, layout: str) -> str:
-    """The key of layout "text", spelled in another layout: `normalise` backwards.
+    """Return the key of layout "text", spelled in another layout: `normalise` backwards.
 
     Raises: InputError for an unknown layout.
     """
@@ -119,13 +122,13 @@ def relayout(key: str, layout: str) -> str:
 
 
 def detect_layout(keys: Iterable[str]) -> str:
-    """The layout that most keys are in; "text" where none tells."""
+    """Return the layout that most keys are in; "text" where none tells."""
     counts = Counter(layout for key in keys if (layout := normalise(key)[1]) is not None)
     return counts.most_common(1)[0][0] if counts else "text"
 
 
 def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str | Path) -> Binding:
-    """Gives every tensor (anything with `name`, `shape`, `file`) its place, looking at headers only.
+    """Give every tensor (anything with `name`, `shape`, `file`) its place, looking at headers only.
 
     Raises: InputError naming key and file for an unknown, duplicate, missing or wrongly shaped key and for a
     checkpoint that mixes key layouts.
@@ -168,7 +171,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
 
 
 def get_param(tree: Mapping[str, Any], slot: str) -> Any:
-    """The array at a slash-separated path of nested dicts.
+    """Return the array at a slash-separated path of nested dicts.
 
     Raises: InputError naming the slot when it is absent.
     """
@@ -180,7 +183,7 @@ def get_param(tree: Mapping[str, Any], slot: str) -> Any:
 
 
 def set_param(tree: dict[str, Any], slot: str, value: Any) -> None:
-    """Puts an array at a slash-separated path, making the dicts on the way."""
+    """Put an array at a slash-separated path, making the dicts on the way."""
     *parents, last = slot.split("/")
     for part in parents:
         tree = tree.setdefault(part, {})

@@ -32,7 +32,7 @@ layer holds its thought, lands somewhere else. This page looks for such places, 
 
 
 def write(out: Path, found: AnalysisResult, model: Model, probe: Probe | None = None) -> Path:
-    """Writes out/report.html and out/figures/*.png; returns the page."""
+    """Write out/report.html and out/figures/*.png; return the page."""
     page = out / "report.html"
     page.write_text(render(out, found, model, probe), encoding="utf-8")
     return page
@@ -64,7 +64,7 @@ FACTS = ("kind", "path", "digest", "run", "step", "dtype")
 
 
 def shown(drawn: figures.Drawn, out: Path) -> list[str]:
-    """A figure with its heading and its two sentences; the PNG is kept beside the page, too."""
+    """Return the HTML of a figure with its heading and caption; the PNG is also written next to the page."""
     file = figures.save(drawn, out / "figures")
     data = base64.b64encode(file.read_bytes()).decode()
     alt = escape(drawn.title, quote=True)
@@ -76,7 +76,7 @@ def shown(drawn: figures.Drawn, out: Path) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls in its own box where it is wider than the page."""
+    """Return an HTML table that scrolls in its own box when it is wider than the page."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
@@ -109,7 +109,7 @@ def examples(result: dict[str, Any]) -> list[str]:
 
 
 def events(result: dict[str, Any]) -> str:
-    """Counts of each order of events, and what chance would give."""
+    """Return the HTML of the counts of each order of events, with those expected by chance."""
     found = result["order_of_events"]
     if found["depths"] < 3:
         return "<p>With two depths both can only fall together: give at least three to see which comes first.</p>"
@@ -145,7 +145,7 @@ def at_shifts(result: dict[str, Any]) -> str:
 
 
 def of_probe(probe: Probe, out: Path) -> list[str]:
-    """What a probe's file says of its scores."""
+    """Return the HTML of a probe's recorded scores."""
     scores = probe.facts["scores"]
     rows = [
         (policy, f"{each['right']} of {each['of']}", str(each["broken"]), str(each["mended"]), f"{each['depth']:.2f}")

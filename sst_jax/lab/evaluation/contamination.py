@@ -42,7 +42,7 @@ def _runs(words: Sequence[str]) -> set[str]:
 
 
 def check(recipe: dict[str, Any] | None, items: Sequence[Item], allow: bool) -> dict[str, Any]:
-    """The overlap of a run's training data with the test, or why there is none to report.
+    """Return the overlap of a run's training data with the test, or why there is none to report.
 
     Raises: InputError when a test question was trained on, unless `allow`.
     """

@@ -18,12 +18,12 @@ _ALONE = re.compile(r"^\W*([A-Z])\W*$|^\W*([A-Z])[).:]", re.MULTILINE)
 
 
 def number(text: str, strict: bool) -> str | None:
-    """GSM8K's rule: the number after "####", or the last number anywhere."""
+    """Return the answer by GSM8K's rule: the number after "####", or (not strict) the last number anywhere."""
     return extract_result(text, strict)
 
 
 def first_number(text: str, strict: bool) -> str | None:
-    """The number that the text begins with; not strict: the last number anywhere."""
+    """Return the number that the text begins with; not strict: the last number anywhere."""
     if not strict:
         return extract_result(text, strict=False)
     found = _BEGINS.match(text)
@@ -31,7 +31,7 @@ def first_number(text: str, strict: bool) -> str | None:
 
 
 def word(text: str, strict: bool) -> str | None:
-    """The word that the text begins with, in small letters; not strict: after "in", "on the", "the" or "a" too."""
+    """Return the first word, in lower case; not strict: skipping "in", "on the", "the" or "a"."""
     # "on" alone may be the answer.
     lead = "" if strict else r"(?:in\s+|on\s+(?=(?:the|an?)\b))?(?:(?:the|an?)\s+)?"
     found = re.match(rf"\W*{lead}(\w+)", text.lower())
@@ -39,7 +39,9 @@ def word(text: str, strict: bool) -> str | None:
 
 
 def letter(text: str, strict: bool) -> str | None:
-    """The last letter in "the answer is (X)"; not strict: else the last "(X)", else one that stands alone on a line."""
+    """Return the last letter in "the answer is (X)"; not strict: else the last "(X)", else one that stands alone on a
+    line.
+    """
     found = _STATED.findall(text)
     if not strict:
         found = found or _BRACKETED.findall(text) or _ALONE.findall(text)
@@ -47,7 +49,7 @@ def letter(text: str, strict: bool) -> str | None:
 
 
 def formula(text: str, strict: bool) -> str | None:
-    r"""What the last \boxed{...} holds, without idle layout; not strict: else what stands between the last $...$."""
+    """Return what the last \boxed{...} holds, without spacing; not strict: else the text between the last $...$."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         begin = start + len("\\boxed{")
@@ -62,7 +64,7 @@ def formula(text: str, strict: bool) -> str | None:
 
 
 def plain_formula(text: str) -> str:
-    """A formula without what changes only its looks: spaces, sizes of brackets, dollar signs, a full stop."""
+    """Return a formula without differences of layout: spaces, sizes of brackets, dollar signs, a full stop."""
     text = re.sub(r"\\(?:(?:left|right|quad|displaystyle)(?![a-zA-Z])|[!,;:])|\$|\s", " ", text)
     # Only the space that ends a command's name says something: \pi r is not \pir.
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])| ", lambda found: f"{found[1]} " if found[1] else "", text)
@@ -70,7 +72,7 @@ def plain_formula(text: str) -> str:
 
 
 def second_opinion_by() -> str | None:
-    """Who gives second opinions: math-verify and its version, or None where the extra `eval` is not installed."""
+    """Return math-verify and its version, or None where the extra `eval` is not installed."""
     try:
         return f"math-verify {importlib.metadata.version('math-verify')}"
     except importlib.metadata.PackageNotFoundError:
@@ -78,7 +80,9 @@ def second_opinion_by() -> str | None:
 
 
 def second_opinion(text: str, reference: str) -> bool:
-    """Whether math-verify finds the text's answer equal to `reference`; it reads the "####" line where there is one."""
+    """Return whether math-verify finds the text's answer equal to `reference`; it reads the "####" line where there is
+    one.
+    """
     from math_verify import parse, verify
 
     line = re.search(r"####([^\n]*)", text)

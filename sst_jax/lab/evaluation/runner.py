@@ -33,7 +33,7 @@ VOLATILE = ("environment",)  # recorded, but free to differ when a run resumes
 
 
 def prompt_sha256(tokens: Sequence[int]) -> str:
-    """What an outcome remembers its prompt by."""
+    """Return the digest by which an outcome identifies its prompt."""
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 def batches(policies: Sequence[Policy], items: Sequence[Item], size: int) -> list[Batch]:
-    """The whole plan, policy by policy."""
+    """Return the batches of the whole plan, policy by policy."""
     return [Batch(policy, items[start : start + size]) for policy in policies for start in range(0, len(items), size)]
 
 
@@ -57,7 +57,7 @@ class Folder:
     """An evaluation's folder, locked against a second process until `close`."""
 
     def __init__(self, path: Path, header: dict[str, Any], items: Sequence[Item]):
-        """Opens a new folder, or one that holds an evaluation of the same settings.
+        """Open a new folder, or one that holds an evaluation of the same settings.
 
         Raises: InputError with the differing settings, or when the folder holds something else, or is in use.
         """
@@ -74,7 +74,7 @@ class Folder:
         self._file: Any = None
 
     def resume(self, plan: Sequence[Batch]) -> list[Outcome]:
-        """Outcomes of the batches that are complete; what a kill left of another batch is dropped from the file."""
+        """Return the outcomes of complete batches; what a kill left of another batch is dropped from the file."""
         there = read_outcomes(self.path, torn=True)
         have = {(outcome["policy"], outcome["id"]) for outcome in there}
         whole = {key for batch in plan if have.issuperset(batch.keys) for key in batch.keys}
@@ -87,7 +87,7 @@ class Folder:
         return kept
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
-        """Appends a batch."""
+        """Append a batch."""
         self._file.write("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
         self._file.flush()
 
@@ -98,7 +98,7 @@ class Folder:
 
 
 def locked(path: Path) -> IO[str]:
-    """A lock on the folder `path`, for as long as the file that is returned is open.
+    """Return a lock on the folder `path`, for as long as the file that is returned is open.
 
     Raises: InputError when another process has it.
     """
@@ -112,7 +112,7 @@ def locked(path: Path) -> IO[str]:
 
 
 def check_folder(path: Path, header: dict[str, Any]) -> None:
-    """Raises: InputError unless `path` is new, empty, or holds an evaluation of the same settings."""
+    """Raise InputError unless `path` is new, empty, or holds an evaluation of the same settings."""
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {path} is not a folder")
     if not (path / HEADER).is_file():
@@ -130,7 +130,7 @@ def check_folder(path: Path, header: dict[str, Any]) -> None:
 
 
 def read_outcomes(path: Path, torn: bool = False) -> list[Outcome]:
-    """The outcomes in a folder. `torn`: a last line that a kill cut off is left out.
+    """Return the outcomes in a folder. `torn`: a last line that a kill cut off is left out.
 
     Raises: InputError naming the line that is not an outcome.
     """
@@ -169,7 +169,7 @@ def run_batches(
 
 
 def prompts(model: Model, items: Sequence[Item], format: str, room: int) -> dict[str, list[int]]:
-    """Prompt tokens by item id.
+    """Return prompt tokens by item id.
 
     Raises: InputError when the longest leaves less than `room` positions to answer in.
     """
@@ -192,7 +192,7 @@ def answer(
     check: bool,
     batch: Batch,
 ) -> list[Outcome]:
-    """Greedy answers to a batch, read by both filters; `check`: with a second opinion where the task has one."""
+    """Return greedy answers to a batch, read by both filters; `check`: with a second opinion where the task has one."""
     started, found = time.monotonic(), {}
     stream = model.generate_iter(
         [prompt[item.id] for item in batch.items], depth=batch.policy, max_new_tokens=max_new_tokens, stop=stop
@@ -228,8 +228,9 @@ def answer(
 
 
 def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
-    """Losses of the worked answers of a batch, in nats, at the policy's depth at every position, and whether greedy
-    decoding at that depth would have written them token for token."""
+    """Return losses of the worked answers of a batch, in nats, at the policy's depth at every position, and whether
+    greedy decoding at that depth would have written them token for token.
+    """
     started = time.monotonic()
     examples = [render(item.problem, model.tokenizer, format) for item in batch.items]
     # The answer is one run of tokens; what follows it, the chat template's newline, is not scored.
@@ -252,6 +253,6 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
 
 
 def by_policy(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
-    """(policy, its outcomes) in the order in which policies first occur."""
+    """Yield (policy, its outcomes) in the order in which policies first occur."""
     for policy in dict.fromkeys(outcome["policy"] for outcome in outcomes):
         yield policy, [outcome for outcome in outcomes if outcome["policy"] == policy]

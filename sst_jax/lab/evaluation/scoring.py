@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
 
 def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], depth: int = 1) -> list[Scores]:
-    """Scores the tokens of each row from `starts` on, each given all before it, under the exact recurrence.
+    """Score the tokens of each row from `starts` on, each given all before it, under the exact recurrence.
 
     With a stream, every position has `depth` iterations, as in `Model.logits`: generation gives them only from the
     first new token on. A row begins with its context, of at least one token.

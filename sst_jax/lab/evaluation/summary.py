@@ -18,7 +18,7 @@ ORACLE = (
 
 
 def summarise(items: Sequence[Item], outcomes: Sequence[Outcome], measure: str) -> dict[str, Any]:
-    """What result.json holds of an evaluation's outcomes; `measure` is "answers" or "loss"."""
+    """Return what result.json holds of an evaluation's outcomes; `measure` is "answers" or "loss"."""
     if measure == "loss":
         return {"policies": {policy: loss_summary(group) for policy, group in by_policy(outcomes)}}
     groups = dict(by_policy(outcomes))
@@ -30,7 +30,7 @@ def summarise(items: Sequence[Item], outcomes: Sequence[Outcome], measure: str) 
 
 
 def answer_summary(group: Sequence[Outcome]) -> dict[str, Any]:
-    """Scores of one policy, with what the reading of answers did to them."""
+    """Return the accuracies of one policy, with counts of unparsed and truncated answers."""
 
     def share(field: str) -> dict[str, Any]:
         right, count = sum(outcome[field] for outcome in group), len(group)
@@ -59,8 +59,9 @@ def _ids(outcomes: Sequence[Outcome], wanted: Any) -> list[str]:
 
 
 def loss_summary(group: Sequence[Outcome]) -> dict[str, Any]:
-    """Nats per answer token over all items, with a bootstrap interval over items, and the share of answers that greedy
-    decoding would have written."""
+    """Return nats per answer token over all items with a bootstrap interval over items, and greedy
+    exact match.
+    """
     per_token, greedy = token_weighted(group), sum(outcome["greedy"] for outcome in group)
     return {
         "nats_per_token": finite(bootstrap_mean(per_token)),
@@ -72,13 +73,13 @@ def loss_summary(group: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def token_weighted(group: Sequence[Outcome]) -> np.ndarray:
-    """Items' losses [items] over the mean length of an answer, so that their mean is all nats over all tokens."""
+    """Return items' losses [items] over the mean answer length, so that their mean is nats/token over all tokens."""
     losses = np.array([outcome["loss"] for outcome in group])
     return losses / np.mean([outcome["answer_tokens"] for outcome in group])
 
 
 def between(groups: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
-    """Items that each further policy broke and mended against the first one, with exact McNemar p, Holm-adjusted."""
+    """Return each further policy's regressions and fixes against the first one, with exact McNemar p, Holm-adjusted."""
     first, *rest = groups
     found = []
     for policy in rest:
@@ -103,7 +104,7 @@ def between(groups: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
 
 
 def oracle(items: Sequence[Item], groups: dict[str, list[Outcome]]) -> dict[str, Any]:
-    """The any-policy union, and what redrawing as many answers at random would have made of the first policy."""
+    """Return the any-policy union, and what redrawing as many answers at random would have made of the first policy."""
     first, *rest = groups.values()
     right = np.array([[outcome["correct"] for outcome in group] for group in groups.values()])
     changed = [sum(a["strict"] != b["strict"] for a, b in zip(first, group, strict=True)) for group in rest]

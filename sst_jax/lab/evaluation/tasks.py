@@ -44,7 +44,7 @@ class Item(NamedTuple):
         return self.problem.id
 
     def chance(self, otherwise: float) -> float:
-        """That an answer drawn blindly is right: one of the choices, or `otherwise` where there are none."""
+        """Return the chance that a random answer is right: 1 / choices, or `otherwise` where there are none."""
         return 1.0 / len(self.order) if self.order else otherwise
 
 
@@ -66,7 +66,7 @@ class Task:
 
 
 def find(name: str) -> Task:
-    """Raises: InputError with the names there are."""
+    """Return the task of that name. Raises: InputError with the known names."""
     if (spec := tracking.parse(name)) is not None:
         return Task(name, functools.partial(_read_stories, spec), extractors.word, SHORT, worked=True)
     kind, colon, part = name.partition(":")
@@ -80,7 +80,7 @@ def find(name: str) -> Task:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """sha256 over all items as they are asked: another digest is another test."""
+    """Return the SHA-256 over all items as they are asked; it identifies the test."""
     total = hashlib.sha256()
     for item in items:
         total.update("\0".join((*item.problem, repr(item.order), "")).encode())
@@ -159,7 +159,7 @@ def _read_arc(source: str | None) -> list[Item]:
 
 
 def frozen_order(question: str, choices: Sequence[str]) -> tuple[int, ...]:
-    """The order in which choices are shown: by a hash of question and choice, so the same in every run anywhere."""
+    """Return the order in which choices are shown: by a hash of question and choice, so the same in every run."""
     keys = [hashlib.sha256(f"{question}\0{choice}".encode()).hexdigest() for choice in choices]
     return tuple(sorted(range(len(choices)), key=lambda index: (keys[index], index)))
 
@@ -174,7 +174,7 @@ def _multiple_choice(identity: str, question: str, shown: Sequence[str], right: 
 
 
 def _records(source: str | None, files: Sequence[str], hub: tuple[str, str, str]) -> Iterator[Record]:
-    """Records from the one of `files` that a folder holds, from a file, or from the hub."""
+    """Yield records from the one of `files` that a folder holds, from a file, or from the hub."""
     if source is None:
         advice = f"Or give --data a folder that holds {' or '.join(files)}"
         records = read_hub(*hub, advice)

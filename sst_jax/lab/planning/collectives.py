@@ -23,7 +23,9 @@ Sent = dict[str, tuple[str, float]]  # (kind, bytes) by a name for each collecti
 
 
 def sent(hlo: str, devices: int) -> dict[str, float]:
-    """Bytes that each device sends when the program runs once, by kind of collective; kinds it lacks are left out."""
+    """Return bytes that each device sends when the program runs once, by kind of collective; kinds it lacks are left
+    out.
+    """
     bodies, entry = _computations(hlo)
 
     @functools.cache
@@ -68,7 +70,7 @@ def _total(found: Sent) -> float:
 
 
 def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: as CUDA's and the CPU's compilers note, or up to the one constant of its condition."""
+    """Return a loop's trip count: as CUDA's and the CPU's compilers note it, or the one constant of its condition."""
     known = _KNOWN.search(line)
     if known:
         return int(known.group(1))
@@ -77,7 +79,7 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by name, and the name of the one that the program begins with."""
+    """Return the lines of every computation by name, and the name of the one that the program begins with."""
     bodies: dict[str, list[str]] = {}
     name = entry = ""
     for line in hlo.splitlines():
@@ -92,7 +94,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _bytes(kind: str, result: str, started: bool, line: str, devices: int) -> float:
-    """What one device sends for one collective, from the type of its result."""
+    """Return the bytes that one device sends for one collective, from the type of its result."""
     size = sum(
         math.prod(int(part) for part in shape.split(",") if part) * _bits(dtype) / 8
         for dtype, shape in _ARRAY.findall(result)
@@ -111,7 +113,7 @@ def _bits(dtype: str) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many devices take part with one another, from either of the three ways to write it."""
+    """Return the number of devices in a replica group, from any of its three spellings."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if mesh:
         sizes = dict(part.split("=") for part in mesh.group(1).replace("'", "").split(","))

@@ -100,7 +100,7 @@ _LIMITS = {
 
 
 def find(name: str) -> Target:
-    """The target of that name; of a GPU also several in one machine, as "h100x8".
+    """Return the target of that name; of a GPU also several in one machine, as "h100x8".
 
     Raises: InputError listing the names there are.
     """
@@ -113,7 +113,7 @@ def find(name: str) -> Target:
 
 
 def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str:
-    """A CUDA target as XLA's GpuTargetConfigProto in text form."""
+    """Return a CUDA target as XLA's GpuTargetConfigProto in text form."""
     threads, shared, shared_of_block = _LIMITS[target.capability]
     major, minor = target.capability
     device = {

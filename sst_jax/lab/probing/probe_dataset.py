@@ -17,8 +17,8 @@ from sst_jax.weights.provenance import Provenance
 
 
 def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]]:
-    """Records with id, question and the two outcomes of every item that has both; an outcome says of which format,
-    model and folder it is.
+    """Return records with id, question and the two outcomes of every item that has both; an outcome says of which
+    format, model and folder it is.
 
     Raises: InputError naming the folder that is no evaluation of answers, or the depth that none of them has.
     """
@@ -46,7 +46,7 @@ def read(folders: Sequence[str], depths: tuple[int, int]) -> list[dict[str, Any]
 def items(
     records: Sequence[dict[str, Any]], depths: tuple[int, int], tokenizer: Tokenizer, provenance: Provenance
 ) -> list[Item]:
-    """The items with their prompts as tokens; `provenance` is that of the model that the probe is for.
+    """Return the items with their prompts as tokens; `provenance` is that of the model that the probe is for.
 
     Raises: InputError where outcomes are another model's, or a prompt is not the one that was answered.
     """

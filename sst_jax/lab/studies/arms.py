@@ -47,13 +47,13 @@ class Costs:
 
 
 def costs(stream: Recipe, baseline: Recipe, backbone: BackboneConfig) -> Costs:
-    """Counted from the two recipes' train steps and shapes; nothing is computed."""
+    """Count costs from the two recipes' train steps and shapes; nothing is computed."""
 
     def trained(adapter: AdapterConfig, stream: StreamConfig | None) -> dict[str, Any]:
         return abstract_params(ModelConfig(backbone, stream, adapter))
 
     def blend() -> dict[str, Any]:
-        """What the stream learns: parameters of layers that carry no state are there, and do nothing."""
+        """Return what the stream learns: parameters of layers that carry no state are there, and do nothing."""
         whole = trained(stream.adapter, stream.stream.config)["blend"]
         return jax.eval_shape(
             lambda: {name: carriers(stream.stream.state, jnp.zeros(x.shape)) for name, x in whole.items()}
@@ -69,7 +69,7 @@ def costs(stream: Recipe, baseline: Recipe, backbone: BackboneConfig) -> Costs:
 
 
 def overrides(arm: str, recipe: Recipe, found: Costs) -> list[str]:
-    """What sets an arm of ARMS apart from the recipe, as arguments of `train`.
+    """Return what sets an arm of ARMS apart from the recipe, as arguments of `train`.
 
     Raises: InputError where there is nothing to match.
     """
@@ -91,7 +91,7 @@ def overrides(arm: str, recipe: Recipe, found: Costs) -> list[str]:
 
 
 def check(arms: Sequence[str], recipe: Recipe) -> None:
-    """Raises: InputError unless `arms` are distinct arms with "stream" among them, and the recipe has one."""
+    """Raise InputError unless `arms` are distinct arms with "stream" among them, and the recipe has one."""
     for number, arm in enumerate(arms):
         if arm not in ARMS:
             raise InputError(f"--arms {arm} is unknown; arms are {', '.join(ARMS)}")

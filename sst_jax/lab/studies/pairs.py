@@ -124,7 +124,7 @@ def plan(config: PairConfig, workdir: Path) -> tuple[dict[str, Any], list[Planne
 
 
 def check_run(config: str, overrides: Sequence[str], folder: Path) -> None:
-    """Raises: InputError where a run folder holds a run of another recipe."""
+    """Raise InputError where a run folder holds a run of another recipe."""
     check_recipe(folder, recipes.recorded(recipes.read(config, overrides)), default_record())
 
 

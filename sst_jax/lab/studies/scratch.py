@@ -51,7 +51,7 @@ CONTINUED = ("longer", "deepened", "mixed")
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """All knobs of such a recipe. `arms` names some of ARMS; `stream` is what its arm "stream" is."""
+    """Return all knobs of such a recipe. `arms` names some of ARMS; `stream` is what its arm "stream" is."""
     config = ml_collections.ConfigDict({"kind": KIND, "arms": "stream,plain,range"})
     config.task = ml_collections.ConfigDict({"name": "s3", "length": 12})
     config.model = ml_collections.ConfigDict({"layers": 2, "d_model": 64, "d_ff": 128, "heads": 4})
@@ -104,7 +104,7 @@ class Schedule:
 
 
 def make_arm(backbone: BackboneConfig, knobs: dict[str, Any]) -> Arm:
-    """An arm from the knobs of a section `stream`. Raises: InputError naming the knob."""
+    """Return an arm from the knobs of a section `stream`. Raises: InputError naming the knob."""
     section = StreamSection.from_knobs(knobs)
     stream = section.config
     if stream is not None and stream.alpha_warmup:
@@ -115,7 +115,7 @@ def make_arm(backbone: BackboneConfig, knobs: dict[str, Any]) -> Arm:
 
 
 def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: int) -> BackboneConfig:
-    """A small Gemma whose layers all see the whole word."""
+    """Return a small Gemma 3 backbone with global attention in every layer."""
     if heads < 1 or d_model < 1 or d_model % (2 * heads):
         raise InputError(f"model.d_model={d_model} must be an even number for each of model.heads={heads}")
     return BackboneConfig(
@@ -138,7 +138,7 @@ def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: 
 def fit(
     arm: Arm, task: Automaton, length: int, schedule: Schedule, start: Params | None = None, title: str = "training"
 ) -> tuple[Params, np.ndarray]:
-    """Weights of all seeds, [seeds, ...], and losses [steps, seeds]. `start`: weights to go on from."""
+    """Return weights of all seeds, [seeds, ...], and losses [steps, seeds]. `start`: initial weights."""
     if continued := start is not None:
         schedule = dataclasses.replace(schedule, steps=schedule.further_steps)
     seeds, optimizer = np.arange(schedule.seeds), schedule.optimizer
@@ -173,7 +173,7 @@ def _step(
     states: jax.Array,
     asked: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    """One step of one seed: the mean loss over the places where the state is asked."""
+    """Return one step of one seed: the mean loss over the places where the state is asked."""
 
     def mean_loss(params: Params) -> jax.Array:
         logits = rules.logits(
@@ -189,13 +189,13 @@ def _step(
 
 
 def save_params(folder: Path, params: Params) -> None:
-    """Writes params.safetensors, whose names are the tree's keys joined by slashes."""
+    """Write params.safetensors, whose names are the tree's keys joined by slashes."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     save_file({_name(path): np.asarray(leaf) for path, leaf in leaves}, folder / "params.safetensors")
 
 
 def load_params(folder: Path, config: ModelConfig) -> Params:
-    """Weights of all seeds as `save_params` wrote them."""
+    """Return weights of all seeds as `save_params` wrote them."""
     arrays = load_file(folder / "params.safetensors")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(arrays[_name(path)]), decoder.abstract_params(config)

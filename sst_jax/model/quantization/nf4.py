@@ -62,7 +62,7 @@ LEVELS = np.array(
 
 
 def _last_below(lower: np.float32, upper: np.float32) -> np.float32:
-    """The largest float32 that is no nearer to `upper` than to `lower`, distances rounded to float32."""
+    """Return the largest float32 that is no nearer to `upper` than to `lower`, distances rounded to float32."""
     x = np.float32((lower + upper) / 2)
 
     def below(x: np.float32) -> bool:
