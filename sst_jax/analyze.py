@@ -1,13 +1,13 @@
-"""Looks inside a model: what iterating at a position does to its hidden states, on one page.
+"""Analyze what iterating at a position does to a model's hidden states, as one HTML page.
 
-  python -m sst_jax.analyze --model runs/27b --prompts prompts.txt --depths 1,4 --out runs/27b/basins
-  python -m sst_jax.analyze --model runs/27b --task gsm8k --data DIR --limit 50 --depths 1,2,3,4 --out runs/27b/basins
-  python -m sst_jax.analyze approximation --model MODEL --out DIR
+  sst-jax analyze --model runs/27b --prompts prompts.txt --depths 1,4 --out runs/27b/basins
+  sst-jax analyze --model runs/27b --task gsm8k --data DIR --limit 50 --depths 1,2,3,4 --out runs/27b/basins
+  sst-jax analyze approximation --model MODEL --out DIR
 
 Each text is run at every depth. Cosine similarities between depths, the tokens that change with them, the noise floor
-and the controls go to DIR/report.html, figures and result.json. The same command on the same folder goes on where it
-stopped. Prompts are continued at the first depth, unless a .jsonl gives a field `text` to every one, or --text worked
-takes the worked answers of a task.
+and the controls go to DIR/report.html, figures and result.json. The same command on the same folder resumes. Prompts
+are continued at the first depth, unless a .jsonl gives a field `text` to every one, or --text worked takes the worked
+answers of a task.
 
 approximation: how far the parallel forwards are from the exact recurrence, and how the error falls with alpha.
 """
@@ -31,24 +31,45 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="any model with a stream")
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with `prompt` and maybe `text`")
+    given.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line, or .jsonl with `prompt` and optionally `text`"
+    )
     given.add_argument("--task", metavar="NAME", help="the questions of a task of `evaluate`, such as gsm8k or words")
     add("--out", required=True, metavar="DIR", help="report.html, figures, result.json and what was collected go here")
     add("--depths", default="1,4", metavar="A,B,...", help="the first is compared with the others (default: 1,4)")
-    add("--text", choices=("generated", "worked"), default="generated", help="what follows a task's questions")
+    add(
+        "--text",
+        choices=("generated", "worked"),
+        default="generated",
+        help="continuation of a task's questions: generated, or the worked answer",
+    )
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
-    add("--limit", type=int, default=50, metavar="N", help="only the first N prompts (default: 50; 0: all)")
-    add("--format", choices=("plain", "chat"), help="of a task's prompts (default: as the run was trained, else plain)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="of generated texts (default: 64)")
-    add("--between", choices=("runs", "iterations"), default="runs", help="one run a depth, or the iterations of one")
-    add("--what", choices=("output", "memory"), default="output", help="a layer's output, or what its stream remembers")
-    add("--layer", type=int, default=-1, metavar="L", help="where shifts are looked for (default: -1, the last)")
+    add("--limit", type=int, default=50, metavar="N", help="use only the first N prompts (default: 50; 0: all)")
+    add(
+        "--format",
+        choices=("plain", "chat"),
+        help="format of a task's prompts (default: as the run was trained, else plain)",
+    )
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="length of generated texts (default: 64)")
+    add(
+        "--between",
+        choices=("runs", "iterations"),
+        default="runs",
+        help="compare one run per depth, or the iterations of one run",
+    )
+    add(
+        "--what",
+        choices=("output", "memory"),
+        default="output",
+        help="compare layer outputs, or the states of the stream (memory)",
+    )
+    add("--layer", type=int, default=-1, metavar="L", help="layer in which shifts are tested (default: -1, the last)")
     add("--controls", type=int, default=10, metavar="N", help="problems that are also run as controls (default: 10)")
-    add("--no-rounding", action="store_true", help="leave the bfloat16 run out, and with it the noise floor")
-    add("--batch-size", type=int, default=4, metavar="B", help="problems walked together (default: 4)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)")
-    add("--probe", metavar="FILE", help="show this probe's scores on the page")
-    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
+    add("--no-rounding", action="store_true", help="omit the bfloat16 run, and with it the noise floor")
+    add("--batch-size", type=int, default=4, metavar="B", help="problems per batch (default: 4)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model (default: float32)")
+    add("--probe", metavar="FILE", help="include this probe's scores in the report")
+    add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
     return parser
 
 
@@ -65,13 +86,13 @@ def approximation_parser() -> Parser:
     add("--forwards", default=FORWARDS, metavar="F,G:K,...", help="default: %(default)s")
     add("--depths", default="1", metavar="I,...", help="iteration depths (default: 1)")
     add("--lengths", default="128", metavar="T,...", help="positions (default: 128)")
-    add("--batch", type=int, default=2, metavar="B", help="rows of text (default: 2)")
+    add("--batch", type=int, default=2, metavar="B", help="sequences of text (default: 2)")
     add("--state", choices=("ffn", "block"), help="what a state is (default: the model's own)")
     add("--norm", choices=("none", "rms", "match"), help="how a state is normed (default: the model's own)")
     add("--propagate", choices=("scan", "shift"), help="how block states are carried (default: the model's own)")
-    add("--no-gradients", action="store_true", help="leave gradients out")
+    add("--no-gradients", action="store_true", help="omit gradients")
     add("--dtype", choices=("float32", "float64"), default="float32", help="float64 shows orders below 1e-6")
-    add("--json", metavar="FILE", help="write the result here too (always in DIR/result.json)")
+    add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
     return parser
 
 
@@ -128,7 +149,7 @@ def basins(args: Any) -> None:
 
 
 def read_asked(args: Any) -> list[Any]:
-    """The prompts' records or the task's items, before the model is read."""
+    """Return the prompts' records or the task's items, before the model is read."""
     if args.prompts:
         from sst_jax.data.prompts import read_prompts
 
@@ -157,7 +178,7 @@ def read_asked(args: Any) -> list[Any]:
 
 
 def texts_of(args: Any, asked: list[Any], model: Any) -> list[Any]:
-    """Prompts, and what is given to follow them, as tokens."""
+    """Return prompts, and what is given to follow them, as tokens."""
     from sst_jax.data.prompts import prompt_tokens, render
     from sst_jax.lab.analysis.collect import Text
 
@@ -182,7 +203,7 @@ def texts_of(args: Any, asked: list[Any], model: Any) -> list[Any]:
 
 
 def numbers(text: str, kind: type, flag: str) -> list[Any]:
-    """A list from a comma-separated flag; raises InputError naming the flag."""
+    """Return a list from a comma-separated flag; raises InputError naming the flag."""
     try:
         values = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -245,7 +266,7 @@ def approximation(args: Any) -> None:
 
 
 def text_tokens(tokenizer: Any, file: str | None, rows: int, length: int) -> Any:
-    """[rows, length] tokens of running text, every row beginning with BOS where the model's texts do."""
+    """Return [rows, length] tokens of running text, every row beginning with BOS where the model's texts do."""
     import numpy as np
 
     from sst_jax.data.problems import word_problems
@@ -269,7 +290,7 @@ def text_tokens(tokenizer: Any, file: str | None, rows: int, length: int) -> Any
 
 
 def report_orders(records: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> None:
-    """The table that a person reads: errors at each alpha, and the fitted order."""
+    """Print the table: errors at each alpha, and the fitted order."""
     alphas = sorted({record["alpha"] for record in records}, reverse=True)
     for depth, length in sorted({(record["depth"], record["length"]) for record in records}):
         here = [record for record in records if (record["depth"], record["length"]) == (depth, length)]

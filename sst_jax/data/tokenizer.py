@@ -57,26 +57,28 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_text(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no control tokens."""
+        """Return ids of the text alone: no BOS, no control tokens."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; special tokens and ids beyond the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
+        """Return the text; special tokens and ids beyond the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
 
     @abc.abstractmethod
     def piece_id(self, piece: str) -> int | None:
-        """The id of a whole piece such as "<start_of_turn>", or None."""
+        """Return the id of a whole piece such as "<start_of_turn>", or None."""
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """What to store beside the weights, by file name, so that `load_tokenizer` reads an equal tokenizer back."""
+        """Return what to store beside the weights, by file name, so that `load_tokenizer` reads an equal tokenizer
+        back.
+        """
 
     @abc.abstractmethod
     def export_files(self) -> dict[str, bytes]:
-        """Files from which `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids."""
+        """Return files from which `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of the text, after BOS if `bos` and the model is one that wants it."""
+        """Return ids of the text, after BOS if `bos` and the model is one that wants it."""
         first = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
         return first + self.encode_text(text)
 
@@ -99,7 +101,7 @@ class Tokenizer(abc.ABC):
         return total.hexdigest()
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in Gemma's turns, with exactly one BOS.
+        """Return ids of a conversation in Gemma's turns, with exactly one BOS.
 
         `messages` are {"role": "user" | "assistant" | "system", "content": text}: at most one system message, first,
         which goes into the first user turn; then user and assistant in turn, as the model was trained.
@@ -153,7 +155,9 @@ class SentencePieceTokenizer(Tokenizer):
     def from_gguf_vocabulary(
         cls, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], facts: Mapping[str, Any]
     ) -> SentencePieceTokenizer:
-        """From a GGUF's own vocabulary; `facts` is its metadata by full key ("tokenizer.ggml.bos_token_id", ...).
+        """Build the tokenizer from a GGUF's vocabulary.
+
+        `facts` is its metadata by full key ("tokenizer.ggml.bos_token_id", ...).
 
         Raises: InputError when the vocabulary is not SentencePiece, or its parts disagree.
         """
@@ -213,7 +217,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_gguf_facts(cls, facts: Mapping[str, Any]) -> HuggingFaceTokenizer:
-        """From the `tokenizer.*` metadata of a GGUF whose vocabulary is byte-level BPE ("gpt2").
+        """Build the tokenizer from the `tokenizer.*` metadata of a GGUF whose vocabulary is byte-level BPE ("gpt2").
 
         Raises: InputError as `vocabulary.byte_level_json`; KeyError for a key that is missing.
         """
@@ -230,7 +234,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return cls(folder)
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in the turns of the folder's chat template; Gemma's by `Tokenizer.chat`.
+        """Return ids of a conversation in the turns of the folder's chat template; Gemma's by `Tokenizer.chat`.
 
         What looks like a special token inside a message is its characters.
         Raises: InputError as there, and where the folder has no template or the template refuses.
@@ -313,7 +317,7 @@ _NAMED = {"unk": "unknown", "bos": "bos", "eos": "eos", "pad": "padding"}  # spe
 
 
 def _config(named: Mapping[str, str], add_bos: bool, template: str | None) -> bytes:
-    """A tokenizer_config.json; `named` are the pieces of _NAMED that there are."""
+    """Return a tokenizer_config.json; `named` are the pieces of _NAMED that there are."""
     config = {
         # The class that takes tokenizer.json as it stands; GemmaTokenizer would rebuild parts of it.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -337,7 +341,8 @@ def _export(vocabulary: vocabularies.Vocabulary, add_bos: bool) -> dict[str, byt
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder (ours by its marker, else Hugging Face's files, else a `tokenizer.model`) or GGUF file.
+    """Return the tokenizer of a folder (ours by its marker, else Hugging Face's files, else a `tokenizer.model`) or
+    GGUF file.
 
     Raises: InputError naming the folder when it holds none, or a broken one.
     """

@@ -38,7 +38,7 @@ class Vocabulary(NamedTuple):
 def vocabulary_from_gguf(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], facts: Mapping[str, Any]
 ) -> Vocabulary:
-    """`tokenizer.ggml.{tokens,scores,token_type}` and the other `tokenizer.ggml.*` facts, by their full names.
+    """Return `tokenizer.ggml.{tokens,scores,token_type}` and the other `tokenizer.ggml.*` facts, by their full names.
 
     Where the facts are silent a space goes before every text, as in llama.cpp (Gemma's files say that none does).
 
@@ -99,7 +99,7 @@ def _field(number: int, value: int | float | str | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of one protobuf message: int, float, or the bytes of a submessage or string."""
+    """Yield (field number, value) of one protobuf message: int, float, or the bytes of a submessage or string."""
     at = 0
 
     def varint() -> int:
@@ -128,7 +128,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def to_model_proto(vocabulary: Vocabulary) -> bytes:
-    """A serialized ModelProto: BPE, byte fallback, identity normaliser. The field numbers are the format's."""
+    """Return a serialized ModelProto: BPE, byte fallback, identity normaliser. The field numbers are the format's."""
     special = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
     trainer = (
         _field(3, 2) + _field(4, len(vocabulary.pieces)) + _field(35, 1)
@@ -147,7 +147,7 @@ def to_model_proto(vocabulary: Vocabulary) -> bytes:
 
 
 def from_model_proto(data: bytes) -> Vocabulary:
-    """Reads a ModelProto back; fields that a BPE vocabulary does not need are skipped.
+    """Read a ModelProto back; fields that a BPE vocabulary does not need are skipped.
 
     Raises: InputError when the bytes are not such a model, or it is not BPE with an identity normaliser.
     """
@@ -181,7 +181,7 @@ def from_model_proto(data: bytes) -> Vocabulary:
 
 
 def _template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
-    """The post-processor that puts the BOS in front, where there is one."""
+    """Return the post-processor that puts the BOS in front, where there is one."""
     first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
     start = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
     return {
@@ -200,7 +200,7 @@ def _added_token(index: int, piece: str, special: bool, normalized: bool = False
 
 
 def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
-    """The same vocabulary as a `tokenizer.json`, which gives the same ids in the tokenizers library.
+    """Return the same vocabulary as a `tokenizer.json`, which gives the same ids in the tokenizers library.
 
     SentencePiece joins the neighbours whose join scores highest; the library wants a ranked list of pairs, so every
     split of every piece into two other pieces is listed, best score first.
@@ -260,7 +260,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
 
 
 def byte_level_json(facts: Mapping[str, Any]) -> bytes:
-    """A `tokenizer.json` from the `tokenizer.ggml.*` facts of a GGUF whose model is "gpt2".
+    """Return a `tokenizer.json` from the `tokenizer.ggml.*` facts of a GGUF whose model is "gpt2".
 
     Raises: InputError when its way of splitting text is not one of SPLITTINGS, or its parts disagree.
     """

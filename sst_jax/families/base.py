@@ -81,7 +81,7 @@ class Metadata:
         return self.pairs.get(f"{self.architecture}.{name}", default)
 
     def number(self, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
-        """A positive number of a kind.
+        """Return a positive number of a kind.
 
         Raises: InputError naming the key that is missing without a default, or is no such number.
         """

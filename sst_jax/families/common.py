@@ -13,7 +13,7 @@ from sst_jax.model.backbone import BackboneConfig
 
 
 def layer_param(path: str, axes: str, huggingface: str, gguf: str, transform: str) -> ParamSpec:
-    """An array of every layer, whose last part is "bias" where its path's is, "weight" elsewhere."""
+    """Return an array of every layer, whose last part is "bias" where its path's is, "weight" elsewhere."""
     last = "bias" if path.endswith("/bias") else "weight"
     return ParamSpec(
         f"layers/{path}",
@@ -57,7 +57,7 @@ def global_decoder(
     shape: tuple[int, ...],
     **fields: Any,
 ) -> BackboneConfig:
-    """A decoder with global attention only, whose queries are scaled by its head_dim.
+    """Return a decoder with global attention only, whose queries are scaled by its head_dim.
 
     Args:
       family: its name.
@@ -73,7 +73,7 @@ def global_decoder(
 
 
 def positive_number(fields: JsonObject, name: str, default: float | None, where: str) -> Any:
-    """A positive number of a JSON object: an int where its default is one, else a float.
+    """Return a positive number of a JSON object: an int where its default is one, else a float.
 
     Raises: InputError naming the field.
     """
@@ -93,7 +93,7 @@ _SHAPES = {
 
 
 def shape_fields(*defaults: int | float | None) -> dict[str, tuple[str, int | float | None]]:
-    """`ConfigFormat.fields` of the shapes that all families have, from transformers' defaults.
+    """Return `ConfigFormat.fields` of the shapes that all families have, from transformers' defaults.
 
     They are those of num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim, vocab_size, norm_eps and
     max_positions.
@@ -110,7 +110,7 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddi
 
 
 def _llama_rope(config: JsonObject, max_positions: int, where: str) -> Fields:
-    """theta and scaling of the one kind of layer, from either style of config."""
+    """Return theta and scaling of the one kind of layer, from either style of config."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
     if not isinstance(rope, Mapping):
@@ -136,7 +136,7 @@ def _llama_rope(config: JsonObject, max_positions: int, where: str) -> Fields:
 
 
 def read_llama_config(config: JsonObject, fields: Fields, where: str) -> Fields:
-    """`ConfigFormat.read` of a decoder with global attention only."""
+    """Return `ConfigFormat.read` of a decoder with global attention only."""
     tied, layer_types = config.get("tie_word_embeddings", False), config.get("layer_types")
     if not isinstance(tied, bool):
         raise InputError(f"{where}: tie_word_embeddings={tied!r} must be true or false")
@@ -147,7 +147,7 @@ def read_llama_config(config: JsonObject, fields: Fields, where: str) -> Fields:
 
 
 def write_llama_config(backbone: BackboneConfig) -> dict[str, Any]:
-    """`ConfigFormat.write` of a decoder with global attention only."""
+    """Return `ConfigFormat.write` of a decoder with global attention only."""
     scaling: dict[str, Any] | None = {"rope_type": "linear", "factor": backbone.rope_scale_global}
     if backbone.rope_llama3 is not None:
         scaling = {
@@ -172,7 +172,7 @@ def write_llama_config(backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def read_llama_metadata(metadata: Metadata, fields: Fields) -> Fields:
-    """`GGUFFormat.read` of a decoder with global attention only."""
+    """Return `GGUFFormat.read` of a decoder with global attention only."""
     head_dim = metadata.number("attention.key_length", default=fields["d_model"] // fields["num_heads"])
     for name, allowed, problem in (
         ("expert_count", (None, 0), "is unsupported: mixtures of experts are not read"),
@@ -196,7 +196,7 @@ _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def split_words(digits: str, normalizer: dict[str, Any] | None = None, ignore_merges: bool = False) -> Splitting:
-    """Words as GPT-4 cuts them, with numbers cut as the pattern `digits` says."""
+    """Return words as GPT-4 cuts them, with numbers cut as the pattern `digits` says."""
     pattern = {"Regex": f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}"}
     return Splitting(
         [

@@ -47,7 +47,7 @@ PARAMS = (
 
 
 def _preset(*shape: int, window: int, scalar: float, **fields: Any) -> BackboneConfig:
-    """A size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
+    """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     large = {"vocab_size": 262_208, "rope_scale_global": 8.0, "max_positions": 131_072}
     sizes: dict[str, Any] = dict(zip(SHAPE, shape, strict=True))
     return BackboneConfig(**{**sizes, **large, **fields, "window": window, "query_pre_attn_scalar": scalar})
@@ -70,7 +70,9 @@ _KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 
 def _rope(config: JsonObject, where: str) -> tuple[float, float, float]:
-    """(theta of local layers, theta of global layers, linear scale of global layers), from either style of config."""
+    """Return (theta of local layers, theta of global layers, linear scale of global layers), from either style of
+    config.
+    """
     given = config.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or set(given) - set(_KINDS):
         raise InputError(f"{where}: rope_parameters={given!r} must have one entry per layer type ({', '.join(_KINDS)})")
@@ -130,7 +132,7 @@ def _write_config(backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def _wrap(text: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The multimodal config.json around a text config, the only one under which transformers looks for its keys.
+    """Return the multimodal config.json around a text config, the only one under which transformers looks for its keys.
 
     A Gemma3ForCausalLM finds none of them and stays random. The vision tower is the smallest possible one and not in
     the checkpoint: AutoModelForCausalLM reports its weights as missing and computes text exactly; images mean nothing
@@ -158,7 +160,7 @@ def _wrap(text: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _read_metadata(metadata: Metadata, fields: Fields) -> Fields:
-    """What llama.cpp knows by heart.
+    """Return the facts that llama.cpp does not read from the file.
 
     The query scale (head_dim, but d_model / num_heads for the 27B, which llama.cpp tells by its 62 layers), and usually
     the 5:1 pattern of layers and the local layers' RoPE theta of 10,000.

@@ -109,7 +109,7 @@ class Model:
         segment_ids: Any = None,
         positions: Any = None,
     ) -> jax.Array:
-        """Logits [B, T, V], float32, of tokens [B, T].
+        """Return logits [B, T, V], float32, of tokens [B, T].
 
         Args:
           forward: "plain", "two_pass", "k_pass", "local" or "exact" (`model/rules.py`); None: "exact", which is what
@@ -143,7 +143,7 @@ class Model:
             )
 
     def _mesh(self) -> contextlib.AbstractContextManager:
-        """The mesh that the parameters lie on, where they do, as the one in force."""
+        """Return the mesh that the parameters lie on, where they do, as the one in force."""
         place = getattr(self.params["base"]["embed"]["embedding"], "sharding", None)
         if isinstance(place, jax.sharding.NamedSharding) and isinstance(place.mesh, jax.sharding.Mesh):
             return jax.set_mesh(place.mesh)
@@ -175,7 +175,7 @@ class Model:
         stop: str | Sequence[str] = (),
         chat: bool = False,
     ) -> Iterator[TextDelta]:
-        """Generates and yields text as it comes; arguments as for `generate`."""
+        """Generate and yield text as it comes; arguments as for `generate`."""
         prompts = _as_list(prompts)
         if n < 1:
             raise InputError(f"n={n} must be at least 1")
@@ -222,7 +222,7 @@ class Model:
         return self.generate_iter(prompts, **settings)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
-        """Answers to one prompt or many, text or token ids, in one batch.
+        """Answer to one prompt or many, text or token ids, in one batch.
 
         Args:
           depth: iterations of the stack at each position from the first generated one: a number, or a policy
@@ -252,7 +252,7 @@ class Model:
         return self._ids([list(prompt)])[0].tolist()
 
     def with_stream(self, seed: int = 0, **fields: Any) -> Model:
-        """The same backbone with a fresh stream; `fields` are StreamConfig's. A number for alpha fixes it there.
+        """Return the same backbone with a fresh stream; `fields` are StreamConfig's. A number for alpha fixes it there.
 
         Raises: InputError on an unknown field or a bad value.
         """
@@ -264,12 +264,12 @@ class Model:
         return Model(config, {**self.params, "blend": fresh}, self.tokenizer, self.provenance)
 
     def without_stream(self) -> Model:
-        """The same backbone and adapter with the stream taken off."""
+        """Return the same backbone and adapter with the stream taken off."""
         config = dataclasses.replace(self.config, stream=None)
         return Model(config, {**self.params, "blend": {}}, self.tokenizer, self.provenance)
 
     def save(self, directory: str | Path, vision: bool = True) -> Path:
-        """Writes a base folder that `load` and every command take; `vision`: with a multimodal base's tower beside it.
+        """Write a base folder that `load` and every command take; `vision`: with a multimodal base's tower beside it.
 
         Raises: InputError when the folder is not empty.
         """
@@ -283,7 +283,7 @@ class Model:
 
 
 def load(model: str | Path, dtype: str | None = None, mesh: Mapping[str, int] | None = None) -> Model:
-    """Opens a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run.
+    """Open a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run.
 
     `dtype`: "float32" or "bfloat16" for the base; None is float32 on a CPU and bfloat16 elsewhere.
     `mesh`: devices along "data", "fsdp" and "tensor" (see `model/sharding.py`), such as {"tensor": 8}, where one device
@@ -300,7 +300,7 @@ def load(model: str | Path, dtype: str | None = None, mesh: Mapping[str, int] | 
 
 
 def count(tree: Any) -> int:
-    """Numbers in a tree of arrays."""
+    """Return the number of values in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 

@@ -259,7 +259,7 @@ def parse_list(text: str, files: bool = False) -> list[Policy]:
 
 
 def check_distinct(policies: Sequence[Policy]) -> None:
-    """Raises: InputError where a policy is there twice."""
+    """Raise InputError where a policy is there twice."""
     for number, policy in enumerate(policies):
         if policy in policies[:number]:
             raise InputError(f"depth={','.join(each.name for each in policies)!r} names {policy.name} twice")

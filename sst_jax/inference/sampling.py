@@ -50,7 +50,7 @@ class Scores(NamedTuple):
 
 
 def sampling_params(samplings: Sequence[Sampling], seeds: Sequence[int]) -> SamplingParams:
-    """The rows of a batch; seeds are taken modulo 2**32."""
+    """Return the rows of a batch; seeds are taken modulo 2**32."""
     return SamplingParams(
         np.array([sampling.temperature for sampling in samplings], np.float32),
         np.array([sampling.top_k for sampling in samplings], np.int32),
@@ -60,7 +60,9 @@ def sampling_params(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Samp
 
 
 def sample(rows: SamplingParams, logits: jax.Array, position: jax.Array) -> jax.Array:
-    """Next tokens int32 [B] from logits [B, V]; a row draws from its seed and `position` [B], whoever is beside it."""
+    """Return next tokens int32 [B] from logits [B, V]; a row draws from its seed and `position` [B],
+    independent of the other rows.
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     warm = rows.temperature > 0.0
 
@@ -77,7 +79,7 @@ def sample(rows: SamplingParams, logits: jax.Array, position: jax.Array) -> jax.
 
 
 def _cut(rows: SamplingParams, logits: jax.Array) -> jax.Array:
-    """Logits with -inf wherever top_k or top_p leave a token out; those of rows that cut nothing as they are."""
+    """Return logits with -inf wherever top_k or top_p leave a token out; those of rows that cut nothing as they are."""
     top_k = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[-1])[:, None]
     top_p = jnp.where(rows.top_p < 1.0, rows.top_p, jnp.inf)[:, None]  # a rounded sum may reach 1 before the last token
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
@@ -89,7 +91,9 @@ def _cut(rows: SamplingParams, logits: jax.Array) -> jax.Array:
 
 
 def score(logits: jax.Array, tokens: jax.Array, top: int) -> Scores:
-    """Log-probabilities of `tokens` [...] under logits [..., V], unscaled by any temperature, and of the `top` best."""
+    """Return log-probabilities of `tokens` [...] under logits [..., V], unscaled by any temperature, and of the `top`
+    best.
+    """
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     best, ids = jax.lax.top_k(logits, top)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)

@@ -25,24 +25,26 @@ class Interval(NamedTuple):
 
 
 def finite(interval: Interval) -> dict[str, float | None]:
-    """For JSON, which knows no infinity: an end that is not finite, as where there is a single item, is None."""
+    """Return an interval for JSON, which has no infinity: an end that is not finite becomes None."""
     return {name: float(value) if math.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
 def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> Interval:
-    """A share with Wilson's score interval (Wilson 1927); statsmodels' `proportion_confint(method="wilson")`."""
+    """Return a proportion with Wilson's score interval (1927); statsmodels' `proportion_confint(method="wilson")`."""
     result = stats.binomtest(successes, count).proportion_ci(confidence, method="wilson")
     return Interval(successes / count, float(result.low), float(result.high))
 
 
 def mcnemar(broken: int, mended: int) -> float:
-    """Two-sided p of the exact McNemar test: the discordant pairs against a fair coin. 1 where there are none."""
+    """Return the two-sided p of the exact McNemar test: discordant pairs against a fair coin; 1 without any."""
     total = broken + mended
     return float(stats.binomtest(broken, total).pvalue) if total else 1.0
 
 
 def holm(pvalues: Sequence[float] | np.ndarray) -> list[float]:
-    """Holm's step-down adjustment (Holm 1979), in the order given: reject where the adjusted p is below the level."""
+    """Return Holm's step-down adjustment (Holm 1979), in the order given: reject where the adjusted p is below the
+    level.
+    """
     adjusted, running = [0.0] * len(pvalues), 0.0
     for rank, index in enumerate(np.argsort(pvalues, kind="stable")):
         running = max(running, min(1.0, (len(pvalues) - rank) * pvalues[index]))
@@ -53,7 +55,7 @@ def holm(pvalues: Sequence[float] | np.ndarray) -> list[float]:
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The mean of values over items with a percentile interval from resampling items.
+    """Return the mean of values over items with a percentile interval from resampling items.
 
     Given differences of two runs on the same items, this is the paired bootstrap. One item tells nothing: (-inf, inf).
     """
@@ -80,7 +82,7 @@ def clustered_ratio(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """sum(above) / sum(below) over clusters with a percentile interval from resampling clusters.
+    """Return sum(above) / sum(below) over clusters with a percentile interval from resampling clusters.
 
     The mean of values that come in clusters (positions of a text), given each cluster's sum and count. Clusters that
     have nothing below do not count; nan where none has, and no interval from a single one.
@@ -95,12 +97,14 @@ def clustered_ratio(
 
 
 def clustered_mean(groups: Sequence[np.ndarray], **settings: Any) -> Interval:
-    """`clustered_ratio` of the values in groups, as their mean."""
+    """Return `clustered_ratio` of the values in groups, as their mean."""
     return clustered_ratio([float(np.sum(group)) for group in groups], [len(group) for group in groups], **settings)
 
 
 def t_mean(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of a few values, such as one difference a seed, with Student's interval; (-inf, inf) for one value."""
+    """Return the mean of a few values, such as one difference a seed, with Student's interval; (-inf, inf) for one
+    value.
+    """
     few = np.asarray(values, float)
     mean, count = float(few.mean()), len(few)
     if count < 2:
@@ -117,7 +121,7 @@ def redraw_union(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """The any-policy union that chance alone would give: the noise control of an oracle.
+    """Return the any-policy union that chance alone would give: the noise control of an oracle.
 
     Policy 1 was right where `right` [items] says. Further policy j is replaced by one that knows nothing: as many
     answers as it changed, changed[j], are drawn anew for items picked at random, and are right with the item's
@@ -141,7 +145,8 @@ def redraw_union(
 
 
 def discordant_range(first: int, second: int, count: int) -> list[tuple[int, int]]:
-    """All (broken, mended) that two published counts of right answers allow: `first` and `second` of `count` items.
+    """Return all (regressions, fixes) that two published counts of right answers allow: `first` and `second` of `count`
+    items.
 
     Counts alone do not say how many items both had right, so a p-value from them is a range.
     """

@@ -24,7 +24,7 @@ LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in mul
 def pick(
     implementation: str, head_dim: int, dtype: str, backend: str, capability: tuple[int, int] | None = None
 ) -> str:
-    """The kernel that "auto" stands for, or the named one after a check.
+    """Return the kernel that "auto" stands for, or the named one after a check.
 
     backend is "cpu", "gpu" or "tpu"; capability the CUDA compute capability, None where unknown (taken as below 9.0).
 
@@ -54,7 +54,7 @@ def pick(
 
 
 def here(implementation: str, dtype: str, head_dim: int) -> str:
-    """`pick` for the device that JAX runs on."""
+    """Return `pick` for the device that JAX runs on."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if not capability:
@@ -66,7 +66,7 @@ def here(implementation: str, dtype: str, head_dim: int) -> str:
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None
 ) -> jax.Array:
-    """cuDNN's flash attention: [B, T, N, H] from q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T]."""
+    """Return cuDNN's flash attention: [B, T, N, H] from q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T]."""
     length = q.shape[1]
     # The backward kernel takes even lengths only. The position more is of no document, and nobody earlier looks ahead.
     q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
@@ -92,7 +92,7 @@ def splash(
     window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's splash attention for TPU, shapes as for `cudnn`; `interpret` runs it on a CPU, slowly."""
+    """Return JAX's splash attention for TPU, shapes as for `cudnn`; `interpret` runs it on a CPU, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     length = q.shape[1]
@@ -122,7 +122,9 @@ def splash(
 
 
 def _same(segment_ids: jax.Array) -> jax.Array:
-    """bool [B, 1, T, T]: whether two positions are of one document. Padding counts as one, so no query sees nothing."""
+    """Return bool [B, 1, T, T]: whether two positions are of one document. Padding counts as one, so no query sees
+    nothing.
+    """
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
 
@@ -135,7 +137,7 @@ def _padded(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, mu
 
 
 def compiler_options(platform: str) -> dict[str, int]:
-    """XLA options of a train step on "gpu" (or "cuda"), "cpu" or "tpu"."""
+    """Return XLA options of a train step on "gpu" (or "cuda"), "cpu" or "tpu"."""
     if platform not in ("gpu", "cuda"):
         return {}
     # XLA would merge x W and x A into x [W, A], and for that copy the frozen kernel W beside LoRA's A, every time.
@@ -143,7 +145,9 @@ def compiler_options(platform: str) -> dict[str, int]:
 
 
 def on_mesh(kernel: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
-    """A kernel on each device's rows and heads: XLA cannot cut splash, and for cuDNN's it gathers the rows first."""
+    """Return a kernel on each device's rows and heads: XLA cannot cut splash, and for cuDNN's it gathers the rows
+    first.
+    """
     heads = ("rows", None, "heads", None)
     *arrays, scale, window = arguments
     return on_parts(

@@ -92,7 +92,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of a config over the given devices, by default all there are.
+    """Return the mesh of a config over the given devices, by default all there are.
 
     Raises: InputError where they are too few, or some are left over that -1 should take in.
     """
@@ -110,7 +110,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def check(mesh: Mesh, backbone: BackboneConfig | None = None, batch_size: int | None = None) -> None:
-    """Raises InputError naming a dimension of a model or batch that a mesh axis does not divide."""
+    """Raise InputError naming a dimension of a model or batch that a mesh axis does not divide."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size is not None and batch_size % rows:
         raise InputError(f"data.batch_size={batch_size} does not divide by mesh.data x mesh.fsdp = {rows}")
@@ -122,7 +122,7 @@ def check(mesh: Mesh, backbone: BackboneConfig | None = None, batch_size: int | 
 
 
 def axes_of(path: tuple[Any, ...], rank: int) -> Axes:
-    """Logical axes of an array by its path in a tree: parameters, their gradients and moments, caches, batches."""
+    """Return the logical axes of an array by its path in a tree: parameters, gradients, moments, caches, batches."""
     names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
     linear = _LINEARS.get(names[-2]) if len(names) > 1 else None
     if linear is None:
@@ -133,14 +133,14 @@ def axes_of(path: tuple[Any, ...], rank: int) -> Axes:
 
 
 def _stored_axes(name: str, kernel: Axes) -> Axes:
-    """Logical axes of an array of a linear's leaf, by those of its kernel [L, inputs, outputs]."""
+    """Return logical axes of an array of a linear's leaf, by those of its kernel [L, inputs, outputs]."""
     *stack, inputs, outputs = kernel
     along = {"inputs": inputs, "outputs": outputs}
     return (*stack, *(along[axis] for axis in storages.axes_of(name) or along))
 
 
 def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = None) -> PartitionSpec:
-    """The mesh axes of every dimension of a shape."""
+    """Return the mesh axes of every dimension of a shape."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         names = [name for name in _RULES.get(axis or "", ()) if name != without and mesh.shape[name] > 1]
@@ -151,7 +151,7 @@ def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = No
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every array (or shape) of a tree, by its path."""
+    """Return a NamedSharding for every array (or shape) of a tree, by its path."""
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, spec(mesh, axes_of(path, len(leaf.shape)), leaf.shape))
@@ -160,7 +160,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Where an array belongs: on the mesh that is set, or on the first device."""
+    """Return an array's sharding: on the mesh that is set, or on the first device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -168,7 +168,7 @@ def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.S
 
 
 def device_put_sharded(tree: Any) -> Any:
-    """A tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set.
+    """Return a tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set.
 
     In a function that is being traced it is `constrain_tree`.
     """
@@ -188,30 +188,30 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def _mesh_inside() -> Any:
-    """The mesh that a function is being traced for, or None where it has one device or is not ours."""
+    """Return the mesh that a function is being traced for, or None where it has one device or is not ours."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
 def on_a_mesh() -> bool:
-    """Whether a function is being traced for more than one device."""
+    """Return whether a function is being traced for more than one device."""
     return _mesh_inside() is not None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, told where to lie by the logical axes of its dimensions."""
+    """Return x with a sharding constraint from the logical axes of its dimensions."""
     mesh = _mesh_inside()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
 def constrain_tree(tree: Any) -> Any:
-    """A tree of arrays, told to lie where their paths say."""
+    """Return a tree of arrays with sharding constraints from their paths."""
     mesh = _mesh_inside()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
 def gather(tree: Any) -> Any:
-    """One layer's parameters brought together over `fsdp`, as they are stored; over `tensor` they stay apart."""
+    """Return one layer's parameters gathered over `fsdp`, as they are stored; over `tensor` they stay sharded."""
     mesh = _mesh_inside()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return tree
@@ -224,7 +224,9 @@ def gather(tree: Any) -> Any:
 
 
 def on_parts(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]) -> jax.Array:
-    """function(*arrays) on each device's own parts, for kernels that XLA cannot cut; the result lies like the first."""
+    """Return function(*arrays) on each device's own parts, for kernels that XLA cannot cut; the result lies like the
+    first.
+    """
     mesh = _mesh_inside()
     if mesh is None:
         return function(*arrays)

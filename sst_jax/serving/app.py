@@ -109,7 +109,7 @@ class Api:
 
 
 async def _body(request: HttpRequest, most: int) -> bytes:
-    """The body, at most `most` bytes of it. Raises: Refused."""
+    """Return the body, at most `most` bytes of it. Raises: Refused."""
     parts, size = [], 0
     try:
         async for part in request.stream():
@@ -128,7 +128,7 @@ async def _disconnected(request: HttpRequest) -> None:
 
 
 async def stream_events(engine: Engine, writer: Writer, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
-    """Server-sent events until all jobs have ended; when the client goes away, its jobs end too."""
+    """Yield server-sent events until all jobs have ended; when the client goes away, its jobs end too."""
     index = {id(job): number for number, job in enumerate(jobs)}
     told = 0
     try:
@@ -162,7 +162,7 @@ async def _bad_input(request: HttpRequest, error: InputError) -> Response:
 
 
 async def _http(request: HttpRequest, error: HTTPException) -> Response:
-    """The framework's own refusals: an unknown route, a wrong method."""
+    """Return a response for the framework's own errors: an unknown route, a wrong method."""
     refused = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(refused.body(), error.status_code, headers=error.headers)
 

@@ -73,7 +73,7 @@ class Call:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises: Refused."""
+    """Return the JSON object in a body. Raises: Refused."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -84,7 +84,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def read_completion(body: Mapping[str, Any], model: Model, name: str, limits: Limits) -> Call:
-    """A call of /v1/completions. Raises: Refused."""
+    """Return a call of /v1/completions. Raises: Refused."""
     _fields(body, COMPLETION, name)
     tokenizer, given = model.tokenizer, body.get("prompt")
     if given is None:
@@ -105,7 +105,7 @@ def read_completion(body: Mapping[str, Any], model: Model, name: str, limits: Li
 
 
 def read_chat(body: Mapping[str, Any], model: Model, name: str, limits: Limits) -> Call:
-    """A call of /v1/chat/completions. Raises: Refused."""
+    """Return a call of /v1/chat/completions. Raises: Refused."""
     if body.get("logprobs"):
         raise Refused(400, "logprobs are supported by /v1/completions only", "logprobs")
     _fields({key: value for key, value in body.items() if key != "logprobs"}, CHAT, name)
@@ -240,7 +240,7 @@ def _tokens(prompt: Any, tokenizer: Tokenizer, model: Model) -> list[int]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    """Return whether a text is free of lone surrogates, which JSON can spell and no tokenizer takes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -271,7 +271,7 @@ class Writer:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._name, **fields}
 
     def whole(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """The response once all jobs have ended."""
+        """Return the response once all jobs have ended."""
         choices = []
         for index, job in enumerate(jobs):
             choice: dict[str, Any] = {"index": index, "finish_reason": job.answer.ended}
@@ -285,12 +285,12 @@ class Writer:
         return self._wrap(kind, choices=choices, usage=usage(jobs))
 
     def begin(self, count: int) -> list[dict[str, Any]]:
-        """What a stream opens with: in a chat, whose turn it is."""
+        """Return the first event of a streamed response: in a chat, the role."""
         opening = {"role": "assistant", "content": ""}
         return [self._chunk(index, opening, None) for index in range(count)] if self._call.chat else []
 
     def delta(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
-        """What a stream says of new text of one answer, and of the reason why it was the last."""
+        """Return the event for new text of one answer, and for the reason of its end."""
         chunks = []
         if text:
             chunks.append(self._chunk(index, {"content": text} if self._call.chat else text, None))
@@ -299,7 +299,7 @@ class Writer:
         return chunks
 
     def end(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """What a stream closes with."""
+        """Return the last event of a streamed response."""
         kind = "chat.completion.chunk" if self._call.chat else "text_completion"
         return [self._wrap(kind, choices=[], usage=usage(jobs))] if self._call.usage else []
 
@@ -309,7 +309,9 @@ class Writer:
         return self._wrap("chat.completion.chunk" if self._call.chat else "text_completion", choices=[choice])
 
     def _logprobs(self, job: Job) -> dict[str, Any] | None:
-        """OpenAI's four lists over the tokens, the prompt's too where it is echoed: its first token has no score."""
+        """Return OpenAI's four lists over the tokens, the prompt's too where it is echoed: its first token has no
+        score.
+        """
         if self._call.logprobs is None:
             return None
         tokens = list(job.answer.tokens)
@@ -328,7 +330,7 @@ class Writer:
         }
 
     def _top(self, score: Scores) -> dict[str, float]:
-        """The likeliest tokens' scores by their text; of two that are written alike, the likelier one's."""
+        """Return the top tokens' scores by their text; of two with equal text, the higher one."""
         found: dict[str, float] = {}
         for token, value in zip(score.top_ids[: self._call.logprobs], score.top[: self._call.logprobs], strict=True):
             found.setdefault(self._tokenizer.decode([int(token)]), float(value))
@@ -336,7 +338,7 @@ class Writer:
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, int]:
-    """Token counts, each distinct prompt's once, and the iterations of the stack that the new tokens took."""
+    """Return token counts, each distinct prompt's once, and the iterations of the stack that the new tokens took."""
     prompt = sum(len(tokens) for tokens in {job.request.tokens for job in jobs})
     new = sum(len(job.answer.tokens) for job in jobs)
     return {

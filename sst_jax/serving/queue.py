@@ -90,7 +90,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request], emit: Callable[[Job, str, str | None], None]) -> list[Job]:
-        """Queues requests, all or none. `emit(job, text, reason)` is called in the engine's thread, see `Job`.
+        """Queue requests, all or none. `emit(job, text, reason)` is called in the engine's thread, see `Job`.
 
         Raises: InputError where prompt and answer exceed the capacity; Busy; Closing.
         """
@@ -115,7 +115,7 @@ class Engine:
         return jobs
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Drops jobs: their rows are free before the next chunk, their places in the queue at once."""
+        """Drop jobs: their rows are free before the next chunk, their places in the queue at once."""
         for job in jobs:
             job.cancelled = True
         with self._changed:
@@ -124,7 +124,7 @@ class Engine:
             self._queue.extend(waiting)
 
     def close(self, seconds: float) -> bool:
-        """Takes no more requests and finishes those there are, within a deadline; says whether all were finished.
+        """Take no more requests and finishes those there are, within a deadline; says whether all were finished.
 
         What runs or waits beyond it ends with an error.
         """
@@ -149,7 +149,7 @@ class Engine:
         return self._closing
 
     def load(self) -> dict[str, int]:
-        """How many requests run and wait, and the rows there are."""
+        """Return the numbers of running and waiting requests, and of rows."""
         return {"running": len(self._seated), "waiting": len(self._queue), "rows": self.rows}
 
     def _run(self) -> None:
@@ -159,7 +159,7 @@ class Engine:
                 self._decode()
 
     def _await_work(self) -> bool:
-        """Waits until there is something to do; False once the engine is closed and idle."""
+        """Wait until there is something to do; False once the engine is closed and idle."""
         with self._changed:
             while not (self._queue or self._reading or self._seated):
                 if self._closing:
@@ -276,7 +276,7 @@ class Engine:
 
 
 def answers(engine: Engine, requests: Sequence[Request], seconds: float = 600.0) -> list[Job]:
-    """Runs requests to their end and returns their jobs, in order.
+    """Run requests to their end and return their jobs, in order.
 
     Raises: TimeoutError; as `Engine.submit`.
     """

@@ -47,7 +47,7 @@ def _library() -> Any:
 
 
 def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ...], kind: int) -> np.ndarray:
-    """Dequantises one tensor to float32; `blocks` is the shape of its bytes."""
+    """Dequantise one tensor to float32; `blocks` is the shape of its bytes."""
     gguf = _library()
     out = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
     with file.open("rb") as stream:
@@ -63,7 +63,7 @@ def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ..
 
 
 def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """(metadata, tensors) of a GGUF file: arrays of numbers as numpy, of strings as lists; no weights are read.
+    """Return (metadata, tensors) of a GGUF file: arrays of numbers as numpy, of strings as lists; no weights are read.
 
     Raises: InputError naming the file, for anything that is not a whole little-endian GGUF of version 2 or 3.
     """
@@ -111,7 +111,7 @@ def backbone_from_metadata(
     tied_head: bool = True,
     rope_factors: np.ndarray | None = None,
 ) -> BackboneConfig:
-    """A BackboneConfig from a known architecture's keys, and from what the tensors alone tell.
+    """Return a BackboneConfig from a known architecture's keys, and from what the tensors alone tell.
 
     Raises: InputError naming the key that is missing, misshapen or unsupported.
     """
@@ -147,7 +147,7 @@ def backbone_from_metadata(
 
 
 def _llama3_factor(factors: np.ndarray, fields: Mapping[str, Any], where: str) -> float:
-    """Llama 3's scaling factor, from what each frequency is divided by [H/2]."""
+    """Return Llama 3's scaling factor, from what each frequency is divided by [H/2]."""
     arguments, factor = (fields["head_dim"], fields["rope_theta_global"]), float(np.max(factors))
     bands = fields["rope_llama3"]
     expected = rope_frequencies(*arguments, 1.0) / rope_frequencies(*arguments, factor, bands)
@@ -157,7 +157,7 @@ def _llama3_factor(factors: np.ndarray, fields: Mapping[str, Any], where: str) -
 
 
 def open_file(file: str | Path) -> Source:
-    """Opens a GGUF file of a known architecture as a source; reads its header only.
+    """Open a GGUF file of a known architecture as a source; reads its header only.
 
     Raises: InputError naming the file and the key at fault; when the `gguf` package is not installed.
     """
@@ -180,7 +180,8 @@ def open_file(file: str | Path) -> Source:
 
 
 def package(name: str) -> Path:
-    """The GGUF file of an installed weights package, or assembled from its parts in the user's cache on first use.
+    """Return the GGUF file of an installed weights package, or assembled from its parts in the user's cache on first
+    use.
 
     Raises: InputError when the package is unknown, not installed or cannot be assembled.
     """

@@ -49,7 +49,7 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
 
 
 def _number_fields(format: ConfigFormat, config: JsonObject, where: str) -> dict[str, Any]:
-    """The fields of BackboneConfig that config.json states one by one, as numbers."""
+    """Return the fields of BackboneConfig that config.json states one by one, as numbers."""
     fields: dict[str, Any] = {}
     for name, (field, default) in format.fields.items():
         if default is None and config.get(field) is None:

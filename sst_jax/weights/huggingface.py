@@ -30,7 +30,7 @@ _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """(safetensors files in order, the index's map from key to file name or None), chosen as transformers does.
+    """Return (safetensors files in order, the index's map from key to file name or None), chosen as transformers does.
 
     Raises: InputError naming what is missing or leads out of the folder.
     """
@@ -56,7 +56,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _check_length(file: Path) -> dict[str, int]:
-    """Where each tensor begins, in bytes, by the header of a safetensors file.
+    """Return where each tensor begins, in bytes, by the header of a safetensors file.
 
     The header is compared with the size of its file, so that a cut-off download is called by its name.
     """
@@ -84,7 +84,7 @@ def _read(file: Path, name: str, dtype: str, shape: tuple[int, ...], start: int)
 
 
 def headers(file: Path) -> list[Tensor]:
-    """The tensors of one safetensors file, header only.
+    """Return the tensors of one safetensors file, header only.
 
     Raises: InputError naming the file, whatever is wrong with it.
     """
@@ -110,7 +110,7 @@ def headers(file: Path) -> list[Tensor]:
 def open_folder(
     folder: str | Path, config: Mapping[str, Any] | None = None, aside: Callable[[str], bool] | None = None
 ) -> Source:
-    """Opens config.json and `model.safetensors`, an index with its shards, or the folder's only *.safetensors.
+    """Open config.json and `model.safetensors`, an index with its shards, or the folder's only *.safetensors.
 
     Reads headers, no weights. `config` replaces what config.json says; `aside` says of a key whether its tensor is no
     part of the backbone and to be left out.
@@ -144,7 +144,7 @@ def open_folder(
 
 
 def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
-    """The local snapshot of a hub repository, downloaded unless a complete one is already cached.
+    """Return the local snapshot of a hub repository, downloaded unless a complete one is already cached.
 
     A cached snapshot is used as it is, without a request, so that no token or network is needed twice.
     Only JSON, safetensors and tokenizer files are ever fetched.
@@ -188,7 +188,9 @@ def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
 def _base_tensors(
     backbone: BackboneConfig, base: Mapping[str, Any], dtype: DTypeLike, layout: str
 ) -> Iterator[tuple[str, int, Any]]:
-    """(key, bytes, function that makes the array) of every tensor to write, shapes checked and nothing copied yet."""
+    """Yield (key, bytes, function that makes the array) of every tensor to write, shapes checked and nothing copied
+    yet.
+    """
 
     def make(slot: Any, entry: key_map.CheckpointKey) -> np.ndarray:
         value = np.asarray(slot if entry.layer is None else slot[entry.layer]).astype(dtype, copy=False)
@@ -216,7 +218,7 @@ def write_folder(
     extra_config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a base tree as a folder that transformers loads: safetensors (sharded when large) and its configs.
+    """Write a base tree as a folder that transformers loads: safetensors (sharded when large) and its configs.
 
     The tied output head is left out. `layout` spells the keys (`names.LAYOUTS`); for what the multimodal ones mean
     without a vision tower see `config_json`. `extra_files` (tokenizer files; may replace generation_config.json),

@@ -442,7 +442,7 @@ def _foreign_folder(path: Path, location: str | None = None) -> Reference:
 
 
 def _resolve_recorded(recorded: BaseRecord) -> Reference:
-    """The base that a record means, whichever type it is opened in."""
+    """Return the base that a record means, whichever type it is opened in."""
     base = resolve(recorded.path)
     return base.recorded_as(recorded.digest) if isinstance(base, RandomPreset) else base
 

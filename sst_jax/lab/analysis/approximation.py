@@ -44,7 +44,7 @@ class Case:
 
 
 def parse_forward(text: str) -> tuple[str, int]:
-    """ "two_pass" or "local:3" as (forward, passes).
+    """Return "two_pass" or "local:3" as (forward, passes).
 
     Raises: InputError naming what is not a forward.
     """
@@ -61,7 +61,7 @@ def parse_forward(text: str) -> tuple[str, int]:
 def cases(
     names: Sequence[tuple[str, int]], alphas: Sequence[float], depths: Sequence[int], lengths: Sequence[int]
 ) -> Iterator[Case]:
-    """The full grid, ordered so that `exact` is computed once for all forwards at a setting."""
+    """Yield the full grid, ordered so that `exact` is computed once for all forwards at a setting."""
     for length in lengths:
         for depth in depths:
             for alpha in alphas:
@@ -70,7 +70,7 @@ def cases(
 
 
 def with_alpha(config: ModelConfig, alpha: float) -> tuple[ModelConfig, Params]:
-    """The config with alpha learnable around one value everywhere, and the blend parameters that say so.
+    """Return the config with alpha learnable around one value everywhere, and the blend parameters that say so.
 
     Alpha must be a parameter for its gradient to be measured; the range is (0, 1), whatever the model's own is.
     """
@@ -85,7 +85,7 @@ def with_alpha(config: ModelConfig, alpha: float) -> tuple[ModelConfig, Params]:
 
 
 def with_adapter(config: ModelConfig, params: Params, rank: int = 4) -> tuple[ModelConfig, Params]:
-    """The model with an adapter to measure gradients in: its own, or a small random one where it has none."""
+    """Return the model with an adapter to measure gradients in: its own, or a small random one where it has none."""
     if config.adapter.rank:
         return config, params
     config = dataclasses.replace(config, adapter=AdapterConfig(rank=rank, alpha=float(rank)))
@@ -110,7 +110,8 @@ def measure(
     gradients: bool = True,
     progress: Any = None,
 ) -> list[dict[str, Any]]:
-    """One record a case: its fields, the errors named in MEASURES, gradient cosines, and the effect of the stream.
+    """Return one record a case: its fields, the errors named in MEASURES, gradient cosines, and the effect of the
+    stream.
 
     tokens [B, T] with T at least the longest length asked for.
     """
@@ -168,7 +169,7 @@ def _look(
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def _gradient(config: ModelConfig, base: Params, trainable: Params, tokens: Tokens, settings: tuple) -> Params:
-    """Gradient of the mean next-token loss with respect to `trainable`."""
+    """Return gradient of the mean next-token loss with respect to `trainable`."""
 
     def loss(trainable: Params) -> jax.Array:
         logits = forwards.logits(config, {"base": base, **trainable}, tokens, **dict(settings))
@@ -183,19 +184,19 @@ def _flat(tree: Any) -> np.ndarray:
 
 
 def relative(got: Any, expected: Any) -> float:
-    """||got - expected|| / ||expected|| over all entries, in float64."""
+    """Return ||got - expected|| / ||expected|| over all entries, in float64."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def kl(expected: Any, got: Any) -> float:
-    """Mean KL(expected || got) over positions, in nats, from logits [B, T, V]."""
+    """Return mean KL(expected || got) over positions, in nats, from logits [B, T, V]."""
     p, q = (jax.nn.log_softmax(jnp.asarray(side), axis=-1) for side in (expected, got))
     return float(jnp.sum(jnp.exp(p) * (p - q), axis=-1).mean())
 
 
 def order(alphas: Sequence[float], errors: Sequence[float]) -> float | None:
-    """Least-squares slope of log error against log alpha; None with fewer than two usable points."""
+    """Return the least-squares slope of log error against log alpha; None with fewer than two usable points."""
     points = [(a, e) for a, e in zip(alphas, errors, strict=True) if a <= FIT_BELOW and e > 0]
     if len({a for a, _ in points}) < 2:
         return None
@@ -204,7 +205,7 @@ def order(alphas: Sequence[float], errors: Sequence[float]) -> float | None:
 
 
 def orders(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fitted orders of every measured error, one record for each forward, depth and length."""
+    """Return fitted orders of every measured error, one record for each forward, depth and length."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["name"], record["depth"], record["length"]), []).append(record)
@@ -221,7 +222,7 @@ def orders(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(records: Sequence[dict[str, Any]], path: Any, title: str) -> None:
-    """Error in the states against alpha, one line a forward, a panel for each depth and length; log-log."""
+    """Draw the error in the states against alpha, one line a forward, a panel for each depth and length; log-log."""
     panels = sorted({(record["depth"], record["length"]) for record in records})
     canvas = new_figure(5.2 * len(panels), 4.4)
     row = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 def store(folder: Path, name: str) -> Any:
-    """The tensorstore spec of a Zarr array."""
+    """Return the tensorstore spec of a Zarr array."""
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str((folder / name).absolute())}}
 
 
@@ -55,7 +55,7 @@ def write_array(folder: Path, name: str, value: np.ndarray) -> None:
 
 
 def read_array(folder: Path, name: str) -> np.ndarray:
-    """Raises: InputError naming the array that is missing or damaged."""
+    """Read an array. Raises: InputError naming the array that is missing or damaged."""
     import tensorstore
 
     try:
@@ -71,7 +71,7 @@ class Collection:
         self.path = path
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Opens the folder for these settings.
+        """Open the folder for these settings.
 
         Raises: InputError where it holds a collection of others, naming one, or something else.
         """
@@ -94,7 +94,7 @@ class Collection:
         return self.folder(number).is_dir()
 
     def write(self, number: int, problem: Problem) -> None:
-        """Puts a problem into its place, whole or not at all."""
+        """Put a problem into its place, whole or not at all."""
         partial = self.path / f".{number:05d}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -107,7 +107,10 @@ class Collection:
         partial.rename(self.folder(number))
 
     def read(self, number: int) -> Problem:
-        """Raises: InputError on what is missing or damaged, and where a state is not a number."""
+        """Read a problem.
+
+        Raises: InputError on what is missing or damaged, and where a state is not a number.
+        """
         folder = self.folder(number)
         text = read_json(folder / TEXT)
         arrays: dict[str, Any] = {name: read_array(folder, name) for name in ("states", "top_ids", "top_logits")}
@@ -125,7 +128,7 @@ class Collection:
 
 
 def check_finite(folder: Path, problem: Problem) -> None:
-    """Raises: InputError naming the first position and layer whose state is not a number."""
+    """Raise InputError naming the first position and layer whose state is not a number."""
     for name in ("states", "rounded"):
         value = getattr(problem, name)
         if value is not None and not np.isfinite(value).all():
@@ -137,7 +140,7 @@ def check_finite(folder: Path, problem: Problem) -> None:
 
 
 def manifest_of(model: Model, texts: Sequence[Text], settings: Settings) -> dict[str, Any]:
-    """What says that a collection goes on: the model, the settings, the texts."""
+    """Return what identifies a collection when it is resumed: the model, the settings, the texts."""
     return {
         "model": fingerprint(model),
         "problems": len(texts),
@@ -149,7 +152,7 @@ def manifest_of(model: Model, texts: Sequence[Text], settings: Settings) -> dict
 def collect(
     model: Model, texts: Sequence[Text], settings: Settings, path: Path, advance: Callable[[int], Any] = lambda _: None
 ) -> Collection:
-    """Walks all texts at all depths into a folder; goes on where an earlier call with the same settings stopped.
+    """Run all texts at all depths into a folder; resume where an earlier call with the same settings stopped.
 
     Problems are cut into the same batches each time, and a batch that a kill interrupted is computed again.
 
@@ -173,7 +176,7 @@ def collect(
 
 
 def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[int, int]:
-    """Positions of prefixes and of walked texts, padded, the same for all batches.
+    """Return positions of prefixes and of walked texts, padded, the same for all batches.
 
     Raises: InputError on a text that is too short, or too long for the model.
     """
@@ -190,7 +193,7 @@ def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[i
 
 
 def answers(model: Model, texts: Sequence[Text], settings: Settings) -> list[list[int]]:
-    """What follows each prompt: as given, else greedy at the first depth."""
+    """Return what follows each prompt: as given, else greedy at the first depth."""
     wanting = [row for row, text in enumerate(texts) if text.given is None]
     found = [text.given or [] for text in texts]
     if wanting:
@@ -203,7 +206,9 @@ def answers(model: Model, texts: Sequence[Text], settings: Settings) -> list[lis
 
 
 def look(walker: Walker, texts: Sequence[Text], batch: Batch, numbers: range) -> Iterator[Problem]:
-    """Everything that is kept of a batch, problem by problem; `numbers` are the problems' places in the collection."""
+    """Yield everything that is kept of a batch, problem by problem; `numbers` are the problems' places in the
+    collection.
+    """
     settings = walker.settings
     if settings.between == "iterations":
         every = walker(batch, settings.depths[-1], every=True)

@@ -19,7 +19,8 @@ from sst_jax.lab.statistics import Interval, clustered_ratio, finite
 
 
 def noise_floor(measured: Sequence[TextMetrics]) -> dict[str, Any]:
-    """Ratios of root mean squares, over everything and by layer, with intervals over texts, a test and an effect size.
+    """Return ratios of root mean squares, over everything and by layer, with intervals over texts, a test and an effect
+    size.
 
     dimensions: of the ratios of single dimensions, texts pooled: quartiles, and the share that is above 1.
     """
@@ -41,7 +42,7 @@ def noise_floor(measured: Sequence[TextMetrics]) -> dict[str, Any]:
 
 
 def compare(depth: np.ndarray, rounding: np.ndarray) -> dict[str, Any]:
-    """Of mean squares a text [texts]: the ratio of the roots, Wilcoxon's signed-rank test on its logarithms, and the
+    """Compare mean squares a text [texts]: ratio of the roots, Wilcoxon's signed-rank test on its logarithms, and the
     rank-biserial correlation, from -1 (rounding larger in every text) to 1 (depth larger in every text)."""
     ratio = clustered_ratio(depth, rounding)
     logs = np.log(np.maximum(depth, 1e-300)) - np.log(np.maximum(rounding, 1e-300))

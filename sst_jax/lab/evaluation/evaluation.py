@@ -123,7 +123,7 @@ def finished(config: EvalConfig, out: Path) -> dict[str, Any] | None:
 
 
 def check_model(model: Model, policies: Sequence[Policy]) -> None:
-    """Raises: InputError where a policy needs a stream that the model lacks, or its probe is another model's."""
+    """Raise InputError where a policy needs a stream that the model lacks, or its probe is another model's."""
     for policy in policies:
         check_policy(model.config, policy)
         if isinstance(policy.select_depth, Probe):

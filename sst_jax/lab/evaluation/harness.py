@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
         return f"sst_jax-{self.model.tokenizer.digest[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids; BOS in front unless the text begins with it or `add_special_tokens` is False."""
+        """Return ids; BOS in front unless the text begins with it or `add_special_tokens` is False."""
         tokenizer, end = self.model.tokenizer, 0
         ids: list[int] = []
         for mark in _MARKS.finditer(string):
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):
         return CHAT_TEMPLATE if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation in Gemma's turns; without `add_generation_prompt` its last turn is left open."""
+        """Return the conversation in Gemma's turns; without `add_generation_prompt` its last turn is left open."""
         if self.model.tokenizer.piece_id(START_OF_TURN) is None:
             raise InputError(
                 f"--tasks in the format chat writes Gemma's turns, and this vocabulary lacks {START_OF_TURN}"
@@ -117,7 +117,7 @@ class HarnessModel(TemplateLM):
         return [(float(found[i].logprobs.sum(dtype="float64")), bool(found[i].greedy.all())) for i in range(len(rows))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, in windows of `max_length`, each text on its own."""
+        """Return log-likelihood of each whole text, in windows of `max_length`, each text on its own."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string, greedy or sampled as each request says; requests of one kind share batches."""
+        """Return texts up to a stop string, greedy or sampled as requested; requests of one kind share batches."""
         kinds: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -165,14 +165,14 @@ def _chunks(indices: Sequence[int], size: int) -> Iterable[list[int]]:
 
 
 def task_manager(include: str | None) -> TaskManager:
-    """The harness's tasks, and those described by the YAML files in the folder `include`."""
+    """Return the harness's tasks, and those described by the YAML files in the folder `include`."""
     if include is not None and not Path(include).is_dir():
         raise InputError(f"--include {include} is not a folder")
     return TaskManager(include_path=include)
 
 
 def check_names(manager: TaskManager, names: Sequence[str]) -> None:
-    """Raises: InputError naming an unknown task and its neighbours, or a data set that cannot be read."""
+    """Raise InputError naming an unknown task and its neighbours, or a data set that cannot be read."""
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -300,7 +300,7 @@ def measure(
 
 
 def measured(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The results that stand in OUT, by depth.
+    """Return the results that OUT already holds, by depth.
 
     Raises: InputError where they are of other settings.
     """
@@ -315,7 +315,7 @@ def measured(out: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def definitions(include: str | None) -> str | None:
-    """sha256 over the files of a folder of task definitions: other ones are another test."""
+    """Return the SHA-256 over the files of a folder of task definitions; it identifies the test."""
     if include is None:
         return None
     return digest(file for file in Path(include).rglob("*") if file.is_file())

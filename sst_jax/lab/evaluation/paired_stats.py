@@ -63,7 +63,7 @@ def read_side(folders: Sequence[str | Path]) -> Side:
 
 
 def check_same(one: Path, header: dict[str, Any], other: Path, against: dict[str, Any]) -> None:
-    """Raises: InputError where two evaluations are not of the same items."""
+    """Raise InputError where two evaluations are not of the same items."""
     for key in SAME:
         if header.get(key) != against.get(key):
             raise InputError(
@@ -126,7 +126,7 @@ def compare_sides(a: Side, b: Side) -> dict[str, Any]:
 
 
 def pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str]]:
-    """(policy of A, policy of B) to compare."""
+    """Return (policy of A, policy of B) to compare."""
     both = [(policy, policy) for policy in a if policy in b]
     only_a = [(policy, b[0]) for policy in a if policy not in b]
     only_b = [(a[0], policy) for policy in b if policy not in a]
@@ -134,19 +134,21 @@ def pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def scores(side: Side) -> dict[str, list[dict[str, Any]]]:
-    """By policy, one score a seed with its interval."""
+    """Return by policy one score a seed with its interval."""
     field = "nats_per_token" if side.headers[0]["measure"] == "loss" else "strict"
     return {policy: [result["policies"][policy][field] for result in side.results] for policy in side.policies}
 
 
 def matched(a: list[Outcome], b: list[Outcome]) -> list[tuple[Outcome, Outcome]]:
-    """Outcomes of the same items, in A's order."""
+    """Return outcomes of the same items, in A's order."""
     there = {outcome["id"]: outcome for outcome in b}
     return [(outcome, there[outcome["id"]]) for outcome in a]
 
 
 def compare_answers(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
-    """Right and wrong answers of one policy pair: discordant items, McNemar on the first seed, intervals over all."""
+    """Compare right and wrong answers of one policy pair: discordant items, McNemar on the first seed, intervals over
+    all.
+    """
     seeds = [matched(x[policy], y[other]) for x, y in zip(a.outcomes, b.outcomes, strict=True)]
     differences = np.array([[int(x["correct"]) - int(y["correct"]) for x, y in rows] for rows in seeds])
     only_a, only_b = ([x["id"] for x, y in seeds[0] if (x["correct"], y["correct"]) == way] for way in (A_ONLY, B_ONLY))
@@ -162,7 +164,7 @@ A_ONLY, B_ONLY = (True, False), (False, True)
 
 
 def compare_losses(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
-    """Losses of one policy pair, in nats per answer token."""
+    """Compare losses of one policy pair, in nats per answer token."""
     seeds = [matched(x[policy], y[other]) for x, y in zip(a.outcomes, b.outcomes, strict=True)]
     for x, y in seeds[0]:
         if x["answer_tokens"] != y["answer_tokens"]:
@@ -178,13 +180,15 @@ def compare_losses(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
 
 
 def discordant(differences: np.ndarray) -> list[dict[str, Any]]:
-    """For each seed of differences [seeds, items] of right answers: how many only one side has, and exact McNemar."""
+    """Return, for each seed of differences [seeds, items] of right answers, the discordant counts and exact McNemar."""
     found = [{"only_A": int((row > 0).sum()), "only_B": int((row < 0).sum())} for row in differences]
     return [{**record, "p": mcnemar(record["only_B"], record["only_A"])} for record in found]
 
 
 def over_items_and_seeds(differences: np.ndarray) -> dict[str, Any]:
-    """The mean of differences [seeds, items]: bootstrap over items of the seeds' means, and Student's over seeds."""
+    """Return the mean of differences [seeds, items]: bootstrap over items of the seeds' means, and Student's over
+    seeds.
+    """
     found: dict[str, Any] = {
         "difference": float(differences.mean()),
         "over_items": finite(bootstrap_mean(differences.mean(axis=0))),
@@ -196,7 +200,7 @@ def over_items_and_seeds(differences: np.ndarray) -> dict[str, Any]:
 
 
 def differing_items(a: Side, b: Side) -> list[dict[str, Any]]:
-    """Every item whose first seed's answers are right on one side only, with both outputs."""
+    """Return every item whose first seed's answers are right on one side only, with both outputs."""
     found = []
     for policy, other in pairs(a.policies, b.policies):
         for x, y in matched(a.outcomes[0][policy], b.outcomes[0][other]):
@@ -210,7 +214,7 @@ def differing_items(a: Side, b: Side) -> list[dict[str, Any]]:
 
 
 def figure(result: dict[str, Any], target: Path) -> None:
-    """Scores of both sides by policy, and the differences, each with its interval."""
+    """Draw the scores of both sides by policy, and the differences, each with its interval."""
     loss = result["measure"] == "loss"
     picture = new_figure(9.0, 3.8)
     left, right = picture.subplots(1, 2)

@@ -51,7 +51,7 @@ class TooLarge(RuntimeError):
 
 
 def devices_of(target: Target) -> list[Any]:
-    """The described devices.
+    """Return the described devices.
 
     Raises: InputError naming the extra, when the wheels with the target's compiler are not installed.
     """
@@ -75,7 +75,7 @@ def devices_of(target: Target) -> list[Any]:
 
 @contextlib.contextmanager
 def described(target: Target) -> Iterator[None]:
-    """Lets JAX's check of cuDNN attention's head dims ask the described card, where it would ask the local device."""
+    """Let JAX's check of cuDNN attention's head dims ask the described card, where it would ask the local device."""
     from jax._src.cudnn import fused_attention_stablehlo as library
 
     name = "check_compute_capability"
@@ -91,13 +91,13 @@ def described(target: Target) -> Iterator[None]:
 
 
 def attention_of(target: Target, attention: str, dtype: str, head_dim: int) -> str:
-    """The attention kernel on a target."""
+    """Return the attention kernel on a target."""
     backend = "tpu" if target.platform == "tpu" else "gpu"
     return kernels.pick(attention, head_dim, dtype, backend, target.capability)
 
 
 def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Plan:
-    """Compiles the train step of a recipe: of one that draws passes or depths the costliest, and counts the average.
+    """Compile the train step of a recipe: of one that draws passes or depths the costliest, and count the average.
 
     Raises: InputError as `mesh_on` and `sharding.check`; TooLarge.
     """
@@ -119,7 +119,7 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
 
 
 def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh of a config over a target's devices.
+    """Return the mesh of a config over a target's devices.
 
     Raises: InputError as `devices_of`, and where the mesh does not fit them.
     """
@@ -127,7 +127,7 @@ def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
-    """The train step of a recipe whose attention is placed, and what its arguments are under `jax.eval_shape`."""
+    """Return the train step of a recipe whose attention kernel is chosen, and its arguments under `jax.eval_shape`."""
     config, data = recipe.model_config(backbone, BOS), recipe.data
     optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
 
@@ -141,12 +141,12 @@ def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, C
 
 
 def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
-    """What a train step of a recipe computes on average, whatever it runs on; nothing is compiled."""
+    """Return what a train step of a recipe computes on average, whatever it runs on; nothing is compiled."""
     return _average(_draws(recipe, backbone))
 
 
 def _draws(recipe: Recipe, backbone: BackboneConfig) -> list[tuple[float, Recipe, Work]]:
-    """What a recipe's steps may be: with which probability, the recipe of such steps alone, and the work of one."""
+    """Return the kinds of step that a recipe draws: probability, a recipe of such steps alone, and work of one."""
     found = []
     for share, drawn in recipe.forward.draws():
         one = recipe.with_schedule(drawn)
@@ -165,7 +165,7 @@ ROWS = ("tokens", "segment_ids", "positions")
 def plan_decoding(
     recipe: Recipe, backbone: BackboneConfig, target: Target, rows: int, capacity: int, depth: int
 ) -> Plan:
-    """Compiles one decode step of `rows` sequences with caches of `capacity` positions, and counts it at `depth`."""
+    """Compile one decode step of `rows` sequences with caches of `capacity` positions, and count it at `depth`."""
     config = recipe.model_config(backbone)
 
     def arguments() -> tuple:
@@ -188,7 +188,7 @@ def plan_decoding(
 
 
 def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
-    """Base and trainable parameters of a model; to be called under `jax.eval_shape`, where neither is ever made."""
+    """Return base and trainable parameters of a model; call it under `jax.eval_shape`, which allocates neither."""
     params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
     base = {**params["base"], "layers": storages.quantise_layers(params["base"]["layers"], quantize)}
     return base, {"adapter": params["adapter"], "blend": params["blend"]}
@@ -207,7 +207,7 @@ def plan_step(
     flash: bool = True,
     kinds: Callable[..., dict[str, Any]] = lambda *_: {},
 ) -> Plan:
-    """Compiles `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
+    """Compile `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
 
     They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
     and the first of two results is what takes its place. `trips`, `flash`: as `count` takes them.
@@ -244,7 +244,7 @@ def plan_step(
 
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:
-    """Of an array's part on one device."""
+    """Return the bytes of an array's part on one device."""
     return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
 
 

@@ -87,7 +87,7 @@ class Settings:
 def fit(
     x: np.ndarray, labels: np.ndarray, used: np.ndarray, strengths: np.ndarray, settings: Settings
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """F probes side by side, each on its own items and labels.
+    """Fit F probes together, each on its own items and labels.
 
     x [n, D]; labels, used [F, n], 0 or 1: what is learned, and from which items alone; strengths [F].
     Returns weights as `inference/halting_probe.py` names them, [F, ...], and every item's probability [F, n].
@@ -137,7 +137,7 @@ def train(
     rate: float,
     seed: int,
 ) -> dict[str, jax.Array]:
-    """Weights [F, ...] and probabilities "p" [F, n]; share [F, n] is each item's part in the loss."""
+    """Return weights [F, ...] and probabilities "p" [F, n]; share [F, n] is each item's part in the loss."""
     count, wide, _ = inputs.shape
     first, second = jax.random.split(jax.random.key(seed))
     weights = {  # the same start for all
@@ -172,7 +172,8 @@ def train(
 
 
 def with_odds(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Probabilities [..., n] of fits in which both classes weighed the same, at the odds that labels [..., n] have.
+    """Return probabilities [..., n] of fits in which both classes weighed the same, at the odds that labels [..., n]
+    have.
 
     One constant for all items of a label vector, which ranks none of them before another.
     """
@@ -185,7 +186,7 @@ def log_odds(labels: np.ndarray) -> np.ndarray:
 
 
 def choose_strengths(x: np.ndarray, labels: np.ndarray, used: np.ndarray, settings: Settings) -> np.ndarray:
-    """For each of F fits the penalty [F] with the least loss on items left out, in INNER folds of its own items."""
+    """Return for each of F fits the penalty [F] with the least held-out loss, in INNER folds of its own items."""
     count, items = labels.shape
     grid = len(settings.strengths)
     if grid == 1:
@@ -206,7 +207,7 @@ def choose_strengths(x: np.ndarray, labels: np.ndarray, used: np.ndarray, settin
 
 
 def out_of_fold(x: np.ndarray, labels: np.ndarray, settings: Settings) -> np.ndarray:
-    """Probabilities [P, n] of every item from fits without it, for each of P label vectors [P, n]; x [n, D]."""
+    """Return probabilities [P, n] of every item from fits without it, for each of P label vectors [P, n]; x [n, D]."""
     items = len(x)
     left = 1.0 - np.eye(items)
     inner = INNER * len(settings.strengths) if len(settings.strengths) > 1 else 1
@@ -227,14 +228,14 @@ def out_of_fold(x: np.ndarray, labels: np.ndarray, settings: Settings) -> np.nda
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve along the last axis, [...] from [..., n]: the Mann-Whitney statistic as a share."""
+    """Return the area under the ROC curve (AUROC) along the last axis, [...] from [..., n]."""
     ranks, positive = stats.rankdata(scores, axis=-1), labels.sum(-1)
     pairs = positive * (labels.shape[-1] - positive)
     return (np.sum(ranks * labels, axis=-1) - positive * (positive + 1) / 2) / pairs
 
 
 def roc(scores: np.ndarray, labels: np.ndarray) -> list[list[float]]:
-    """Points (false positives, true positives) as shares, from the highest threshold to the lowest."""
+    """Return points (false positives, true positives) as shares, from the highest threshold to the lowest."""
     points = [[0.0, 0.0]]
     for cut in np.unique(scores)[::-1]:
         above = scores >= cut
@@ -243,23 +244,26 @@ def roc(scores: np.ndarray, labels: np.ndarray) -> list[list[float]]:
 
 
 def shuffles(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """[count, n]: the labels in random orders."""
+    """Return [count, n]: the labels in random orders."""
     rng = np.random.default_rng(seed)
     return np.array([rng.permutation(labels) for _ in range(count)]).reshape(count, len(labels))
 
 
 def exceeded(null: np.ndarray, value: float) -> float:
-    """The p-value of a permutation test."""
+    """Return the p-value of a permutation test."""
     return float((1 + np.sum(null >= value)) / (1 + len(null)))
 
 
 def middle(null: np.ndarray) -> list[float]:
-    """Ends of the middle 95% of shuffles. Well below 1/2 is usual: what is left out pulls its class's mean away."""
+    """Return the ends of the central 95% of shuffles.
+
+    Values well below 1/2 are usual: leaving an item out pulls its class's mean away.
+    """
     return np.quantile(null, [0.025, 0.975]).tolist()
 
 
 def judge(x: np.ndarray, labels: np.ndarray, settings: Settings) -> tuple[dict[str, Any], np.ndarray]:
-    """Scores of the nested procedure on x [n, D] and labels bool [n], JSON-ready, and the out-of-fold p [n].
+    """Return the scores of the nested procedure on x [n, D] and labels bool [n], and the out-of-fold p [n].
 
     auc with its permutation p; accuracy with a binomial test against always saying the larger class; capacity: what
     the same probe reaches on the very items it was fitted to, and there on shuffled labels, which it can only memorise.
@@ -295,7 +299,7 @@ def judge(x: np.ndarray, labels: np.ndarray, settings: Settings) -> tuple[dict[s
 
 
 def asked_about(items: Sequence[Item], label: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which items a label is about, bool [items], and what it says of those.
+    """Return which items a label applies to, bool [items], and their labels.
 
     Raises: InputError on too few of them, or too few of a class.
     """
@@ -313,7 +317,7 @@ def asked_about(items: Sequence[Item], label: str) -> tuple[np.ndarray, np.ndarr
 
 
 def sweep(states: np.ndarray, labels: np.ndarray, settings: Settings) -> list[dict[str, Any]]:
-    """Every layer of states [n, L, D] by itself: nested area, and its p against the best layer of each shuffle.
+    """Score every layer of states [n, L, D] by itself: nested AUROC, and its p against the best layer of each shuffle.
 
     Looking at all layers and keeping the best is what the largest of them under shuffling accounts for. The penalty is
     the first of `strengths` everywhere.
@@ -337,7 +341,7 @@ def sweep(states: np.ndarray, labels: np.ndarray, settings: Settings) -> list[di
 
 
 def routing(items: Sequence[Item], go_deep: np.ndarray, depths: tuple[int, int]) -> dict[str, Any]:
-    """What each policy gets right, breaks and mends against the smaller depth, and how deep it goes on average.
+    """Return each policy's right answers, regressions and fixes against the smaller depth, and its mean depth.
 
     go_deep bool [items]: the larger depth is taken. harm: the share of what was right that routing breaks.
     """
@@ -361,7 +365,7 @@ def routing(items: Sequence[Item], go_deep: np.ndarray, depths: tuple[int, int])
 
 
 def first_states(model: Model, prompts: Sequence[Sequence[int]], first: int, batch: int = 8) -> np.ndarray:
-    """Memories [n, L, D] at the first position after `first` iterations: what a probe sees when it routes."""
+    """Return states [n, L, D] at the first position after `first` iterations: as a probe reads them when it routes."""
     found: dict[int, np.ndarray] = {}
 
     def looking(number: int) -> Policy:
@@ -397,7 +401,8 @@ def fit_probe(
     settings: Settings,
     every_layer: bool,
 ) -> Fitted:
-    """The probe of one layer of `states` [items, L, D]; items that are not asked about are routed by the whole fit.
+    """Return the probe of one layer of `states` [items, L, D]; items that are not asked about are routed by the whole
+    fit.
 
     Raises: InputError as `asked_about` and `judge`.
     """
@@ -436,12 +441,12 @@ def summary(label: str, layer: int, scores: dict[str, Any]) -> str:
 
 
 def digest(items: Sequence[Item]) -> str:
-    """sha256 over the items with their outcomes: another digest is another training set."""
+    """Return the SHA-256 over the items with their outcomes; it identifies the training set."""
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
 def save(fitted: Fitted, path: Path) -> None:
-    """Writes the file that `inference/halting_probe.py` reads, whole or not at all."""
+    """Write the file that `inference/halting_probe.py` reads, whole or not at all."""
     partial = path.with_suffix(".partial")
     arrays = {
         name: part if name == "chosen" else part.astype(np.float32) for name, part in sorted(fitted.weights.items())
