@@ -51,6 +51,7 @@ if [ $all = 0 ]; then
 fi
 
 tests .venv-test "$@"
+tests .venv-test --typecheck -m "not slow" tests/model
 if ! is_version "$python" 3.12; then
   for newer in python3.12 "$HOME/.pyenv/versions/"3.12*/bin/python; do
     if is_version "$newer" 3.12; then

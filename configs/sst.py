@@ -47,6 +47,10 @@ SIZES = {
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", 4, 8),
     "qwen3-0.6b": ("Qwen/Qwen3-0.6B", 16, 2), "qwen3-1.7b": ("Qwen/Qwen3-1.7B", 16, 2),
     "qwen3-4b": ("Qwen/Qwen3-4B", 8, 4), "qwen3-8b": ("Qwen/Qwen3-8B", 4, 8),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", 16, 2), "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", 16, 2),
+    "qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", 8, 4), "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", 4, 8),
+    "qwen2.5-14b": ("Qwen/Qwen2.5-14B-Instruct", 4, 8), "qwen2.5-32b": ("Qwen/Qwen2.5-32B-Instruct", 1, 32),
+    "qwen2.5-72b": ("Qwen/Qwen2.5-72B-Instruct", 1, 32),
 }  # fmt: skip
 
 

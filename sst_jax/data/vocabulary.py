@@ -265,8 +265,8 @@ def byte_level_json(facts: Mapping[str, Any]) -> bytes:
     Raises: InputError when its way of splitting text is not one of SPLITTINGS, or its parts disagree.
     """
     tokens, types, merges = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
-    pre = str(facts.get("tokenizer.ggml.pre"))
-    if pre not in SPLITTINGS:
+    pre = facts.get("tokenizer.ggml.pre")
+    if not isinstance(pre, str) or pre not in SPLITTINGS:
         raise InputError(f"tokenizer.ggml.pre={pre!r} is unsupported; known are {', '.join(map(repr, SPLITTINGS))}")
     ids, pairs = {token: index for index, token in enumerate(tokens)}, [merge.split(" ") for merge in merges]
     if not len(ids) == len(tokens) == len(types) > 0:

@@ -407,6 +407,7 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ConfigDict wraps its message in quotes of its own; one line is promised.
         text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        text = text.rpartition("ValueError: ")[2]  # a recipe's own words, behind the traceback that absl puts before
         raise InputError(f"recipe {path}: {' '.join(text.split()) or type(error).__name__}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; knobs are set with --config.KEY=VALUE")
