@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sst_jax.weights.provenance import Provenance
 from tests.support import toys
 
 pytest.importorskip("sklearn")
@@ -36,7 +37,7 @@ class Tokens(ByteTokenizer):
 
 def toy(**stream):
     config = toys.config({"alpha": 0.3, **stream})
-    return Model(config, toys.params(config), Tokens(), {"digest": "toy"})
+    return Model(config, toys.params(config), Tokens(), Provenance(digest="toy"))
 
 
 def texts(*sizes, prompt=5):
