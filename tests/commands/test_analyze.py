@@ -61,7 +61,8 @@ def test_the_result_holds_every_measure(report):
     assert [record["depth"] for record in result["by_depth"]] == [1, 2, 3]
     assert result["by_depth"][0]["moved"]["value"] == 0.0
     assert len(result["modes_by_layer"]) == len(result["noise_floor"]["by_layer"]) == 7
-    assert result["controls"]["alpha_0"]["largest"] == result["controls"]["plain"]["largest"] == 0.0
+    assert result["controls"]["alpha_0"]["largest"] == 0.0
+    assert result["controls"]["plain"]["largest"] < 1e-9, "two programs of one function differ by rounding alone"
     assert sum(result["order_of_events"]["counts"].values()) == result["positions"]
     assert result["alpha"]["mean"] == pytest.approx(0.3)
     assert len(result["examples"]) == 4
