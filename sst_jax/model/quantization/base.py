@@ -102,6 +102,9 @@ class AsItIs(LinearStorage):
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return leaf["kernel"].astype(dtype)
 
+    def kernel_shape(self, leaf: Leaf) -> tuple[int, ...]:
+        return leaf["kernel"].shape  # of a checkpoint that is read a layer at a time there is a shape and no type
+
     def cast(self, leaf: Leaf, dtype: DTypeLike) -> dict[str, jax.Array]:
         return {name: value.astype(dtype) for name, value in leaf.items()}
 
