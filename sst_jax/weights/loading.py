@@ -354,11 +354,9 @@ class RunFolder(Reference):
         file = self.path / "base.json"
         content = read_json(file)
         for key in ("path", "digest"):
-            if key not in content:
+            if content.get(key) is None:
                 raise InputError(f"{file} lacks the key {key}")
-            if not isinstance(content[key], str):
-                raise InputError(f"{file}: {key}={content[key]!r} is not text")
-        return BaseRecord(content["path"], content["digest"], content.get("quantize"))
+        return BaseRecord.from_json(content, str(file))
 
     @property
     def dtype(self) -> str:

@@ -94,7 +94,7 @@ def base_of(folder: Path) -> BaseRecord:
     path = recorded.get("path") or name
     if not isinstance(path, str) or not path:
         raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing, so the base is unknown")
-    return BaseRecord(path, recorded.get("digest"), recorded.get("quantize"))
+    return BaseRecord.from_json({**recorded, "path": path}, f"{file}: base")
 
 
 def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamBundle:

@@ -25,6 +25,17 @@ class BaseRecord(NamedTuple):
     digest: str | None
     quantize: str | None
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, object], where: str) -> BaseRecord:
+        """Read a record that names a path.
+
+        Raises: InputError, beginning with `where`, for a value that is not text.
+        """
+        for name in cls._fields:
+            if not isinstance(record.get(name), str if name == "path" else str | None):
+                raise InputError(f"{where}: {name}={record.get(name)!r} is not text")
+        return cls(*(record.get(name) for name in cls._fields))  # type: ignore[arg-type]  # checked above
+
 
 # Keys in files that are not the names of their fields.
 _KEYS = {"prompt_format": "prompts"}

@@ -199,6 +199,24 @@ def test_another_base_is_refused_and_a_lost_one_named(ours, tmp_path):
         sst_jax.load(folder)
 
 
+def test_the_export_command_merges_into_a_foreign_base_that_it_reads_a_layer_at_a_time(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    arguments = ["--from", str(folder), "--to", str(tmp_path / "merged"), "--format", "merged", "--dtype", "float32"]
+    assert run(export.main, arguments) == 0
+    tokens = toys.tokens(1, 15)
+    assert apart(sst_jax.load(tmp_path / "merged").logits(tokens), ours.logits(tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize("key", ["quantize", "digest"])
+@pytest.mark.parametrize("value", [["none"], {"none": {}}, 3], ids=str)
+def test_a_record_of_the_base_that_is_not_text_is_refused(ours, tmp_path, key, value):
+    file = write(ours, tmp_path / "adapter", "adapter") / "stream.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "base": {**content["base"], key: value}}))
+    with pytest.raises(InputError, match=rf"stream\.json: base: {key}=.* is not text"):
+        sst_jax.load(tmp_path / "adapter")
+
+
 def test_there_is_no_adapter_without_lora(tmp_path):
     with pytest.raises(InputError, match="no LoRA adapter"):
         write(model(STREAM, SHALLOW, rank=0), tmp_path / "adapter", "adapter")
