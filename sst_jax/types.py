@@ -36,11 +36,11 @@ Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
 Json = dict[str, Any]  # a JSON object
 
 # Training. M counts the positions of all rows, one after another.
-AnswerMask = Bool[Array, "B T"]  # tokens that are learned
+AnswerMask = Bool[AnyArray, "B T"]  # tokens that are learned
 Losses = Float[Array, "B T"]  # nats, 0 where nothing is learned
 FlatHidden = Float[Array, "M D"]
-FlatTokens = Int[Array, "M"]
-FlatMask = Bool[Array, "M"]
+FlatTokens = Int[AnyArray, "M"]
+FlatMask = Bool[AnyArray, "M"]
 FlatLosses = Float[Array, "M"]
 HeadTable = Float[Array, "V D"]
 Fraction = Float[Array, ""]

@@ -26,6 +26,7 @@ def _chunked(
     hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask, with_gradient: bool
 ) -> tuple[FlatLosses, FlatHidden | None]:
     """Return per-position losses and, where asked, their gradients with respect to hidden."""
+    targets, scored = jnp.asarray(targets), jnp.asarray(scored)  # a traced index does not index numpy's arrays
     count, width = hidden.shape
     whole = on_a_mesh() or len(embedding) <= COLUMNS
     rows = min(MESH_ROWS if whole else ROWS, count)

@@ -86,6 +86,7 @@ def test_answer_losses_are_those_of_the_next_token():
         assert float(losses[0, place]) == pytest.approx(-float(log_p[0, place - 1, tokens[0, place]]), rel=1e-5)
     assert float(losses[0, :5].sum()) == 0.0
     assert float(losses[1].sum()) == 0.0  # nothing comes before a row's first token
+    np.testing.assert_array_equal(answer_losses(hidden, table, np.asarray(tokens), np.asarray(mask)), losses)
 
 
 def test_memory_of_the_loss_does_not_grow_with_the_vocabulary():
