@@ -39,7 +39,7 @@ def ours() -> Model:
 def theirs(ours, tmp_path_factory):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    loaded = open_torch(write(ours, tmp_path_factory.mktemp("270m") / "sst", "sst", "--keep-lora"))
+    loaded = open_torch(write(ours, tmp_path_factory.mktemp("270m") / "sst", "sst", keep_lora=True))
     gc.collect()
     return loaded
 

