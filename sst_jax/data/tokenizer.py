@@ -374,6 +374,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _gguf(path: Path) -> Tokenizer:
     facts = metadata_of(path)
     try:
+        vocabularies.check_facts(facts)
         if facts.get("tokenizer.ggml.model") == "gpt2":
             return HuggingFaceTokenizer.from_gguf_facts(facts)
         tokens, scores, types = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))

@@ -35,6 +35,26 @@ class Vocabulary(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- GGUF
 
 
+_LISTS: Mapping[str, tuple[type, ...]] = {
+    "tokens": (str,), "merges": (str,), "scores": (int, float), "token_type": (int,)
+}  # fmt: skip
+_NUMBERS = (
+    "unknown_token_id", "bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_space_prefix"
+)  # fmt: skip
+
+
+def check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise InputError naming the first of the `tokenizer.ggml.*` facts that is of another type than its key has."""
+    named = {name: facts.get(f"tokenizer.ggml.{name}") for name in (*_LISTS, *_NUMBERS)}
+    for name, kinds in _LISTS.items():
+        value = named[name]
+        if value is not None and not (isinstance(value, list) and all(isinstance(part, kinds) for part in value)):
+            raise InputError(f"tokenizer.ggml.{name} is not a list of {kinds[-1].__name__}")
+    for name in _NUMBERS:
+        if not isinstance(named[name], int | None):
+            raise InputError(f"tokenizer.ggml.{name}={named[name]!r} is no whole number")
+
+
 def vocabulary_from_gguf(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], facts: Mapping[str, Any]
 ) -> Vocabulary:

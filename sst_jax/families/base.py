@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sst_jax.errors import InputError
 from sst_jax.model.backbone import BackboneConfig
 
@@ -79,6 +81,16 @@ class Metadata:
 
     def value(self, name: str, default: object = None) -> Any:
         return self.pairs.get(f"{self.architecture}.{name}", default)
+
+    def scalar(self, name: str, default: object = None) -> Any:
+        """Return a value that is compared.
+
+        Raises: InputError naming the key of an array, which does not compare to one truth.
+        """
+        value = self.value(name, default)
+        if isinstance(value, (list, np.ndarray)):
+            raise self.error(name, "is an array")
+        return value
 
     def number(self, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
         """Return a positive number of a kind.

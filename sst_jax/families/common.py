@@ -179,7 +179,7 @@ def read_llama_metadata(metadata: Metadata, fields: Fields) -> Fields:
         ("rope.dimension_count", (None, head_dim), f"is unsupported: all {head_dim} dimensions of a head are rotated"),
         ("attention.sliding_window", (None, 0), "is unsupported: attention is global here"),
     ):
-        if metadata.value(name) not in allowed:
+        if metadata.scalar(name) not in allowed:
             raise metadata.error(name, problem)
     return {
         "num_kv_heads": metadata.number("attention.head_count_kv", default=fields["num_heads"]),

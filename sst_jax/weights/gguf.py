@@ -116,16 +116,16 @@ def backbone_from_metadata(
     Raises: InputError naming the key that is missing, misshapen or unsupported.
     """
     keys = Metadata(metadata, where)
-    if keys.architecture not in list(BY_GGUF):
+    if not isinstance(keys.architecture, str) or keys.architecture not in BY_GGUF:
         known = ", ".join(map(repr, BY_GGUF))
         raise InputError(f"{where}: general.architecture={keys.architecture!r} is unsupported; known are {known}")
     family = BY_GGUF[keys.architecture]
-    if metadata.get("split.count", 1) != 1:
+    if not np.array_equal(metadata.get("split.count", 1), 1):
         raise InputError(f"{where}: split.count={metadata['split.count']}: merge the parts with llama-gguf-split first")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if keys.value(name):
+        if keys.scalar(name):
             raise InputError(f"{where}: metadata key {keys.architecture}.{name} is set; softcapping is unsupported")
-    scaling = keys.value("rope.scaling.type", "linear")
+    scaling = keys.scalar("rope.scaling.type", "linear")
     if scaling not in ("linear", "none"):
         raise keys.error("rope.scaling.type", "is unsupported; 'linear' is")
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
@@ -165,7 +165,7 @@ def open_file(file: str | Path) -> Source:
     metadata, tensors = read_header(file)
     by_name = {tensor.name: tensor for tensor in tensors}
     architecture, embedding = metadata.get("general.architecture"), by_name.get("token_embd.weight")
-    family = BY_GGUF[architecture] if architecture in list(BY_GGUF) else None
+    family = BY_GGUF.get(architecture) if isinstance(architecture, str) else None
     if family is not None and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
     scaled = family is not None and family.gguf is not None and family.gguf.rope_llama3 is not None

@@ -369,11 +369,10 @@ class RunFolder(Reference):
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         path, recorded, content = self.path, self.recorded, read_json(self.path / "config.json")
-        recipe = content.get("recipe")
-        known = recipe or {}
-        if "kind" in known:
+        recipe, prompt_format = _recipe_of(content, path / "config.json")
+        if recipe and "kind" in recipe:
             raise InputError(
-                f"{path} trained tiny models from scratch (kind={known['kind']!r}), which are not kept: its "
+                f"{path} trained tiny models from scratch (kind={recipe['kind']!r}), which are not kept: its "
                 "result.json is what there is"
             )
         if "model_config" not in content:
@@ -396,9 +395,24 @@ class RunFolder(Reference):
             run=self.location,
             step=step,
             recipe=recipe,
-            prompt_format=known.get("data", {}).get("format"),
+            prompt_format=prompt_format,
         )
         return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, provenance)
+
+
+def _recipe_of(content: Json, where: Path) -> tuple[Json | None, str | None]:
+    """Return the recipe in a run's config.json, and how it puts questions to the model; None where it does not say."""
+    recipe = content.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    format = data.get("format") if isinstance(data, dict) else None
+    for name, value, kind in (
+        ("recipe", recipe, dict),
+        ("recipe.data", data, dict),
+        ("recipe.data.format", format, str),
+    ):
+        if not isinstance(value, kind | None):
+            raise InputError(f"{where}: {name}={value!r} is malformed")
+    return recipe, format
 
 
 def resolve(model: str | Path) -> Reference:

@@ -346,6 +346,27 @@ def test_broken_model_protos():
             vocabularies.from_model_proto(data)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokens", 3, "tokens is not a list of str"),
+        ("merges", [1, 2], "merges is not a list of str"),
+        ("scores", ["a"], "scores is not a list of float"),
+        ("token_type", [0.5], "token_type is not a list of int"),
+        ("bos_token_id", [1], r"bos_token_id=\[1\] is no whole number"),
+        ("eos_token_id", 0.5, "eos_token_id=0.5 is no whole number"),
+        ("add_space_prefix", "a", "add_space_prefix='a' is no whole number"),
+    ],
+)
+def test_facts_of_another_type_are_named(key, value, message):
+    tokens, scores, types, facts = _small_vocabulary()
+    named = {"tokens": tokens, "scores": scores, "token_type": types}
+    whole = {**facts, **{f"tokenizer.ggml.{name}": part for name, part in named.items()}}
+    vocabularies.check_facts(whole)
+    with pytest.raises(InputError, match=rf"tokenizer\.ggml\.{message}"):
+        vocabularies.check_facts({**whole, f"tokenizer.ggml.{key}": value})
+
+
 def test_gguf_without_a_vocabulary(tmp_path):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "bare.gguf", "gemma3")

@@ -139,7 +139,11 @@ def test_optional_metadata():
     [
         ("general.architecture", "qwen3moe", "general.architecture='qwen3moe'"),
         ("general.architecture", None, "general.architecture=None"),
+        ("general.architecture", np.array([1, 2]), "general.architecture=array"),
         ("split.count", 3, "split.count=3"),
+        ("split.count", np.array([1, 2]), "split.count="),
+        ("gemma3.attn_logit_softcapping", np.array([]), "attn_logit_softcapping=array.* is an array"),
+        ("gemma3.rope.scaling.type", np.array([1, 2]), "rope.scaling.type=array.* is an array"),
         ("gemma3.final_logit_softcapping", 30.0, "final_logit_softcapping is set"),
         ("gemma3.attn_logit_softcapping", 50.0, "attn_logit_softcapping is set"),
         ("gemma3.rope.scaling.type", "yarn", "rope.scaling.type='yarn'"),

@@ -75,6 +75,33 @@ def test_a_run_names_itself_when_its_base_is_gone(tmp_path):
         print(loading.resolve(tmp_path).dtype)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (3, "recipe=3 is malformed"),
+        ([["kind"]], "recipe=.* is malformed"),
+        ({"data": ["format"]}, r"recipe\.data=.* is malformed"),
+        ({"data": {"format": ["plain"]}}, r"recipe\.data\.format=.* is malformed"),
+    ],
+    ids=str,
+)
+def test_a_malformed_recipe_of_a_run_is_named(tmp_path, recipe, message):
+    run = shutil.copytree(FIXTURES / "run", tmp_path / "run")
+    content = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**content, "recipe": recipe}))
+    with pytest.raises(InputError, match=rf"config\.json: {message}"):
+        loading.open_model(run, "float32")
+
+
+@pytest.mark.parametrize(("key", "value"), [("quantize", ["none"]), ("digest", {"a": {}}), ("path", 3)], ids=str)
+def test_a_malformed_base_of_a_run_is_named(tmp_path, key, value):
+    run = shutil.copytree(FIXTURES / "run", tmp_path / "run")
+    content = json.loads((run / "base.json").read_text())
+    (run / "base.json").write_text(json.dumps({**content, key: value}))
+    with pytest.raises(InputError, match=rf"base\.json: {key}=.* is not text"):
+        loading.open_model(run, "float32")
+
+
 def test_a_provenance_survives_json_and_reads_what_0_1_0_wrote():
     for name in KINDS:
         found = loading.resolve(FIXTURES / name).open("float32").provenance
