@@ -1,4 +1,4 @@
-"""Word problems: GSM8K from a folder or the hub, and an embedded generator that needs neither.
+"""Problems, and word problems from an embedded generator.
 
 Generated problems are held out twice: the test split has story templates of its own, and numbers whose sum falls in a
 residue class (mod 5) that the training split never uses, so no tuple of numbers is shared. The validation split keeps
@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import operator
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-from sst_jax.data.records import Record, read_hub, read_jsonl
 from sst_jax.errors import InputError
-
-RESULT = "result"  # behind a data set's name: "gsm8k:result" is `result_only` of it
 
 
 class Problem(NamedTuple):
-    """`answer` is the worked solution without calculator marks and result line, or "" where only the result is to be
-    written; `result` the number, without commas, or the word."""
+    """`question` is "" where nothing is asked; `answer` the worked solution without calculator marks and result line,
+    or "" where only the result is to be written; `result` the number, without commas, the word, or the whole answer.
+    """
 
     id: str
     question: str
@@ -30,62 +26,24 @@ class Problem(NamedTuple):
     result: str
 
 
+class Item(NamedTuple):
+    """A problem as it is asked. `order`: for choices, the place in the data that each shown choice comes from."""
+
+    problem: Problem
+    order: tuple[int, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.problem.id
+
+    def chance(self, otherwise: float) -> float:
+        """Return the chance that a random answer is right: 1 / choices, or `otherwise` where there are none."""
+        return 1.0 / len(self.order) if self.order else otherwise
+
+
 def result_only(problems: Iterable[Problem]) -> list[Problem]:
     """Return the same problems without their intermediate steps."""
     return [problem._replace(answer="") for problem in problems]
-
-
-# ------------------------------------------------------------------------------------------------------------ GSM8K
-
-
-def load_gsm8k(source: str = "openai/gsm8k", split: str = "train", setting: str = "data.path") -> list[Problem]:
-    """Return GSM8K (arXiv 2110.14168) from a folder that holds `{split}.jsonl`, else from the hub by id.
-
-    `setting`: the knob or flag that names the source, for error messages.
-
-    Raises: InputError naming file and line (or row) of the first bad record, an empty or missing file, a hub id that
-    cannot be reached.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return _from_folder(folder, split)
-    if folder.exists():
-        raise InputError(f"{source} ({setting}) is a file; name the folder that holds {split}.jsonl")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise InputError(f"{source} ({setting}): no such folder, nor a hub id of the form owner/name")
-    return _from_hub(source, split, setting)
-
-
-def _from_folder(folder: Path, split: str) -> list[Problem]:
-    file = folder / f"{split}.jsonl"
-    return _gsm8k_problems(read_jsonl(file), split, str(file))
-
-
-def _from_hub(name: str, split: str, setting: str) -> list[Problem]:
-    advice = f"Download its JSONL files and set {setting} to the folder that holds {split}.jsonl"
-    return _gsm8k_problems(read_hub(name, "main", split, advice), split, f"{name} ({split})")
-
-
-def _gsm8k_problems(records: Iterable[Record], split: str, source: str) -> list[Problem]:
-    problems = [_gsm8k_problem(value, f"gsm8k/{split}/{index}", where) for index, where, value in records]
-    if not problems:
-        raise InputError(f"{source}: holds no problems")
-    return problems
-
-
-def _gsm8k_problem(record: Any, id: str, where: str) -> Problem:
-    if not isinstance(record, Mapping):
-        raise InputError(f"{where}: not a JSON object")
-    for field in ("question", "answer"):
-        if not isinstance(record.get(field), str) or not record[field].strip():
-            raise InputError(f"{where}: field {field!r} is missing or not text")
-    solution, mark, result = record["answer"].rpartition("####")
-    result = result.strip().replace(",", "")
-    if not mark:
-        raise InputError(f"{where}: the answer lacks its '####' line")
-    if not re.fullmatch(r"-?\d+(\.\d+)?", result):
-        raise InputError(f"{where}: {result!r} after '####' is not a number")
-    return Problem(id, record["question"].strip(), re.sub(r"<<[^<>\n]*>>", "", solution).strip(), result)
 
 
 # -------------------------------------------------------------------------------------------------------- Generated

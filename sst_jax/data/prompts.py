@@ -49,6 +49,12 @@ def answer_text(problem: Problem) -> str:
     return f"{problem.answer}\n#### {problem.result}" if problem.answer else problem.result
 
 
+def whole_text(problem: Problem) -> str:
+    """Return question and answer as the plain format puts them, or the bare text where nothing is asked."""
+    answer = answer_text(problem)
+    return f"Question: {problem.question}\nAnswer: {answer}" if problem.question else answer
+
+
 def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Example:
     """Return the whole example.
 

@@ -17,8 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from sst_jax.data import tracking
-from sst_jax.data.problems import RESULT
+from sst_jax.data import datasets
 from sst_jax.data.prompts import FORMATS
 from sst_jax.errors import InputError
 from sst_jax.model import rules
@@ -36,7 +35,6 @@ RENAMED: dict[str, str] = {"stream.prompt": "stream.iterate_prompt"}
 RETIRED: dict[str, Any] = {}
 
 PACKAGE = pathlib.Path(__file__).parents[1]
-DATASETS = ("gsm8k", "words", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +110,10 @@ class StreamSection:
 class DataConfig:
     """Section `data`: what is learned, and how it is put into rows.
 
-    name        "gsm8k", "words" (the embedded word problems) or "auto" (gsm8k where a path is given, else words); with
-                ":result" behind it only the result is learned, without the steps. Or a story of `data/tracking.py`, as
-                "boxes:1-4".
-    path        a folder with GSM8K's JSONL files, or a hub id
+    name        a data set of `data/datasets.py` that has problems to train on, such as "gsm8k", "words" (the embedded
+                word problems) or the stories "boxes:1-4"; or "auto" (gsm8k where a path is given, else words). With
+                ":result" behind gsm8k, words and auto only the result is learned, without the steps.
+    path        a folder with the data set's files, or a hub id
     length      positions of a row
     batch_size  rows of a batch
     pack        whether a row holds several documents
@@ -137,10 +135,10 @@ class DataConfig:
     overlong: str = "error"
 
     def __post_init__(self) -> None:
-        kind, colon, part = self.name.partition(":")
-        if tracking.parse(self.name) is None and (kind not in DATASETS or (colon and part != RESULT)):
-            known = ", ".join(map(repr, (*DATASETS, *tracking.STORIES)))
-            raise InputError(f"data.name={self.name!r} is not one of {known}, nor one of the first with :{RESULT}")
+        dataset = datasets.find(self.dataset)
+        if dataset is None or not dataset.source.trains:
+            known = ", ".join(map(repr, ("auto", *datasets.names(lambda dataset: dataset.source.trains))))
+            raise InputError(f"data.name={self.name!r} is not one of {known}")
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.data.formats import read_row, recognise
+from sst_jax.data.prompts import whole_text
 from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
@@ -42,10 +44,10 @@ class Texts(NamedTuple):
 
 
 def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
-    """Return about so many tokens of a file: a text file is one text; of JSON lines each record's `text`, or `question`
-    and `answer` as the plain format puts them.
+    """Return about so many tokens of a file: a text file is one text; of JSON lines each is one, of any row format.
 
-    Raises: InputError naming the file, and the line without any of these; when it does not fill a row of 256 tokens.
+    Raises: InputError naming the file, and the line that is of no row format; when it does not fill a row of 256
+    tokens.
     """
     file = Path(path)
     if tokens < ROW:
@@ -71,14 +73,8 @@ def _texts(file: Path) -> Iterator[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--calibrate {file} cannot be read: {error}") from None
         return
-    for _, where, record in read_jsonl(file):
-        fields = record if isinstance(record, dict) else {}
-        if isinstance(fields.get("text"), str):
-            yield fields["text"]
-        elif isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
-            yield f"Question: {fields['question'].strip()}\nAnswer: {fields['answer'].strip()}"
-        else:
-            raise InputError(f"{where}: needs text under the key text, or under question and answer")
+    for record in read_jsonl(file):
+        yield whole_text(read_row(recognise(record), record, file.name).problem)
 
 
 class _KeepingInputs:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sst_jax.data.problems import load_gsm8k
 from sst_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from sst_jax.weights.gguf import package
-from tests.support.problems import real_gsm8k
+from tests.support.problems import load_gsm8k, real_gsm8k
 
 
 @pytest.fixture(scope="session")

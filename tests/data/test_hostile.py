@@ -6,10 +6,10 @@ import time
 import pytest
 
 from sst_jax.data.gguf_header import metadata_of
-from sst_jax.data.problems import load_gsm8k
 from sst_jax.data.records import read_csv, read_jsonl
 from sst_jax.data.vocabulary import from_model_proto
 from sst_jax.errors import InputError
+from tests.support.problems import load_gsm8k
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_jax.data.loader import fixed_batches, prepare, rows
-from sst_jax.data.problems import Problem, load_gsm8k, word_problems
+from sst_jax.data.problems import Problem, word_problems
 from sst_jax.data.prompts import Example, render
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
+from tests.support.problems import load_gsm8k
 
 KEYS = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "answer_mask": bool}
 

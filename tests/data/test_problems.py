@@ -11,8 +11,9 @@ import pytest
 
 from sst_jax.data import problems
 from sst_jax.data.grading import extract_result
-from sst_jax.data.problems import SPLITS, TEST_TEMPLATES, TRAIN_TEMPLATES, Problem, load_gsm8k, word_problems
+from sst_jax.data.problems import SPLITS, TEST_TEMPLATES, TRAIN_TEMPLATES, Problem, word_problems
 from sst_jax.errors import InputError
+from tests.support.problems import load_gsm8k
 
 GOOD = {"question": "How many?", "answer": "He has 2*3=<<2*3=6>>6.\nAnd 6*200=<<6*200=1200>>1,200.\n#### 1,200"}
 

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from sst_jax.data.problems import Problem, load_gsm8k, result_only, word_problems
+from sst_jax.data.problems import Problem, result_only, word_problems
 from sst_jax.data.prompts import FORMATS, answer_text, prompt_tokens, read_prompts, render
 from sst_jax.data.records import read_csv
 from sst_jax.errors import InputError
+from tests.support.problems import load_gsm8k
 
 PROBLEM = Problem("p/1", " How many are 2 and 3? ", "2 + 3 = 5.", "5")
 

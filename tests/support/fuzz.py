@@ -319,7 +319,6 @@ def targets(folder: Path) -> list[Target]:
     """All targets; `folder` is where their valid folders are made, and what other folders refer to stays there."""
     import dataclasses
 
-    from sst_jax.data.problems import load_gsm8k
     from sst_jax.data.prompts import read_prompts
     from sst_jax.data.records import read_csv
     from sst_jax.data.tokenizer import load_tokenizer
@@ -332,6 +331,7 @@ def targets(folder: Path) -> list[Target]:
     from sst_jax.weights.hub_config import backbone_from_config
     from sst_jax.weights.loading import open_model, resolve
     from tests.support import torch_exports as exports
+    from tests.support.problems import load_gsm8k
 
     two_layers = {"num_layers": 2, "layer_types": ("local", "global"), "d_model": 12, "d_ff": 8, "head_dim": 4}
     backbone = dataclasses.replace(exports.SHALLOW, num_heads=3, num_kv_heads=1, **two_layers)

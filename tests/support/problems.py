@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from sst_jax.data.datasets import DATASETS
 from tests.support import ROOT
 
 GPQA = ("Record ID", "Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -18,6 +19,11 @@ def gsm8k_lines(split, count):
         }
         for n in range(2, 2 + count)
     ]
+
+
+def load_gsm8k(path=None, split="train"):
+    """The problems of GSM8K's split in a folder, or on the hub."""
+    return DATASETS["gsm8k"].source.problems(split, path, "data.path")
 
 
 def write_lines(file, lines):

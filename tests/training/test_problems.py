@@ -2,8 +2,9 @@
 
 import pytest
 
+from sst_jax.data.datasets import TRAINED
 from sst_jax.errors import InputError
-from sst_jax.training.problems import GENERATED, split_problems
+from sst_jax.training.problems import split_problems
 from sst_jax.training.recipe import DataConfig
 
 
@@ -14,7 +15,7 @@ def data(name, **fields):
 @pytest.mark.parametrize("name", ["boxes", "rooms:8", "lamp:5-9"])
 def test_stories_train_and_are_held_out_apart(name):
     training, heldout = split_problems(data(name, heldout=200), seed=1)
-    assert (len(training), len(heldout)) == (GENERATED, 200)
+    assert (len(training), len(heldout)) == (TRAINED, 200)
     asked = {problem.question for problem in heldout}
     assert not asked & {training[index].question for index in range(2000)}
     assert list(heldout) == list(split_problems(data(name, heldout=200), seed=1)[1])

@@ -223,7 +223,11 @@ def test_texts_lie_back_to_back(tmp_path):
     ("content", "arguments", "message"),
     [
         ("short", (), r"texts.jsonl, line 1: not JSON"),
-        ('{"words": 3}', (), r"texts.jsonl, line 1: needs text under the key text, or under question and answer"),
+        (
+            '{"words": 3}',
+            (),
+            r"texts.jsonl, line 1: the row has 'words', and needs 'text'; or 'question', ",
+        ),
         ('{"text": "short"}', (), r"texts.jsonl holds 6 tokens; a row of 256 is the least"),
         ('{"text": "short"}', ("--calibrate-tokens", "255"), r"--calibrate-tokens 255 must be at least 256"),
         ('{"text": "short"}', ("--quantize", "none"), r"--calibrate needs --quantize nf4"),

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sst_jax.data.problems import Problem
+from sst_jax.data.problems import Item, Problem
 from sst_jax.errors import InputError
-from sst_jax.lab.evaluation.tasks import Item
 from sst_jax.model.config import from_mapping
 from sst_jax.training.problems import split_problems
 from sst_jax.training.recipe import DataConfig

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
+from sst_jax.data.problems import Item
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.inference.halting_probe import Probe
@@ -21,7 +22,7 @@ from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy, check_distinct, parse
 from sst_jax.inference.session import check_policy
 from sst_jax.lab.evaluation import contamination, runner, tasks
-from sst_jax.lab.evaluation.extractors import second_opinion_by
+from sst_jax.lab.evaluation.second_opinion import second_opinion_by
 from sst_jax.lab.evaluation.summary import summarise
 from sst_jax.training.run import environment
 
@@ -82,8 +83,8 @@ class TaskItems(NamedTuple):
     """A task with all its items, and those that are measured."""
 
     task: tasks.Task
-    every: list[tasks.Item]
-    items: list[tasks.Item]
+    every: list[Item]
+    items: list[Item]
 
 
 def read_task(config: EvalConfig) -> TaskItems:
@@ -100,7 +101,7 @@ def read_task(config: EvalConfig) -> TaskItems:
     return TaskItems(task, every, every[: config.limit or None])
 
 
-def settings(config: EvalConfig, items: Sequence[tasks.Item]) -> dict[str, Any]:
+def settings(config: EvalConfig, items: Sequence[Item]) -> dict[str, Any]:
     """Return what evaluation.json records of a config, apart from what depends on the model."""
     return {
         "task": config.task,
@@ -167,7 +168,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
         "max_new_tokens": room,
         "first_prompt": model.tokenizer.decode(prompt[items[0].id]),
         "first_prompt_tokens": prompt[items[0].id],
-        "second_opinion_by": second_opinion_by() if answering and task.checkable else None,
+        "second_opinion_by": second_opinion_by() if answering and task.grading.checkable else None,
         "environment": environment(),
     }
     measure = functools.partial(runner.losses, model, format)

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from sst_jax.console.command import write_json
+from sst_jax.data.problems import Item
 from sst_jax.data.prompts import prompt_tokens, render
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy
-from sst_jax.lab.evaluation.extractors import second_opinion
 from sst_jax.lab.evaluation.scoring import score
-from sst_jax.lab.evaluation.tasks import Item, Task
+from sst_jax.lab.evaluation.second_opinion import second_opinion
+from sst_jax.lab.evaluation.tasks import Task
 
 Outcome = dict[str, Any]
 HEADER, ITEMS, OUTCOMES, RESULT = "evaluation.json", "items.jsonl", "outcomes.jsonl", "result.json"
@@ -204,7 +205,7 @@ def answer(
     for row, item in enumerate(batch.items):
         generation, seconds = found[row]
         reference, text = item.problem.result, generation.text
-        strict, flexible = (task.extract(text, way) for way in (True, False))
+        strict, flexible = (task.grading.extract(text, way) for way in (True, False))
         outcomes.append(
             {
                 "id": item.id,
@@ -221,7 +222,7 @@ def answer(
                 "flexible": flexible,
                 "correct": strict == reference,
                 "correct_flexible": flexible == reference,
-                "second_opinion": second_opinion(text, reference) if check and task.checkable else None,
+                "second_opinion": second_opinion(text, reference) if check and task.grading.checkable else None,
             }
         )
     return outcomes

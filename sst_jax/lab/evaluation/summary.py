@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sst_jax.data.problems import Item
 from sst_jax.lab.evaluation.runner import Outcome, by_policy
-from sst_jax.lab.evaluation.tasks import Item
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, redraw_union, wilson
 
 ORACLE = (

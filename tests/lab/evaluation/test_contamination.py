@@ -2,10 +2,10 @@
 
 import pytest
 
-from sst_jax.data.problems import Problem
+from sst_jax.data.problems import Item, Problem
 from sst_jax.errors import InputError
 from sst_jax.lab.evaluation import contamination
-from sst_jax.lab.evaluation.tasks import Item, find
+from sst_jax.lab.evaluation.tasks import find
 from sst_jax.training.recipe import defaults
 from tests.support.problems import gsm8k_lines, write_lines
 

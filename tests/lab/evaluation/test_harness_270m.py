@@ -11,9 +11,8 @@ pytest.importorskip("torch")
 
 from lm_eval.api.instance import Instance
 
-from sst_jax.data.problems import load_gsm8k
 from sst_jax.lab.evaluation.harness import HarnessModel
-from tests.support.problems import real_gsm8k
+from tests.support.problems import load_gsm8k, real_gsm8k
 
 pytestmark = pytest.mark.slow
 

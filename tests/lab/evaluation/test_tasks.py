@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sst_jax.data.datasets import TESTED
+from sst_jax.data.formats import frozen_order
 from sst_jax.data.tracking import Stories, parse
 from sst_jax.errors import InputError
 from sst_jax.lab.evaluation import tasks
@@ -55,16 +57,16 @@ def test_gpqa_from_csv_and_json_lines_alike(tmp_path):
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=8), min_size=2, max_size=5, unique=True))
 def test_the_order_of_choices_hangs_on_their_text_alone(question, choices):
-    order = tasks.frozen_order(question, choices)
+    order = frozen_order(question, choices)
     assert sorted(order) == list(range(len(choices)))
     back = list(reversed(choices))
-    assert [choices[i] for i in order] == [back[i] for i in tasks.frozen_order(question, back)]
+    assert [choices[i] for i in order] == [back[i] for i in frozen_order(question, back)]
 
 
 def test_frozen_orders_are_frozen():
     """Published permutations: this may never change."""
-    assert tasks.frozen_order("Which is blue?", ["sky", "grass", "milk", "coal"]) == (3, 1, 2, 0)
-    places = [tasks.frozen_order(str(n), ["a", "b", "c", "d"]).index(0) for n in range(400)]
+    assert frozen_order("Which is blue?", ["sky", "grass", "milk", "coal"]) == (3, 1, 2, 0)
+    places = [frozen_order(str(n), ["a", "b", "c", "d"]).index(0) for n in range(400)]
     assert all(70 < places.count(place) < 130 for place in range(4))
 
 
@@ -80,12 +82,12 @@ def test_math_500_reads_plain_formulas(tmp_path):
     file = write_lines(tmp_path / "test.jsonl", [MATH_ROW])
     (item,) = tasks.find("math_500").read(str(file))
     assert item.problem.result == r"\frac{1}{2}"
-    assert tasks.find("math_500").extract(r"\boxed{\frac{1}{2}}", True) == item.problem.result
+    assert tasks.find("math_500").grading.extract(r"\boxed{\frac{1}{2}}", True) == item.problem.result
 
 
 def test_words_are_never_training_problems():
     items = tasks.find("words").read(None)
-    assert len(items) == tasks.GENERATED
+    assert len(items) == TESTED
     assert all(item.id.startswith("words/test/") for item in items)
     with pytest.raises(InputError, match="takes no data"):
         tasks.find("words").read("folder")
@@ -94,12 +96,12 @@ def test_words_are_never_training_problems():
 def test_stories_are_tasks_and_no_training_question_is_among_them():
     task = tasks.find("rooms:6")
     items = task.read(None)
-    assert len(items) == tasks.GENERATED
+    assert len(items) == TESTED
     assert all(item.id.startswith("rooms/6-6/test/") for item in items)
     assert task.worked
     training = {problem.question for problem in Stories(parse("rooms:6"), "train", 2000)}
     assert not training & {item.problem.question for item in items}
-    assert task.extract(f" {items[0].problem.result.title()}.", True) == items[0].problem.result
+    assert task.grading.extract(f" {items[0].problem.result.title()}.", True) == items[0].problem.result
     with pytest.raises(InputError, match="takes no data"):
         task.read("folder")
     with pytest.raises(InputError, match="rooms:none"):
@@ -109,7 +111,7 @@ def test_stories_are_tasks_and_no_training_question_is_among_them():
 @pytest.mark.parametrize(("name", "fewest"), [("rooms:1-4", 500), ("boxes", 500), ("lamp", 400), ("lamp:1", 10)])
 def test_no_story_is_asked_twice(name, fewest):
     questions = [item.problem.question for item in tasks.find(name).read(None)]
-    assert fewest <= len(questions) == len(set(questions)) <= tasks.GENERATED
+    assert fewest <= len(questions) == len(set(questions)) <= TESTED
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "words"])
@@ -135,7 +137,7 @@ def test_unknown_names_are_refused_with_those_there_are():
         ("gpqa_diamond", "gpqa_diamond.jsonl", [GPQA_ROW, {**GPQA_ROW, "Correct Answer": ""}], r"line 2: field 'Corr"),
         ("gpqa_diamond", "gpqa_diamond.jsonl", [[1]], "line 1: not a JSON object"),
         ("gpqa_diamond", "gpqa_diamond.jsonl", [GPQA_ROW, GPQA_ROW], "two items with the id gpqa_diamond/r1"),
-        ("gpqa_diamond", "gpqa_diamond.jsonl", [], "holds no items"),
+        ("gpqa_diamond", "gpqa_diamond.jsonl", [], r"gpqa_diamond\.jsonl: holds no problems"),
         ("gpqa_diamond", "other.jsonl", [GPQA_ROW], "holds no gpqa_diamond.csv or gpqa_diamond.jsonl"),
         ("arc_challenge", "ARC-Challenge-Test.jsonl", [{**ARC_ROW, "answerKey": "E"}], "line 1: needs a question"),
         ("arc_challenge", "ARC-Challenge-Test.jsonl", ["", {**ARC_ROW, "choices": []}], "line 2: field 'choices'"),
@@ -157,7 +159,7 @@ def test_a_row_with_too_few_cells_is_named(tmp_path):
 
 
 def test_an_unknown_task_lists_those_there_are():
-    with pytest.raises(InputError, match="gsm9k is unknown; tasks are gsm8k, gpqa_diamond"):
+    with pytest.raises(InputError, match="gsm9k is unknown; tasks are gsm8k, gsm8k:result, gpqa_diamond"):
         tasks.find("gsm9k")
 
 

@@ -1,0 +1,210 @@
+"""Row formats and data sets: what a row becomes, and which line, keys seen and keys wanted an error names."""
+
+import json
+
+import pytest
+
+from sst_jax.data.datasets import DATASETS, Files, find, names
+from sst_jax.data.formats import ROW_FORMATS, read_row, recognise
+from sst_jax.data.problems import Item, Problem
+from sst_jax.data.prompts import whole_text
+from sst_jax.data.records import Record, read_jsonl
+from sst_jax.errors import InputError
+from tests.support.problems import write_lines
+
+# By format, a row and what is made of it; rows hold keys that no format wants.
+ROWS = {
+    "text": ({"text": " A text.\n", "url": "x"}, Item(Problem("set/3", "", "", " A text.\n"))),
+    "question_answer": (
+        {"question": " Why? ", "answer": "So.\n#### 7\n"},
+        Item(Problem("set/3", "Why?", "", "So.\n#### 7")),
+    ),
+    "gsm8k": (
+        {"question": " Why? ", "answer": "3 * 400 = <<3*400=1200>>1,200.\n#### 1,200"},
+        Item(Problem("set/3", "Why?", "3 * 400 = 1,200.", "1200")),
+    ),
+    "math": (
+        {"problem": "Halve $1$.", "solution": "...", "answer": r"\dfrac{1}{2}", "level": 2},
+        Item(Problem("set/3", "Halve $1$.\nEnd with the final answer in \\boxed{}.", "...", r"\dfrac{1}{2}")),
+    ),
+    "gpqa": (
+        {
+            "Record ID": "r1",
+            "Question": "Which is blue?",
+            "Correct Answer": "sky",
+            **{f"Incorrect Answer {n}": name for n, name in enumerate(("grass", "milk", "coal"), 1)},
+        },
+        Item(
+            Problem(
+                "set/r1",
+                "Which is blue?\n(A) coal\n(B) grass\n(C) milk\n(D) sky\n"
+                'Think step by step, then end with "The answer is (X)", X being the letter of the right choice.',
+                "",
+                "D",
+            ),
+            (3, 1, 2, 0),
+        ),
+    ),
+    "arc": (
+        {"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"},
+        Item(
+            Problem(
+                "set/3",
+                "Hot?\n(A) ice\n(B) fire\n"
+                'Think step by step, then end with "The answer is (X)", X being the letter of the right choice.',
+                "",
+                "B",
+            ),
+            (0, 1),
+        ),
+    ),
+}
+
+
+def record(value):
+    return Record(3, "a.jsonl, line 4", value)
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_a_row_becomes_an_item(name):
+    row, item = ROWS[name]
+    assert read_row(ROW_FORMATS[name], record(row), "set") == item
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_a_row_without_one_of_the_keys_is_named_with_keys_seen_and_wanted(name):
+    format, (row, _) = ROW_FORMATS[name], ROWS[name]
+    for key in format.keys:
+        without = {**{other: value for other, value in row.items() if other != key}, "odd": 1}
+        with pytest.raises(InputError) as error:
+            read_row(format, record(without), "set")
+        seen, wanted = (", ".join(map(repr, keys)) for keys in (without, format.keys))
+        message = f"a.jsonl, line 4: field {key!r} is missing; the row has {seen}, and needs {wanted}"
+        assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+@pytest.mark.parametrize("bad", [None, 3, ["x"], {"text": "x"}])
+def test_a_field_that_is_not_text_is_named(name, bad):
+    format, (row, _) = ROW_FORMATS[name], ROWS[name]
+    for key in format.keys:
+        with pytest.raises(InputError, match=r"^a\.jsonl, line 4: (field|needs a question)"):
+            read_row(format, record({**row, key: bad}), "set")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"text": ["a", 7], "label": ["1", "2"]}, {"text": ["a"]}, {"text": "ab", "label": "12"}]
+)
+def test_choices_that_are_none(bad):
+    row, _ = ROWS["arc"]
+    with pytest.raises(InputError, match="line 4: field 'choices' must hold the lists"):
+        read_row(ROW_FORMATS["arc"], record({**row, "choices": bad}), "set")
+
+
+def test_rows_that_are_no_objects_are_named():
+    for value in ([1, 2], "text", 7, None):
+        for read in (recognise, lambda row: read_row(ROW_FORMATS["text"], row, "set")):
+            with pytest.raises(InputError, match="line 4: not a JSON object"):
+                read(record(value))
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_a_format_is_recognised_by_its_keys(name):
+    row, _ = ROWS[name]
+    assert recognise(record(row)).keys == ROW_FORMATS[name].keys
+
+
+def test_unknown_rows_are_named_with_the_keys_of_every_format():
+    with pytest.raises(InputError) as error:
+        recognise(record({"frage": "x", "k" * 100: "y", **dict.fromkeys("abcdefghijklm", "z")}))
+    message = str(error.value)
+    assert message.startswith(f"a.jsonl, line 4: the row has 'frage', '{'k' * 40}...', 'a', ")
+    assert " and 3 more, and needs 'text'; or 'question', 'answer'; or " in message
+    for format in ROW_FORMATS.values():
+        assert ", ".join(map(repr, format.keys)) in message
+    with pytest.raises(InputError, match="the row has no keys, and needs"):
+        recognise(record({}))
+
+
+def test_mixed_rows_of_a_named_data_set_are_refused_at_their_line(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [ROWS["gsm8k"][0], "", ROWS["text"][0]])
+    with pytest.raises(InputError, match=r"train\.jsonl, line 3: field 'question' is missing; the row has 'text', "):
+        find("gsm8k").source.problems("train", str(tmp_path), "data.path")
+
+
+def test_the_whole_text_of_a_row(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [ROWS[name][0] for name in ("text", "question_answer")])
+    texts = [whole_text(read_row(recognise(row), row, "a").problem) for row in read_jsonl(file)]
+    assert texts == [" A text.\n", "Question: Why?\nAnswer: So.\n#### 7"]
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+def row_of(format, number):
+    """A row of a format that differs from those of other numbers."""
+    row = dict(ROWS[format][0])
+    key = ROW_FORMATS[format].keys[0]
+    return {**row, key: f"{row[key]} {number}", **({"Record ID": str(number)} if format == "gpqa" else {})}
+
+
+FILES = {name: dataset.source for name, dataset in DATASETS.items() if isinstance(dataset.source, Files)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_data_set_of_files_reads_every_split_from_a_folder(name, tmp_path):
+    source = FILES[name]
+    for split, (files, _) in source.splits.items():
+        folder = tmp_path / split
+        with pytest.raises(InputError, match=r"no such folder, nor a hub id"):
+            source.read(split, str(folder), "--data")
+        folder.mkdir()
+        with pytest.raises(InputError, match=files[0].replace(".", r"\.")):
+            source.read(split, str(folder), "--data")
+        file = write_lines(folder / files[-1], [row_of(source.format, number) for number in range(5)])
+        items = source.read(split, str(folder), "--data")
+        assert len({item.id for item in items}) == 5
+        assert all(item.id.startswith(f"{name}/") for item in items)
+        assert all(item.problem.question and item.problem.result for item in items)
+        if len(source.splits) == 1:
+            assert source.read(split, str(file), "--data") == items
+        else:
+            with pytest.raises(InputError, match="is a file; name the folder"):
+                source.read(split, str(file), "--data")
+
+
+@pytest.mark.parametrize("name", [name for name, dataset in DATASETS.items() if dataset.source.trains])
+def test_every_data_set_that_trains_holds_out_what_it_does_not_train_on(name, tmp_path):
+    source = DATASETS[name].source
+    if name in FILES:
+        write_lines(tmp_path / source.splits["train"].files[0], [row_of(source.format, number) for number in range(30)])
+    training, heldout = source.training(str(tmp_path), heldout=7, limit=20, seed=3)
+    assert (len(training), len(heldout)) == (20, 7)
+    again = source.training(str(tmp_path), heldout=7, limit=20, seed=3)
+    assert [list(part) for part in again] == [list(training), list(heldout)]
+    assert list(heldout) != list(source.training(str(tmp_path), heldout=7, limit=20, seed=4)[1])
+    assert not {problem.question for problem in training} & {problem.question for problem in heldout}
+
+
+def test_names_and_options():
+    assert find("nothing") is find("gsm8k:steps") is find("gsm8k:") is find("math_500:result") is None
+    assert find("rooms:8").name == "rooms:8"
+    assert find("words:result").worked
+    trains = set(names(lambda dataset: dataset.source.trains))
+    assert {"gsm8k", "gsm8k:result", "words", "words:result", "boxes"} <= trains
+    assert not {"gpqa_diamond", "arc_challenge", "math_500"} & trains
+    assert all(find(name) is not None for name in names(lambda dataset: True))
+    for name, dataset in DATASETS.items():
+        assert dataset.name == name
+        if isinstance(dataset.source, Files):
+            assert dataset.source.name == name
+            assert dataset.source.format in ROW_FORMATS
+            assert set(dataset.source.splits) <= {"train", "test"}
+            assert (dataset.grading is None) == ("test" not in dataset.source.splits)
+
+
+def test_a_folder_that_is_named_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai/gsm8k").mkdir(parents=True)
+    (tmp_path / "openai/gsm8k/train.jsonl").write_text(json.dumps(ROWS["gsm8k"][0]))
+    assert len(find("gsm8k").source.read("train", "openai/gsm8k", "data.path")) == 1
