@@ -6,6 +6,7 @@ int32 (restart at 0 with every document); answer_mask bool (aligned with tokens,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,27 @@ from sst_jax.errors import InputError
 
 PACKING_BINS = 64  # sequences filled at the same time: more bins waste less padding and delay documents longer
 Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How documents are laid into batches.
+
+    length      positions of a row
+    batch_size  rows of a batch
+    pack        whether a row holds several documents
+    pad_id      token of positions that hold none
+
+    Raises: InputError for a length or a batch below one.
+    """
+
+    length: int
+    batch_size: int
+    pack: bool = True
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(length=self.length, batch_size=self.batch_size)
 
 
 def prepare(
@@ -56,25 +78,31 @@ def prepare(
 
 def rows(
     examples: Sequence[Example],
+    layout: Layout,
     *,
-    length: int,
-    batch_size: int,
     seed: int = 0,
-    pack: bool = True,
     epochs: int | None = None,
-    pad_id: int = 0,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Return an iterator over batches of packed sequences (pack), or of one document a sequence.
+    """Return an iterator over batches of packed sequences (layout.pack), or of one document a sequence.
 
-    Every epoch is reshuffled; the order depends on `seed` alone. `epochs=None` never ends; otherwise the last batch is
-    filled with padding. A shard takes every shard_count-th document of each epoch's order, so shards are
-    disjoint within an epoch and together hold all of it. `get_state`/`set_state` (and `grain.checkpoint`) resume
-    exactly, given the same arguments.
-    Raises: InputError for no examples, an example longer than `length`, or a bad count.
+    Every epoch is reshuffled. A shard takes every shard_count-th document of each epoch's order, so shards are disjoint
+    within an epoch and together hold all of it. `get_state`/`set_state` (and `grain.checkpoint`) resume exactly, given
+    the same arguments.
+
+    Args:
+        examples: the documents.
+        layout: of the batches.
+        seed: alone decides the order.
+        epochs: how often every document comes; the last batch is filled with padding. None: without end.
+        shard_index: which shard.
+        shard_count: of how many.
+
+    Raises: InputError for no examples, an example longer than the layout's rows, or a bad count.
     """
-    _check_positive(length=length, batch_size=batch_size, epochs=epochs, shard_count=shard_count)
+    length, batch_size = layout.length, layout.batch_size
+    _check_positive(epochs=epochs, shard_count=shard_count)
     if not 0 <= shard_index < shard_count:
         raise InputError(f"data.shard_index={shard_index} must be in [0, shard_count={shard_count})")
     if len(examples) < shard_count:
@@ -84,7 +112,7 @@ def rows(
     documents = grain.MapDataset.source(examples).seed(seed).shuffle()[shard_index::shard_count].repeat(epochs)
     # All examples are in memory: threads that read ahead would only add cost.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    if pack:
+    if layout.pack:
         dataset = grain.experimental.FirstFitPackIterDataset(
             documents.map(_document).to_iter_dataset(options),
             length_struct={"tokens": length, "answer_mask": length},
@@ -94,19 +122,17 @@ def rows(
     else:
         dataset = documents.map(functools.partial(_row, length=length)).to_iter_dataset(options)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return iter(dataset.batch(batch_size, batch_fn=fill).map(functools.partial(_set_padding, pad_id=pad_id)))
+    return iter(dataset.batch(batch_size, batch_fn=fill).map(functools.partial(_set_padding, pad_id=layout.pad_id)))
 
 
-def fixed_batches(
-    examples: Sequence[Example], *, length: int, batch_size: int, pack: bool = False, pad_id: int = 0
-) -> list[dict[str, Any]]:
+def fixed_batches(examples: Sequence[Example], layout: Layout) -> list[dict[str, Any]]:
     """Return all examples once, in their order, as a list of batches; the last is filled with padding.
 
-    Each batch has one more entry, "ids": for each row the example ids of its segments 1, 2, ... in order. With `pack`,
-    a document goes into the first row with room for it.
-    Raises: InputError for no examples or one longer than `length`.
+    Each batch has one more entry, "ids": for each row the example ids of its segments 1, 2, ... in order. Where the
+    layout packs, a document goes into the first row with room for it.
+    Raises: InputError for no examples or one longer than the layout's rows.
     """
-    _check_positive(length=length, batch_size=batch_size)
+    length, batch_size = layout.length, layout.batch_size
     if not examples:
         raise InputError("the dataset is empty")
     _check_lengths(examples, length)
@@ -114,7 +140,7 @@ def fixed_batches(
     room: list[int] = []
     for example in examples:
         size = len(example.tokens)
-        place = next((row for row, free in enumerate(room) if free >= size), None) if pack else None
+        place = next((row for row, free in enumerate(room) if free >= size), None) if layout.pack else None
         if place is None:
             place = len(room)
             groups.append([])
@@ -128,7 +154,9 @@ def fixed_batches(
         batch = {
             key: np.stack(values) for key, values in _transpose([_lay_out(group, length) for group in members]).items()
         }
-        batches.append(_set_padding(batch, pad_id) | {"ids": [[example.id for example in group] for group in members]})
+        batches.append(
+            _set_padding(batch, layout.pad_id) | {"ids": [[example.id for example in group] for group in members]}
+        )
     return batches
 
 

@@ -241,13 +241,19 @@ def check_inputs(recipe: Recipe, workdir: Path) -> Inputs:
     )
 
 
+def layout(inputs: Inputs) -> loader.Layout:
+    """Return how the recipe lays documents into batches."""
+    data = inputs.recipe.data
+    return loader.Layout(data.length, data.batch_size, data.pack, inputs.opened.tokenizer.pad_id)
+
+
 @contextlib.contextmanager
 def open_run(inputs: Inputs, workdir: Path, watch: Watch) -> Iterator[Run]:
     """Take the run folder, and make the state of the newest good checkpoint there, or a fresh one.
 
     Raises: InputError as `RunFolder`.
     """
-    recipe, config, data = inputs.recipe, inputs.config, inputs.recipe.data
+    recipe, config = inputs.recipe, inputs.config
     base_record = inputs.opened.provenance.base_record()
     run_config = {"recipe": inputs.record, "model_config": config.to_dict()}
     folder = RunFolder(workdir, run_config, base_record, writes=is_primary())
@@ -257,14 +263,7 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch) -> Iterator[Run]:
         optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
         # Placed as a restored state is, or a resumed run would compile its step anew.
         state = sharding.device_put_sharded(init_state(fresh, optimizer))
-        iterator = loader.rows(
-            inputs.examples,
-            length=data.length,
-            batch_size=data.batch_size,
-            seed=recipe.train.seed,
-            pack=data.pack,
-            pad_id=inputs.opened.tokenizer.pad_id,
-        )
+        iterator = loader.rows(inputs.examples, layout(inputs), seed=recipe.train.seed)
         checkpoints, progress = Checkpoints(workdir, recipe.train.keep), Progress()
         if step := checkpoints.latest_good() or 0:
             trainable, optimizer_state, saved = checkpoints.restore(step, state.trainable, state.optimizer, iterator)
@@ -289,7 +288,7 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch) -> Iterator[Run]:
 
 def compile_programs(run: Run) -> Programs:
     """Return the functions of a run, each compiled at its first call: the step and the held-out losses."""
-    config, recipe, tokenizer = run.inputs.config, run.inputs.recipe, run.inputs.opened.tokenizer
+    config, recipe = run.inputs.config, run.inputs.recipe
     shardings = sharding.shardings(jax.sharding.get_mesh(), run.state)
     options = kernels.compiler_options(jax.default_backend()) or None
 
@@ -299,11 +298,7 @@ def compile_programs(run: Run) -> Programs:
         return jax.jit(function, donate_argnums=(0,), out_shardings=(shardings, None), compiler_options=options)
 
     losses = functools.partial(batch_losses, config, recipe.heldout_forward)
-    data = recipe.data
-    batches = loader.fixed_batches(
-        run.inputs.heldout, length=data.length, batch_size=data.batch_size, pack=data.pack, pad_id=tokenizer.pad_id
-    )
-    return Programs(step, jax.jit(losses), batches)
+    return Programs(step, jax.jit(losses), loader.fixed_batches(run.inputs.heldout, layout(run.inputs)))
 
 
 def begin(run: Run, programs: Programs) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_jax.data.loader import fixed_batches, prepare, rows
+from sst_jax.data.loader import Layout, fixed_batches, prepare, rows
 from sst_jax.data.problems import Problem, word_problems
 from sst_jax.data.prompts import Example, render
 from sst_jax.data.tokenizer import ByteTokenizer
@@ -73,7 +73,7 @@ def _same(one: dict, other: dict) -> bool:
 )
 def test_an_epoch_holds_every_document_once_and_whole(count, length, batch_size, pack, seed, epochs):
     examples = _examples(count, seed=seed)
-    batches = list(rows(examples, length=length, batch_size=batch_size, seed=seed, pack=pack, epochs=epochs))
+    batches = list(rows(examples, Layout(length, batch_size, pack=pack), seed=seed, epochs=epochs))
     for batch in batches:
         assert {key: value.dtype for key, value in batch.items()} == KEYS
         assert {value.shape for value in batch.values()} == {(batch_size, length)}
@@ -87,7 +87,7 @@ def test_an_epoch_holds_every_document_once_and_whole(count, length, batch_size,
 
 def test_packing_packs():
     examples = _examples(2000)
-    packed = list(rows(examples, length=128, batch_size=8, epochs=1))
+    packed = list(rows(examples, Layout(128, 8), epochs=1))
     filled = np.mean([(batch["segment_ids"] > 0).mean() for batch in packed])
     assert filled > 0.9
     assert max(batch["segment_ids"].max() for batch in packed) > 5
@@ -98,7 +98,7 @@ def test_order_depends_on_the_seed_alone(pack):
     examples = _examples(60)
 
     def first(seed):
-        return list(itertools.islice(rows(examples, length=64, batch_size=2, seed=seed, pack=pack), 40))
+        return list(itertools.islice(rows(examples, Layout(64, 2, pack=pack), seed=seed), 40))
 
     assert all(itertools.starmap(_same, zip(first(3), first(3), strict=True)))
     assert _order(first(3)) != _order(first(4))
@@ -106,7 +106,7 @@ def test_order_depends_on_the_seed_alone(pack):
 
 def test_every_epoch_is_reshuffled():
     examples = _examples(50)
-    order = _order(rows(examples, length=30, batch_size=1, pack=False, epochs=3))
+    order = _order(rows(examples, Layout(30, 1, pack=False), epochs=3))
     epochs = [order[start : start + 50] for start in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -114,7 +114,7 @@ def test_every_epoch_is_reshuffled():
 
 
 def test_without_epochs_it_never_ends():
-    found = _order(itertools.islice(rows(_examples(40), length=30, batch_size=4, pack=False), 200))
+    found = _order(itertools.islice(rows(_examples(40), Layout(30, 4, pack=False)), 200))
     assert Counter(found) == dict.fromkeys(range(40), 20)
 
 
@@ -127,7 +127,7 @@ def test_resume_is_exact_anywhere(data, pack, seed, epochs):
     examples = _examples(data.draw(st.integers(40, 200)), seed=seed)
 
     def start():
-        return rows(examples, length=48, batch_size=4, seed=seed, pack=pack, epochs=epochs)
+        return rows(examples, Layout(48, 4, pack=pack), seed=seed, epochs=epochs)
 
     whole = list(itertools.islice(start(), BATCHES))
     before = data.draw(st.integers(0, len(whole)))
@@ -146,13 +146,13 @@ def test_resume_is_exact_anywhere(data, pack, seed, epochs):
 
 def test_resume_through_an_orbax_checkpoint(tmp_path):
     examples = _examples(80)
-    iterator = rows(examples, length=64, batch_size=2, seed=1)
+    iterator = rows(examples, Layout(64, 2), seed=1)
     for _ in range(7):
         next(iterator)
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
     expected = [next(iterator) for _ in range(5)]
-    fresh = rows(examples, length=64, batch_size=2, seed=1)
+    fresh = rows(examples, Layout(64, 2), seed=1)
     with ocp.CheckpointManager(tmp_path) as manager:
         restored = manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
     assert all(_same(next(restored["data"]), batch) for batch in expected)
@@ -162,7 +162,7 @@ def test_resume_through_an_orbax_checkpoint(tmp_path):
 def test_shards_are_disjoint_and_complete_in_every_epoch(pack):
     examples = _examples(50)
     first, second = ([
-        _order(rows(examples, length=64, batch_size=2, pack=pack, epochs=epochs, shard_index=shard, shard_count=3))
+        _order(rows(examples, Layout(64, 2, pack=pack), epochs=epochs, shard_index=shard, shard_count=3))
         for shard in range(3)
     ] for epochs in (1, 2))  # fmt: skip
     assert sorted(itertools.chain(*first)) == list(range(50))
@@ -174,9 +174,9 @@ def test_shards_are_disjoint_and_complete_in_every_epoch(pack):
 def test_pad_id_fills_padding_and_nothing_else():
     examples = _examples(7)
     make = [
-        lambda pad: list(rows(examples, length=64, batch_size=4, epochs=1, pad_id=pad)),
-        lambda pad: list(rows(examples, length=64, batch_size=4, epochs=1, pad_id=pad, pack=False)),
-        lambda pad: fixed_batches(examples, length=64, batch_size=4, pad_id=pad),
+        lambda pad: list(rows(examples, Layout(64, 4, pad_id=pad), epochs=1)),
+        lambda pad: list(rows(examples, Layout(64, 4, pack=False, pad_id=pad), epochs=1)),
+        lambda pad: fixed_batches(examples, Layout(64, 4, pad_id=pad, pack=False)),
     ]
     for batches in make:
         for plain, padded in zip(batches(0), batches(9), strict=True):
@@ -193,8 +193,8 @@ def test_pad_id_fills_padding_and_nothing_else():
 @pytest.mark.parametrize("pack", [True, False])
 def test_fixed_batches(pack):
     examples = _examples(23)
-    batches = fixed_batches(examples, length=50, batch_size=4, pack=pack)
-    again = fixed_batches(examples, length=50, batch_size=4, pack=pack)
+    batches = fixed_batches(examples, Layout(50, 4, pack=pack))
+    again = fixed_batches(examples, Layout(50, 4, pack=pack))
     assert all(one["ids"] == other["ids"] for one, other in zip(batches, again, strict=True))
     for batch in batches:
         assert {key: batch[key].dtype for key in KEYS} == KEYS
@@ -253,37 +253,37 @@ def test_prepare_tokenises_each_problem_once():
 
     examples = prepare(word_problems("train", 30), Counting(), length=600)
     assert Counting.calls == 60  # a prompt and an answer each
-    list(rows(examples, length=600, batch_size=4, epochs=2))
+    list(rows(examples, Layout(600, 4), epochs=2))
     assert Counting.calls == 60
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("layout", "change", "message"),
     [
-        ({"length": 0}, "data.length=0"),
-        ({"batch_size": 0}, "data.batch_size=0"),
-        ({"epochs": 0}, "data.epochs=0"),
-        ({"shard_count": 0}, "data.shard_count=0"),
-        ({"shard_index": 2, "shard_count": 2}, "data.shard_index=2"),
-        ({"shard_index": -1}, "data.shard_index=-1"),
-        ({"shard_count": 21}, "20 examples cannot feed 21 shard"),
-        ({"length": 5}, r"example doc/\d+ needs data.length=\d+, more than 5"),
+        ({"length": 0}, {}, "data.length=0"),
+        ({"batch_size": 0}, {}, "data.batch_size=0"),
+        ({}, {"epochs": 0}, "data.epochs=0"),
+        ({}, {"shard_count": 0}, "data.shard_count=0"),
+        ({}, {"shard_index": 2, "shard_count": 2}, "data.shard_index=2"),
+        ({}, {"shard_index": -1}, "data.shard_index=-1"),
+        ({}, {"shard_count": 21}, "20 examples cannot feed 21 shard"),
+        ({"length": 5}, {}, r"example doc/\d+ needs data.length=\d+, more than 5"),
     ],
 )
-def test_rows_refuses(change, message):
+def test_rows_refuses(layout, change, message):
     with pytest.raises(InputError, match=message):
-        rows(_examples(20), **({"length": 40, "batch_size": 2} | change))
+        rows(_examples(20), Layout(**{"length": 40, "batch_size": 2, **layout}), **change)
 
 
 def test_empty_and_overlong_are_refused_everywhere():
     with pytest.raises(InputError, match="0 examples"):
-        rows([], length=8, batch_size=2)
+        rows([], Layout(8, 2))
     with pytest.raises(InputError, match="empty"):
-        fixed_batches([], length=8, batch_size=2)
+        fixed_batches([], Layout(8, 2, pack=False))
     with pytest.raises(InputError, match="batch_size=0"):
-        fixed_batches(_examples(3), length=40, batch_size=0)
+        fixed_batches(_examples(3), Layout(40, 0, pack=False))
     with pytest.raises(InputError, match=r"doc/\d+ needs"):
-        fixed_batches(_examples(20), length=5, batch_size=2)
+        fixed_batches(_examples(20), Layout(5, 2, pack=False))
 
 
 def test_gsm8k_rows_with_gemma(gemma, gsm8k_folder):
@@ -291,7 +291,7 @@ def test_gsm8k_rows_with_gemma(gemma, gsm8k_folder):
     problems = load_gsm8k(str(gsm8k_folder), "test")
     examples = prepare(problems, gemma, length=1024, format="chat")
     answers = Counter()
-    for batch in rows(examples, length=1024, batch_size=4, seed=0, epochs=1):
+    for batch in rows(examples, Layout(1024, 4), seed=0, epochs=1):
         for row in range(4):
             for segment in range(1, batch["segment_ids"][row].max() + 1):
                 inside = (batch["segment_ids"][row] == segment) & batch["answer_mask"][row]

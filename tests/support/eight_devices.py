@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.data.loader import rows
+from sst_jax.data.loader import Layout, rows
 from sst_jax.data.prompts import Example
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.inference import prefill
@@ -169,9 +169,7 @@ def restored(saved_on, read_on):
 
     def fresh(factor):
         trainable = {name: jax.tree.map(lambda x: x * factor, params[name]) for name in ("adapter", "blend")}
-        return sharding.device_put_sharded(init_state(trainable, OPTIMIZER)), rows(
-            examples, length=LENGTH, batch_size=ROWS
-        )
+        return sharding.device_put_sharded(init_state(trainable, OPTIMIZER)), rows(examples, Layout(LENGTH, ROWS))
 
     with tempfile.TemporaryDirectory() as folder:
         with jax.set_mesh(mesh_of(saved_on)):

@@ -129,13 +129,13 @@ def test_prompts_that_leave_no_room_are_named(plain, items):
 @pytest.mark.parametrize("format", ["plain", "chat"])
 def test_losses_are_those_of_training(streaming, items, format):
     """Against training's own held-out loss, with the exact recurrence."""
-    from sst_jax.data.loader import fixed_batches
+    from sst_jax.data.loader import Layout, fixed_batches
     from sst_jax.data.prompts import render
     from sst_jax.training.step import ForwardConfig, batch_losses
 
     outcomes = runner.losses(streaming, format, runner.Batch(parse_list("1")[0], items))
     examples = [render(item.problem, streaming.tokenizer, format) for item in items]
-    (batch,) = fixed_batches(examples, length=1024, batch_size=len(items))
+    (batch,) = fixed_batches(examples, Layout(1024, len(items), pack=False))
     ids = batch.pop("ids")
     assert [row[0] for row in ids] == [outcome["id"] for outcome in outcomes]
     trainable = {name: streaming.params[name] for name in ("adapter", "blend")}
