@@ -4,6 +4,7 @@ gsm8k          train.jsonl and test.jsonl in a folder, or openai/gsm8k
 gpqa_diamond   gpqa_diamond.csv or .jsonl in a folder, or Idavidrein/gpqa (gated); test alone
 arc_challenge  ARC-Challenge-Test.jsonl in a folder (the hub's fields), or allenai/ai2_arc; test alone
 math_500       test.jsonl in a folder, or HuggingFaceH4/MATH-500; test alone
+alpaca         instructions: train.jsonl in a folder, a file, or tatsu-lab/alpaca (CC BY-NC 4.0); no test
 words          the embedded word problems of `data/problems.py`
 boxes, ...     the stories of `data/tracking.py`; "boxes:8" are those of eight steps
 
@@ -279,6 +280,16 @@ MATH_500 = Dataset(
     grading.FORMULA,
     max_new_tokens=2048,
 )
+ALPACA = Dataset(
+    "alpaca",
+    Files(
+        "alpaca",
+        format="instruction",
+        hub=("tatsu-lab/alpaca", "default"),
+        splits={"train": Split(("train.jsonl",), "train")},
+    ),
+    grading=None,  # free text: nothing says which answers are right
+)
 WORDS = Dataset(
     "words",
     # Not made distinct, which its published results are not: a few of the 500 questions occur twice.
@@ -289,7 +300,7 @@ WORDS = Dataset(
     option=result_alone,
 )
 
-REGISTERED = (GSM8K, GPQA_DIAMOND, ARC_CHALLENGE, MATH_500, WORDS, *map(story, tracking.STORIES))
+REGISTERED = (GSM8K, GPQA_DIAMOND, ARC_CHALLENGE, MATH_500, ALPACA, WORDS, *map(story, tracking.STORIES))
 DATASETS = {dataset.name: dataset for dataset in REGISTERED}
 
 

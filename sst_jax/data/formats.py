@@ -2,6 +2,7 @@
 
 text             text
 question_answer  question, answer
+instruction      instruction, output, and an input that may be missing or empty
 gsm8k            question, answer: a worked solution, then "####" and the result
 math             problem, answer: a formula
 gpqa             Question, Correct Answer, Incorrect Answer 1, 2 and 3
@@ -114,6 +115,14 @@ def question_answer(row: Row) -> Item:
     return Item(Problem(row.id(), row.string("question").strip(), "", row.string("answer").strip()))
 
 
+def instruction(row: Row) -> Item:
+    """Read an instruction (Alpaca's form): with the input below it, where there is one, it is asked as one text."""
+    asked = row.text("instruction")
+    if row.fields.get("input") is not None:
+        asked = f"{asked}\n\n{row.string('input').strip()}".strip()
+    return Item(Problem(row.id(), asked, "", row.text("output")))
+
+
 def gsm8k(row: Row) -> Item:
     """Read GSM8K (arXiv 2110.14168): calculator marks are taken out of the solution, commas out of the result."""
     question, answer = row.text("question"), row.text("answer")
@@ -170,6 +179,7 @@ def _multiple_choice(identity: str, question: str, choices: Sequence[str], right
 ROW_FORMATS = {
     "text": Format(("text",), text),
     "question_answer": Format(("question", "answer"), question_answer),
+    "instruction": Format(("instruction", "output"), instruction),
     "gsm8k": Format(("question", "answer"), gsm8k),
     "math": Format(("problem", "answer"), math),
     "gpqa": Format(

@@ -7,9 +7,11 @@ import pytest
 from sst_jax.data.datasets import DATASETS, Files, find, names
 from sst_jax.data.formats import ROW_FORMATS, read_row, recognise
 from sst_jax.data.problems import Item, Problem
-from sst_jax.data.prompts import whole_text
+from sst_jax.data.prompts import render, whole_text
 from sst_jax.data.records import Record, read_jsonl
+from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
+from tests.support import ROOT
 from tests.support.problems import write_lines
 
 # By format, a row and what is made of it; rows hold keys that no format wants.
@@ -18,6 +20,10 @@ ROWS = {
     "question_answer": (
         {"question": " Why? ", "answer": "So.\n#### 7\n"},
         Item(Problem("set/3", "Why?", "", "So.\n#### 7")),
+    ),
+    "instruction": (
+        {"instruction": "Sort.", "input": "3, 1", "output": " 1, 3\n", "text": "Below is ..."},
+        Item(Problem("set/3", "Sort.\n\n3, 1", "", "1, 3")),
     ),
     "gsm8k": (
         {"question": " Why? ", "answer": "3 * 400 = <<3*400=1200>>1,200.\n#### 1,200"},
@@ -61,6 +67,14 @@ ROWS = {
 }
 
 
+# Further rows of a format, and what is asked.
+ASKED = [
+    ("instruction", {"instruction": "Say hello.", "input": "", "output": "Hello."}, "Say hello."),
+    ("instruction", {"instruction": "Say hello.", "output": "Hello."}, "Say hello."),
+    ("instruction", {"instruction": "Say hello.", "input": None, "output": "Hello."}, "Say hello."),
+]
+
+
 def record(value):
     return Record(3, "a.jsonl, line 4", value)
 
@@ -69,6 +83,11 @@ def record(value):
 def test_a_row_becomes_an_item(name):
     row, item = ROWS[name]
     assert read_row(ROW_FORMATS[name], record(row), "set") == item
+
+
+@pytest.mark.parametrize(("name", "row", "asked"), ASKED)
+def test_what_may_be_missing(name, row, asked):
+    assert read_row(ROW_FORMATS[name], record(row), "set").problem.question == asked
 
 
 @pytest.mark.parametrize("name", ROW_FORMATS)
@@ -110,7 +129,7 @@ def test_rows_that_are_no_objects_are_named():
 
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_a_format_is_recognised_by_its_keys(name):
-    row, _ = ROWS[name]
+    row = {key: value for key, value in ROWS[name][0].items() if name == "text" or key != "text"}
     assert recognise(record(row)).keys == ROW_FORMATS[name].keys
 
 
@@ -139,6 +158,18 @@ def test_the_whole_text_of_a_row(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- data sets
+
+
+def test_an_instruction_is_asked_and_its_output_learned():
+    byte, problem = ByteTokenizer(), ROWS["instruction"][1].problem
+    for format, asked, learned in (
+        ("plain", "Question: Sort.\n\n3, 1\nAnswer:", " 1, 3"),
+        ("chat", "user\nSort.\n\n3, 1\nmodel\n", "1, 3"),
+    ):
+        tokens, mask, _ = render(problem, byte, format)
+        end = byte.eos_id if format == "plain" else byte.turn_end_id
+        assert byte.decode(tokens[: mask.argmax()]) == asked
+        assert tokens[mask].tolist() == [*byte.encode_text(learned), end]
 
 
 def row_of(format, number):
@@ -201,6 +232,19 @@ def test_names_and_options():
             assert dataset.source.format in ROW_FORMATS
             assert set(dataset.source.splits) <= {"train", "test"}
             assert (dataset.grading is None) == ("test" not in dataset.source.splits)
+
+
+def test_the_guide_quotes_the_files_that_it_writes():
+    """Every block of code in docs/adding-a-dataset.md stands in one of them, line for line."""
+    files = ("sst_jax/data/formats.py", "sst_jax/data/datasets.py", "tests/data/test_formats.py")
+    text = "\n\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    guide = (ROOT / "docs" / "adding-a-dataset.md").read_text(encoding="utf-8")
+    blocks = [part.partition("```")[0] for part in guide.split("```python\n")[1:]]
+    assert len(blocks) >= 4
+    for block in blocks:
+        assert block in text, block
+    for file in files:
+        assert f"`{file}`" in guide
 
 
 def test_a_folder_that_is_named_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
