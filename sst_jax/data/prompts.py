@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sst_jax.data.formats import shown
 from sst_jax.data.problems import Problem
 from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
@@ -91,6 +92,8 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     if not found:
         raise InputError(f"--prompts {path} holds no prompt")
     for where, record in found:
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise InputError(f"--prompts {where}, has no text under the key prompt")
+        if not isinstance(record, dict):
+            raise InputError(f"--prompts {where}: not a JSON object")
+        if not isinstance(record.get("prompt"), str):
+            raise InputError(f"--prompts {where}: the row has {shown(record)}, and needs text under 'prompt'")
     return [record for _, record in found]

@@ -91,3 +91,20 @@ def test_csv_cells_end_where_others_end_them(tmp_path):
     (tmp_path / "a.csv").write_text(f'Question,Answer\r\n{ODD},"two\nlines"\r\nx,y\r\n', "utf-8", newline="")
     rows = [value for _, _, value in read_csv(tmp_path / "a.csv")]
     assert rows == [{"Question": ODD, "Answer": "two\nlines"}, {"Question": "x", "Answer": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "x", "id": 3},
+            r"--prompts .*a\.jsonl, line 2: the row has 'question', 'id', and needs text under",
+        ),
+        ({"prompt": 3}, r"a\.jsonl, line 2: the row has 'prompt', and needs text under 'prompt'"),
+        (["x"], r"a\.jsonl, line 2: not a JSON object"),
+    ],
+)
+def test_a_prompt_file_of_other_rows_is_named_by_line_and_keys(tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=message):
+        read_prompts(str(tmp_path / "a.jsonl"))
