@@ -33,10 +33,11 @@ def rotate(xp, x, table):
     return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
+def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, outputs=None):
     """Normed final hidden states [T, D] of one document; `depths` is the number of iterations, one for all or a list.
 
-    A dict given as `memories` takes up what each layer holds after each iteration, under (layer, position, iteration).
+    Dicts given as `memories` and `outputs` take up what each layer holds after each iteration, and what it hands to the
+    layer above, under (layer, position, iteration).
     """
     backbone, stream = config.backbone, config.stream
     depths = [depths] * len(tokens) if isinstance(depths, int) else depths
@@ -101,6 +102,7 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
             h = x + attention(layer, t, x, write=i == 0 or stream is None or stream.kv == "overwrite")
             if stream is None or (stream.layers is not None and layer not in stream.layers):
                 x = h + feed_forward(layer, h)
+                keep(outputs, (layer, t, i), x)
                 continue
             s = memory[layer]
             if s is None and t == 0 and i == 0 and stream.initial in ("zero", "own"):
@@ -115,8 +117,8 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
             o = mixed + f
             u = f if stream.state == "ffn" else o
             memory[layer] = u if s is None else stream.decay * s + (1.0 - stream.decay) * u
-            if memories is not None:
-                memories[layer, t, i] = memory[layer]
+            keep(memories, (layer, t, i), memory[layer])
+            keep(outputs, (layer, t, i), o)
             if stream.initial == "skip_bos" and tokens[t] == bos_id:
                 memory[layer] = None
             x = o
@@ -131,7 +133,12 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None):
     return xp.stack(rows)
 
 
-def logits(config, params, tokens, depths=1, bos_id=None, xp=np):
+def keep(taken, key, value):
+    if taken is not None:
+        taken[key] = value
+
+
+def logits(config, params, tokens, depths=1, bos_id=None, xp=np, outputs=None):
     """Logits [T, V], as `hidden`."""
     head = params["base"]["embed" if config.backbone.tied_head else "head"]["embedding"]
-    return hidden(config, params, tokens, depths, bos_id, xp) @ head.T
+    return hidden(config, params, tokens, depths, bos_id, xp, outputs=outputs) @ head.T

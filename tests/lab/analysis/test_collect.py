@@ -1,5 +1,6 @@
 """Collecting states: forced text against token-by-token decoding, controls, resuming, and the page that comes of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from sst_jax.weights.provenance import Provenance
-from tests.support import toys
+from tests.support import naive, toys
 
 pytest.importorskip("sklearn")
 pytest.importorskip("diptest")
@@ -163,19 +164,70 @@ def collected(tmp_path_factory):
     return model, some, settings, folder
 
 
-def test_a_collection_keeps_everything_of_every_problem(collected):
-    model, some, _, folder = collected
+def by_naive_reading(model, problem, depth, stream=True):
+    """Outputs of all layers [T, L, D] and logits [T, V] at the walked positions, in float64 and by none of our code."""
+    config = model.config if stream else dataclasses.replace(model.config, stream=None)
+    numbers, outputs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params), {}
+    start, tokens = len(problem.prefix), [*problem.prefix, *problem.walked]
+    depths = [1] * start + [depth] * len(problem.walked)
+    logits = naive.logits(config, numbers, tokens, depths, toys.BOS, outputs=outputs)
+    layers = range(config.backbone.num_layers)
+    states = [[outputs[layer, t, depth - 1] for layer in layers] for t in range(start, len(tokens))]
+    return np.array(states), logits[start:]
+
+
+def apart(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def test_a_collection_holds_what_a_naive_reading_of_every_problem_gives(collected):
+    """Tokens, states and logits by value; `depth` of the controls by what these states say."""
+    model, some, settings, folder = collected
     for problem, text in zip(collection.Collection(folder), some, strict=True):
         assert problem.id == text.id
-        assert [*problem.prefix, *problem.walked, problem.predicted[-1]] == [*text.prompt, *text.given]
-        count = len(problem.walked)
-        assert problem.states.shape == (2, count, 7, 32)
-        assert problem.top_ids.shape == problem.top_logits.shape == (2, count, 61)
-        assert problem.rounded.shape == (count, 7, 32)
-        states, _ = by_decoding(model, text, 2)
-        assert np.abs(problem.rounded - problem.states[0]).max() > 1e-4
-        assert states.shape == problem.states[1].shape
+        assert [*problem.prefix, *problem.walked] == [*text.prompt, *text.given][:-1]
+        assert problem.predicted == [*text.prompt, *text.given][len(problem.prefix) + 1 :]
+        truth = [by_naive_reading(model, problem, depth) for depth in settings.depths]
+        for number, (states, logits) in enumerate(truth):
+            assert apart(problem.states[number], states) <= 1e-5
+            assert apart(problem.top_logits[number], -np.sort(-logits, axis=-1)) <= 1e-5
+            assert (problem.top_ids[number, :, 0] == logits.argmax(-1)).all()
+            taken = np.take_along_axis(logits, problem.top_ids[number], axis=-1)
+            assert apart(problem.top_logits[number], taken) <= 1e-5
+        assert apart(*(states for states, _ in truth)) > 0.01
+        assert apart(problem.rounded, truth[0][0]) > 1e-4
+        if problem.controls:
+            (first, _), (last, _) = truth
+            cosine = (first * last).sum(-1) / np.linalg.norm(first, axis=-1) / np.linalg.norm(last, axis=-1)
+            np.testing.assert_allclose(problem.controls["depth"]["overlap"], cosine, atol=1e-5)
     assert [bool(problem.controls) for problem in collection.Collection(folder)] == [True, True, False, False, False]
+
+
+class Leaky(collect.Walker):
+    """Walks with something blended in where alpha = 0 is asked for."""
+
+    def __call__(self, batch, depth, *, config=None, **more):
+        if config is not None and config.stream is not None and config.stream.alpha == 0.0:
+            config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, alpha=0.1))
+        return super().__call__(batch, depth, config=config, **more)
+
+
+def test_controls_see_a_blend_that_alpha_0_leaves_on(collected):
+    """`plain` has a walk of the backbone to compare with, which no stream can move."""
+    model, some, settings, folder = collected
+    batch = collect.Batch.of(model, some[:2], [text.given for text in some[:2]], (64, 64))
+    walker = collect.Walker(model, settings, 64)
+    (backbone,) = walker(batch, 1, config=dataclasses.replace(model.config, stream=None))
+    for row, problem in zip(range(2), collection.Collection(folder), strict=False):
+        states, logits = by_naive_reading(model, problem, 1, stream=False)
+        mine = backbone.row(row, int(batch.counts[row]))
+        assert apart(mine.states, states) <= 1e-5
+        assert apart(mine.top_logits, -np.sort(-logits, axis=-1)) <= 1e-5
+    found = controls.summarise(
+        controls.collect_batch(Leaky(model, settings, 64), batch, walker(batch, 1)[0], walker(batch, 2)[0])
+    )
+    assert found["plain"]["largest"] > 1e-4
+    assert found["alpha_0"]["largest"] > 1e-4
 
 
 def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, monkeypatch):
