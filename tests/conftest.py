@@ -17,7 +17,8 @@ def pytest_addoption(parser, pluginmanager):
     if "--typecheck" in config.invocation_params.args or getattr(config.option, "typecheck", False):  # or: in a worker
         from jaxtyping import install_import_hook
 
-        install_import_hook("sst_jax", "beartype.beartype")
+        # A float may be an int, as PEP 484 says and mypy reads it.
+        install_import_hook("sst_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 def pytest_collection_modifyitems(config, items):
