@@ -20,10 +20,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sst_jax.console.command import Parser, new_folder, run, write_json
 from sst_jax.errors import InputError
-from sst_jax.types import Json
+
+if TYPE_CHECKING:
+    from sst_jax.types import Json
 
 MEASURED = 500_000_000  # parameters up to which the logit gap is measured without being asked
 

@@ -14,12 +14,15 @@ evaluate on others.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sst_jax.console.command import Parser, folder_for, run, write_json
-from sst_jax.errors import InputError
+from sst_jax.console.command import Parser, folder_for, numbers, run, write_json
+
+if TYPE_CHECKING:
+    from sst_jax.types import Json
 
 
 def parser() -> Parser:
@@ -62,96 +65,36 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    {"fit": fit, "apply": apply}[args.kind](args)
-
-
-def fit(args: Any) -> None:
-    for name in ("first", "inputs", "hidden", "permutations"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
-    try:
-        depths = tuple(int(part) for part in args.depths.split(","))
-    except ValueError:
-        depths = ()
-    if len(depths) != 2 or not 1 <= depths[0] < depths[1]:
-        raise InputError(f"--depths {args.depths}: give two depths, the smaller first, such as 1,4")
-
-    from sst_jax.inference.model import load
-    from sst_jax.lab.analysis import figures
-    from sst_jax.lab.probing import fit as room
-    from sst_jax.lab.probing import probe_dataset
-
-    records = probe_dataset.read(args.outcomes, depths)
-    model = load(args.model, args.dtype)
-    layers = model.config.backbone.num_layers
-    layer = layers // 2 if args.layer is None else args.layer
-    if model.config.stream is None:
-        raise InputError(f"--model {args.model} has no stream, and so no memory to read")
-    if not 0 <= layer < layers:
-        raise InputError(f"--layer {layer}: the model has layers 0 to {layers - 1}")
-    out = folder_for("--out", args.out)  # before the hours
-    items = probe_dataset.items(records, depths, model.tokenizer, model.provenance)
-    settings = room.Settings(args.inputs, args.hidden, permutations=args.permutations, seed=args.seed)
-    room.asked_about(items, args.label)  # before the states are computed
-    states = room.first_states(model, [item.prompt for item in items], args.first)
-    fitted = room.fit_probe(model, items, states, depths, args.label, layer, args.first, settings, args.sweep)
-    room.save(fitted, out / "probe.safetensors")
-    scores = fitted.facts["scores"]
-    figures.save(figures.roc(scores["roc"], scores["auc"]["value"]), out)
-    result = {**fitted.facts, "outcomes": args.outcomes, "items": [item.id for item in items]}
-    write_json(out / "result.json", result)
+    result = {"fit": fit, "apply": apply}[args.kind](args)
     if args.json:
         write_json(args.json, result)
-    report(scores)
-    print(f"\nprobe: {out / 'probe.safetensors'}")
 
 
-def report(scores: dict[str, Any]) -> None:
-    """Print the summary of a fit."""
-    print(scores["summary"])
-    capacity = scores["capacity"]
-    print(
-        f"fitted to the items themselves {capacity['fitted_accuracy']:.1%} right, to shuffled labels "
-        f"{capacity['fitted_accuracy_shuffled']:.1%}: what a probe of this size can memorise"
-    )
-    print(f"\n{'policy':10}{'correct':>9}{'regressions':>13}{'fixes':>7}{'mean depth':>12}")
-    for name, found in scores["routing"].items():
-        print(f"{name:10}{found['right']:9}{found['broken']:13}{found['mended']:7}{found['depth']:12.2f}")
-    if scores["harm"]:
-        harm = scores["harm"]
-        print(
-            f"regressions by routing, of correct answers: {harm['value']:.1%} [{harm['low']:.1%}, {harm['high']:.1%}]"
-        )
-    for record in scores["sweep"] or ():
-        low, high = record["null"]
-        print(
-            f"layer {record['layer']:3}: AUROC {record['auc']:.3f}, shuffled labels {low:.3f} to {high:.3f}; against "
-            f"the best layer of each shuffle p = {record['p_of_the_largest']:.3g}"
-        )
+def fit(args: argparse.Namespace) -> Json:
+    from sst_jax.inference.model import load
+    from sst_jax.lab.probing import probe_dataset, probing
+
+    settings = probing.Settings(args.inputs, args.hidden, permutations=args.permutations, seed=args.seed)
+    depths = tuple(numbers("--depths", args.depths, int))
+    config = probing.ProbeConfig(tuple(args.outcomes), depths, args.label, args.layer, args.first, settings, args.sweep)
+    outcomes = probe_dataset.read(config.outcomes, config.pair)  # before the model is read
+    out = folder_for("--out", args.out)
+    result = probing.run(load(args.model, args.dtype), config, out, outcomes)
+    probing.print_scores(result["scores"])
+    print(f"\nprobe: {out / probing.PROBE}")
+    return result
 
 
-def apply(args: Any) -> None:
+def apply(args: argparse.Namespace) -> Json:
     from sst_jax.data.prompts import read_prompts
+    from sst_jax.inference import halting_probe, model
+    from sst_jax.lab.probing import probing
 
     prompts = [record["prompt"] for record in read_prompts(args.prompts)]
-
-    from sst_jax.inference import halting_probe as probes
-    from sst_jax.inference.model import load
-    from sst_jax.lab.probing.fit import first_states
-
-    probe = probes.load(args.probe)
-    model = load(args.model, args.dtype)
-    probe.check(model)
-    states = first_states(model, [model.tokenizer.encode(prompt) for prompt in prompts], probe.facts["first"])
-    decisions = [
-        {"prompt": prompt, "probability": probe.probability(state), "depth": probe(state)}
-        for prompt, state in zip(prompts, states, strict=True)
-    ]
-    print(f"{'p(' + probe.facts['label'] + ')':>12}{'depth':>7}  prompt")
-    for found in decisions:
-        print(f"{found['probability']:12.3f}{found['depth']:7}  {found['prompt'][:80]}")
-    if args.json:
-        write_json(args.json, {"probe": args.probe, "decisions": decisions})
+    probe = halting_probe.load(args.probe)
+    decisions = probing.decide(model.load(args.model, args.dtype), probe, prompts)
+    probing.print_decisions(probe.facts["label"], decisions)
+    return {"probe": args.probe, "decisions": decisions}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, o
 Embedding = Float[Array, "V D"]
 Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
 Json = dict[str, Any]  # a JSON object
+HostArrays = dict[str, np.ndarray]  # by name
+HostFloats = Float[np.ndarray, "*shape"]
+HostInts = Int[np.ndarray, "*shape"]
 
 # Training. M counts the positions of all rows, one after another.
 AnswerMask = Bool[AnyArray, "B T"]  # tokens that are learned

@@ -14,9 +14,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sst_jax.errors import InputError, RunInterrupted
+
+Number = TypeVar("Number", int, float)
 
 MODULES = "python -m sst_jax."  # what begins the `prog` of every command's parser
 
@@ -108,6 +110,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     except BaseException:
         pathlib.Path(name).unlink(missing_ok=True)
         raise
+
+
+def numbers(flag: str, text: str, kind: type[Number]) -> list[Number]:
+    """Return the numbers of a flag that takes several, separated by commas.
+
+    Raises: InputError naming the flag, where one is not of that kind, or not positive.
+    """
+    try:
+        values = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"{flag} {text}: not a list of {kind.__name__}s separated by commas") from None
+    if not values or min(values) <= 0:
+        raise InputError(f"{flag} {text}: needs positive numbers")
+    return values
 
 
 def folder_for(flag: str, path: str | os.PathLike[str]) -> pathlib.Path:

@@ -39,6 +39,14 @@ def test_a_command_calls_itself_as_it_was_called(name, monkeypatch, capsys):
     assert shown.startswith(f"usage: python -m sst_jax.{name} ")
 
 
+def test_no_command_imports_jax_before_it_runs():
+    """--help of any of them answers at once: seconds go into importing JAX."""
+    lines = [f"import sst_jax.{name}" for name in dispatcher.COMMANDS]
+    lines.append("import sys; print(*{'jax', 'numpy', 'transformers', 'orbax'} & set(sys.modules))")
+    shown = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == []
+
+
 def test_the_list_of_commands_says_what_each_does(capsys):
     assert dispatcher.main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -16,12 +16,11 @@ from sst_jax.console.command import run
 from sst_jax.errors import InputError
 from sst_jax.inference import halting_probe as probes
 from sst_jax.inference.policies import Policy, parse, parse_list
-from sst_jax.lab.probing import fit as room
-from sst_jax.lab.probing import probe_dataset as room_of_outcomes
+from sst_jax.lab.probing import fit, judge, probe_dataset, probing
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-QUICK = room.Settings(inputs=6, hidden=3, strengths=(0.1,), steps=60, rate=0.05, permutations=19)
+QUICK = fit.Settings(inputs=6, hidden=3, strengths=(0.1,), steps=60, rate=0.05, permutations=19)
 
 
 def planted(rng, items=48, positive=29, dimensions=120, shift=1.5, carriers=4):
@@ -35,7 +34,7 @@ def planted(rng, items=48, positive=29, dimensions=120, shift=1.5, carriers=4):
 def test_a_planted_signal_is_found():
     """29 of 48, as published: scores far above the larger class, and above every shuffle of the labels."""
     x, labels = planted(np.random.default_rng(0))
-    scores, p = room.judge(x, labels, QUICK)
+    scores, p = judge.judge(x, labels, QUICK)
     assert scores["auc"]["value"] > 0.85
     assert scores["auc"]["p_permutation"] == pytest.approx(1 / 20)
     assert scores["p_binomial"] < 1e-3
@@ -47,8 +46,7 @@ def test_a_planted_signal_is_found():
 def test_the_penalty_closes_the_gates_of_noise():
     x, labels = planted(np.random.default_rng(8), shift=2.5, carriers=3, dimensions=6)
     gates = [
-        room.fit(x, labels[None], np.ones((1, 48)), np.array([strength]), QUICK)[0]["gate"][0]
-        for strength in (0.0, 1.0)
+        fit.fit(x, labels[None], np.ones((1, 48)), np.array([strength]), QUICK)[0]["gate"][0] for strength in (0.0, 1.0)
     ]
     assert (gates[0] != 0.0).all()
     assert (np.abs(gates[1][:3]) > 0.1).any()
@@ -57,7 +55,7 @@ def test_the_penalty_closes_the_gates_of_noise():
 
 def test_noise_is_not_found_and_capacity_says_why_fitting_would():
     x, labels = planted(np.random.default_rng(1), shift=0.0)
-    scores, _ = room.judge(x, labels, QUICK)
+    scores, _ = judge.judge(x, labels, QUICK)
     assert scores["auc"]["p_permutation"] > 0.05
     assert scores["p_binomial"] > 0.05
     # Chosen and fitted on the items themselves, even shuffled labels look learnt.
@@ -67,11 +65,11 @@ def test_noise_is_not_found_and_capacity_says_why_fitting_would():
 def test_choosing_dimensions_outside_the_folds_would_deceive():
     """The trap that nesting avoids: dimensions chosen with all labels make noise look like a signal."""
     x, labels = planted(np.random.default_rng(2), shift=0.0, dimensions=400)
-    null = room.shuffles(labels, 10, 0)
-    inside = room.auc(room.out_of_fold(x, null, QUICK), null)
-    weights, _ = room.fit(x, null, np.ones(null.shape), np.full(10, 0.1), QUICK)
+    null = judge.shuffles(labels, 10, 0)
+    inside = judge.auc(fit.out_of_fold(x, null, QUICK), null)
+    weights, _ = fit.fit(x, null, np.ones(null.shape), np.full(10, 0.1), QUICK)
     outside = [
-        room.auc(room.out_of_fold(x[:, chosen], label[None], QUICK), label[None])[0]
+        judge.auc(fit.out_of_fold(x[:, chosen], label[None], QUICK), label[None])[0]
         for chosen, label in zip(weights["chosen"], null, strict=True)
     ]
     assert np.mean(inside) < 0.6
@@ -82,7 +80,7 @@ def test_a_probe_that_reads_nothing_ranks_nothing():
     """With all gates closed every item has one score; the odds of the other items would put each class last."""
     x, labels = planted(np.random.default_rng(9), shift=0.0)
     settings = dataclasses.replace(QUICK, strengths=(50.0,), steps=200)
-    p = room.out_of_fold(x, labels[None], settings)
+    p = fit.out_of_fold(x, labels[None], settings)
     assert np.ptp(p) < 1e-3
     assert p.mean() == pytest.approx(29 / 48, abs=0.02)
 
@@ -91,11 +89,11 @@ def test_no_fold_sees_its_own_item():
     """Changing an item's label changes other scores, and its own only by how common the label is in all."""
     x, labels = planted(np.random.default_rng(3), items=20, positive=9, dimensions=30)
     settings = dataclasses.replace(QUICK, strengths=(0.03, 0.3), steps=40)
-    one = room.out_of_fold(x, labels[None], settings)[0]
+    one = fit.out_of_fold(x, labels[None], settings)[0]
     turned = labels.copy()
     turned[7] = ~turned[7]
-    other = room.out_of_fold(x, turned[None], settings)[0]
-    one, other = (np.log(p / (1 - p)) - room.log_odds(label) for p, label in ((one, labels), (other, turned)))
+    other = fit.out_of_fold(x, turned[None], settings)[0]
+    one, other = (np.log(p / (1 - p)) - fit.log_odds(label) for p, label in ((one, labels), (other, turned)))
     assert one[7] == pytest.approx(other[7], abs=1e-4)
     assert np.abs(np.delete(one - other, 7)).max() > 1e-3
 
@@ -108,7 +106,7 @@ def test_shuffled_labels_are_called_a_signal_as_often_as_the_level_says():
     false = {"permutation": 0, "binomial": 0}
     for _ in range(200):
         x, labels = planted(rng, items=24, positive=14, dimensions=40, shift=0.0)
-        scores, _ = room.judge(x, labels, quick)
+        scores, _ = judge.judge(x, labels, quick)
         false["permutation"] += scores["auc"]["p_permutation"] <= 0.05
         false["binomial"] += scores["p_binomial"] <= 0.05
     # 10 are expected of the permutation test, which is exact: 3 to 19 in 99.7% of all repetitions.
@@ -122,7 +120,7 @@ def test_the_penalty_is_chosen_without_the_label_that_is_left_out():
     settings = dataclasses.replace(QUICK, strengths=(0.1, 0.5))
     used = 1.0 - np.eye(24)
     flipped = np.where(np.eye(24, dtype=bool), ~labels, labels)
-    chosen = [room.choose_strengths(x, each, used, settings) for each in (np.tile(labels, (24, 1)), flipped)]
+    chosen = [fit.choose_strengths(x, each, used, settings) for each in (np.tile(labels, (24, 1)), flipped)]
     np.testing.assert_array_equal(*chosen)
 
 
@@ -131,9 +129,9 @@ def test_the_sweep_reads_large_states_as_the_probe_does():
     rng = np.random.default_rng(10)
     x, labels = planted(rng, items=30, positive=16, dimensions=40)
     far = (x + 1e5).astype(np.float32)
-    found = room.sweep(far[:, None], labels, QUICK)[0]["auc"]
+    found = judge.sweep(far[:, None], labels, QUICK)[0]["auc"]
     settings = dataclasses.replace(QUICK, permutations=1)
-    assert found == pytest.approx(room.judge(far.astype(np.float64), labels, settings)[0]["auc"]["value"])
+    assert found == pytest.approx(judge.judge(far.astype(np.float64), labels, settings)[0]["auc"]["value"])
     assert found > 0.8
 
 
@@ -142,7 +140,7 @@ def test_the_sweep_pays_for_looking_at_every_layer():
     noise = rng.standard_normal((30, 5, 20))
     labels = np.arange(30) < 16
     noise[:, 3, :3] += 2.0 * labels[:, None]
-    found = room.sweep(noise, labels, QUICK)
+    found = judge.sweep(noise, labels, QUICK)
     assert [record["layer"] for record in found] == list(range(5))
     assert max(found, key=lambda record: record["auc"])["layer"] == 3
     assert found[3]["p_of_the_largest"] == pytest.approx(1 / 20)
@@ -154,14 +152,16 @@ def test_area_and_curve_equal_scikit_learns():
     rng = np.random.default_rng(6)
     scores, labels = rng.integers(0, 9, (5, 40)) / 9, rng.random((5, 40)) < 0.4
     expected = [metrics.roc_auc_score(label, score) for score, label in zip(scores, labels, strict=True)]
-    np.testing.assert_allclose(room.auc(scores, labels), expected)
+    np.testing.assert_allclose(judge.auc(scores, labels), expected)
     for score, label in zip(scores, labels, strict=True):
-        assert metrics.auc(*np.array(room.roc(score, label)).T) == pytest.approx(metrics.roc_auc_score(label, score))
+        assert metrics.auc(*np.array(judge.roc(score, label)).T) == pytest.approx(metrics.roc_auc_score(label, score))
 
 
 def items(right, texts=None):
     texts = texts or [("a", "b")] * len(right)
-    return [room.Item(str(n), [2, 3], pair, text) for n, (pair, text) in enumerate(zip(right, texts, strict=True))]
+    return [
+        probe_dataset.Item(str(n), [2, 3], pair, text) for n, (pair, text) in enumerate(zip(right, texts, strict=True))
+    ]
 
 
 def test_labels_by_their_table():
@@ -175,7 +175,7 @@ def test_labels_by_their_table():
             some_more = some * 2
         else:
             some_more = some
-        found, labels = room.asked_about(some_more, label)
+        found, labels = probe_dataset.asked_about(some_more, label)
         assert found.astype(int).tolist() == asked * (len(some_more) // 4)
         assert labels.astype(int).tolist() == positive * (len(labels) // len(positive))
 
@@ -185,26 +185,26 @@ def test_labels_by_their_table():
 )
 def test_too_few_items_or_one_class_are_named(right, says):
     with pytest.raises(InputError, match=says):
-        room.asked_about(items(right), "breaks")
+        probe_dataset.asked_about(items(right), "breaks")
 
 
 def test_a_state_that_is_no_number_is_named():
     x, labels = planted(np.random.default_rng(7), items=14, positive=6)
     x[5, 3] = np.nan
     with pytest.raises(InputError, match="item number 5"):
-        room.judge(x, labels, QUICK)
+        judge.judge(x, labels, QUICK)
 
 
 def test_routing_counts_what_it_breaks_and_mends():
     some = items([(True, False)] * 4 + [(False, True)] * 3 + [(True, True)] * 2 + [(False, False)])
     deep = np.array([True, False, False, False, True, True, False, True, False, True])
-    found = room.routing(some, deep, (1, 4))
+    found = judge.routing(some, deep, (1, 4))
     assert found["routing"]["depth 1"] == {"right": 6, "of": 10, "broken": 0, "mended": 0, "depth": 1.0}
     assert found["routing"]["depth 4"] == {"right": 5, "of": 10, "broken": 4, "mended": 3, "depth": 4.0}
     assert found["routing"]["routed"] == {"right": 7, "of": 10, "broken": 1, "mended": 2, "depth": 2.5}
     assert found["harm"]["value"] == pytest.approx(1 / 6)
     assert found["gain"]["value"] == pytest.approx(0.1)
-    assert room.routing(items([(False, True)] * 3), np.ones(3, bool), (1, 4))["harm"] is None
+    assert judge.routing(items([(False, True)] * 3), np.ones(3, bool), (1, 4))["harm"] is None
 
 
 # ---------------------------------------------------------------------------------------------- From a model to a route
@@ -241,7 +241,7 @@ def test_first_states_are_what_routing_sees(model):
     _, made = model
     prompts = [made.tokenizer.encode(text) for text in ("12 + 7 =", "Ann has", "x")]
     for first in (1, 3):
-        states = room.first_states(made, prompts, first)
+        states = probing.first_states(made, prompts, first)
         assert states.shape == (3, 7, 64)
         seen = []
         policy = dataclasses.replace(
@@ -390,7 +390,7 @@ def test_outcomes_of_two_models_are_refused_in_either_order(model, outcomes, tmp
     provenance, tokenizer = model[1].provenance, model[1].tokenizer
     for order in (folders, folders[::-1]):
         with pytest.raises(InputError, match=f"{folders[foreign]} has the outcomes of another model"):
-            room_of_outcomes.items(room_of_outcomes.read(order, (1, 2)), (1, 2), tokenizer, provenance)
+            probe_dataset.items(probe_dataset.read(order, (1, 2)), (1, 2), tokenizer, provenance)
 
 
 def test_generating_refuses_a_probe_of_another_model_however_it_is_asked_for(model, fitted, tmp_path, capsys):
