@@ -113,7 +113,8 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
 
         for name, way in ways.items():
             real, counted = (functools.partial(step, way=way, attention=kind) for kind in (attention, "xla"))
-            plan = compiling.plan_step(target, alone, real, counted, arguments, attention=attention)
+            program = compiling.Program(real, counted, arguments, attention, donated=False)
+            plan = compiling.plan_step(target, alone, program)
             records.append(
                 {
                     "target": target.name,

@@ -11,6 +11,7 @@ t*I + i is iteration i of position t. At depth 1 steps are positions and the sha
 The aliases are checked at run time in the tests (jaxtyping with beartype) and cost nothing elsewhere.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ SegmentIds = Int[AnyArray, "B T"]  # 0 is padding, documents count from 1
 Positions = Int[AnyArray, "B T"]  # restart at 0 with every document
 Logits = Float[Array, "B T V"]
 Hidden = Float[Array, "B TI D"]  # the residual stream, or a state
+IteratedHidden = Float[Array, "B T I D"]  # the same, some or all of the iterations apart
 Queries = Float[Array, "B TI N H"]
 KeysValues = Float[Array, "B TI K H"]
 StepMask = Bool[Array, "B TI 1"]
@@ -33,6 +35,7 @@ LinearOutputs = Float[Array, "*B outputs"]
 Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
 Embedding = Float[Array, "V D"]
 Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
+PyTree = Array | np.ndarray | Mapping[str, Any] | Sequence[Any] | None  # a tree of arrays, as JAX maps over it
 Json = dict[str, Any]  # a JSON object
 HostArrays = dict[str, np.ndarray]  # by name
 HostFloats = Float[np.ndarray, "*shape"]

@@ -1,44 +1,46 @@
 """Basin shifts: where iterating at a position moves the hidden state a little, and where it lands somewhere else.
 
-The overlap of two states is their cosine; `moved` is 1 - overlap. It is bounded at 0, where nearly all of it lies, and
-spans orders of magnitude (half the squared change of direction), so shapes are judged on log10(moved): there a state
-that changes by a share of its length is a peak whose place says how large the share is, and two kinds of change are two
-peaks. Whether there are two is asked of the data and may be denied; positions of one text are alike, so intervals come
-from resampling texts.
+The cosine distance of two states is bounded at 0, where nearly all of it lies, and spans orders of magnitude (half the
+squared change of direction), so shapes are judged on its log10, the *log distance*. There a
+state that changes by a share of its length is a peak whose place says how large the share is, and two kinds of change
+are two peaks. Whether there are two is asked of the data and may be denied; positions of one text are alike, so
+intervals come from resampling texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from sst_jax.console import extras
 from sst_jax.errors import InputError
 from sst_jax.lab.analysis.collection import Problem
 from sst_jax.lab.analysis.cosine import cosine_distance
 from sst_jax.lab.statistics import Interval, bootstrap_mean, clustered_mean, finite
+from sst_jax.types import HostFloats, Json
 
-FLOOR = 1e-12  # what moved less than this has not moved
+FLOOR = 1e-12  # a smaller cosine distance counts as none
 LEVEL = 0.05  # of the dip test
 PER_TEXT = 10  # positions of a text that the dip test, which takes its values for independent, is given at a time
 DRAWS = 51  # such samples, of which the median p counts
 REFITS = 200  # bootstrap of the mixture
 MOST = 20_000  # values that a mixture is fitted to
-REACH = 16  # positions behind a shift that are looked at
+REACH = 16  # positions behind a shift that are compared
 
 
 class TextMetrics(NamedTuple):
     """What is kept of one problem once its states have been read. I counts depths; the first is the reference."""
 
     id: str
-    moved: np.ndarray  # [I, T, L], against the first depth
+    cosine_distance: np.ndarray  # [I, T, L], against the first depth
     replaced: np.ndarray  # [I, T], how many of the reference's top tokens are no longer among them
-    winner: np.ndarray  # int [I, T], the likeliest token
+    winner: np.ndarray  # int [I, T], the top-1 token
     rank: np.ndarray  # [I, T], the place of the winner among the reference's top tokens, from 1; top + 1 beyond
     depth_square: np.ndarray  # [L, D], mean over positions of the squared change from the first depth to the last
     rounding_square: np.ndarray | None  # [L, D], of the squared change from float32 to bfloat16
-    controls: dict[str, Any]
+    controls: Json
 
 
 def measure(problem: Problem) -> TextMetrics:
@@ -67,13 +69,13 @@ def measure(problem: Problem) -> TextMetrics:
 
 
 class MixtureFit(NamedTuple):
-    """Whether values of `moved` are of two kinds, and where they part.
+    """Whether cosine distances are of two kinds, and where they part. result.json has it as `modes`.
 
-    bic         of one normal component and of two, on log10(moved)
+    bic         of one normal component and of two, on log distances
     dip, dip_p  Hartigan's dip and its p-value: median over samples of at most PER_TEXT positions a text
     bimodal     two components have the lower BIC, and the dip test rejects one mode
     means, deviations, weights  of the two components, the stable one first, whether or not there are two
-    threshold   the overlap at which both components are equally likely; None where there is one mode
+    threshold   the cosine similarity at which both components are equally likely; None where there is one mode
     share       of positions that shifted, beyond the threshold
     """
 
@@ -89,7 +91,7 @@ class MixtureFit(NamedTuple):
 
     @property
     def cut(self) -> float | None:
-        """The threshold on log10(moved)."""
+        """The threshold as a log distance."""
         return None if self.threshold is None else float(np.log10(1.0 - self.threshold.value))
 
 
@@ -97,8 +99,8 @@ def logs(values: np.ndarray) -> np.ndarray:
     return np.log10(np.maximum(values, FLOOR))
 
 
-def modes(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> MixtureFit:
-    """Of values of `moved`, one array a text.
+def fit_mixture(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> MixtureFit:
+    """Return whether cosine distances, one array a text, are of two kinds.
 
     Raises: InputError on fewer than 20 values, and on values that are not numbers.
     """
@@ -107,7 +109,7 @@ def modes(groups: Sequence[np.ndarray], seed: int = 0, refits: int = REFITS) -> 
     if len(values) < 20:
         raise InputError(f"{len(values)} positions are too few to see how they are distributed: give at least 20")
     if not np.isfinite(values).all():
-        raise InputError("an overlap is not a number: the states hold NaN or infinity")
+        raise InputError("a cosine similarity is not a number: the states hold NaN or infinity")
     if np.ptp(values) < 1e-6:  # nothing moves, or everything alike
         value = float(values[0])
         return MixtureFit((0.0, 0.0), 0.0, 1.0, False, (value, value), (0.0, 0.0), (1.0, 0.0), None, None)
@@ -141,8 +143,7 @@ def _between(column: np.ndarray) -> Interval:
 
 def thinned_dip(groups: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[float, float]:
     """Hartigan's dip (Hartigan and Hartigan 1985) of samples with at most PER_TEXT values a group: medians of DRAWS."""
-    from diptest import diptest
-
+    diptest = extras.require("diptest", "analysis", "the dip test").diptest
     found = []
     for _ in range(DRAWS):
         parts = [rng.choice(group, min(PER_TEXT, len(group)), replace=False) for group in groups]
@@ -151,17 +152,27 @@ def thinned_dip(groups: Sequence[np.ndarray], rng: np.random.Generator) -> tuple
     return float(dip), float(p)
 
 
-def mixture(values: np.ndarray, count: int, near: Any = None) -> Any:
-    """A normal mixture with `count` components fitted to values [n]; `near`: one to start from."""
-    from sklearn.mixture import GaussianMixture
+class Mixture(Protocol):
+    """What is read of scikit-learn's fitted `GaussianMixture`: C components of one dimension."""
 
-    start = {"n_init": 3} if near is None else {
-        "means_init": near.means_, "weights_init": near.weights_, "precisions_init": near.precisions_
-    }  # fmt: skip
-    return GaussianMixture(count, random_state=0, **start).fit(values[:, None])
+    means_: HostFloats  # [C, 1]
+    covariances_: HostFloats  # [C, 1, 1]
+    precisions_: HostFloats  # [C, 1, 1]
+    weights_: HostFloats  # [C]
+
+    def bic(self, X: HostFloats) -> float: ...
 
 
-def components(fitted: Any) -> tuple[tuple[float, float], ...]:
+def mixture(values: np.ndarray, count: int, near: Mixture | None = None) -> Mixture:
+    """Return a normal mixture with `count` components fitted to values [n]; `near`: one to start from."""
+    library = extras.require("sklearn.mixture", "analysis", "the mixture")
+    start: Json = {"n_init": 3}
+    if near is not None:
+        start = {"means_init": near.means_, "weights_init": near.weights_, "precisions_init": near.precisions_}
+    return library.GaussianMixture(count, random_state=0, **start).fit(values[:, None])
+
+
+def components(fitted: Mixture) -> tuple[tuple[float, float], ...]:
     """Means, deviations and weights, the smaller mean first."""
     order = np.argsort(fitted.means_[:, 0])
     parts = fitted.means_[order, 0], np.sqrt(fitted.covariances_[order, 0, 0]), fitted.weights_[order]
@@ -185,22 +196,22 @@ def crossing(means: Sequence[float], deviations: Sequence[float], weights: Seque
 
 
 def shifted(measured: Sequence[TextMetrics], layer: int, found: MixtureFit) -> tuple[list[np.ndarray], float, str]:
-    """Which positions [T] of each problem shifted at the last depth, at a layer; the cut on log10(moved); its origin.
+    """Return which positions [T] of each problem shifted at the last depth, the cut as a log distance, and its origin.
 
-    With one mode nothing shifted; the tenth of the positions that moved most then stands in, so that what goes with
-    moving can still be looked at. The text that is returned says so.
+    With one mode nothing shifted; the tenth of the positions that moved most then stands in, so that a figure can still
+    contrast them. The text that is returned says so.
     """
-    values = [logs(each.moved[-1, :, layer]) for each in measured]
+    values = [logs(each.cosine_distance[-1, :, layer]) for each in measured]
     cut, how = found.cut, "beyond the threshold of the fit"
     if cut is None:
         cut, how = float(np.quantile(np.concatenate(values), 0.9)), "no shifts, but the tenth that moved most"
     return [value > cut for value in values], cut, how
 
 
-def tokens_at(measured: Sequence[TextMetrics], masks: Sequence[np.ndarray]) -> dict[str, Any]:
+def tokens_at(measured: Sequence[TextMetrics], masks: Sequence[np.ndarray]) -> Json:
     """Tokens at the last depth against the first, at shifted and at stable positions, with intervals over texts.
 
-    replaced  of the top tokens;  changed  share of positions with another likeliest token;
+    replaced  of the top tokens;  changed  share of positions with another top-1 token;
     rank      median and largest place that a new winner had before (top + 1: beyond them)
     """
     found = {}
@@ -242,16 +253,14 @@ def count_orders(state: np.ndarray, token: np.ndarray, never: int) -> dict[str, 
     return {name: int(part.sum()) for name, part in zip(ORDERS, parts, strict=True)}
 
 
-def order_of_events(
-    measured: Sequence[TextMetrics], layer: int, cut: float, permutations: int = 2000
-) -> dict[str, Any]:
-    """Over the depths, which comes first at a position: its state's shift, or another likeliest token.
+def order_of_events(measured: Sequence[TextMetrics], layer: int, cut: float, permutations: int = 2000) -> Json:
+    """Count which comes first at a position over the depths: its state's shift, or another top-1 token.
 
     The control shuffles the tokens' onsets among the positions of each text: how often the state would be first if the
     two had nothing to do with each other. p: share of shuffles in which the state leads by as much (one-sided).
     """
-    never = len(measured[0].moved)
-    states = [onsets(logs(each.moved[:, :, layer]) > cut) for each in measured]
+    never = len(measured[0].cosine_distance)
+    states = [onsets(logs(each.cosine_distance[:, :, layer]) > cut) for each in measured]
     tokens = [onsets(each.winner != each.winner[0]) for each in measured]
     counts = count_orders(np.concatenate(states), np.concatenate(tokens), never)
     rng = np.random.default_rng(0)
@@ -273,10 +282,10 @@ def order_of_events(
     }
 
 
-def position_zero(measured: Sequence[TextMetrics], layer: int, masks: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The first generated position beside the others: moved, shifted, another likeliest token."""
+def position_zero(measured: Sequence[TextMetrics], layer: int, masks: Sequence[np.ndarray]) -> Json:
+    """Return means at the first generated position and at the others: distance, shifted, another top-1 token."""
     changed = [each.winner[-1] != each.winner[0] for each in measured]
-    parts = {"moved": [each.moved[-1, :, layer] for each in measured], "shifted": masks, "changed": changed}
+    parts = {"moved": [each.cosine_distance[-1, :, layer] for each in measured], "shifted": masks, "changed": changed}
     return {
         name: {
             "first": finite(bootstrap_mean([float(each[0]) for each in values])),
@@ -288,7 +297,7 @@ def position_zero(measured: Sequence[TextMetrics], layer: int, masks: Sequence[n
 
 def downstream(
     measured: Sequence[TextMetrics], layer: int, masks: Sequence[np.ndarray], reach: int = REACH
-) -> list[Any]:
+) -> list[Json]:
     """How much more the state moves `distance` positions after a shifted position than after a stable one.
 
     Compared within each text, so that texts that move more altogether do not count as reach; mean over texts.
@@ -297,7 +306,7 @@ def downstream(
     for distance in range(1, reach + 1):
         differences = []
         for each, mask in zip(measured, masks, strict=True):
-            after, source = each.moved[-1, distance:, layer], mask[:-distance]
+            after, source = each.cosine_distance[-1, distance:, layer], mask[:-distance]
             if source.any() and not source.all():
                 differences.append(after[source].mean() - after[~source].mean())
         if len(differences) > 1:

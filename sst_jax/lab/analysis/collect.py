@@ -1,12 +1,12 @@
 """Hidden states of known texts at any iteration depth.
 
-A known text is walked as decoding would walk it: the prompt at depth 1 (`stream.iterate_prompt`), then depth I at every
+A known text is run as decoding would run it: the prompt at depth 1 (`stream.iterate_prompt`), then depth I at every
 position from the first one that depth applies to. Position 0 is that one, the prompt's last, and predicts the first
 token of the text. All positions of a layer are computed together (`model/rules.py`, `exact`).
 
 What a depth's state is: by default (between="runs") each depth has a run of its own, so depth I is what a user of
 `--depth I` would have; the states of earlier positions differ too. With between="iterations" one run at the greatest
-depth is looked at after each of its iterations. At position 0 the two are the same.
+depth is kept after each of its iterations. At position 0 the two are the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from sst_jax.errors import InputError
 from sst_jax.inference.kv_cache import Cache
@@ -27,12 +28,12 @@ from sst_jax.inference.prefill import chunk_context, prefill
 from sst_jax.inference.session import prompt_mode
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Context, Layer, Params, Residuals
+from sst_jax.model.decoder import Context, Layer, Residuals
 from sst_jax.model.quantization import storages
 from sst_jax.model.rules import exact, plain
-from sst_jax.types import Tokens
+from sst_jax.types import AnyArray, Hidden, IteratedHidden, Params, RowHidden, RowInts, Tokens
 
-TOP = 100  # likeliest tokens that are kept
+TOP = 100  # tokens with the largest logits that are kept
 
 
 class Text(NamedTuple):
@@ -48,9 +49,9 @@ class Settings:
     """depths    ascending; the first is what the others are compared with
     between   "runs" or "iterations", see the module's docstring
     what      "output": the residual stream that a layer hands up; "memory": what its stream remembers
-    rounding  walk each text once more in bfloat16, at the first depth, for the noise floor
-    controls  how many problems are also walked with states that do not belong there
-    new_tokens  of a generated text;  batch  problems walked together;  seed  of the controls
+    rounding  run each text once more in bfloat16, at the first depth, for the noise floor
+    controls  how many problems are also run with states that do not belong there
+    new_tokens  of a generated text;  batch  problems run together;  seed  of the controls
     """
 
     depths: tuple[int, ...] = (1, 4)
@@ -64,10 +65,10 @@ class Settings:
 
 
 class DepthStates(NamedTuple):
-    """One walk of a batch after one iteration of every position, in host memory."""
+    """One run of a batch after one iteration of every position, in host memory."""
 
     states: np.ndarray  # [L, B, T, D]; of one problem [T, L, D]
-    top_ids: np.ndarray  # int32 [B, T, TOP], the likeliest next tokens; of one problem [T, TOP]
+    top_ids: np.ndarray  # int32 [B, T, TOP], the next tokens with the largest logits; of one problem [T, TOP]
     top_logits: np.ndarray
 
     def row(self, number: int, count: int) -> DepthStates:
@@ -79,60 +80,87 @@ class DepthStates(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- Walking texts
 
 
-def outputs(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, jax.Array]:
-    """A rule that leaves each layer's output behind, under the exact recurrence or without a stream."""
+def outputs(layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context) -> tuple[Residuals, Hidden]:
+    """Run the exact recurrence, or no stream where there is none, as a rule that keeps each layer's output."""
     residuals, _ = (plain if context.config.stream is None else exact)(layer, residuals, before, context)
     return residuals, residuals[0]
 
 
-def remembered(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, jax.Array | None]:
-    """A rule that leaves each layer's memory behind; without a stream there is none, and it is the output."""
+def states_out(
+    layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
+) -> tuple[Residuals, Hidden]:
+    """Run the exact recurrence as a rule that keeps each layer's state; its output where there is no stream."""
     if context.config.stream is None:
         return outputs(layer, residuals, before, context)
     residuals, left = exact(layer, residuals, before, context)
+    assert left.state_out is not None  # `exact` leaves it
     return residuals, left.state_out
 
 
-RULES = {"output": outputs, "memory": remembered}
+# A rule and what it keeps of a layer, [B, T*I, D]; and arrays that it reads, a NamedTuple of them.
+KeepingRule = Callable[[Layer, Residuals, RowHidden | None, Context], tuple[Residuals, Hidden]]
+RuleOptions = tuple[AnyArray | None, ...]
+
+RULES: dict[str, KeepingRule] = {"output": outputs, "memory": states_out}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rule", "copies", "depth", "every"))
+class ReadOut(NamedTuple):
+    """What is kept of a run; a program is compiled for each.
+
+    rule           what is kept of each layer, [B, T*I, D]; it takes `num_residuals` residuals
+    num_residuals  the last one's logits are kept
+    depth          I, iterations of every position
+    every          keep each of the I iterations; else the last one only
+    """
+
+    rule: KeepingRule = outputs
+    num_residuals: int = 1
+    depth: int = 1
+    every: bool = False
+
+
+@functools.partial(jax.jit, static_argnames=("config", "read"))
 def run_texts(
     config: ModelConfig,
     params: Params,
     tokens: Tokens,
-    count: jax.Array,
+    count: RowInts,
     cache: Cache,
-    options: Any = None,
-    *,
-    rule: Callable[..., tuple[Residuals, jax.Array]] = outputs,
-    copies: int = 1,
-    depth: int = 1,
-    every: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Right-padded texts tokens [B, T], `count` [B] of whose positions are real, on from the caches of their prompts.
+    read: ReadOut,
+    options: RuleOptions | None = None,
+) -> tuple[Float[Array, "L B T I D"], Int[Array, "B T I top"], Float[Array, "B T I top"]]:
+    """Run right-padded texts, continued from the caches of their prompts.
 
-    rule: what is kept of each layer, [B, T*I, D], of `num_residuals` residuals; the last one's logits are kept.
-    every: look after each of K = I iterations, else after the last one only, K = 1.
+    Args:
+        config: of the model.
+        params: the three trees.
+        tokens: [B, T].
+        count: [B], how many of a text's positions are real.
+        cache: of the prompts, filled.
+        read: what is kept.
+        options: arrays that the rule reads from its context.
 
-    Returns states [L, B, T, K, D], and the TOP likeliest next tokens and their logits [B, T, K, TOP].
+    Returns:
+        States [L, B, T, I, D], I counting the kept iterations, and the TOP tokens and their logits [B, T, I, TOP].
     """
     batch, length = tokens.shape
-    depth = depth if config.stream is not None else 1
+    depth = read.depth if config.stream is not None else 1
     context = chunk_context(config, tokens, count, cache, fresh=False, depth=depth)
     context = dataclasses.replace(context, options=options)
-    first = 0 if every else depth - 1
+    first = 0 if read.every else depth - 1
 
-    def looked_at(steps: jax.Array) -> jax.Array:
+    def kept_iterations(steps: Hidden) -> IteratedHidden:
         return steps.reshape(batch, length, depth, -1)[:, :, first:]
 
-    def keeping(*arguments: Any) -> tuple[Residuals, jax.Array]:
-        residuals, kept = rule(*arguments)
-        return residuals, looked_at(kept)
+    def keeping(
+        layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
+    ) -> tuple[Residuals, IteratedHidden]:
+        residuals, kept = read.rule(layer, residuals, before, context)
+        return residuals, kept_iterations(kept)
 
     x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
-    residuals, states = decoder.run_layers(params, keeping, (x,) * copies, context, cache.state)
-    hidden = decoder.final_norm(config, params, looked_at(residuals[-1]))
+    residuals, states = decoder.run_layers(params, keeping, (x,) * read.num_residuals, context, cache.state)
+    hidden = decoder.final_norm(config, params, kept_iterations(residuals[-1]))
     # One row at a time, so that a vocabulary's worth of logits exists for one row's positions only.
     top_logits, top_ids = jax.lax.map(
         lambda row: jax.lax.top_k(decoder.head(params, row), min(TOP, config.backbone.vocab_size)), hidden
@@ -174,7 +202,7 @@ class Batch(NamedTuple):
         return cls(*rows(0, shape[0]), *rows(1, shape[1]), [part[2] for part in parts])
 
 
-class Walker:
+class TextRunner:
     """Walks batches through one model at any depth."""
 
     def __init__(self, model: Model, settings: Settings, capacity: int):
@@ -188,10 +216,23 @@ class Walker:
         *,
         every: bool = False,
         config: ModelConfig | None = None,
-        rule: Any = None,
-        **more: Any,
+        rule: KeepingRule | None = None,
+        num_residuals: int = 1,
+        options: RuleOptions | None = None,
     ) -> list[DepthStates]:
-        """The batch after its last iteration, or after `every` one. config: another than the model's own."""
+        """Run a batch.
+
+        Args:
+            batch: prompts and texts.
+            depth: iterations of every position of the texts.
+            every: return the batch after each iteration, not only after the last.
+            config: another than the model's own.
+            rule: what is kept of each layer; None: as the settings say.
+            num_residuals, options: of the rule.
+
+        Returns:
+            The batch after the last iteration, or after every one.
+        """
         config = config or self.model.config
         params = self._params(config)
         _, cache = prefill(
@@ -208,10 +249,8 @@ class Walker:
             batch.walked,
             batch.counts,
             cache,
-            depth=depth,
-            every=every,
-            rule=rule or RULES[self.settings.what],
-            **more,
+            ReadOut(rule or RULES[self.settings.what], num_residuals, depth, every),
+            options,
         )
         states, (ids, logits) = np.asarray(states), map(np.asarray, top)
         return [DepthStates(states[..., k, :], ids[:, :, k], logits[:, :, k]) for k in range(ids.shape[2])]

@@ -12,9 +12,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import tensorstore
 
 from sst_jax.console.command import write_json
 from sst_jax.errors import InputError
@@ -23,7 +24,8 @@ from sst_jax.inference.halting_probe import fingerprint
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import capacity_for, padded
 from sst_jax.lab.analysis import controls
-from sst_jax.lab.analysis.collect import Batch, Settings, Text, Walker, split
+from sst_jax.lab.analysis.collect import Batch, Settings, Text, TextRunner, split
+from sst_jax.types import Json
 
 MANIFEST, TEXT = "manifest.json", "text.json"
 
@@ -39,25 +41,22 @@ class Problem(NamedTuple):
     top_ids: np.ndarray  # int32 [I, T, TOP]
     top_logits: np.ndarray  # [I, T, TOP]
     rounded: np.ndarray | None  # [T, L, D], the first depth in bfloat16
-    controls: dict[str, Any]  # what `controls.collect_batch` found
+    controls: Json  # what `controls.collect_batch` found
 
 
-def store(folder: Path, name: str) -> Any:
+def store(folder: Path, name: str) -> Json:
     """Return the tensorstore spec of a Zarr array."""
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str((folder / name).absolute())}}
 
 
 def write_array(folder: Path, name: str, value: np.ndarray) -> None:
-    import tensorstore
-
+    """Write an array as Zarr."""
     array = tensorstore.open(store(folder, name), create=True, dtype=value.dtype.name, shape=value.shape).result()
     array.write(value).result()
 
 
 def read_array(folder: Path, name: str) -> np.ndarray:
     """Read an array. Raises: InputError naming the array that is missing or damaged."""
-    import tensorstore
-
     try:
         return tensorstore.open(store(folder, name)).result().read().result()
     except ValueError as error:
@@ -70,7 +69,7 @@ class Collection:
     def __init__(self, path: Path):
         self.path = path
 
-    def begin(self, manifest: dict[str, Any]) -> None:
+    def begin(self, manifest: Json) -> None:
         """Open the folder for these settings.
 
         Raises: InputError where it holds a collection of others, naming one, or something else.
@@ -113,7 +112,7 @@ class Collection:
         """
         folder = self.folder(number)
         text = read_json(folder / TEXT)
-        arrays: dict[str, Any] = {name: read_array(folder, name) for name in ("states", "top_ids", "top_logits")}
+        arrays: Json = {name: read_array(folder, name) for name in ("states", "top_ids", "top_logits")}
         rounded = read_array(folder, "rounded") if (folder / "rounded").is_dir() else None
         problem = Problem(**text, **arrays, rounded=rounded)
         check_finite(folder, problem)
@@ -139,7 +138,7 @@ def check_finite(folder: Path, problem: Problem) -> None:
 # ----------------------------------------------------------------------------------------------------------- The whole
 
 
-def manifest_of(model: Model, texts: Sequence[Text], settings: Settings) -> dict[str, Any]:
+def manifest_of(model: Model, texts: Sequence[Text], settings: Settings) -> Json:
     """Return what identifies a collection when it is resumed: the model, the settings, the texts."""
     return {
         "model": fingerprint(model),
@@ -150,7 +149,11 @@ def manifest_of(model: Model, texts: Sequence[Text], settings: Settings) -> dict
 
 
 def collect(
-    model: Model, texts: Sequence[Text], settings: Settings, path: Path, advance: Callable[[int], Any] = lambda _: None
+    model: Model,
+    texts: Sequence[Text],
+    settings: Settings,
+    path: Path,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> Collection:
     """Run all texts at all depths into a folder; resume where an earlier call with the same settings stopped.
 
@@ -161,7 +164,7 @@ def collect(
     collection = Collection(path)
     shape = shape_of(model, texts, settings)
     collection.begin(manifest_of(model, texts, settings))
-    walker = Walker(model, settings, capacity_for(shape[0]))
+    runner = TextRunner(model, settings, capacity_for(shape[0]))
     for start in range(0, len(texts), settings.batch):
         numbers = range(start, min(start + settings.batch, len(texts)))
         if not all(map(collection.has, numbers)):
@@ -169,14 +172,14 @@ def collect(
             batch = Batch.of(model, part, answers(model, part, settings), shape)
             for number in filter(collection.has, numbers):
                 shutil.rmtree(collection.folder(number))
-            for number, problem in zip(numbers, look(walker, part, batch, numbers), strict=True):
+            for number, problem in zip(numbers, look(runner, part, batch, numbers), strict=True):
                 collection.write(number, problem)
         advance(len(numbers))
     return collection
 
 
 def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[int, int]:
-    """Return positions of prefixes and of walked texts, padded, the same for all batches.
+    """Return positions of prefixes and of the texts after them, padded, the same for all batches.
 
     Raises: InputError on a text that is too short, or too long for the model.
     """
@@ -205,32 +208,32 @@ def answers(model: Model, texts: Sequence[Text], settings: Settings) -> list[lis
     return found
 
 
-def look(walker: Walker, texts: Sequence[Text], batch: Batch, numbers: range) -> Iterator[Problem]:
+def look(runner: TextRunner, texts: Sequence[Text], batch: Batch, numbers: range) -> Iterator[Problem]:
     """Yield everything that is kept of a batch, problem by problem; `numbers` are the problems' places in the
     collection.
     """
-    settings = walker.settings
+    settings = runner.settings
     if settings.between == "iterations":
-        every = walker(batch, settings.depths[-1], every=True)
-        walks = [every[depth - 1] for depth in settings.depths]
+        every = runner(batch, settings.depths[-1], every=True)
+        runs = [every[depth - 1] for depth in settings.depths]
     else:
-        walks = [each for depth in settings.depths for each in walker(batch, depth)]
-    narrow = dataclasses.replace(walker.model.config, dtype="bfloat16")
-    rounded = walker(batch, settings.depths[0], config=narrow)[0] if settings.rounding else None
-    controlled: list[dict[str, Any]] = [{}] * len(texts)
+        runs = [each for depth in settings.depths for each in runner(batch, depth)]
+    narrow = dataclasses.replace(runner.model.config, dtype="bfloat16")
+    rounded = runner(batch, settings.depths[0], config=narrow)[0] if settings.rounding else None
+    controlled: list[Json] = [{}] * len(texts)
     if numbers.start < settings.controls:
-        controlled = controls.collect_batch(walker, batch, walks[0], walks[-1])
+        controlled = controls.collect_batch(runner, batch, runs[0], runs[-1])
     for row, text in enumerate(texts):
         count = int(batch.counts[row])
-        seen = [walk.row(row, count) for walk in walks]
+        seen = [one.row(row, count) for one in runs]
         yield Problem(
             text.id,
             batch.prefix[row, : batch.prefix_counts[row]].tolist(),
             batch.walked[row, :count].tolist(),
             batch.predicted[row],
-            np.stack([walk.states for walk in seen]),
-            np.stack([walk.top_ids for walk in seen]),
-            np.stack([walk.top_logits for walk in seen]),
+            np.stack([one.states for one in seen]),
+            np.stack([one.top_ids for one in seen]),
+            np.stack([one.top_logits for one in seen]),
             None if rounded is None else rounded.row(row, count).states,
             controlled[row],
         )

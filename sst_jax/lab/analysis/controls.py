@@ -1,4 +1,4 @@
-"""What the depth effect is without its cause: walks in which nothing, or the wrong thing, is remembered.
+"""What the depth effect is without its cause: runs in which nothing, or the wrong thing, is remembered.
 
     alpha_0    the blend switched off: further iterations repeat the first, and nothing may move
     plain      without a stream against alpha = 0, two programs: the same but for rounding
@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.lab.analysis.collect import RULES, Batch, DepthStates, Walker
+from sst_jax.lab.analysis.collect import RULES, Batch, DepthStates, KeepingRule, TextRunner
 from sst_jax.lab.analysis.cosine import cosine_similarity
 from sst_jax.lab.statistics import bootstrap_mean, finite
 from sst_jax.model import rules
@@ -28,7 +28,7 @@ from sst_jax.model.config import StreamConfig
 from sst_jax.model.decoder import Context, Layer, Residuals
 from sst_jax.model.layers import to_float32
 from sst_jax.model.state import shift_right
-from sst_jax.types import AnyArray
+from sst_jax.types import AnyArray, Hidden, Json, RowHidden
 
 
 class Swap(NamedTuple):
@@ -40,12 +40,12 @@ class Swap(NamedTuple):
 
 
 def swapped(
-    keep: str, layer: Layer, residuals: Residuals, before: Any, context: Context
-) -> tuple[Residuals, jax.Array]:
-    """A rule over two streams: the real one, and one entered by the real one's states out of their places.
+    keep: str, layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
+) -> tuple[Residuals, Hidden]:
+    """Run two residuals as a rule: the real one, and one that the real one's states enter out of their places.
 
     Only iterations from the second on are tampered with: the state from the position before comes in as it was.
-    Leaves the second stream's "output" or "memory" behind, as `keep` says.
+    What is kept is the second one's "output" or "memory", as `keep` says.
     """
     (x, other), swap, depth = residuals, context.options, context.depth
     (o,), left = rules.exact(layer, (x,), before, context)
@@ -66,8 +66,8 @@ def swapped(
     return (o, o_other), o_other if keep == "output" else memory
 
 
-# One object each for as long as the program runs: a compiled walk is known by its rule.
-SWAPPED = {keep: functools.partial(swapped, keep) for keep in ("output", "memory")}
+# One object each for as long as the program runs: a compiled run is known by its rule.
+SWAPPED: dict[str, KeepingRule] = {keep: functools.partial(swapped, keep) for keep in ("output", "memory")}
 
 
 def another_order(counts: np.ndarray, length: int, seed: int) -> np.ndarray:
@@ -80,18 +80,24 @@ def another_order(counts: np.ndarray, length: int, seed: int) -> np.ndarray:
     return order
 
 
-def collect_batch(walker: Walker, batch: Batch, shallow: DepthStates, deep: DepthStates) -> list[dict[str, Any]]:
-    """What every control did to each problem of a batch, beside what depth did.
+def collect_batch(runner: TextRunner, batch: Batch, shallow: DepthStates, deep: DepthStates) -> list[Json]:
+    """Return what every control did to each problem of a batch, beside what depth did.
 
-    shallow, deep: the batch's walks at the first and the last depth. One dict a problem, by name of the control,
-    "depth" being the real thing: overlap [T][L] between its two walks, and whether the likeliest token changed [T].
+    Args:
+        runner: of the model.
+        batch: the problems.
+        shallow, deep: their states at the first and the last depth.
+
+    Returns:
+        One dict a problem, by name of the control, "depth" being the real thing: cosine similarity [T][L] of two runs
+        as "overlap", and whether the top-1 token changed [T].
     """
-    settings, config = walker.settings, walker.model.config
+    settings, config = runner.settings, runner.model.config
     depth = settings.depths[-1]
     off = dataclasses.replace(config, stream=dataclasses.replace(config.stream or StreamConfig(), alpha=0.0))
     plain = dataclasses.replace(config, stream=None)
-    repeated = walker(batch, depth, config=off, every=True)
-    without, zeroed = (walker(batch, 1, config=each, rule=RULES["output"])[0] for each in (plain, off))
+    repeated = runner(batch, depth, config=off, every=True)
+    without, zeroed = (runner(batch, 1, config=each, rule=RULES["output"])[0] for each in (plain, off))
     pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1]), "plain": (without, zeroed)}
     order = another_order(batch.counts, batch.walked.shape[1], settings.seed)
     rows = np.arange(len(batch.counts), dtype=np.int32)
@@ -100,7 +106,7 @@ def collect_batch(walker: Walker, batch: Batch, shallow: DepthStates, deep: Dept
         others = np.roll(rows, 1)
         swaps["another_text"] = Swap(others, np.arange(order.shape[1], dtype=np.int32) % batch.counts[others, None])
     for name, swap in swaps.items():
-        (seen,) = walker(batch, depth, rule=SWAPPED[settings.what], copies=2, options=swap)
+        (seen,) = runner(batch, depth, rule=SWAPPED[settings.what], num_residuals=2, options=swap)
         pairs[name] = (shallow, seen)
     return [
         {name: compared(*(each.row(row, count) for each in pair)) for name, pair in pairs.items()}
@@ -108,16 +114,16 @@ def collect_batch(walker: Walker, batch: Batch, shallow: DepthStates, deep: Dept
     ]
 
 
-def compared(first: DepthStates, second: DepthStates) -> dict[str, Any]:
-    """JSON-ready, of one problem's two walks."""
+def compared(first: DepthStates, second: DepthStates) -> Json:
+    """Return how one problem's two runs differ, JSON-ready."""
     changed = first.top_ids[:, 0] != second.top_ids[:, 0]
     return {"overlap": cosine_similarity(first.states, second.states).tolist(), "argmax_changed": changed.tolist()}
 
 
-def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the problems that were controlled, by name of the control: how far the states and the tokens moved.
+def summarise(problems: Sequence[Json]) -> Json:
+    """Return by name of the control how far states and tokens moved, over the problems that were controlled.
 
-    moved: mean of 1 - overlap over positions and layers, with an interval over problems; largest: at most so much.
+    moved: mean cosine distance over positions and layers, with an interval over problems; largest: the maximum.
     """
     found = {}
     for name in dict.fromkeys(name for problem in problems for name in problem):

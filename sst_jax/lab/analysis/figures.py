@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sst_jax.console.figure import new_figure
 from sst_jax.lab.analysis import basins
 from sst_jax.lab.analysis.findings import AnalysisResult
+from sst_jax.types import Json
 
 CONTROLS = {
-    "depth": "the model\nas it is", "shuffled": "states of\nother positions", "another_text": "states of\nother texts",
-    "random": "random\nstates", "alpha_0": "alpha = 0", "plain": "no stream",
-}  # fmt: skip
+    "depth": "the model\nas it is",
+    "shuffled": "states of\nother positions",
+    "another_text": "states of\nother texts",
+    "random": "random\nstates",
+    "alpha_0": "alpha = 0",
+    "plain": "no stream",
+}
 
 
 class Drawn(NamedTuple):
@@ -26,7 +33,7 @@ class Drawn(NamedTuple):
     figure: Figure
 
 
-def blank(width: float = 7.2, height: float = 3.8) -> tuple[Figure, Any]:
+def blank(width: float = 7.2, height: float = 3.8) -> tuple[Figure, Axes]:
     figure = new_figure(width, height)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
@@ -53,11 +60,11 @@ def draw(found: AnalysisResult) -> Iterator[Drawn]:
 def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
     figure, axes = blank()
     axes.grid(visible=False)
-    longest = max(each.moved.shape[1] for each in found.measured)
-    layers = found.measured[0].moved.shape[2]
+    longest = max(each.cosine_distance.shape[1] for each in found.measured)
+    layers = found.measured[0].cosine_distance.shape[2]
     total, count = np.zeros((longest, layers)), np.zeros((longest, 1))
     for each in found.measured:
-        values = each.moved[-1]
+        values = each.cosine_distance[-1]
         total[: len(values)] += values
         count[: len(values)] += 1
     image = axes.imshow(
@@ -69,7 +76,7 @@ def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
     )
     axes.set(xlabel="position in the text (0 gives its first token)", ylabel="layer")
     bar = figure.colorbar(image, label=f"cosine similarity of depths {first} and {last}")
-    bar.ax.yaxis.set_major_formatter(as_overlap)
+    bar.ax.yaxis.set_major_formatter(as_similarity)
     return Drawn(
         "overlap",
         "Where iterating moves the hidden state",
@@ -79,35 +86,35 @@ def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
     )
 
 
-def as_overlap(value: float, _: Any = None) -> str:
-    """A tick at log10(1 - overlap), as the overlap."""
+def as_similarity(value: float, _: float = 0.0) -> str:
+    """Return the label of a tick at log10(1 - similarity): the similarity."""
     rest = 10.0**value
     return f"{1 - rest:.3g}" if rest > 5e-3 else f"1 − {rest:.0e}"
 
 
 def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
-    layer, modes = found.result["layer"], found.modes
+    layer, mixture = found.result["layer"], found.mixture
     figure, axes = blank()
-    values = basins.logs(np.concatenate([each.moved[-1, :, layer] for each in found.measured]))
+    values = basins.logs(np.concatenate([each.cosine_distance[-1, :, layer] for each in found.measured]))
     _, edges, _ = axes.hist(values, bins=60, color="0.8", label="positions")
     x = np.linspace(edges[0], edges[-1], 400)
     scale = len(values) * (edges[1] - edges[0])
-    if min(modes.deviations) > 0:
-        parts = basins.density(x, modes.means, modes.deviations, modes.weights) * scale
-        for part, label in zip(parts, ("stable", "shifted") if modes.bimodal else ("", ""), strict=True):
-            if modes.bimodal:
+    if min(mixture.deviations) > 0:
+        parts = basins.density(x, mixture.means, mixture.deviations, mixture.weights) * scale
+        for part, label in zip(parts, ("stable", "shifted") if mixture.bimodal else ("", ""), strict=True):
+            if mixture.bimodal:
                 axes.plot(x, part, linewidth=1, label=label)
         axes.plot(x, parts.sum(0), "k", linewidth=1.2, label="mixture of two")
-    if modes.cut is not None and modes.threshold is not None:
-        axes.axvline(modes.cut, color="C3", linestyle="--", label=f"threshold {modes.threshold.value:.4g}")
+    if mixture.cut is not None and mixture.threshold is not None:
+        axes.axvline(mixture.cut, color="C3", linestyle="--", label=f"threshold {mixture.threshold.value:.4g}")
     axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(as_overlap)
-    verdict = "two kinds of position" if modes.bimodal else "one kind of position"
+    axes.xaxis.set_major_formatter(as_similarity)
+    verdict = "two kinds of position" if mixture.bimodal else "one kind of position"
     axes.set(xlabel=f"cosine similarity of depths {first} and {last}, layer {layer}", ylabel="positions", title=verdict)
     axes.legend()
     says = (
         "The test finds two kinds of position: those that hardly move, and those left of the threshold."
-        if modes.bimodal
+        if mixture.bimodal
         else "All positions form one hump, wide or narrow: no separate kind of position lands elsewhere."
     )
     return Drawn(
@@ -118,13 +125,13 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
     )
 
 
-def over_layers(axes: Any) -> None:
+def over_layers(axes: Axes) -> None:
     """An x axis that counts layers."""
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
-def band(axes: Any, low: np.ndarray, middle: np.ndarray, high: np.ndarray, label: str) -> None:
+def band(axes: Axes, low: np.ndarray, middle: np.ndarray, high: np.ndarray, label: str) -> None:
     """Medians over layers, and what lies around them."""
     number = np.arange(len(middle))
     axes.fill_between(number, low, high, alpha=0.3, label=label)
@@ -142,7 +149,7 @@ def layers(found: AnalysisResult) -> Drawn:
     if two.any():
         axes.plot(number[two], middle[two], "o", color="C3", label="two kinds of position (Holm-adjusted)")
     axes.invert_yaxis()
-    axes.yaxis.set_major_formatter(as_overlap)
+    axes.yaxis.set_major_formatter(as_similarity)
     axes.set(ylabel="cosine similarity, first and last depth")
     axes.legend()
     return Drawn(
@@ -174,7 +181,7 @@ def depths(found: AnalysisResult) -> Drawn:
     )
 
 
-def intervals(axes: Any, at: Sequence[float], records: Sequence[dict[str, Any]], colour: str) -> None:
+def intervals(axes: Axes, at: Sequence[float], records: Sequence[Json], colour: str) -> None:
     """Values with their intervals, where there are any."""
     value = np.array([record["value"] for record in records], float)
     low, high = (
@@ -190,7 +197,7 @@ def downstream(found: AnalysisResult) -> Drawn:
     intervals(axes, [record["distance"] for record in records], records, "C0")
     axes.axhline(0.0, color="0.5", linewidth=0.8)
     axes.set(xlabel="positions later", ylabel="additional cosine distance")
-    shifted = "a shifted position" if found.modes.bimodal else "one of the tenth that moved most"
+    shifted = "a shifted position" if found.mixture.bimodal else "one of the tenth that moved most"
     return Drawn(
         "downstream",
         "How far a shift is felt",
@@ -200,7 +207,7 @@ def downstream(found: AnalysisResult) -> Drawn:
     )
 
 
-def noise(floor: dict[str, Any]) -> Drawn:
+def noise(floor: Json) -> Drawn:
     figure, axes = blank()
     records = [record["ratio"] for record in floor["by_layer"]]
     intervals(axes, range(len(records)), records, "C0")

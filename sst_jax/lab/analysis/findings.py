@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,45 +14,54 @@ from sst_jax.lab.analysis.collect import Settings
 from sst_jax.lab.analysis.collection import Collection
 from sst_jax.lab.analysis.noise import noise_floor
 from sst_jax.lab.statistics import clustered_mean, finite, holm
+from sst_jax.types import Json
 
 EXAMPLES, SHOWN, CONTEXT = 6, 5, 12  # positions in the table of tokens, tokens of each, tokens that lead up to it
 
 
 class AnalysisResult(NamedTuple):
-    """result  what result.json holds;  the rest is what it was made of: modes and masks [T] at the headline layer."""
+    """result  what result.json holds;  the rest is what it was made of: mixture and masks [T] at the headline layer."""
 
-    result: dict[str, Any]
+    result: Json
     measured: list[TextMetrics]
-    modes: MixtureFit
+    mixture: MixtureFit
     masks: list[np.ndarray]
     alpha: np.ndarray  # [L, D] or [L, 1]
 
 
 def measure(
-    model: Model, collection: Collection, settings: Settings, layer: int, advance: Callable[[int], Any] = lambda _: None
+    model: Model,
+    collection: Collection,
+    settings: Settings,
+    layer: int,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> AnalysisResult:
-    """Reads a collection problem by problem and measures it; shifts are looked for at `layer`.
+    """Measure a collection, problem by problem; shifts are looked for at `layer`.
 
-    Raises: InputError as `Collection.read` and `basins.modes`.
+    Raises: InputError as `Collection.read` and `basins.fit_mixture`.
     """
     measured = []
     for problem in collection:
         measured.append(basins.measure(problem))
         advance(1)
-    layers = measured[0].moved.shape[-1]
-    by_layer = [basins.modes([each.moved[-1, :, number] for each in measured], refits=0) for number in range(layers)]
-    found = basins.modes([each.moved[-1, :, layer] for each in measured])
+    layers = measured[0].cosine_distance.shape[-1]
+
+    def mixture(number: int, refits: int) -> MixtureFit:
+        return basins.fit_mixture([each.cosine_distance[-1, :, number] for each in measured], refits=refits)
+
+    by_layer = [mixture(number, 0) for number in range(layers)]
+    found = mixture(layer, basins.REFITS)
     masks, cut, how = basins.shifted(measured, layer, found)
     alpha = alphas(model)
     result = {
         "problems": len(measured),
-        "positions": int(sum(each.moved.shape[1] for each in measured)),
+        "positions": int(sum(each.cosine_distance.shape[1] for each in measured)),
         "layer": layer,
         "by_depth": [
             {
                 "depth": depth,
-                "moved": finite(clustered_mean([each.moved[number, :, layer] for each in measured])),
-                "lowest_overlap": float(1.0 - max(each.moved[number, :, layer].max() for each in measured)),
+                "moved": finite(clustered_mean([each.cosine_distance[number, :, layer] for each in measured])),
+                "lowest_overlap": float(1.0 - max(each.cosine_distance[number, :, layer].max() for each in measured)),
                 "changed": finite(clustered_mean([each.winner[number] != each.winner[0] for each in measured])),
                 "replaced": finite(clustered_mean([each.replaced[number] for each in measured])),
             }
@@ -72,17 +81,17 @@ def measure(
         "controls": controls.summarise([each.controls for each in measured if each.controls]),
         "alpha": {"mean": float(alpha.mean()), "by_layer": np.quantile(alpha, [0.05, 0.5, 0.95], axis=1).T.tolist()},
         "examples": examples(model, collection, measured, layer),
-    }  # fmt: skip
+    }
     return AnalysisResult(result, measured, found, masks, alpha)
 
 
-def as_record(found: MixtureFit) -> dict[str, Any]:
+def as_record(found: MixtureFit) -> Json:
     intervals = {name: getattr(found, name) for name in ("threshold", "share")}
     return {**found._asdict(), **{name: part and finite(part) for name, part in intervals.items()}}
 
 
 def quartiles(measured: Sequence[TextMetrics], layer: int) -> list[float]:
-    values = np.concatenate([each.moved[-1, :, layer] for each in measured])
+    values = np.concatenate([each.cosine_distance[-1, :, layer] for each in measured])
     return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
 
 
@@ -98,10 +107,10 @@ def alphas(model: Model) -> np.ndarray:
     return np.broadcast_to(lo + (hi - lo) / (1.0 + np.exp(-theta)), (layers, theta.shape[-1]))
 
 
-def examples(model: Model, collection: Collection, measured: Sequence[TextMetrics], layer: int) -> list[dict[str, Any]]:
+def examples(model: Model, collection: Collection, measured: Sequence[TextMetrics], layer: int) -> list[Json]:
     """The positions that moved most, at most one a problem: the top tokens before and after."""
-    at = [int(each.moved[-1, :, layer].argmax()) for each in measured]
-    most = [each.moved[-1, place, layer] for each, place in zip(measured, at, strict=True)]
+    at = [int(each.cosine_distance[-1, :, layer].argmax()) for each in measured]
+    most = [each.cosine_distance[-1, place, layer] for each, place in zip(measured, at, strict=True)]
     found = []
     for number in np.argsort(most)[::-1][:EXAMPLES]:
         problem, place = collection.read(int(number)), at[number]
@@ -119,7 +128,7 @@ def examples(model: Model, collection: Collection, measured: Sequence[TextMetric
     return found
 
 
-def tokens(model: Model, ids: np.ndarray, logits: np.ndarray) -> list[dict[str, Any]]:
+def tokens(model: Model, ids: np.ndarray, logits: np.ndarray) -> list[Json]:
     """Return the top tokens as text, with their shares of what the top tokens have together."""
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
@@ -129,7 +138,7 @@ def tokens(model: Model, ids: np.ndarray, logits: np.ndarray) -> list[dict[str, 
     ]
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Json) -> str:
     """The lines that a person reads in the terminal."""
     found, last = result["modes"], result["by_depth"][-1]
     lines = [
@@ -159,7 +168,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def number(interval: dict[str, Any] | None, spec: str) -> str:
+def number(interval: Json | None, spec: str) -> str:
     """A value and its interval where it has one; a dash for none."""
     if interval is None or interval["value"] is None:
         return "–"

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from sst_jax.lab.analysis.basins import TextMetrics
 from sst_jax.lab.statistics import Interval, clustered_ratio, finite
+from sst_jax.types import Json
 
 
-def noise_floor(measured: Sequence[TextMetrics]) -> dict[str, Any]:
+def noise_floor(measured: Sequence[TextMetrics]) -> Json:
     """Return ratios of root mean squares, over everything and by layer, with intervals over texts, a test and an effect
     size.
 
@@ -41,7 +41,7 @@ def noise_floor(measured: Sequence[TextMetrics]) -> dict[str, Any]:
     }
 
 
-def compare(depth: np.ndarray, rounding: np.ndarray) -> dict[str, Any]:
+def compare(depth: np.ndarray, rounding: np.ndarray) -> Json:
     """Compare mean squares a text [texts]: ratio of the roots, Wilcoxon's signed-rank test on its logarithms, and the
     rank-biserial correlation, from -1 (rounding larger in every text) to 1 (depth larger in every text)."""
     ratio = clustered_ratio(depth, rounding)

@@ -6,12 +6,12 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from sst_jax.inference.halting_probe import Probe
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis import figures
 from sst_jax.lab.analysis.findings import AnalysisResult, number, summary
+from sst_jax.types import Json
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -82,19 +82,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
 
 
-def by_depth(result: dict[str, Any]) -> str:
+def by_depth(result: Json) -> str:
     rows = [
         (
-            str(each["depth"]), number(each["moved"], ".2e"), f"{each['lowest_overlap']:.4f}",
-            number(each["changed"], ".1%"), number(each["replaced"], ".1f"),
+            str(each["depth"]),
+            number(each["moved"], ".2e"),
+            f"{each['lowest_overlap']:.4f}",
+            number(each["changed"], ".1%"),
+            number(each["replaced"], ".1f"),
         )
         for each in result["by_depth"]
-    ]  # fmt: skip
+    ]
     head = ("depth", "mean cosine distance", "lowest cosine similarity", "other top-1 token", "of the top 100 replaced")
     return table(head, rows)
 
 
-def examples(result: dict[str, Any]) -> list[str]:
+def examples(result: Json) -> list[str]:
     found = ["<p>The positions that moved most, one a text: the top next tokens at the first and last depth.</p>"]
     for each in result["examples"]:
         rows = [
@@ -108,7 +111,7 @@ def examples(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def events(result: dict[str, Any]) -> str:
+def events(result: Json) -> str:
     """Return the HTML of the counts of each order of events, with those expected by chance."""
     found = result["order_of_events"]
     if found["depths"] < 3:
@@ -125,7 +128,7 @@ def events(result: dict[str, Any]) -> str:
     )
 
 
-def at_shifts(result: dict[str, Any]) -> str:
+def at_shifts(result: Json) -> str:
     rows = []
     for name, found in result["tokens"].items():
         ranks = found["winner_rank"]

@@ -49,8 +49,10 @@ def sent(hlo: str, devices: int) -> dict[str, float]:
                 parts = [max(parts, key=_total)]
             if kind == "while":
                 times = _trips(line, bodies[called["condition"][0]])
-                parts = [{f"{name} {number} {k}": (each, size * times) for k, (each, size) in part.items()}
-                         for part in parts]  # fmt: skip
+                parts = [
+                    {f"{name} {number} {label}": (each, size * times) for label, (each, size) in part.items()}
+                    for part in parts
+                ]
             for part in parts:
                 found |= part
         return found

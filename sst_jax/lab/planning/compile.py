@@ -6,11 +6,13 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
 
 from sst_jax.errors import InputError
 from sst_jax.inference import decode_state, kv_cache
@@ -23,7 +25,8 @@ from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.recipe import Recipe, with_attention_kernel
-from sst_jax.training.step import init_state, train_step
+from sst_jax.training.step import TrainState, init_state, train_step
+from sst_jax.types import Json, Params, PyTree, RowInts
 
 BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
 
@@ -50,13 +53,11 @@ class TooLarge(RuntimeError):
     """The compiler itself found that the program does not fit (TPU compilers do)."""
 
 
-def devices_of(target: Target) -> list[Any]:
+def devices_of(target: Target) -> list[jax.Device]:
     """Return the described devices.
 
     Raises: InputError naming the extra, when the wheels with the target's compiler are not installed.
     """
-    from jax.experimental import topologies
-
     try:
         if target.platform == "cuda":
             found = topologies.get_topology_desc(
@@ -76,18 +77,17 @@ def devices_of(target: Target) -> list[Any]:
 @contextlib.contextmanager
 def described(target: Target) -> Iterator[None]:
     """Let JAX's check of cuDNN attention's head dims ask the described card, where it would ask the local device."""
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
     name = "check_compute_capability"
-    original = getattr(library, name, None)
+    original = getattr(fused_attention_stablehlo, name, None)
     if target.platform != "cuda" or original is None:
         yield
         return
-    setattr(library, name, lambda wanted: target.capability >= tuple(int(part) for part in wanted.split(".")))
+    allowed = lambda wanted: target.capability >= tuple(int(part) for part in wanted.split("."))  # noqa: E731
+    setattr(fused_attention_stablehlo, name, allowed)
     try:
         yield
     finally:
-        setattr(library, name, original)
+        setattr(fused_attention_stablehlo, name, original)
 
 
 def attention_of(target: Target, attention: str, dtype: str, head_dim: int) -> str:
@@ -111,11 +111,16 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
     here = with_attention_kernel(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
     step, arguments = training_step(here, backbone)
     counted, _ = training_step(with_attention_kernel(recipe, lambda *_: "xla"), backbone)
-    kinds = lambda state, base, batch, _: {  # noqa: E731
-        "base": base, "adapter and stream": state.trainable, "optimizer": state.optimizer, "batch": batch
-    }  # fmt: skip
-    attention = here.forward.attention
-    return plan_step(target, mesh, step, counted, arguments, donated=True, attention=attention, kinds=kinds)
+
+    def parts(state: TrainState, base: Params, batch: Params, _: jax.Array) -> Parts:
+        return {
+            "base": base,
+            "adapter and stream": state.trainable,
+            "optimizer": state.optimizer,
+            "batch": batch,
+        }
+
+    return plan_step(target, mesh, Program(step, counted, arguments, here.forward.attention, parts))
 
 
 def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
@@ -173,70 +178,80 @@ def plan_decoding(
         token = jnp.zeros(rows, jnp.int32)
         return kv_cache.init_cache(config, rows, capacity), {"base": base, **trainable}, token, token
 
-    def step(caches: kv_cache.Cache, params: Any, token: jax.Array, depth: jax.Array) -> tuple:
+    def step(caches: kv_cache.Cache, params: Params, token: RowInts, depth: RowInts) -> tuple:
         hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth)
         return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
 
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone)
-    kinds = lambda caches, params, *_: {  # noqa: E731
-        "base": params["base"], "adapter and stream": [params["adapter"], params["blend"]], "caches": caches
-    }  # fmt: skip
-    return plan_step(
-        target, mesh, step, step, arguments, donated=True, attention="xla", trips=depth, flash=False, kinds=kinds
-    )
+
+    def parts(caches: kv_cache.Cache, params: Params, *_: jax.ShapeDtypeStruct) -> Parts:
+        return {
+            "base": params["base"],
+            "adapter and stream": [params["adapter"], params["blend"]],
+            "caches": caches,
+        }
+
+    return plan_step(target, mesh, Program(step, step, arguments, "xla", parts, trips=depth, flash=False))
 
 
-def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Any, Any]:
+def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Params, Params]:
     """Return base and trainable parameters of a model; call it under `jax.eval_shape`, which allocates neither."""
     params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
     base = {**params["base"], "layers": storages.quantise_layers(params["base"]["layers"], quantize)}
     return base, {"adapter": params["adapter"], "blend": params["blend"]}
 
 
-def plan_step(
-    target: Target,
-    mesh: jax.sharding.Mesh,
-    step: Callable,
-    counted: Callable,
-    arguments: Callable[[], tuple],
-    *,
-    attention: str,
-    donated: bool = False,
-    trips: int = 1,
-    flash: bool = True,
-    kinds: Callable[..., dict[str, Any]] = lambda *_: {},
-) -> Plan:
-    """Compile `step` for a mesh of a target's devices on the shapes of `arguments()`; counts what `counted` does.
+Parts = Mapping[str, PyTree]  # of a program's arguments, by name
 
-    They differ in their attention only: a kernel's products cannot be seen. `donated`: the first argument is given up,
-    and the first of two results is what takes its place. `trips`, `flash`: as `count` takes them.
-    `kinds`: the parts of the arguments, by name.
-    Raises: TooLarge.
+
+class Program(NamedTuple):
+    """A step to be planned.
+
+    step           what is compiled
+    counted        what is counted: the same step with XLA's attention, as a kernel's products cannot be seen
+    arguments      gives its arguments, under `jax.eval_shape`
+    attention      the name of its attention kernel
+    parts          splits the arguments into parts by name
+    donated        whether the first argument is given up, and the first of two results takes its place
+    trips, flash   as `count` takes them
     """
-    shapes = jax.eval_shape(arguments)
-    work = count(jax.make_jaxpr(counted)(*shapes), trips, flash)
+
+    step: Callable
+    counted: Callable
+    arguments: Callable[[], tuple]
+    attention: str
+    parts: Callable[..., Parts] = lambda *_: {}
+    donated: bool = True
+    trips: int = 1
+    flash: bool = True
+
+
+def plan_step(target: Target, mesh: jax.sharding.Mesh, program: Program) -> Plan:
+    """Compile a program for a mesh of a target's devices, and count what it does. Raises: TooLarge."""
+    shapes = jax.eval_shape(program.arguments)
+    work = count(jax.make_jaxpr(program.counted)(*shapes), program.trips, program.flash)
     places = sharding.shardings(mesh, shapes)
     abstract = jax.tree.map(_placed, shapes, places)
-    options: dict[str, Any] = {"donate_argnums": 0, "out_shardings": (places[0], None)} if donated else {}
+    options: Json = {"donate_argnums": 0, "out_shardings": (places[0], None)} if program.donated else {}
     started = time.monotonic()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):
-            lowered = jax.jit(step, **options).trace(*abstract).lower()
+            lowered = jax.jit(program.step, **options).trace(*abstract).lower()
             compiled = lowered.compile(compiler_options=kernels.compiler_options(target.platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLarge(str(error).splitlines()[0]) from None
         raise
     memory = compiled.memory_analysis()
-    parts = {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in kinds(*abstract).items()}
+    parts = {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in program.parts(*abstract).items()}
     return Plan(
         memory.argument_size_in_bytes,
         parts,
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes,
         work,
-        attention,
+        program.attention,
         time.monotonic() - started,
         sent(compiled.as_text(), mesh.size),
         dict(mesh.shape),

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
 class Product(NamedTuple):
@@ -40,36 +42,39 @@ class Work(NamedTuple):
         return sum(max(p.flops / flops, p.bytes / bandwidth) * p.times for p in self.products)
 
 
-def count(jaxpr: Any, trips: int = 1, flash: bool = True) -> Work:
-    """The work of a (closed) jaxpr; `trips` is how often each `while` loop runs, which no jaxpr says.
+def count(jaxpr: Jaxpr | ClosedJaxpr, trips: int = 1, flash: bool = True) -> Work:
+    """Return the work of a program.
 
+    trips: how often each `while` loop runs, which no jaxpr says.
     flash: attention keeps its scores on the chip. Not of a decode step, whose caches are larger than its scores.
     """
-    return Work(list(_walk(getattr(jaxpr, "jaxpr", jaxpr), 1.0, trips, flash)))
+    return Work(list(_products(jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr, 1.0, trips, flash)))
 
 
-def _walk(jaxpr: Any, times: float, trips: int, flash: bool) -> Iterator[Product]:
+def _products(jaxpr: Jaxpr, times: float, trips: int, flash: bool) -> Iterator[Product]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name in ("dot_general", "ragged_dot"):
             yield _product(equation, times, flash)
         elif name == "scan":
-            yield from _walk(params["jaxpr"].jaxpr, times * params["length"], trips, flash)
+            yield from _products(params["jaxpr"].jaxpr, times * params["length"], trips, flash)
         elif name == "while":
-            yield from _walk(params["body_jaxpr"].jaxpr, times * trips, trips, flash)
+            yield from _products(params["body_jaxpr"].jaxpr, times * trips, trips, flash)
         elif name == "cond":
-            sides = [list(_walk(branch.jaxpr, times, trips, flash)) for branch in params["branches"]]
+            sides = [list(_products(branch.jaxpr, times, trips, flash)) for branch in params["branches"]]
             yield from max(sides, key=lambda side: Work(side).flops)
         else:
             for value in params.values():
                 for part in value if isinstance(value, list | tuple) else (value,):
                     inner = getattr(part, "jaxpr", part)
-                    if hasattr(inner, "eqns"):
-                        yield from _walk(inner, times, trips, flash)
+                    if isinstance(inner, Jaxpr):
+                        yield from _products(inner, times, trips, flash)
 
 
-def _product(equation: Any, times: float, flash: bool) -> Product:
-    arrays = [variable.aval for variable in (*equation.invars[:2], *equation.outvars)]
+def _product(equation: JaxprEqn, times: float, flash: bool) -> Product:
+    arrays = [
+        aval for variable in (*equation.invars[:2], *equation.outvars) if isinstance(aval := variable.aval, ShapedArray)
+    ]
     (contracted, _), (batched, _) = equation.params["dimension_numbers"]
     depth = math.prod(arrays[0].shape[axis] for axis in contracted)
     sizes = [array.size * np.dtype(array.dtype).itemsize for array in arrays]

@@ -42,9 +42,14 @@ def plan_record(
         "fits", false, and "compiler", its reason.
     """
     record: Json = {
-        "target": target.name, "title": target.title, "chips": target.chips, "memory": target.memory,
-        "reserve": target.reserve, "quantize": recipe.model.quantize, "dtype": recipe.model.dtype,
-    }  # fmt: skip
+        "target": target.name,
+        "title": target.title,
+        "chips": target.chips,
+        "memory": target.memory,
+        "reserve": target.reserve,
+        "quantize": recipe.model.quantize,
+        "dtype": recipe.model.dtype,
+    }
     if decoding is not None:
         cache = bytes_per_sequence(recipe.model_config(backbone), decoding.capacity)
         record |= {"rows": decoding.sequences, "capacity": decoding.capacity, "depth": decoding.depth}
@@ -74,13 +79,22 @@ def _figures(plan: Plan, target: Target, efficiency: float) -> Json:
     """Return a compiled step's memory and time on a target."""
     flops, bandwidth = target.flops * target.chips, target.bandwidth * target.chips
     return {
-        "arguments": plan.arguments, "argument_kinds": plan.kinds, "temporaries": plan.temporaries, "peak": plan.peak,
-        "fits": plan.peak + target.reserve <= target.memory, "margin": target.memory - plan.peak - target.reserve,
-        "attention": plan.attention, "compile_seconds": plan.compile_seconds, "flops": plan.work.flops,
-        "bytes": plan.work.bytes, "sent": plan.sent, "mesh": plan.mesh,
-        "roofline_seconds": plan.work.seconds(flops, bandwidth), "assumed_efficiency": efficiency,
+        "arguments": plan.arguments,
+        "argument_kinds": plan.kinds,
+        "temporaries": plan.temporaries,
+        "peak": plan.peak,
+        "fits": plan.peak + target.reserve <= target.memory,
+        "margin": target.memory - plan.peak - target.reserve,
+        "attention": plan.attention,
+        "compile_seconds": plan.compile_seconds,
+        "flops": plan.work.flops,
+        "bytes": plan.work.bytes,
+        "sent": plan.sent,
+        "mesh": plan.mesh,
+        "roofline_seconds": plan.work.seconds(flops, bandwidth),
+        "assumed_efficiency": efficiency,
         "assumed_seconds": plan.work.seconds(efficiency * flops, min(2 * efficiency, 1.0) * bandwidth),
-    }  # fmt: skip
+    }
 
 
 def search(recipe: Recipe, backbone: BackboneConfig, target: Target, efficiency: float) -> Json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 from sst_jax.errors import InputError
 
@@ -50,44 +51,78 @@ class Target:
         return 1.0 * GIB if self.platform == "cuda" else 0.5 * GIB
 
 
-def _gpu(name, title, memory, flops, bandwidth, capability, cores, clock, cache, link) -> Target:
-    return Target(
-        name,
-        title,
-        "cuda",
-        memory * GIB,
-        flops * 1e12,
-        bandwidth * 1e9,
-        capability,
-        cores,
-        clock,
-        cache * 2**20,
-        link=link * 1e9,
-    )
+class Gpu(NamedTuple):
+    """A GPU's data sheet, in the units that such sheets use."""
+
+    name: str
+    title: str
+    gib: float
+    teraflops: float
+    gigabytes_per_second: float
+    capability: tuple[int, int]
+    cores: int
+    clock: float
+    cache_mib: int
+    link: float  # GB/s sent over NVLink, else PCIe
+
+    def target(self) -> Target:
+        return Target(
+            self.name,
+            self.title,
+            "cuda",
+            self.gib * GIB,
+            self.teraflops * 1e12,
+            self.gigabytes_per_second * 1e9,
+            self.capability,
+            self.cores,
+            self.clock,
+            self.cache_mib * 2**20,
+            link=self.link * 1e9,
+        )
 
 
-def _slice(name, title, memory, flops, bandwidth, topology, chips, link) -> Target:
-    return Target(
-        name, title, "tpu", memory * 1e9, flops * 1e12, bandwidth * 1e9, topology=topology, chips=chips, link=link * 1e9
-    )
+class Slice(NamedTuple):
+    """A TPU slice's data sheet; figures are those of one chip."""
+
+    name: str
+    title: str
+    gigabytes: float
+    teraflops: float
+    gigabytes_per_second: float
+    topology: str  # the compiler's name
+    chips: int
+    link: float  # GB/s sent
+
+    def target(self) -> Target:
+        return Target(
+            self.name,
+            self.title,
+            "tpu",
+            self.gigabytes * 1e9,
+            self.teraflops * 1e12,
+            self.gigabytes_per_second * 1e9,
+            topology=self.topology,
+            chips=self.chips,
+            link=self.link * 1e9,
+        )
 
 
-_ALL = (
+_ALL: tuple[Gpu | Slice, ...] = (
     # name, title, GiB, TFLOP/s, GB/s, compute capability, SMs, GHz, MiB of L2, GB/s sent (NVLink, else PCIe)
-    _gpu("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell", 95.6, 503.8, 1792, (12, 0), 188, 2.617, 128, 64),
-    _gpu("h100", "NVIDIA H100 SXM 80 GB", 79.1, 989.4, 3352, (9, 0), 132, 1.98, 50, 450),
-    _gpu("h200", "NVIDIA H200 SXM 141 GB", 139.8, 989.4, 4800, (9, 0), 132, 1.98, 50, 450),
-    _gpu("b200", "NVIDIA B200 180 GB", 178.3, 2250.0, 7700, (10, 0), 148, 1.965, 126, 900),
-    _gpu("rtx-5090", "NVIDIA GeForce RTX 5090", 31.8, 209.5, 1792, (12, 0), 170, 2.407, 96, 64),
-    _gpu("rtx-4090", "NVIDIA GeForce RTX 4090", 23.6, 165.2, 1008, (8, 9), 128, 2.52, 72, 32),
-    _gpu("a100-80g", "NVIDIA A100 SXM 80 GB", 79.1, 311.9, 2039, (8, 0), 108, 1.41, 40, 300),
+    Gpu("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell", 95.6, 503.8, 1792, (12, 0), 188, 2.617, 128, 64),
+    Gpu("h100", "NVIDIA H100 SXM 80 GB", 79.1, 989.4, 3352, (9, 0), 132, 1.98, 50, 450),
+    Gpu("h200", "NVIDIA H200 SXM 141 GB", 139.8, 989.4, 4800, (9, 0), 132, 1.98, 50, 450),
+    Gpu("b200", "NVIDIA B200 180 GB", 178.3, 2250.0, 7700, (10, 0), 148, 1.965, 126, 900),
+    Gpu("rtx-5090", "NVIDIA GeForce RTX 5090", 31.8, 209.5, 1792, (12, 0), 170, 2.407, 96, 64),
+    Gpu("rtx-4090", "NVIDIA GeForce RTX 4090", 23.6, 165.2, 1008, (8, 9), 128, 2.52, 72, 32),
+    Gpu("a100-80g", "NVIDIA A100 SXM 80 GB", 79.1, 311.9, 2039, (8, 0), 108, 1.41, 40, 300),
     # name, title, GB, TFLOP/s, GB/s, the compiler's topology, chips, GB/s sent. Google numbers v5p by its two cores.
-    _slice("v5e-8", "TPU v5e", 16, 197, 819, "v5e:2x4", 8, 200),
-    _slice("v5p-8", "TPU v5p", 95, 459, 2765, "v5p:2x2x1", 4, 600),
-    _slice("v5p-16", "TPU v5p", 95, 459, 2765, "v5p:2x2x2", 8, 600),
-    _slice("v6e-8", "TPU v6e", 32, 918, 1640, "v6e:2x4", 8, 400),
+    Slice("v5e-8", "TPU v5e", 16, 197, 819, "v5e:2x4", 8, 200),
+    Slice("v5p-8", "TPU v5p", 95, 459, 2765, "v5p:2x2x1", 4, 600),
+    Slice("v5p-16", "TPU v5p", 95, 459, 2765, "v5p:2x2x2", 8, 600),
+    Slice("v6e-8", "TPU v6e", 32, 918, 1640, "v6e:2x4", 8, 400),
 )
-TARGETS = {target.name: target for target in _ALL}
+TARGETS = {sheet.name: sheet.target() for sheet in _ALL}
 
 # Per compute capability: threads a multiprocessor, its shared memory, and what of that one block may have (bytes).
 _LIMITS = {
@@ -117,16 +152,27 @@ def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str
     threads, shared, shared_of_block = _LIMITS[target.capability]
     major, minor = target.capability
     device = {
-        "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": threads,
-        "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65_535, "block_dim_limit_z": 65_535,
-        "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
-        "shared_memory_per_block": 49_152, "shared_memory_per_core": shared,
-        "shared_memory_per_block_optin": shared_of_block, "registers_per_core_limit": 65_536,
-        "registers_per_block_limit": 65_536, "core_count": target.cores,
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "threads_per_core_limit": threads,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65_535,
+        "block_dim_limit_z": 65_535,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "shared_memory_per_block": 49_152,
+        "shared_memory_per_core": shared,
+        "shared_memory_per_block_optin": shared_of_block,
+        "registers_per_core_limit": 65_536,
+        "registers_per_block_limit": 65_536,
+        "core_count": target.cores,
         "fpus_per_core": 64 if target.capability == (8, 0) else 128,
-        "clock_rate_ghz": target.clock, "memory_bandwidth": int(target.bandwidth), "l2_cache_size": target.cache,
+        "clock_rate_ghz": target.clock,
+        "memory_bandwidth": int(target.bandwidth),
+        "l2_cache_size": target.cache,
         "device_memory_size": int(target.memory),
-    }  # fmt: skip
+    }
     # Hopper's and Blackwell's data-centre cards have instructions outside the common set.
     feature = " feature_extension: ACCELERATED_FEATURES" if target.capability in ((9, 0), (10, 0)) else ""
     lines = [f"  {field}: {value}" for field, value in device.items()]

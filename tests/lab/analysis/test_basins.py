@@ -76,7 +76,7 @@ def test_equal_states_have_not_moved_at_all():
 def test_two_kinds_are_found_with_their_share_and_threshold(share):
     rng = np.random.default_rng(1)
     groups, masks = planted_moves(rng, share)
-    found = basins.modes(groups)
+    found = basins.fit_mixture(groups)
     truth = np.concatenate(masks).mean()
     assert found.bimodal
     assert found.share.low <= truth <= found.share.high
@@ -97,7 +97,7 @@ def test_one_kind_is_called_one(kind):
         "texts_differ": lambda: rng.normal(rng.normal(-3, 0.3), 0.4, POSITIONS),
         "clustered": lambda: np.repeat(rng.normal(-3, 0.5, POSITIONS // 6), 6),
     }[kind]
-    found = basins.modes([10.0 ** draw() for _ in range(TEXTS)])
+    found = basins.fit_mixture([10.0 ** draw() for _ in range(TEXTS)])
     assert not found.bimodal
     assert found.threshold is None
     assert found.share is None
@@ -116,7 +116,7 @@ def test_the_dip_test_keeps_its_level():
 
 
 def test_nothing_moving_is_one_kind():
-    found = basins.modes([np.zeros(30), np.zeros(30)])
+    found = basins.fit_mixture([np.zeros(30), np.zeros(30)])
     assert not found.bimodal
     assert found.dip_p == 1.0
 
@@ -126,17 +126,17 @@ def test_nothing_moving_is_one_kind():
 )
 def test_what_cannot_be_judged_is_named(groups, culprit):
     with pytest.raises(InputError, match=culprit):
-        basins.modes(groups)
+        basins.fit_mixture(groups)
 
 
 def test_one_mode_leaves_the_tenth_that_moved_most_as_a_contrast():
     rng = np.random.default_rng(4)
     each = [measured(np.stack([np.zeros(POSITIONS), 10 ** rng.normal(-3, 0.5, POSITIONS)])) for _ in range(TEXTS)]
-    found = basins.modes([one.moved[-1, :, 0] for one in each])
+    found = basins.fit_mixture([one.cosine_distance[-1, :, 0] for one in each])
     masks, cut, how = basins.shifted(each, 0, found)
     assert np.mean(masks) == pytest.approx(0.1, abs=0.01)
     assert "no shifts" in how
-    assert cut == pytest.approx(np.quantile([basins.logs(one.moved[-1, :, 0]) for one in each], 0.9))
+    assert cut == pytest.approx(np.quantile([basins.logs(one.cosine_distance[-1, :, 0]) for one in each], 0.9))
 
 
 def test_tokens_at_shifts_and_at_stable_positions():
@@ -242,7 +242,7 @@ def test_measures_of_a_problem_by_their_definitions():
             for layer in range(layers):
                 a, b = states[0, t, layer].astype(float), states[i, t, layer].astype(float)
                 cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-                assert found.moved[i, t, layer] == pytest.approx(1 - cosine, abs=1e-12)
+                assert found.cosine_distance[i, t, layer] == pytest.approx(1 - cosine, abs=1e-12)
     expected = np.square(states[-1].astype(float) - states[0]).mean(0)
     np.testing.assert_allclose(found.depth_square, expected)
     np.testing.assert_allclose(found.rounding_square, np.square(rounded.astype(float) - states[0]).mean(0))

@@ -78,9 +78,9 @@ def test_forced_text_equals_token_by_token_decoding(stream, depth):
     what = "output" if stream["state"] == "block" else "memory"
     settings = collect.Settings((1, depth) if depth > 1 else (1,), what=what, rounding=False, controls=0, batch=2)
     some = texts(14, 9)  # beyond the window, and of different lengths
-    walker = collect.Walker(model, settings, 64)
+    runner = collect.TextRunner(model, settings, 64)
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
-    (found,) = walker(batch, depth)
+    (found,) = runner(batch, depth)
     for row, text in enumerate(some):
         states, logits = by_decoding(model, text, depth)
         mine = found.row(row, int(batch.counts[row]))
@@ -93,11 +93,11 @@ def test_forced_text_equals_token_by_token_decoding(stream, depth):
 def test_runs_and_iterations_agree_at_position_zero_and_part_later():
     model, some = toy(), texts(9)
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
-    walker = collect.Walker(model, collect.Settings(), 64)
-    every = walker(batch, 3, every=True)
+    runner = collect.TextRunner(model, collect.Settings(), 64)
+    every = runner(batch, 3, every=True)
     assert len(every) == 3
     for depth in (1, 2, 3):
-        (alone,) = walker(batch, depth)
+        (alone,) = runner(batch, depth)
         np.testing.assert_allclose(every[depth - 1].states[:, 0, 0], alone.states[:, 0, 0], atol=2e-5)
         apart = np.abs(every[depth - 1].states[:, 0, 1:9] - alone.states[:, 0, 1:9]).max()
         assert apart > 1e-3 if depth < 3 else apart < 1e-4
@@ -107,9 +107,9 @@ def test_controls_move_nothing_where_nothing_is_remembered_and_differ_where_it_i
     model, some = toy(), texts(12, 8)
     settings = collect.Settings((1, 3), rounding=False)
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
-    walker = collect.Walker(model, settings, 64)
-    shallow, deep = walker(batch, 1)[0], walker(batch, 3)[0]
-    found = controls.summarise(controls.collect_batch(walker, batch, shallow, deep))
+    runner = collect.TextRunner(model, settings, 64)
+    shallow, deep = runner(batch, 1)[0], runner(batch, 3)[0]
+    found = controls.summarise(controls.collect_batch(runner, batch, shallow, deep))
     assert found["alpha_0"]["largest"] == 0.0
     assert found["plain"]["largest"] <= 1e-6  # two programs: their sums round differently
     assert found["alpha_0"]["argmax_changed"]["value"] == 0.0
@@ -121,11 +121,11 @@ def test_controls_move_nothing_where_nothing_is_remembered_and_differ_where_it_i
 def test_a_text_alone_has_no_other_to_take_states_from():
     model, some = toy(), texts(12, 8, 6)
     settings = collect.Settings((1, 2), rounding=False)
-    walker = collect.Walker(model, settings, 64)
+    runner = collect.TextRunner(model, settings, 64)
     looks = []
     for several in (some[:2], some[2:]):
         batch = collect.Batch.of(model, several, [text.given for text in several], (64, 64))
-        looks += controls.collect_batch(walker, batch, walker(batch, 1)[0], walker(batch, 2)[0])
+        looks += controls.collect_batch(runner, batch, runner(batch, 1)[0], runner(batch, 2)[0])
     assert ["another_text" in look for look in looks] == [True, True, False]
     found = controls.summarise(looks)
     assert {name: record["problems"] for name, record in found.items()} == {
@@ -137,10 +137,12 @@ def test_the_real_states_in_their_own_places_are_no_control():
     """The swapping rule with nothing swapped is the exact recurrence."""
     model, some = toy(), texts(12, 8)
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
-    walker = collect.Walker(model, collect.Settings(), 64)
+    runner = collect.TextRunner(model, collect.Settings(), 64)
     own = np.tile(np.arange(64, dtype=np.int32), (2, 1))
-    (same,) = walker(batch, 3, rule=controls.SWAPPED["output"], copies=2, options=controls.Swap(np.arange(2), own))
-    (deep,) = walker(batch, 3)
+    (same,) = runner(
+        batch, 3, rule=controls.SWAPPED["output"], num_residuals=2, options=controls.Swap(np.arange(2), own)
+    )
+    (deep,) = runner(batch, 3)
     for row, count in enumerate(batch.counts):
         np.testing.assert_allclose(same.row(row, count).states, deep.row(row, count).states, atol=2e-4)
 
