@@ -12,7 +12,7 @@ The aliases are checked at run time in the tests (jaxtyping with beartype) and c
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
@@ -35,8 +35,21 @@ LinearOutputs = Float[Array, "*B outputs"]
 Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
 Embedding = Float[Array, "V D"]
 Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
+
+
+@runtime_checkable
+class LayerStack(Protocol):
+    """The arrays [L, ...] of one parameter: an array, or what reads a layer from a file when it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, layer: int, /) -> AnyArray: ...
+
+
 PyTree = Array | np.ndarray | Mapping[str, Any] | Sequence[Any] | None  # a tree of arrays, as JAX maps over it
 Json = dict[str, Any]  # a JSON object
+JsonValue = None | bool | int | float | str | list[Any] | Json  # anything that JSON may hold
+HostArray = np.ndarray  # of any shape and type, in the host's memory
 HostArrays = dict[str, np.ndarray]  # by name
 HostFloats = Float[np.ndarray, "*shape"]
 HostInts = Int[np.ndarray, "*shape"]

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:  # importing matplotlib takes a second or two: only a command that draws pays it
+    Axes = Figure = object
+
+__all__ = ["Axes", "Figure", "new_figure"]
 
 
 def new_figure(width: float, height: float) -> Figure:

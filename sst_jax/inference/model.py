@@ -7,11 +7,12 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from safetensors.numpy import save
 
 from sst_jax.data.tokenizer import Tokenizer
@@ -23,13 +24,14 @@ from sst_jax.inference.session import Request, check_policy, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
-from sst_jax.types import Json
+from sst_jax.types import Json, Logits, PyTree, Tokens
 from sst_jax.weights import store
 from sst_jax.weights.loading import open_model, vision_of
 from sst_jax.weights.provenance import Provenance
 
 Prompt = str | Sequence[int]
 Depth = int | str | Policy
+Each = TypeVar("Each")
 UNKNOWN = Provenance()  # of a model that is made of its parts
 
 
@@ -101,14 +103,14 @@ class Model:
 
     def logits(
         self,
-        tokens: Any,
+        tokens: ArrayLike,
         forward: str | None = None,
         *,
         passes: int = 2,
         depth: int = 1,
-        segment_ids: Any = None,
-        positions: Any = None,
-    ) -> jax.Array:
+        segment_ids: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+    ) -> Logits:
         """Return logits [B, T, V], float32, of tokens [B, T].
 
         Args:
@@ -121,13 +123,11 @@ class Model:
 
         Raises: InputError on tokens outside the vocabulary, or a forward, passes or depth that do not fit together.
         """
-        tokens = self._ids(tokens)
-        given = {"segment_ids": segment_ids, "positions": positions}
-        for name, value in given.items():
-            if value is not None:
-                given[name] = jnp.asarray(value, jnp.int32)
-                if given[name].shape != tokens.shape:
-                    raise InputError(f"{name} has shape {given[name].shape}, tokens have {tokens.shape}")
+        ids, given = self._ids(tokens), {"segment_ids": segment_ids, "positions": positions}
+        rows = {key: jnp.asarray(value, jnp.int32) for key, value in given.items() if value is not None}
+        for key, value in rows.items():
+            if value.shape != ids.shape:
+                raise InputError(f"{key} has shape {value.shape}, tokens have {ids.shape}")
         policy = as_policy(depth)
         check_policy(self.config, policy, whole_text=True)
         name = forward or ("plain" if self.config.stream is None else "exact")
@@ -135,11 +135,11 @@ class Model:
             return forwards.logits(
                 self.config,
                 self.params,
-                tokens,
+                ids,
                 forward=name,
                 passes=passes,
                 depth=policy.first,
-                **given,
+                **rows,
             )
 
     def _mesh(self) -> contextlib.AbstractContextManager:
@@ -149,17 +149,17 @@ class Model:
             return jax.set_mesh(place.mesh)
         return contextlib.nullcontext()
 
-    def _ids(self, tokens: Any) -> jax.Array:
+    def _ids(self, tokens: ArrayLike) -> Tokens:
         try:
-            tokens = np.asarray(tokens)
+            ids = np.asarray(tokens)
         except ValueError:  # lists of different lengths
             raise InputError("tokens must be integers [B, T], of rows of one length") from None
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"tokens must be integers [B, T], not {ids.dtype} {list(ids.shape)}")
         vocabulary = self.config.backbone.vocab_size
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
-            raise InputError(f"tokens must be in [0, {vocabulary}); found {tokens.min()} to {tokens.max()}")
-        return jnp.asarray(tokens, jnp.int32)
+        if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+            raise InputError(f"tokens must be in [0, {vocabulary}); found {ids.min()} to {ids.max()}")
+        return jnp.asarray(ids, jnp.int32)
 
     def generate_iter(
         self,
@@ -179,7 +179,8 @@ class Model:
         prompts = _as_list(prompts)
         if n < 1:
             raise InputError(f"n={n} must be at least 1")
-        policies = [as_policy(each) for each in _one_each(depth, len(prompts), "depth") for _ in range(n)]
+        depths = [depth] * len(prompts) if isinstance(depth, int | np.integer | str | Policy) else list(depth)
+        policies = [as_policy(each) for each in _one_each(depths, len(prompts), "depth") for _ in range(n)]
         tokens = [tuple(prompt) for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
         seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
@@ -299,24 +300,23 @@ def load(model: str | Path, dtype: str | None = None, mesh: Mapping[str, int] | 
     return Model(*opened)
 
 
-def count(tree: Any) -> int:
+def count(tree: PyTree) -> int:
     """Return the number of values in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _as_list(prompts: Any) -> list[Prompt]:
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and all(isinstance(item, (int, np.integer)) for item in prompts):
-        return [prompts]
-    if not prompts:
+    several = list(prompts)
+    if several and all(isinstance(item, int | np.integer) for item in several):
+        return [cast(Sequence[int], several)]
+    if not several:
         raise InputError("there are no prompts")
-    return prompts
+    return cast(list[Prompt], several)
 
 
-def _one_each(value: Any, rows: int, name: str) -> list[Any]:
-    values = [value] * rows if isinstance(value, int | np.integer | str | Policy) else list(value)
+def _one_each(values: Sequence[Each], rows: int, name: str) -> list[Each]:
     if len(values) != rows:
         raise InputError(f"{name} has {len(values)} entries for {rows} prompts")
-    return values
+    return list(values)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -96,9 +96,12 @@ def clustered_ratio(
     return Interval(float(sums.sum() / counts.sum()), float(ends[0]), float(ends[1]))
 
 
-def clustered_mean(groups: Sequence[np.ndarray], **settings: Any) -> Interval:
+def clustered_mean(
+    groups: Sequence[np.ndarray], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
     """Return `clustered_ratio` of the values in groups, as their mean."""
-    return clustered_ratio([float(np.sum(group)) for group in groups], [len(group) for group in groups], **settings)
+    sums, counts = [float(np.sum(group)) for group in groups], [len(group) for group in groups]
+    return clustered_ratio(sums, counts, confidence, resamples, seed)
 
 
 def t_mean(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> Interval:
@@ -127,7 +130,7 @@ def redraw_union(
     answers as it changed, changed[j], are drawn anew for items picked at random, and are right with the item's
     `chance` [items]. An item counts as soon as one answer to it was right, so redrawing can only raise the union.
 
-    Returns the expected union as a share, exactly, and the central interval of `sampling_params` simulations.
+    Returns the expected union as a share, exactly, and the central interval of `draws` simulations.
     """
     first, lucky = np.asarray(right, bool), np.asarray(chance, float)
     count, rng = len(first), np.random.default_rng(seed)
@@ -145,7 +148,7 @@ def redraw_union(
 
 
 def discordant_range(first: int, second: int, count: int) -> list[tuple[int, int]]:
-    """Return all (regressions, fixes) that two published counts of right answers allow: `first` and `second` of `count`
+    """Return all (regressions, fixes) that two published accuracies, as counts, allow: `first` and `second` of `count`
     items.
 
     Counts alone do not say how many items both had right, so a p-value from them is a range.

@@ -11,8 +11,8 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeGuard, TypeVar
 
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
@@ -21,16 +21,39 @@ from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.sampling import Sampling, Scores
 from sst_jax.inference.session import Request, check_policy
 from sst_jax.serving.queue import TOP, Job
+from sst_jax.types import Json, JsonValue
+
+Number = TypeVar("Number", int, float)
+Default = TypeVar("Default", int, float, None)
 
 # Fields that are accepted with the values here, which are what leaving them out means.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "user": (),
-    "best_of": (None, 1), "suffix": (None, ""), "tools": (None, []), "functions": (None, []), "store": (None, False),
-    "response_format": (None, {"type": "text"}), "top_logprobs": (None, 0), "metadata": (),
-}  # fmt: skip
+NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "user": (),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "functions": (None, []),
+    "store": (None, False),
+    "response_format": (None, {"type": "text"}),
+    "top_logprobs": (None, 0),
+    "metadata": (),
+}
 SHARED = {
-    "model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed", "depth",
-}  # fmt: skip
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "stream",
+    "stream_options",
+    "stop",
+    "seed",
+    "depth",
+}
 COMPLETION = SHARED | {"prompt", "echo", "logprobs"}
 CHAT = SHARED | {"messages", "max_completion_tokens"}
 STOPS = 16  # stop strings of one request
@@ -43,7 +66,7 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -68,11 +91,11 @@ class Call:
     prompts: list[str]
     stream: bool = False
     usage: bool = False  # at the end of a stream
-    logprobs: int | None = None  # how many of the likeliest are told; None: no scores at all
+    logprobs: int | None = None  # how many top tokens are told; None: no scores at all
     echo: bool = False
 
 
-def parse(body: bytes) -> dict[str, Any]:
+def parse(body: bytes) -> Json:
     """Return the JSON object in a body. Raises: Refused."""
     try:
         value = json.loads(body)
@@ -83,7 +106,7 @@ def parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-def read_completion(body: Mapping[str, Any], model: Model, name: str, limits: Limits) -> Call:
+def read_completion(body: Json, model: Model, name: str, limits: Limits) -> Call:
     """Return a call of /v1/completions. Raises: Refused."""
     _fields(body, COMPLETION, name)
     tokenizer, given = model.tokenizer, body.get("prompt")
@@ -104,7 +127,7 @@ def read_completion(body: Mapping[str, Any], model: Model, name: str, limits: Li
     return dataclasses.replace(call, logprobs=top, echo=echo, prompts=texts)
 
 
-def read_chat(body: Mapping[str, Any], model: Model, name: str, limits: Limits) -> Call:
+def read_chat(body: Json, model: Model, name: str, limits: Limits) -> Call:
     """Return a call of /v1/chat/completions. Raises: Refused."""
     if body.get("logprobs"):
         raise Refused(400, "logprobs are supported by /v1/completions only", "logprobs")
@@ -123,13 +146,14 @@ def read_chat(body: Mapping[str, Any], model: Model, name: str, limits: Limits) 
 
 
 def _call(
-    body: Mapping[str, Any],
+    body: Json,
     chat: bool,
     prompts: list[list[int]],
     count: int,
     policy: Policy,
     limits: Limits,
-    **scores: bool,
+    scored: bool = False,
+    prompt_scored: bool = False,
 ) -> Call:
     n = _number(body, "n", 1, int, 1, limits.answers)
     if len(prompts) * n > limits.answers:
@@ -153,7 +177,7 @@ def _call(
         raise Refused(400, str(error), "top_p") from None
     seed = _number(body, "seed", secrets.randbits(31), int, -(2**63), 2**63 - 1)
     requests = [
-        Request(tuple(prompt), count, policy, sampling, seed + sample, _stop(body), **scores)
+        Request(tuple(prompt), count, policy, sampling, seed + sample, _stop(body), scored, prompt_scored)
         for prompt in prompts
         for sample in range(n)
     ]
@@ -163,7 +187,7 @@ def _call(
     return Call(chat, requests, [], _flag(body, "stream"), _flag(options, "include_usage"))
 
 
-def _fields(body: Mapping[str, Any], known: set[str], name: str) -> None:
+def _fields(body: Json, known: set[str], name: str) -> None:
     for field, value in body.items():
         if field in known:
             continue
@@ -175,11 +199,11 @@ def _fields(body: Mapping[str, Any], known: set[str], name: str) -> None:
         raise Refused(404, f"the model {body['model']!r} is not served here, {name!r} is", "model", "model_not_found")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: JsonValue) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(body: Mapping[str, Any], name: str, default: Any, kind: type, least: float, most: float) -> Any:
+def _number(body: Json, name: str, default: Default, kind: type[Number], least: float, most: float) -> Number | Default:
     value = body.get(name)
     if value is None:
         return default
@@ -191,14 +215,14 @@ def _number(body: Mapping[str, Any], name: str, default: Any, kind: type, least:
     return kind(value)
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def _flag(body: Json, name: str) -> bool:
     value = body.get(name)
     if value not in (None, True, False):
         raise Refused(400, f"{name}={value!r} must be true or false", name)
     return bool(value)
 
 
-def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
+def _stop(body: Json) -> tuple[str, ...]:
     value = body.get("stop")
     marks = [value] if isinstance(value, str) else value or []
     if not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks) or len(marks) > STOPS:
@@ -206,7 +230,7 @@ def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(mark for mark in marks if mark)
 
 
-def _policy(body: Mapping[str, Any], model: Model, limits: Limits) -> Policy:
+def _policy(body: Json, model: Model, limits: Limits) -> Policy:
     value = 1 if body.get("depth") is None else body["depth"]
     if not _is_int(value) and not isinstance(value, str):
         raise Refused(400, f"depth={value!r} must be a number or a policy such as 'until_stable:0.01:4'", "depth")
@@ -223,7 +247,7 @@ def _policy(body: Mapping[str, Any], model: Model, limits: Limits) -> Policy:
     return policy
 
 
-def _tokens(prompt: Any, tokenizer: Tokenizer, model: Model) -> list[int]:
+def _tokens(prompt: JsonValue, tokenizer: Tokenizer, model: Model) -> list[int]:
     if isinstance(prompt, str):
         if not _is_unicode(prompt):
             raise Refused(400, "prompt is no valid Unicode", "prompt")
@@ -244,9 +268,10 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _message(message: Any, number: int) -> dict[str, str]:
+def _message(message: JsonValue, number: int) -> dict[str, str]:
     # A client that sends an answer back sends its empty fields too, and lm-evaluation-harness says that text is text.
-    given = {key for key, value in message.items() if value is not None} if isinstance(message, dict) else {""}
+    message = message if isinstance(message, dict) else {"": message}
+    given = {key for key, value in message.items() if value is not None}
     if given - {"role", "content", "name", "type"} or message.get("type") not in (None, "text"):
         raise InputError(f"message {number} must be an object with role and content")
     content = message.get("content")
@@ -267,14 +292,14 @@ class Writer:
         self._id = ("chatcmpl-" if call.chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
 
-    def _wrap(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _wrap(self, kind: str, fields: Json) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._name, **fields}
 
-    def whole(self, jobs: Sequence[Job]) -> dict[str, Any]:
+    def whole(self, jobs: Sequence[Job]) -> Json:
         """Return the response once all jobs have ended."""
         choices = []
         for index, job in enumerate(jobs):
-            choice: dict[str, Any] = {"index": index, "finish_reason": job.answer.ended}
+            choice: Json = {"index": index, "finish_reason": job.answer.ended}
             if self._call.chat:
                 choice["message"] = {"role": "assistant", "content": job.answer.text}
             else:
@@ -282,14 +307,14 @@ class Writer:
                 choice |= {"text": echoed + job.answer.text, "logprobs": self._logprobs(job)}
             choices.append(choice)
         kind = "chat.completion" if self._call.chat else "text_completion"
-        return self._wrap(kind, choices=choices, usage=usage(jobs))
+        return self._wrap(kind, {"choices": choices, "usage": usage(jobs)})
 
-    def begin(self, count: int) -> list[dict[str, Any]]:
+    def begin(self, count: int) -> list[Json]:
         """Return the first event of a streamed response: in a chat, the role."""
         opening = {"role": "assistant", "content": ""}
         return [self._chunk(index, opening, None) for index in range(count)] if self._call.chat else []
 
-    def delta(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
+    def delta(self, index: int, text: str, reason: str | None) -> list[Json]:
         """Return the event for new text of one answer, and for the reason of its end."""
         chunks = []
         if text:
@@ -298,17 +323,17 @@ class Writer:
             chunks.append(self._chunk(index, {} if self._call.chat else "", reason))
         return chunks
 
-    def end(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    def end(self, jobs: Sequence[Job]) -> list[Json]:
         """Return the last event of a streamed response."""
         kind = "chat.completion.chunk" if self._call.chat else "text_completion"
-        return [self._wrap(kind, choices=[], usage=usage(jobs))] if self._call.usage else []
+        return [self._wrap(kind, {"choices": [], "usage": usage(jobs)})] if self._call.usage else []
 
-    def _chunk(self, index: int, content: Any, reason: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason}
+    def _chunk(self, index: int, content: str | dict[str, str], reason: str | None) -> Json:
+        choice: Json = {"index": index, "finish_reason": reason}
         choice |= {"delta": content} if self._call.chat else {"text": content, "logprobs": None}
-        return self._wrap("chat.completion.chunk" if self._call.chat else "text_completion", choices=[choice])
+        return self._wrap("chat.completion.chunk" if self._call.chat else "text_completion", {"choices": [choice]})
 
-    def _logprobs(self, job: Job) -> dict[str, Any] | None:
+    def _logprobs(self, job: Job) -> Json | None:
         """Return OpenAI's four lists over the tokens, the prompt's too where it is echoed: its first token has no
         score.
         """
@@ -342,6 +367,8 @@ def usage(jobs: Sequence[Job]) -> dict[str, int]:
     prompt = sum(len(tokens) for tokens in {job.request.tokens for job in jobs})
     new = sum(len(job.answer.tokens) for job in jobs)
     return {
-        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
         "iterations": sum(sum(job.answer.depths) for job in jobs),
-    }  # fmt: skip
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,14 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["fit", "read_recipe"]
 
 
+_HOMES = {"fit": "sst_jax.training.loop", "read_recipe": "sst_jax.training.recipe"}
+
+
 def __getattr__(name: str) -> Any:
     """Import on demand: a recipe file needs `training.recipe` alone, and commands start fast."""
-    if name == "fit":
-        from sst_jax.training.loop import fit
-
-        return fit
-    if name == "read_recipe":
-        from sst_jax.training.recipe import read_recipe
-
-        return read_recipe
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

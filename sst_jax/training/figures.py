@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sst_jax.console.figure import new_figure
+from sst_jax.console.figure import Axes, new_figure
+from sst_jax.types import HostArrays, Json
 from sst_jax.weights.checkpoint import read_metrics
 
 
@@ -29,9 +29,7 @@ def learning_curve(run: Path, title: str) -> Path:
     return target
 
 
-def study_figure(
-    result: dict[str, Any], outcomes: dict[str, dict[str, np.ndarray]], losses: dict[str, np.ndarray], target: Path
-) -> Path:
+def study_figure(result: Json, outcomes: dict[str, HostArrays], losses: HostArrays, target: Path) -> Path:
     """Draw a study: accuracy over length and training loss; with depths, accuracy over depth and similarities too."""
     deep = {name: found["overlap"] for name, found in outcomes.items() if "overlap" in found}
     figure = new_figure(9.0, 7.0 if deep else 3.6)
@@ -67,8 +65,8 @@ def study_figure(
     return target
 
 
-def _curve(axes: Any, points: dict[int, list[float]], colour: str, label: str) -> None:
-    """The mean of the seeds over x, and their range."""
+def _curve(axes: Axes, points: dict[int, list[float]], colour: str, label: str) -> None:
+    """Draw the mean of the seeds over x, and their range."""
     x, seeds = sorted(points), np.array([points[key] for key in sorted(points)])
     axes.plot(x, seeds.mean(1), "o-", color=colour, markersize=4, label=label)
     axes.fill_between(x, seeds.min(1), seeds.max(1), color=colour, alpha=0.2)

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sst_jax.errors import InputError
 
@@ -85,9 +87,6 @@ class StopSignals:
 
     def now(self) -> bool:
         """Return whether to stop: the same answer in all processes of a run, which must ask equally often."""
-        import jax
-        from jax.experimental import multihost_utils
-
         if jax.process_count() > 1:
             asked = np.asarray(multihost_utils.process_allgather(np.array(self.requested is not None)))
             if asked.any() and self.requested is None:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 
 from sst_jax.errors import InputError
 from sst_jax.files import Progress, read_json, sha256
@@ -162,8 +163,6 @@ def _read_record(file: Path) -> dict[tuple[str, int | None], dict[str, str]]:
 
 def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     """Write an Orbax checkpoint of arrays without their numbers: a file an array and layer is still to come."""
-    import orbax.checkpoint as ocp
-
     tree: Params = {}
     for name, (_, dtype) in shapes.items():
         key_map.set_param(tree, name, np.zeros(1, dtype))

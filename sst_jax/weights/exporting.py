@@ -21,7 +21,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
-from sst_jax.types import Json, Params
+from sst_jax.types import HostFloats, Json, Params
 from sst_jax.weights import export_format, huggingface, peft
 from sst_jax.weights.card import model_card
 from sst_jax.weights.checkpoint import read_metrics
@@ -134,9 +134,7 @@ def _write_model(model: LoadedModel, base: Params, target: Path, options: Export
             merge(base, {} if options.keep_lora else params["adapter"], config.adapter),
             dtype,
             layout,
-            extra_files=files,
-            extra_tensors=tensors,
-            extra_config=own_config,
+            extras=huggingface.FolderExtras(files, tensors, own_config),
             progress=update,
         )
     return {"dtype": dtype, "merge_base": options.merge_base, "layout": layout}
@@ -232,7 +230,7 @@ def logit_gap(source: str | Path, folder: Path, with_stream: bool) -> Json:
         agreement in [0, 1].
     """
 
-    def logits(model: str | Path) -> np.ndarray:
+    def logits(model: str | Path) -> HostFloats:
         config, params, tokenizer, _ = open_model(model, "float32")
         if not with_stream:
             config, params = dataclasses.replace(config, stream=None), {**params, "blend": {}}

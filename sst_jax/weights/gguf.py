@@ -10,18 +10,19 @@ import importlib.util
 import math
 import os
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
+from sst_jax.console import extras
 from sst_jax.data.gguf_header import Header
 from sst_jax.errors import InputError
 from sst_jax.families.base import Metadata
 from sst_jax.families.registry import BY_GGUF, PACKAGES
 from sst_jax.model.config import MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
+from sst_jax.types import HostFloats, Json
 from sst_jax.weights import key_map
 from sst_jax.weights.source import Source, Tensor
 
@@ -38,15 +39,11 @@ _ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3's scaling, 
 _ROWS = 4096  # rows dequantised at a time
 
 
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("reading GGUF files needs the gguf package: pip install 'sst-jax[gguf]'") from error
-    return gguf
+def _library() -> ModuleType:
+    return extras.require("gguf", "gguf", "reading GGUF files")
 
 
-def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ...], kind: int) -> np.ndarray:
+def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ...], kind: int) -> HostFloats:
     """Dequantise one tensor to float32; `blocks` is the shape of its bytes."""
     gguf = _library()
     out = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
@@ -62,7 +59,7 @@ def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ..
     return out.reshape(shape)
 
 
-def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
+def read_header(file: str | Path) -> tuple[Json, list[Tensor]]:
     """Return (metadata, tensors) of a GGUF file: arrays of numbers as numpy, of strings as lists; no weights are read.
 
     Raises: InputError naming the file, for anything that is not a whole little-endian GGUF of version 2 or 3.
@@ -105,11 +102,11 @@ def read_header(file: str | Path) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 def backbone_from_metadata(
-    metadata: Mapping[str, Any],
+    metadata: Json,
     vocab_size: int,
     where: str = "GGUF",
     tied_head: bool = True,
-    rope_factors: np.ndarray | None = None,
+    rope_factors: HostFloats | None = None,
 ) -> BackboneConfig:
     """Return a BackboneConfig from a known architecture's keys, and from what the tensors alone tell.
 
@@ -146,7 +143,7 @@ def backbone_from_metadata(
         raise InputError(f"{where}: {error}") from error
 
 
-def _llama3_factor(factors: np.ndarray, fields: Mapping[str, Any], where: str) -> float:
+def _llama3_factor(factors: HostFloats, fields: Json, where: str) -> float:
     """Return Llama 3's scaling factor, from what each frequency is divided by [H/2]."""
     arguments, factor = (fields["head_dim"], fields["rope_theta_global"]), float(np.max(factors))
     bands = fields["rope_llama3"]

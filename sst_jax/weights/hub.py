@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from huggingface_hub import HfApi, errors
+
 from sst_jax.errors import InputError
 
 Result = TypeVar("Result")
@@ -28,8 +30,6 @@ def check(repo: str, force: bool, api: Hub | None = None) -> str | None:
 
     Raises: InputError where the repository holds files and `force` is off, on a malformed id, where the hub refuses.
     """
-    from huggingface_hub import errors
-
     api = api or _api()
     try:
         info = _asked(repo, lambda: api.model_info(repo))
@@ -61,15 +61,11 @@ def push(folder: Path, repo: str, *, force: bool, private: bool, message: str, a
 
 
 def _api() -> Hub:
-    from huggingface_hub import HfApi
-
     return HfApi(library_name="sst_jax")
 
 
 def _asked(repo: str, request: Callable[[], Result]) -> Result:
     """Return what the hub answers; its refusals as InputError, but for a repository that does not exist."""
-    from huggingface_hub import errors
-
     try:
         return request()
     except errors.RepositoryNotFoundError:

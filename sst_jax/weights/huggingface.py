@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from sst_jax.errors import InputError
 from sst_jax.files import Progress, is_plain_name, read_json, staged_folder
 from sst_jax.model.config import BackboneConfig
+from sst_jax.types import HostArray, Json, LayerStack, Params
 from sst_jax.weights import key_map
 from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype
@@ -72,7 +74,7 @@ def _check_length(file: Path) -> dict[str, int]:
     return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
-def _read(file: Path, name: str, dtype: str, shape: tuple[int, ...], start: int) -> np.ndarray:
+def _read(file: Path, name: str, dtype: str, shape: tuple[int, ...], start: int) -> HostArray:
     # Mapped anew for each tensor: the pages of a long-lived map would all count as this process's memory.
     try:
         if dtype in _FLOATS and 0 not in shape:  # a view of the file, where the library makes a copy
@@ -107,9 +109,7 @@ def headers(file: Path) -> list[Tensor]:
     return tensors
 
 
-def open_folder(
-    folder: str | Path, config: Mapping[str, Any] | None = None, aside: Callable[[str], bool] | None = None
-) -> Source:
+def open_folder(folder: str | Path, config: Json | None = None, aside: Callable[[str], bool] | None = None) -> Source:
     """Open config.json and `model.safetensors`, an index with its shards, or the folder's only *.safetensors.
 
     Reads headers, no weights. `config` replaces what config.json says; `aside` says of a key whether its tensor is no
@@ -185,14 +185,32 @@ def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def _base_tensors(
-    backbone: BackboneConfig, base: Mapping[str, Any], dtype: DTypeLike, layout: str
-) -> Iterator[tuple[str, int, Any]]:
-    """Yield (key, bytes, function that makes the array) of every tensor to write, shapes checked and nothing copied
-    yet.
+class PendingTensor(NamedTuple):
+    """A tensor to be written: its key and bytes, and what makes it when its shard is written."""
+
+    key: str
+    size: int
+    make: Callable[[], HostArray]
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderExtras:
+    """What goes into a folder beside the base.
+
+    files    by name, such as the tokenizer's; one may replace generation_config.json
+    tensors  by key
+    config   fields of config.json
     """
 
-    def make(slot: Any, entry: key_map.CheckpointKey) -> np.ndarray:
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    tensors: Mapping[str, HostArray] = dataclasses.field(default_factory=dict)
+    config: Json = dataclasses.field(default_factory=dict)
+
+
+def _base_tensors(backbone: BackboneConfig, base: Params, dtype: DTypeLike, layout: str) -> Iterator[PendingTensor]:
+    """Yield every tensor to write, shapes checked and nothing copied yet."""
+
+    def make(slot: LayerStack, entry: key_map.CheckpointKey) -> HostArray:
         value = np.asarray(slot if entry.layer is None else slot[entry.layer]).astype(dtype, copy=False)
         return np.ascontiguousarray(key_map.transform(entry.row, backbone, "huggingface")(value))
 
@@ -202,62 +220,71 @@ def _base_tensors(
         if tuple(slot.shape) != wanted:
             raise InputError(f"base slot {entry.row.path} has shape {list(slot.shape)}, expected {list(wanted)}")
         size = math.prod(entry.shape) * np.dtype(dtype).itemsize
-        yield key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry)
+        yield PendingTensor(key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry))
+
+
+_NOTHING = FolderExtras()
 
 
 def write_folder(
     path: str | Path,
     backbone: BackboneConfig,
-    base: Mapping[str, Any],
+    base: Params,
     dtype: str,
     layout: str = "text",
     shard_bytes: float = 2e9,
-    extra_files: Mapping[str, bytes] | None = None,
-    *,
-    extra_tensors: Mapping[str, np.ndarray] | None = None,
-    extra_config: Mapping[str, Any] | None = None,
+    extras: FolderExtras = _NOTHING,
     progress: Progress | None = None,
 ) -> Path:
     """Write a base tree as a folder that transformers loads: safetensors (sharded when large) and its configs.
 
-    The tied output head is left out. `layout` spells the keys (`names.LAYOUTS`); for what the multimodal ones mean
-    without a vision tower see `config_json`. `extra_files` (tokenizer files; may replace generation_config.json),
-    `extra_tensors` and `extra_config` go in beside. At most one shard is in memory; the folder appears when complete.
+    The tied output head is left out. At most one shard is in memory; the folder appears when it is complete.
+
+    Args:
+        path: a folder that is new or empty.
+        backbone: of the base.
+        base: its layers may be any `LayerStack`.
+        dtype: of the weights, "float32" or "bfloat16".
+        layout: spelling of the keys (`registry.LAYOUTS`); for what the multimodal ones mean without a vision tower
+            see `config_json`.
+        shard_bytes: the most in one file.
+        extras: what goes in beside.
+        progress: called with (bytes written, bytes in all).
 
     Raises: InputError when `path` is not empty, a slot is missing or misshapen, or an extra name is taken.
     """
     target, layout_config = numpy_dtype(dtype), config_json(backbone, dtype, layout)
     tensors = list(_base_tensors(backbone, base, target, layout))
-    for key, value in (extra_tensors or {}).items():
-        if any(key == taken for taken, _, _ in tensors):
+    for key, value in extras.tensors.items():
+        if any(key == tensor.key for tensor in tensors):
             raise InputError(f"extra tensor {key} would replace one of the base")
-        tensors.append((key, value.nbytes, functools.partial(np.ascontiguousarray, value)))
-    shards: list[list[tuple[str, int, Any]]] = [[]]
+        tensors.append(PendingTensor(key, value.nbytes, functools.partial(np.ascontiguousarray, value)))
+    shards: list[list[PendingTensor]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(size for _, size, _ in shards[-1]) + tensor[1] > shard_bytes:
+        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    total, done = sum(size for _, size, _ in tensors), 0
+    total, done = sum(tensor.size for tensor in tensors), 0
 
     with staged_folder(path) as folder:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            save_file({key: make() for key, _, make in shard}, folder / name, metadata={"format": "pt"})
-            weight_map.update({key: name for key, _, _ in shard})
-            done += sum(size for _, size, _ in shard)
+            save_file({tensor.key: tensor.make() for tensor in shard}, folder / name, metadata={"format": "pt"})
+            weight_map.update({tensor.key: name for tensor in shard})
+            done += sum(tensor.size for tensor in shard)
             if progress is not None:
                 progress(done, total)
-        named: dict[str, Any] = {key: layout_config[key] for key in ("dtype", "torch_dtype") if key in layout_config}
-        others = {key: value for key, value in (extra_config or {}).items() if key not in ("dtype", "torch_dtype")}
-        documents: dict[str, dict[str, Any]] = {"config.json": {**layout_config, **others, **named}}
+        named: Json = {key: layout_config[key] for key in ("dtype", "torch_dtype") if key in layout_config}
+        others = {key: value for key, value in extras.config.items() if key not in ("dtype", "torch_dtype")}
+        documents: dict[str, Json] = {"config.json": {**layout_config, **others, **named}}
         text = documents["config.json"].get("text_config", layout_config)
         documents["generation_config.json"] = {key: text[key] for key in text if key.endswith("_token_id")}
         if len(shards) > 1:
             documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         for name, document in documents.items():
             (folder / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        for name, content in (extra_files or {}).items():
+        for name, content in extras.files.items():
             own = name in (INDEX, "config.json", "model.safetensors", *weight_map.values())
             if own or not is_plain_name(name):
                 raise InputError(f"extra file {name!r} is not a plain file name, or is the export's own")

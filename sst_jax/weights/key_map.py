@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.families.base import ParamSpec
 from sst_jax.families.registry import IGNORED, LAYOUTS, family_of
 from sst_jax.model.config import BackboneConfig
+from sst_jax.types import HostArray, LayerStack, Params
 
 
-def _halves(kernel: np.ndarray, head_dim: int) -> np.ndarray:
+def _halves(kernel: HostArray, head_dim: int) -> HostArray:
     """Return rows of each head [N * H, D] in the order of GGUF's Llama, pairs side by side, as first halves then
     second.
     """
@@ -32,15 +34,20 @@ def _halves(kernel: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 # From disk into the tree, (array, head_dim). Hugging Face's are all their own inverse, so writing uses the same ones.
-TRANSFORMS: dict[str, dict[str, Callable[[np.ndarray, int], np.ndarray]]] = {
+TRANSFORMS: dict[str, dict[str, Callable[[HostArray, int], HostArray]]] = {
     "huggingface": {
-        "copy": lambda x, _: x, "norm": lambda x, _: x, "transpose": lambda x, _: x.T, "rotary": lambda x, _: x.T,
+        "copy": lambda x, _: x,
+        "norm": lambda x, _: x,
+        "transpose": lambda x, _: x.T,
+        "rotary": lambda x, _: x.T,
     },
     "gguf": {
-        "copy": lambda x, _: x, "norm": lambda x, _: x - np.float32(1), "transpose": lambda x, _: x.T,
+        "copy": lambda x, _: x,
+        "norm": lambda x, _: x - np.float32(1),
+        "transpose": lambda x, _: x.T,
         "rotary": lambda x, head_dim: _halves(x, head_dim).T,
     },
-}  # fmt: skip
+}
 
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
 
@@ -54,11 +61,26 @@ class CheckpointKey(NamedTuple):
     layer: int | None
 
 
-class Binding(NamedTuple):
+@runtime_checkable
+class TensorHeader(Protocol):
+    """What is asked of a tensor to give it its place; `source.Tensor` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> Path: ...
+
+
+Header = TypeVar("Header", bound=TensorHeader)
+
+
+class Binding(NamedTuple, Generic[Header]):
     """The tensors of a source, each with its place; `head` is a tied output head, to be compared and dropped."""
 
-    tensors: list[tuple[Any, CheckpointKey]]
-    head: Any | None
+    tensors: list[tuple[Header, CheckpointKey]]
+    head: Header | None
 
 
 def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
@@ -69,14 +91,18 @@ def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
 def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
     """Return the shape of an array of the base tree, [L, ...] under "layers/"."""
     sizes = {
-        "V": config.vocab_size, "D": config.d_model, "F": config.d_ff, "H": config.head_dim,
-        "P": config.num_heads * config.head_dim, "Q": config.num_kv_heads * config.head_dim,
-    }  # fmt: skip
+        "V": config.vocab_size,
+        "D": config.d_model,
+        "F": config.d_ff,
+        "H": config.head_dim,
+        "P": config.num_heads * config.head_dim,
+        "Q": config.num_kv_heads * config.head_dim,
+    }
     stack = (config.num_layers,) if row.path.startswith("layers/") else ()
     return (*stack, *(sizes[axis] for axis in row.axes))
 
 
-def transform(row: ParamSpec, config: BackboneConfig, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+def transform(row: ParamSpec, config: BackboneConfig, kind: str) -> Callable[[HostArray], HostArray]:
     """Return the transform from the tensor on disk to one layer's array, and for "huggingface" its inverse."""
     return lambda value: TRANSFORMS[kind][row.transform](value, config.head_dim)
 
@@ -127,8 +153,8 @@ def detect_layout(keys: Iterable[str]) -> str:
     return counts.most_common(1)[0][0] if counts else "text"
 
 
-def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str | Path) -> Binding:
-    """Give every tensor (anything with `name`, `shape`, `file`) its place, looking at headers only.
+def bind(tensors: Iterable[Header], config: BackboneConfig, kind: str, where: str | Path) -> Binding[Header]:
+    """Give every tensor its place, looking at headers only.
 
     Raises: InputError naming key and file for an unknown, duplicate, missing or wrongly shaped key and for a
     checkpoint that mixes key layouts.
@@ -137,7 +163,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
     layout = detect_layout(tensor.name for tensor in tensors) if kind == "huggingface" else None
     places = expected(config, kind)
     embedding = next(entry for entry in places.values() if entry.row.path == "embed/embedding")
-    found: dict[str, Any] = {}
+    found: dict[str, Header] = {}
     for tensor in tensors:
         key, spelled = normalise(tensor.name, kind)
         if key is None:
@@ -170,7 +196,7 @@ def bind(tensors: Iterable[Any], config: BackboneConfig, kind: str, where: str |
     return Binding([(tensor, places[key]) for key, tensor in found.items()], head)
 
 
-def get_param(tree: Mapping[str, Any], slot: str) -> Any:
+def get_param(tree: Params, slot: str) -> Any:
     """Return the array at a slash-separated path of nested dicts.
 
     Raises: InputError naming the slot when it is absent.
@@ -182,7 +208,7 @@ def get_param(tree: Mapping[str, Any], slot: str) -> Any:
     return tree
 
 
-def set_param(tree: dict[str, Any], slot: str, value: Any) -> None:
+def set_param(tree: Params, slot: str, value: LayerStack | jax.ShapeDtypeStruct) -> None:
     """Put an array at a slash-separated path, making the dicts on the way."""
     *parents, last = slot.split("/")
     for part in parents:

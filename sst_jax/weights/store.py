@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from sst_jax.errors import InputError
@@ -64,8 +65,6 @@ def save_base(
 
     Raises: InputError when `directory` is not empty, or a file or parameter cannot be stored.
     """
-    import orbax.checkpoint as ocp
-
     tree: Params = {}
     arrays = {}
     for name, value in _leaves(params):
@@ -203,8 +202,6 @@ def load_base(
 
     Raises: InputError naming the file that is missing, damaged or of an unknown format version.
     """
-    import orbax.checkpoint as ocp
-
     folder = Path(directory).absolute()
     header = read_header(folder)
     if check:

@@ -361,7 +361,7 @@ def targets(folder: Path) -> list[Target]:
         plain.params["base"],
         "bfloat16",
         shard_bytes=4_000,
-        extra_files=plain.tokenizer.export_files(),
+        extras=huggingface.FolderExtras(plain.tokenizer.export_files()),
     )
     ours.save(folder / "base")
     weights, folders = "model.safetensors", ("plain", "sst", "merged", "adapter", "shards", "base")

@@ -16,7 +16,15 @@ import sst_jax
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
 from sst_jax.weights import huggingface, key_map
-from sst_jax.weights.huggingface import INDEX, backbone_from_config, config_json, open_folder, resolve_hub, write_folder
+from sst_jax.weights.huggingface import (
+    INDEX,
+    FolderExtras,
+    backbone_from_config,
+    config_json,
+    open_folder,
+    resolve_hub,
+    write_folder,
+)
 from sst_jax.weights.source import digest, fill_base
 from tests.support import checkpoints
 
@@ -659,9 +667,11 @@ def test_extras_go_in_beside(tmp_path, folder):
         checkpoints.BACKBONE,
         base,
         "bfloat16",
-        extra_files={"tokenizer.json": b"{}", "generation_config.json": b'{"eos_token_id": [1, 106]}'},
-        extra_tensors={"model.blend.theta": np.ones((8, 24), np.float32)},
-        extra_config={"model_type": "sst_gemma3", "auto_map": {}, "dtype": "float32"},
+        extras=FolderExtras(
+            files={"tokenizer.json": b"{}", "generation_config.json": b'{"eos_token_id": [1, 106]}'},
+            tensors={"model.blend.theta": np.ones((8, 24), np.float32)},
+            config={"model_type": "sst_gemma3", "auto_map": {}, "dtype": "float32"},
+        ),
     )
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [1, 106]}
@@ -674,11 +684,20 @@ def test_extras_go_in_beside(tmp_path, folder):
     for name in ("../x", "config.json", "model.safetensors", "a/b", ""):
         with pytest.raises(InputError, match="extra file"):
             write_folder(
-                tmp_path / "bad", checkpoints.BACKBONE, base, "bfloat16", shard_bytes=2e4, extra_files={name: b""}
+                tmp_path / "bad",
+                checkpoints.BACKBONE,
+                base,
+                "bfloat16",
+                shard_bytes=2e4,
+                extras=FolderExtras(files={name: b""}),
             )
     with pytest.raises(InputError, match="would replace"):
         write_folder(
-            tmp_path / "bad", checkpoints.BACKBONE, base, "bfloat16", extra_tensors={"model.norm.weight": np.ones(1)}
+            tmp_path / "bad",
+            checkpoints.BACKBONE,
+            base,
+            "bfloat16",
+            extras=FolderExtras(tensors={"model.norm.weight": np.ones(1)}),
         )
     assert not list(tmp_path.rglob("x"))
 

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from sst_jax.console.figure import new_figure
+from sst_jax.console.figure import Axes, Figure, new_figure
 from sst_jax.lab.analysis import basins
 from sst_jax.lab.analysis.findings import AnalysisResult
 from sst_jax.types import Json
@@ -128,7 +125,7 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
 def over_layers(axes: Axes) -> None:
     """An x axis that counts layers."""
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.locator_params(axis="x", integer=True)
 
 
 def band(axes: Axes, low: np.ndarray, middle: np.ndarray, high: np.ndarray, label: str) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from sst_jax.data.problems import Item, Problem
 from sst_jax.errors import InputError
 from sst_jax.model.config import from_mapping
 from sst_jax.training.problems import split_problems
 from sst_jax.training.recipe import DataConfig
+from sst_jax.types import Json
 
 NGRAM = 13  # words, as in GPT-3's contamination study (arXiv 2005.14165, appendix C)
 
 
-def overlap(training: Iterable[Problem], items: Sequence[Item]) -> dict[str, Any]:
+def overlap(training: Iterable[Problem], items: Sequence[Item]) -> Json:
     """Test questions that training holds word for word, and those that share a run of NGRAM words with it."""
     whole, runs, count = set(), set(), 0
     for problem in training:
@@ -40,7 +40,7 @@ def _runs(words: Sequence[str]) -> set[str]:
     return {" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)}
 
 
-def check(recipe: dict[str, Any] | None, items: Sequence[Item], allow: bool) -> dict[str, Any]:
+def check(recipe: Json | None, items: Sequence[Item], allow: bool) -> Json:
     """Return the overlap of a run's training data with the test, or why there is none to report.
 
     Raises: InputError when a test question was trained on, unless `allow`.

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
@@ -25,6 +25,7 @@ from sst_jax.lab.evaluation import contamination, runner, tasks
 from sst_jax.lab.evaluation.second_opinion import second_opinion_by
 from sst_jax.lab.evaluation.summary import summarise
 from sst_jax.training.run import environment
+from sst_jax.types import Json
 
 MEASURES = ("answers", "loss")
 IDENTITY = ("kind", "path", "digest", "dtype", "quantize", "run", "step")
@@ -101,7 +102,7 @@ def read_task(config: EvalConfig) -> TaskItems:
     return TaskItems(task, every, every[: config.limit or None])
 
 
-def settings(config: EvalConfig, items: Sequence[Item]) -> dict[str, Any]:
+def settings(config: EvalConfig, items: Sequence[Item]) -> Json:
     """Return what evaluation.json records of a config, apart from what depends on the model."""
     return {
         "task": config.task,
@@ -114,7 +115,7 @@ def settings(config: EvalConfig, items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def finished(config: EvalConfig, out: Path) -> dict[str, Any] | None:
+def finished(config: EvalConfig, out: Path) -> Json | None:
     """Return the result that a folder holds of the same settings, without reading a model; None where it does not."""
     if not (out / runner.RESULT).is_file():
         return None
@@ -131,12 +132,12 @@ def check_model(model: Model, policies: Sequence[Policy]) -> None:
             policy.select_depth.check(model)
 
 
-def identity(model: Model) -> dict[str, Any]:
+def identity(model: Model) -> Json:
     """Return what says which model it is: of the base, and of the run's checkpoint where it is one."""
     return {name: getattr(model.provenance, name) for name in IDENTITY}
 
 
-def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = None) -> dict[str, Any]:
+def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = None) -> Json:
     """Evaluate a model into a folder; resume what an earlier call with the same settings left there.
 
     Args:

@@ -34,6 +34,7 @@ from sst_jax.inference.session import check_policy
 from sst_jax.lab.evaluation import runner
 from sst_jax.lab.evaluation.evaluation import check_model, identity
 from sst_jax.lab.evaluation.scoring import Scores, score
+from sst_jax.types import Json
 
 BOS = "<bos>"
 BOOTSTRAPS = 1000  # for the few metrics whose standard error the harness finds by resampling
@@ -226,9 +227,7 @@ def prepare(config: HarnessConfig, out: Path) -> TaskManager:
     return manager
 
 
-def run(
-    model: Model, config: HarnessConfig, out: Path, manager: TaskManager | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(model: Model, config: HarnessConfig, out: Path, manager: TaskManager | None = None) -> tuple[Json, Json]:
     """Run the harness's tasks at each depth into a folder; what stands there already is not computed again.
 
     Args:
@@ -261,9 +260,7 @@ def run(
     return result, found
 
 
-def measure(
-    model: Model, depth: int, config: HarnessConfig, header: dict[str, Any], manager: TaskManager, out: Path
-) -> dict[str, Any]:
+def measure(model: Model, depth: int, config: HarnessConfig, header: Json, manager: TaskManager, out: Path) -> Json:
     """Return the harness's results by task at one depth, and write its samples; what `out` holds is not measured anew.
 
     Args:
@@ -299,7 +296,7 @@ def measure(
     return results
 
 
-def measured(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+def measured(out: Path, header: Json) -> Json:
     """Return the results that OUT already holds, by depth.
 
     Raises: InputError where they are of other settings.

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sst_jax.console.command import folder_for, write_json
-from sst_jax.console.figure import new_figure
+from sst_jax.console.figure import Axes, new_figure
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
 from sst_jax.lab.evaluation.runner import HEADER, RESULT, Outcome, by_policy, read_outcomes
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
+from sst_jax.types import Json
 
 # What must agree, or the items are not the same test; all else that differs is shown.
 SAME = ("task", "measure", "items", "items_sha256")
@@ -30,8 +31,8 @@ class Side(NamedTuple):
     """Evaluations of one model under several training seeds: headers, results, and outcomes by policy."""
 
     paths: list[Path]
-    headers: list[dict[str, Any]]
-    results: list[dict[str, Any]]
+    headers: list[Json]
+    results: list[Json]
     outcomes: list[dict[str, list[Outcome]]]
 
     @property
@@ -62,7 +63,7 @@ def read_side(folders: Sequence[str | Path]) -> Side:
     return Side(paths, headers, results, outcomes)
 
 
-def check_same(one: Path, header: dict[str, Any], other: Path, against: dict[str, Any]) -> None:
+def check_same(one: Path, header: Json, other: Path, against: Json) -> None:
     """Raise InputError where two evaluations are not of the same items."""
     for key in SAME:
         if header.get(key) != against.get(key):
@@ -71,7 +72,7 @@ def check_same(one: Path, header: dict[str, Any], other: Path, against: dict[str
             )
 
 
-def compare(a: Sequence[str | Path], b: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
+def compare(a: Sequence[str | Path], b: Sequence[str | Path], out: str | Path | None = None) -> Json:
     """Compare two evaluations of the same items, or of the same seeds.
 
     Args:
@@ -97,7 +98,7 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], out: str | Path | 
     return result
 
 
-def compare_sides(a: Side, b: Side) -> dict[str, Any]:
+def compare_sides(a: Side, b: Side) -> Json:
     """Return every comparison of the two sides, JSON-ready; differences are A minus B.
 
     Raises: InputError where they are not of the same test, or not of the same number of seeds.
@@ -133,7 +134,7 @@ def pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys([*both, *only_a, *only_b]))  # with one policy against others, both lists name the first
 
 
-def scores(side: Side) -> dict[str, list[dict[str, Any]]]:
+def scores(side: Side) -> dict[str, list[Json]]:
     """Return by policy one score a seed with its interval."""
     field = "nats_per_token" if side.headers[0]["measure"] == "loss" else "strict"
     return {policy: [result["policies"][policy][field] for result in side.results] for policy in side.policies}
@@ -145,8 +146,8 @@ def matched(a: list[Outcome], b: list[Outcome]) -> list[tuple[Outcome, Outcome]]
     return [(outcome, there[outcome["id"]]) for outcome in a]
 
 
-def compare_answers(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
-    """Compare right and wrong answers of one policy pair: discordant items, McNemar on the first seed, intervals over
+def compare_answers(a: Side, b: Side, policy: str, other: str) -> Json:
+    """Compare the answers of one policy pair: discordant items, McNemar on the first seed, intervals over
     all.
     """
     seeds = [matched(x[policy], y[other]) for x, y in zip(a.outcomes, b.outcomes, strict=True)]
@@ -154,16 +155,22 @@ def compare_answers(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]
     only_a, only_b = ([x["id"] for x, y in seeds[0] if (x["correct"], y["correct"]) == way] for way in (A_ONLY, B_ONLY))
     each = discordant(differences)
     return {
-        "A": policy, "B": other, **over_items_and_seeds(differences),
-        "only_A": len(only_a), "only_B": len(only_b), "p": each[0]["p"],
-        "seeds": each, "only_A_items": only_a, "only_B_items": only_b,
-    }  # fmt: skip
+        "A": policy,
+        "B": other,
+        **over_items_and_seeds(differences),
+        "only_A": len(only_a),
+        "only_B": len(only_b),
+        "p": each[0]["p"],
+        "seeds": each,
+        "only_A_items": only_a,
+        "only_B_items": only_b,
+    }
 
 
 A_ONLY, B_ONLY = (True, False), (False, True)
 
 
-def compare_losses(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
+def compare_losses(a: Side, b: Side, policy: str, other: str) -> Json:
     """Compare losses of one policy pair, in nats per answer token."""
     seeds = [matched(x[policy], y[other]) for x, y in zip(a.outcomes, b.outcomes, strict=True)]
     for x, y in seeds[0]:
@@ -179,17 +186,17 @@ def compare_losses(a: Side, b: Side, policy: str, other: str) -> dict[str, Any]:
     return record
 
 
-def discordant(differences: np.ndarray) -> list[dict[str, Any]]:
+def discordant(differences: np.ndarray) -> list[Json]:
     """Return, for each seed of differences [seeds, items] of right answers, the discordant counts and exact McNemar."""
     found = [{"only_A": int((row > 0).sum()), "only_B": int((row < 0).sum())} for row in differences]
     return [{**record, "p": mcnemar(record["only_B"], record["only_A"])} for record in found]
 
 
-def over_items_and_seeds(differences: np.ndarray) -> dict[str, Any]:
+def over_items_and_seeds(differences: np.ndarray) -> Json:
     """Return the mean of differences [seeds, items]: bootstrap over items of the seeds' means, and Student's over
     seeds.
     """
-    found: dict[str, Any] = {
+    found: Json = {
         "difference": float(differences.mean()),
         "over_items": finite(bootstrap_mean(differences.mean(axis=0))),
         "each_seed": [finite(bootstrap_mean(row)) for row in differences],
@@ -199,7 +206,7 @@ def over_items_and_seeds(differences: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def differing_items(a: Side, b: Side) -> list[dict[str, Any]]:
+def differing_items(a: Side, b: Side) -> list[Json]:
     """Return every item whose first seed's answers are right on one side only, with both outputs."""
     found = []
     for policy, other in pairs(a.policies, b.policies):
@@ -213,7 +220,7 @@ def differing_items(a: Side, b: Side) -> list[dict[str, Any]]:
     return found
 
 
-def figure(result: dict[str, Any], target: Path) -> None:
+def figure(result: Json, target: Path) -> None:
     """Draw the scores of both sides by policy, and the differences, each with its interval."""
     loss = result["measure"] == "loss"
     picture = new_figure(9.0, 3.8)
@@ -239,9 +246,18 @@ def figure(result: dict[str, Any], target: Path) -> None:
     picture.savefig(target, dpi=150)
 
 
-def _bar(axes: Any, at: float, found: dict[str, float | None], colour: str, label: str | None) -> None:
+def _bar(axes: Axes, at: float, found: dict[str, float | None], colour: str, label: str | None) -> None:
     value, low, high = (found[name] for name in ("value", "low", "high"))
     reach = [[0.0], [0.0]]
     if value is not None and low is not None and high is not None:
         reach = [[value - low], [high - value]]
-    axes.errorbar([at], [value], yerr=reach, fmt="o", color=colour, markersize=4, capsize=3, label=label)
+    axes.errorbar(
+        [at],
+        [np.nan if value is None else value],
+        yerr=reach,
+        fmt="o",
+        color=colour,
+        markersize=4,
+        capsize=3,
+        label=label,
+    )

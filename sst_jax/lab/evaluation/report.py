@@ -7,17 +7,18 @@ was not and now is.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from sst_jax.types import Json
 
 
-def model_name(identity: dict[str, Any]) -> str:
+def model_name(identity: Json) -> str:
     """Return a run's folder and step, or the path of what is not a run."""
     if identity.get("run") is None:
         return str(identity.get("path"))
     return f"{identity['run']}, step {identity['step']} (on {identity.get('path')})"
 
 
-def print_evaluation(result: dict[str, Any], out: Path) -> None:
+def print_evaluation(result: Json, out: Path) -> None:
     """Print the summary of an evaluation's result; `out` is its folder."""
     print(f"{result['task']}, {result['items']} items, {result['format']} prompts, {model_name(result['model'])}")
     for policy, found in result["policies"].items():
@@ -58,7 +59,7 @@ def print_evaluation(result: dict[str, Any], out: Path) -> None:
     print(f"train/test overlap: {shared}\noutcomes: {out}")
 
 
-def print_comparison(result: dict[str, Any]) -> None:
+def print_comparison(result: Json) -> None:
     """Print the table of a comparison."""
     loss, seeds = result["measure"] == "loss", len(result["A"])
     print(f"{result['task']}, {result['items']} items" + f", {seeds} seeds" * (seeds > 1))
@@ -93,14 +94,14 @@ def print_comparison(result: dict[str, Any]) -> None:
         )
 
 
-def interval(found: dict[str, Any], scale: float) -> str:
+def interval(found: Json, scale: float) -> str:
     """Return an interval as text; of a single item or seed there is none."""
     if found["low"] is None:
         return "-"
     return f"[{found['low'] * scale:.4g}, {found['high'] * scale:.4g}]"
 
 
-def print_harness(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+def print_harness(results: dict[str, dict[str, Json]]) -> None:
     """Print the metrics of lm-evaluation-harness, by depth and task."""
     for depth, tasks in results.items():
         for task, metrics in tasks.items():

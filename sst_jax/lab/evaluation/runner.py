@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.data.problems import Item
@@ -27,8 +27,9 @@ from sst_jax.inference.policies import Policy
 from sst_jax.lab.evaluation.scoring import score
 from sst_jax.lab.evaluation.second_opinion import second_opinion
 from sst_jax.lab.evaluation.tasks import Task
+from sst_jax.types import Json
 
-Outcome = dict[str, Any]
+Outcome = Json
 HEADER, ITEMS, OUTCOMES, RESULT = "evaluation.json", "items.jsonl", "outcomes.jsonl", "result.json"
 VOLATILE = ("environment",)  # recorded, but free to differ when a run resumes
 
@@ -57,7 +58,7 @@ def batches(policies: Sequence[Policy], items: Sequence[Item], size: int) -> lis
 class Folder:
     """An evaluation's folder, locked against a second process until `close`."""
 
-    def __init__(self, path: Path, header: dict[str, Any], items: Sequence[Item]):
+    def __init__(self, path: Path, header: Json, items: Sequence[Item]):
         """Open a new folder, or one that holds an evaluation of the same settings.
 
         Raises: InputError with the differing settings, or when the folder holds something else, or is in use.
@@ -72,7 +73,7 @@ class Folder:
                 record = {"id": item.id, "question": problem.question, "reference": problem.result, "order": item.order}
                 file.write(json.dumps(record) + "\n")
         write_json(path / HEADER, header)
-        self._file: Any = None
+        self._file: IO[str] | None = None
 
     def resume(self, plan: Sequence[Batch]) -> list[Outcome]:
         """Return the outcomes of complete batches; what a kill left of another batch is dropped from the file."""
@@ -88,7 +89,8 @@ class Folder:
         return kept
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
-        """Append a batch."""
+        """Append a batch, after `resume`."""
+        assert self._file is not None
         self._file.write("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
         self._file.flush()
 
@@ -112,7 +114,7 @@ def locked(path: Path) -> IO[str]:
     return lock
 
 
-def check_folder(path: Path, header: dict[str, Any]) -> None:
+def check_folder(path: Path, header: Json) -> None:
     """Raise InputError unless `path` is new, empty, or holds an evaluation of the same settings."""
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {path} is not a folder")
@@ -154,7 +156,7 @@ def read_outcomes(path: Path, torn: bool = False) -> list[Outcome]:
 
 
 def run_batches(
-    folder: Folder, plan: Sequence[Batch], measure: Callable[[Batch], list[Outcome]], advance: Callable[[int], Any]
+    folder: Folder, plan: Sequence[Batch], measure: Callable[[Batch], list[Outcome]], advance: Callable[[int], object]
 ) -> list[Outcome]:
     """Return all outcomes of a plan in its order. `advance` takes the items of each batch, those on disk first."""
     outcomes = folder.resume(plan)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
+from sst_jax.console import extras
+
 
 def second_opinion_by() -> str | None:
     """Return math-verify and its version, or None where the extra `eval` is not installed."""
@@ -18,7 +20,6 @@ def second_opinion(text: str, reference: str) -> bool:
     """Return whether math-verify finds the text's answer equal to `reference`; it reads the "####" line where there is
     one.
     """
-    from math_verify import parse, verify
-
+    library = extras.require("math_verify", "eval", "a second opinion")
     line = re.search(r"####([^\n]*)", text)
-    return bool(verify(parse(f"${reference}$"), parse(line[1] if line else text)))
+    return bool(library.verify(library.parse(f"${reference}$"), library.parse(line[1] if line else text)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sst_jax.data.problems import Item
 from sst_jax.lab.evaluation.runner import Outcome, by_policy
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, redraw_union, wilson
+from sst_jax.types import Json
 
 ORACLE = (
     "an item counts if any policy had it right: an upper bound that no policy reaches, not a score; compare it with "
@@ -17,22 +17,22 @@ ORACLE = (
 )
 
 
-def summarise(items: Sequence[Item], outcomes: Sequence[Outcome], measure: str) -> dict[str, Any]:
+def summarise(items: Sequence[Item], outcomes: Sequence[Outcome], measure: str) -> Json:
     """Return what result.json holds of an evaluation's outcomes; `measure` is "answers" or "loss"."""
     if measure == "loss":
         return {"policies": {policy: loss_summary(group) for policy, group in by_policy(outcomes)}}
     groups = dict(by_policy(outcomes))
-    found: dict[str, Any] = {"policies": {policy: answer_summary(group) for policy, group in groups.items()}}
+    found: Json = {"policies": {policy: answer_summary(group) for policy, group in groups.items()}}
     if len(groups) > 1:
         found["between_policies"] = between(groups)
         found["oracle"] = oracle(items, groups)
     return found
 
 
-def answer_summary(group: Sequence[Outcome]) -> dict[str, Any]:
+def answer_summary(group: Sequence[Outcome]) -> Json:
     """Return the accuracies of one policy, with counts of unparsed and truncated answers."""
 
-    def share(field: str) -> dict[str, Any]:
+    def share(field: str) -> Json:
         right, count = sum(outcome[field] for outcome in group), len(group)
         return {"right": right, "of": count, **wilson(right, count)._asdict()}
 
@@ -54,11 +54,11 @@ def answer_summary(group: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _ids(outcomes: Sequence[Outcome], wanted: Any) -> list[str]:
+def _ids(outcomes: Sequence[Outcome], wanted: Callable[[Outcome], bool]) -> list[str]:
     return [outcome["id"] for outcome in outcomes if wanted(outcome)]
 
 
-def loss_summary(group: Sequence[Outcome]) -> dict[str, Any]:
+def loss_summary(group: Sequence[Outcome]) -> Json:
     """Return nats per answer token over all items with a bootstrap interval over items, and greedy
     exact match.
     """
@@ -78,7 +78,7 @@ def token_weighted(group: Sequence[Outcome]) -> np.ndarray:
     return losses / np.mean([outcome["answer_tokens"] for outcome in group])
 
 
-def between(groups: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
+def between(groups: dict[str, list[Outcome]]) -> list[Json]:
     """Return each further policy's regressions and fixes against the first one, with exact McNemar p, Holm-adjusted."""
     first, *rest = groups
     found = []
@@ -103,7 +103,7 @@ def between(groups: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     return found
 
 
-def oracle(items: Sequence[Item], groups: dict[str, list[Outcome]]) -> dict[str, Any]:
+def oracle(items: Sequence[Item], groups: dict[str, list[Outcome]]) -> Json:
     """Return the any-policy union, and what redrawing as many answers at random would have made of the first policy."""
     first, *rest = groups.values()
     right = np.array([[outcome["correct"] for outcome in group] for group in groups.values()])

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, Str
 from sst_jax.model.decoder import abstract_params
 from sst_jax.model.state import carriers
 from sst_jax.training.recipe import Recipe
+from sst_jax.types import Params
 
 OFF = "--config.stream.on=False"
 ARMS = ("stream", "baseline", "compute", "parameters", "memoryless")
@@ -49,10 +49,10 @@ class Costs:
 def costs(stream: Recipe, baseline: Recipe, backbone: BackboneConfig) -> Costs:
     """Count costs from the two recipes' train steps and shapes; nothing is computed."""
 
-    def trained(adapter: AdapterConfig, stream: StreamConfig | None) -> dict[str, Any]:
+    def trained(adapter: AdapterConfig, stream: StreamConfig | None) -> Params:
         return abstract_params(ModelConfig(backbone, stream, adapter))
 
-    def blend() -> dict[str, Any]:
+    def blend() -> Params:
         """Return what the stream learns: parameters of layers that carry no state are there, and do nothing."""
         whole = trained(stream.adapter, stream.stream.config)["blend"]
         return jax.eval_shape(

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -23,6 +23,7 @@ from sst_jax.training import recipe as recipes
 from sst_jax.training.loop import fit
 from sst_jax.training.recipe import default_record
 from sst_jax.training.run import check_recipe
+from sst_jax.types import Json
 from sst_jax.weights.loading import resolve
 
 WITH_STREAM = ("stream", "memoryless")
@@ -56,7 +57,7 @@ class PlannedRun(NamedTuple):
     overrides: list[str]
 
 
-def pair(config: PairConfig, workdir: Path) -> dict[str, Any]:
+def pair(config: PairConfig, workdir: Path) -> Json:
     """Train and measure all arms into a folder; resume what an earlier call left there.
 
     Returns:
@@ -83,7 +84,7 @@ def pair(config: PairConfig, workdir: Path) -> dict[str, Any]:
     return result
 
 
-def plan(config: PairConfig, workdir: Path) -> tuple[dict[str, Any], list[PlannedRun]]:
+def plan(config: PairConfig, workdir: Path) -> tuple[Json, list[PlannedRun]]:
     """Return what arms.json records, and the runs in order.
 
     Raises: InputError on arms that do not fit the recipe, and where a run folder holds another recipe.
@@ -92,7 +93,7 @@ def plan(config: PairConfig, workdir: Path) -> tuple[dict[str, Any], list[Planne
     arms.check(config.arms, stream)
     baseline = recipes.resolve(recipes.read(config.config, [*config.overrides, arms.OFF]))
     costs = arms.costs(stream, baseline, resolve(stream.model.source).backbone)
-    record: dict[str, Any] = {
+    record: Json = {
         "config": config.config,
         "overrides": list(config.overrides),
         "step_flops": {"stream": costs.stream_flops, "baseline": costs.baseline_flops, "ratio": costs.ratio},
@@ -137,7 +138,7 @@ def train_one(config: str, overrides: Sequence[str], folder: Path) -> None:
         jax.clear_caches()
 
 
-def evaluate_one(config: EvalConfig, run: Path, out: Path) -> dict[str, Any]:
+def evaluate_one(config: EvalConfig, run: Path, out: Path) -> Json:
     """Measure one run into a folder, or return the result that the folder already holds of these settings.
 
     Raises: InputError as `evaluation.run`, and where the folder holds an evaluation of other settings.
@@ -149,9 +150,9 @@ def evaluate_one(config: EvalConfig, run: Path, out: Path) -> dict[str, Any]:
     return result
 
 
-def heldout(runs: Sequence[PlannedRun]) -> dict[str, list[dict[str, Any]]]:
+def heldout(runs: Sequence[PlannedRun]) -> dict[str, list[Json]]:
     """Return, by arm, what each seed's run came to on its own held-out problems."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Json]] = {}
     for run in runs:
         result = read_json(run.folder / "result.json")
         keys = ("steps", "heldout_before", "heldout_after", "heldout_forward", "seconds")
@@ -159,7 +160,7 @@ def heldout(runs: Sequence[PlannedRun]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def compare_arms(workdir: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def compare_arms(workdir: Path, names: Sequence[str], seeds: Sequence[int]) -> Json:
     """Compare the stream with every other arm; print the tables, and write them and a figure to a folder each."""
 
     def side(arm: str) -> list[Path]:
@@ -175,7 +176,7 @@ def compare_arms(workdir: Path, names: Sequence[str], seeds: Sequence[int]) -> d
     return found
 
 
-def print_arms(record: dict[str, Any]) -> None:
+def print_arms(record: Json) -> None:
     """Print what is about to be trained, and how the arms differ."""
     print(f"a train step with the stream costs {record['step_flops']['ratio']:.3f} of one without, counted in FLOPs")
     print(f"the stream has {record['stream_parameters']:,} parameters; seeds {record['seeds']}")
@@ -184,7 +185,7 @@ def print_arms(record: dict[str, Any]) -> None:
         print(f"{arm:12}{facts['steps']:6} steps, rank {facts['rank']}" + f"; differs in {own}" * bool(own))
 
 
-def print_heldout(result: dict[str, Any]) -> None:
+def print_heldout(result: Json) -> None:
     """Print the held-out losses of training, a line an arm."""
     print("\nheld-out loss of training, each seed:")
     for arm, seeds in result["results"].items():

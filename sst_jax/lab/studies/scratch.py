@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,15 @@ from sst_jax.data.statetrack import Automaton
 from sst_jax.errors import InputError
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import BackboneConfig, ModelConfig
-from sst_jax.model.decoder import Params
 from sst_jax.training.recipe import StreamSection, stream_knobs
 from sst_jax.training.step import ForwardConfig
+from sst_jax.types import AnyArray, Fraction, Json, Params
 
 KIND = "statetrack"
 PUBLISHED = {"alpha_range": (0.015, 0.10), "alpha_init": 0.027}
 
 # By name, what is set otherwise than in the recipe's section `stream`.
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, Json] = {
     "stream": {},
     "plain": {"on": False},
     "range": PUBLISHED,
@@ -103,7 +103,7 @@ class Schedule:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 
-def make_arm(backbone: BackboneConfig, knobs: dict[str, Any]) -> Arm:
+def make_arm(backbone: BackboneConfig, knobs: Json) -> Arm:
     """Return an arm from the knobs of a section `stream`. Raises: InputError naming the knob."""
     section = StreamSection.from_knobs(knobs)
     stream = section.config
@@ -147,9 +147,9 @@ def fit(
     state = start, jax.vmap(optimizer.init)(start)
 
     @functools.cache
-    def compiled(settings: ForwardConfig) -> Callable[..., Any]:
+    def compiled(settings: ForwardConfig) -> Callable[[SeedState, statetrack.Words], tuple[SeedState, AnyArray]]:
         step = functools.partial(_step, arm.config, settings, optimizer)
-        return jax.jit(lambda *batch: jax.lax.map(lambda one: step(*one), batch), donate_argnums=(0,))
+        return jax.jit(lambda *seeds: jax.lax.map(lambda one: step(*one), seeds), donate_argnums=(0,))
 
     losses = []
     with bar(schedule.steps, title, "step") as meter:
@@ -158,24 +158,28 @@ def fit(
                 statetrack.draw(task, "train", schedule.batch_size, length, (0, int(continued), int(seed), step))
                 for seed in seeds
             ]
-            state, loss = compiled(arm.settings.at(step, seed=0))(state, *map(np.stack, zip(*words, strict=True)))
+            state, loss = compiled(arm.settings.at(step, seed=0))(
+                state, jax.tree.map(lambda *parts: np.stack(parts), *words)
+            )
             losses.append(loss)
             meter.update()
     return state[0], np.array(losses)
+
+
+SeedState = tuple[Params, optax.OptState]  # of one seed, or of all, [seeds, ...]
 
 
 def _step(
     config: ModelConfig,
     settings: ForwardConfig,
     optimizer: optax.GradientTransformation,
-    state: Any,
-    symbols: jax.Array,
-    states: jax.Array,
-    asked: jax.Array,
-) -> tuple[Any, jax.Array]:
-    """Return one step of one seed: the mean loss over the places where the state is asked."""
+    state: SeedState,
+    words: statetrack.Words,
+) -> tuple[SeedState, Fraction]:
+    """Return one step of one seed: its state, and the mean loss over the places where the word's state is asked."""
+    symbols, states, asked = words
 
-    def mean_loss(params: Params) -> jax.Array:
+    def mean_loss(params: Params) -> Fraction:
         logits = rules.logits(
             config, params, symbols, forward=settings.forward, passes=settings.passes, depth=settings.depth
         )
@@ -202,5 +206,5 @@ def load_params(folder: Path, config: ModelConfig) -> Params:
     )
 
 
-def _name(path: Sequence[Any]) -> str:
+def _name(path: Sequence[jax.tree_util.DictKey]) -> str:
     return "/".join(part.key for part in path)

@@ -4,7 +4,7 @@ RUN/ARM/params.safetensors  weights of all seeds, [seeds, ...]      RUN/ARM/loss
 RUN/ARM/training.json       what was trained, and how long it took  RUN/ARM/outcomes.npz  what every test word came to
 RUN/result.json             tables, from the outcomes               RUN/figure.png        the same, drawn
 
-What is trained, or measured, stays so: the same command goes on where it stopped, and may name more arms.
+What is trained, or measured, stays so: the same command resumes, and may name more arms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from sst_jax.model.config import ModelConfig, from_mapping
 from sst_jax.model.decoder import Params
 from sst_jax.training.figures import study_figure
 from sst_jax.training.run import RunFolder, check_recipe
+from sst_jax.types import Json
 
 OVERLAPS = 64  # words whose memories are compared
 TESTS = 1  # the first number of a test's seed; that of training is 0
@@ -57,7 +58,7 @@ class Study(NamedTuple):
 
 
 def resolve(recipe: ml_collections.ConfigDict) -> Study:
-    """Checks a recipe. Raises: InputError naming the knob."""
+    """Check a recipe. Raises: InputError naming the knob."""
     task, names, test = statetrack.find(recipe.task.name), recipe.arms.split(","), recipe.test
     for number, name in enumerate(names):
         if name not in scratch.ARMS or name in names[:number]:
@@ -77,8 +78,8 @@ def resolve(recipe: ml_collections.ConfigDict) -> Study:
     return Study(task, recipe.task.length, arms, schedule, tuple(test.times), test.rows, tuple(test.depths))
 
 
-def run(recipe: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains and measures every arm that DIR does not hold yet; returns what result.json holds."""
+def run(recipe: ml_collections.ConfigDict, workdir: Path) -> Json:
+    """Train and measure every arm that DIR does not hold yet; returns what result.json holds."""
     study = resolve(recipe)
     identity, defaults = (json.loads(knobs.to_json_best_effort()) for knobs in (recipe, scratch.defaults()))
     del identity["arms"], defaults["arms"]  # a folder may be given more arms
@@ -99,9 +100,13 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 outcomes[name] = dict(file)
             print_line(f"{name}: trained in {facts[name]['seconds']:.0f} s")
         result = {
-            "task": study.task.name, "trained_at": study.length, "chance": study.task.chance,
-            "seeds": study.schedule.seeds, "facts": facts, **summarise(outcomes, study.times, study.length),
-        }  # fmt: skip
+            "task": study.task.name,
+            "trained_at": study.length,
+            "chance": study.task.chance,
+            "seeds": study.schedule.seeds,
+            "facts": facts,
+            **summarise(outcomes, study.times, study.length),
+        }
         losses = {name: np.load(workdir / name / "losses.npy") for name in study.arms}
         result["figure"] = str(study_figure(result, outcomes, losses, workdir / "figure.png"))
         write_json(workdir / "result.json", result)
@@ -112,29 +117,31 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def train_arm(study: Study, name: str, start: Params | None, target: Path) -> None:
-    """Trains one arm; its training.json comes last and says that it is done."""
+    """Train one arm; its training.json comes last and says that it is done."""
     arm, began, worked = study.arms[name], time.monotonic(), time.process_time()
     params, losses = scratch.fit(arm, study.task, study.length, study.schedule, start, title=name)
     target.mkdir(parents=True, exist_ok=True)
     scratch.save_params(target, params)
     np.save(target / "losses.npy", losses)
     facts = {
-        "forward": arm.settings.forward, "depths": list(arm.settings.depths), "judged_by": arm.judge,
+        "forward": arm.settings.forward,
+        "depths": list(arm.settings.depths),
+        "judged_by": arm.judge,
         "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(params)),
         "final_loss": [loss if math.isfinite(loss) else None for loss in losses[-50:].mean(0).tolist()],
         "seconds": time.monotonic() - began,
         "core_seconds": time.process_time() - worked,
-    }  # fmt: skip
+    }
     write_json(target / "training.json", facts)
 
 
 def measure_arm(study: Study, name: str, target: Path) -> None:
-    """Measures one trained arm into outcomes.npz."""
+    """Measure one trained arm into outcomes.npz."""
     arm = study.arms[name]
     params = scratch.load_params(target, arm.config)
     found = measure(arm, params, study.task, study.length, study.rows, study.times, study.depths)
     partial = target / "outcomes.partial.npz"
-    arrays: dict[str, Any] = dict(found)
+    arrays: Json = dict(found)
     np.savez_compressed(partial, **arrays)
     partial.replace(target / "outcomes.npz")
 
@@ -145,7 +152,7 @@ def measure_arm(study: Study, name: str, target: Path) -> None:
 def measure(
     arm: Arm, params: Params, task: Automaton, length: int, rows: int, times: Sequence[int], depths: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """What the test's words come to, by "TIMES/DEPTH", depths above 1 at the first of `times` only.
+    """Return what the test's words come to, by "TIMES/DEPTH", depths above 1 at the first of `times` only.
 
     share    [seeds, rows]        share of a word's answers that are right
     last     [seeds, rows]        whether its last one is
@@ -188,28 +195,33 @@ def _overlaps(config: ModelConfig, depth: int, params: Params, symbols: jax.Arra
     return jax.lax.map(one, params)
 
 
-def change(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """From one model's right and wrong words [seeds, rows] to another's: the difference with a bootstrap interval over
-    words (of the seeds' means) and Student's over seeds, and for each seed the exact McNemar test."""
+def change(before: np.ndarray, after: np.ndarray) -> Json:
+    """Return what changes from one model's correct words [seeds, rows] to another's.
+
+    The difference in accuracy has a bootstrap interval over words (of the seeds' means) and Student's over seeds; each
+    seed has the exact McNemar test.
+    """
     difference = after.astype(float) - before.astype(float)
     seeds = []
     for one, other in zip(before, after, strict=True):
         broken, mended = int((one & ~other).sum()), int((other & ~one).sum())
         seeds.append({"broken": broken, "mended": mended, "p": mcnemar(broken, mended)})
     return {
-        "difference": float(difference.mean()), "over_words": finite(bootstrap_mean(difference.mean(0))),
-        "over_seeds": finite(t_mean(difference.mean(1))), "seeds": seeds,
-    }  # fmt: skip
+        "difference": float(difference.mean()),
+        "over_words": finite(bootstrap_mean(difference.mean(0))),
+        "over_seeds": finite(t_mean(difference.mean(1))),
+        "seeds": seeds,
+    }
 
 
-def cell(shares: np.ndarray) -> dict[str, Any]:
-    """The mean of shares [seeds, rows], with an interval over words, and each seed's."""
+def cell(shares: np.ndarray) -> Json:
+    """Return the mean of shares [seeds, rows], with an interval over words, and each seed's."""
     return {**finite(bootstrap_mean(shares.mean(0))), "seeds": shares.mean(1).tolist()}
 
 
-def summarise(outcomes: dict[str, dict[str, np.ndarray]], times: Sequence[int], length: int) -> dict[str, Any]:
-    """Accuracies of every arm, what sets `stream` apart from each, and what more depth does to each."""
-    result: dict[str, Any] = {"arms": {}, "reread": {}, "stream_against": {}, "deeper": [], "trained_deeper": []}
+def summarise(outcomes: dict[str, dict[str, np.ndarray]], times: Sequence[int], length: int) -> Json:
+    """Return accuracies of every arm, what sets `stream` apart from each, and what more depth does to each."""
+    result: Json = {"arms": {}, "reread": {}, "stream_against": {}, "deeper": [], "trained_deeper": []}
     for name, found in outcomes.items():
         shares, reread = (
             {key.split()[1]: value for key, value in found.items() if key.startswith(kind)}
@@ -239,7 +251,7 @@ def summarise(outcomes: dict[str, dict[str, np.ndarray]], times: Sequence[int], 
     return result
 
 
-def report(result: dict[str, Any], study: Study) -> None:
+def report(result: Json, study: Study) -> None:
     """Print the tables of the summary."""
     lengths = [study.length * factor for factor in study.times]
     print(
@@ -268,5 +280,5 @@ def report(result: dict[str, Any], study: Study) -> None:
     print(f"\nfigure: {result['figure']}")
 
 
-def _cell(found: dict[str, Any]) -> str:
+def _cell(found: Json) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

@@ -10,7 +10,7 @@ from sst_jax import evaluate
 from sst_jax.console.command import run
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
-from sst_jax.weights.huggingface import write_folder
+from sst_jax.weights.huggingface import FolderExtras, write_folder
 from tests.support.problems import gsm8k_lines, write_lines
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -58,7 +58,7 @@ def theirs(ascii_only, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("export") / "tiny"
     files, base = ascii_only.tokenizer.export_files(), ascii_only.params["base"]
-    write_folder(folder, ascii_only.config.backbone, base, "float32", extra_files=files)
+    write_folder(folder, ascii_only.config.backbone, base, "float32", extras=FolderExtras(files))
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import sst_jax
-from sst_jax.weights.huggingface import write_folder
+from sst_jax.weights.huggingface import FolderExtras, write_folder
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytest.importorskip("torch")
@@ -32,7 +32,7 @@ def theirs(model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("export") / "270m"
     files = model.tokenizer.export_files()
-    write_folder(folder, model.config.backbone, model.params["base"], "float32", extra_files=files)
+    write_folder(folder, model.config.backbone, model.params["base"], "float32", extras=FolderExtras(files))
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=5, attn_implementation="eager")
 
 
