@@ -53,10 +53,9 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--calibrate needs --quantize nf4 or nf4_double: nothing else is fitted to texts")
 
     from sst_jax.inference.model import Model
-    from sst_jax.weights.converting import ConvertOptions, convert_source
-    from sst_jax.weights.loading import resolve
+    from sst_jax.weights import converting, loading
 
-    started, reference = time.monotonic(), resolve(args.source)
+    started, reference = time.monotonic(), loading.resolve(args.source)
     dtype, source = args.dtype or reference.dtype, reference.source
     if args.calibrate and source is None:
         raise InputError(
@@ -64,8 +63,8 @@ def main(argv: Sequence[str]) -> None:
             "folder or GGUF file that it was made from"
         )
     if source is not None:
-        options = ConvertOptions(dtype, args.quantize, args.calibrate, args.calibrate_tokens, args.text_only)
-        provenance, backbone = convert_source(source, reference.location, target, options), source.backbone
+        options = converting.ConvertOptions(dtype, args.quantize, args.calibrate, args.calibrate_tokens, args.text_only)
+        provenance, backbone = converting.convert_source(source, reference.location, target, options), source.backbone
     else:
         model = Model(*reference.open(dtype, args.quantize))
         model.save(target, vision=not args.text_only)

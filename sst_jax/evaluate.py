@@ -17,13 +17,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
 
 if TYPE_CHECKING:
     from sst_jax.inference.policies import Policy
+    from sst_jax.types import Json
 
 
 def parser() -> Parser:
@@ -61,23 +62,20 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
 
-    from sst_jax.inference.model import load
-    from sst_jax.inference.policies import parse_list
-    from sst_jax.lab.evaluation import report
-    from sst_jax.lab.evaluation.evaluation import EvalConfig, read_task
-    from sst_jax.lab.evaluation.evaluation import run as evaluate
+    from sst_jax.inference import model, policies
+    from sst_jax.lab.evaluation import evaluation, report
 
-    out, policies = Path(args.out), tuple(parse_list(args.depth, files=True))
+    out, depths = Path(args.out), tuple(policies.parse_list(args.depth, files=True))
     if args.tasks:
-        result = through_harness(args, policies)
+        result = through_harness(args, depths)
     else:
         for flag in ("fewshot", "include"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} goes with --tasks")
-        config = EvalConfig(
+        config = evaluation.EvalConfig(
             args.task,
             args.measure,
-            policies,
+            depths,
             args.data,
             args.limit,
             args.format,
@@ -85,32 +83,30 @@ def main(argv: Sequence[str]) -> None:
             args.batch_size,
             args.allow_overlap,
         )
-        read = read_task(config)  # what can be wrong with the input shows before the model is read
-        result = evaluate(load(args.model, args.dtype), config, out, read)
+        read = evaluation.read_task(config)  # what can be wrong with the input shows before the model is read
+        result = evaluation.run(model.load(args.model, args.dtype), config, out, read)
         report.print_evaluation(result, out)
     if args.json:
         write_json(args.json, result)
 
 
-def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> dict[str, Any]:
+def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> Json:
     """Run tasks of lm-evaluation-harness, once for each depth."""
-    from sst_jax.inference.model import load
-    from sst_jax.lab.evaluation import report
-
     for flag, usual in (("data", None), ("measure", "answers"), ("max_new_tokens", None), ("allow_overlap", False)):
         if getattr(args, flag) != usual:
             raise InputError(f"--{flag.replace('_', '-')} goes with --task; the harness's tasks settle it themselves")
     if not all(policy.is_flat for policy in policies):
         raise InputError(f"--depth {args.depth}: the harness runs at flat depths, such as 1,2,4")
     try:
-        from sst_jax.lab.evaluation import harness
+        from sst_jax.inference import model
+        from sst_jax.lab.evaluation import harness, report
     except ImportError as error:
         raise InputError(f"--tasks needs lm-evaluation-harness: pip install 'sst-jax[eval]' ({error})") from None
     names = tuple(name for name in args.tasks.split(",") if name)
     depths = tuple(policy.first for policy in policies)
     config = harness.HarnessConfig(names, depths, args.format, args.limit, args.fewshot, args.batch_size, args.include)
     manager = harness.prepare(config, Path(args.out))
-    result, measured = harness.run(load(args.model, args.dtype), config, Path(args.out), manager)
+    result, measured = harness.run(model.load(args.model, args.dtype), config, Path(args.out), manager)
     report.print_harness(measured)
     return result
 

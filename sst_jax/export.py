@@ -77,14 +77,13 @@ def main(argv: Sequence[str]) -> None:
     if args.measure_gap and args.format == "adapter":
         raise InputError("--measure-gap is for --format sst or merged, not adapter")
 
-    from sst_jax.weights import exporting, hub
-    from sst_jax.weights.loading import resolve
+    from sst_jax.weights import exporting, hub, loading
 
     names = ("format", "dtype", "merge_base", "keep_lora", "base_name", "layout", "text_only")
     options = exporting.ExportOptions(**{name: getattr(args, name) for name in names})
     if args.push and not args.dry_run:
         hub.check(args.push, args.force)
-    started, reference = time.monotonic(), resolve(args.source)
+    started, reference = time.monotonic(), loading.resolve(args.source)
     model = reference.open(reference.dtype, lazy=True)  # narrowed or widened as it is written
     small, source = model.config.backbone.num_params <= MEASURED, model.provenance.to_json()
     result = {"to": str(target), "format": args.format, "source": source}

@@ -84,22 +84,19 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--format goes with --question; --chat wraps a prompt in the chat template")
 
     from sst_jax.data.prompts import prompt_tokens, read_prompts
+    from sst_jax.inference import halting_probe, policies, session
+    from sst_jax.inference.model import load
 
     prompts = [args.prompt if args.question is None else args.question]
     if args.prompts:
         prompts = [record["prompt"] for record in read_prompts(args.prompts)]
 
-    from sst_jax.inference.halting_probe import Probe
-    from sst_jax.inference.model import load
-    from sst_jax.inference.policies import parse
-    from sst_jax.inference.session import check_policy
-
-    policy = parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
+    policy = policies.parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
     model = load(args.model, args.dtype)
-    if isinstance(policy.select_depth, Probe):
+    if isinstance(policy.select_depth, halting_probe.Probe):
         policy.select_depth.check(model)
     try:
-        check_policy(model.config, policy)
+        session.check_policy(model.config, policy)
     except InputError as error:
         raise InputError(f"--{error} (--model {args.model})") from None
     asked: list[str] | list[list[int]] = prompts

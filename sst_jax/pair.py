@@ -42,15 +42,15 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     args, overrides = parser().parse_with_overrides(argv)
 
-    from sst_jax.inference.policies import parse_list
+    from sst_jax.inference import policies
     from sst_jax.lab.evaluation import EvalConfig
     from sst_jax.lab.studies import arms, pairs
 
     measured = None
     if args.task:
-        policies = tuple(parse_list(args.depth, files=True))
+        depths = tuple(policies.parse_list(args.depth, files=True))
         measured = EvalConfig(
-            args.task, args.measure, policies, data=args.data, limit=args.limit, batch_size=args.batch_size
+            args.task, args.measure, depths, data=args.data, limit=args.limit, batch_size=args.batch_size
         )
     names = tuple(args.arms.split(",")) if args.arms else arms.DEFAULT
     config = pairs.PairConfig(args.config, tuple(overrides), args.seeds, names, measured)

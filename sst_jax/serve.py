@@ -75,23 +75,19 @@ def main(argv: Sequence[str]) -> None:
     import asyncio
 
     from sst_jax.inference.model import load
-    from sst_jax.inference.policies import flat
-    from sst_jax.inference.sampling import Sampling
     from sst_jax.inference.session import Request
-    from sst_jax.serving.app import Server, make_app
-    from sst_jax.serving.protocol import Limits
-    from sst_jax.serving.queue import Engine, answers
+    from sst_jax.serving import app, protocol, queue
 
     model, name = load(args.model, args.dtype), args.name or args.model
-    engine = Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)
+    engine = queue.Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)
     # Compiles before anybody waits for it.
     first = model.tokenizer.eos_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id
-    (job,) = answers(engine, [Request((first,), 2, flat(1), Sampling())])
+    (job,) = queue.answers(engine, [Request((first,), 2)])
     if job.error is not None:
         engine.close(0.0)
         raise RuntimeError(f"{args.model} cannot be served: {job.error}")
     engine.answered = engine.tokens = 0
-    limits = Limits(
+    limits = protocol.Limits(
         engine.capacity, args.max_new_tokens or engine.capacity, args.max_depth, args.waiting, args.max_body
     )
 
@@ -102,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
             f"serving {name} at http://{where}:{port}/v1, {args.rows} rows of {engine.capacity} positions", flush=True
         )
 
-    server = Server(make_app(engine, name, limits), engine, args.deadline, announce)
+    server = app.Server(app.make_app(engine, name, limits), engine, args.deadline, announce)
     asyncio.run(server.serve(sockets=[listener]))
     finished = engine.close(0.0)
     note = "" if finished else "; some were not finished in time"

@@ -48,6 +48,8 @@ class LayerStack(Protocol):
 
 PyTree = Array | np.ndarray | Mapping[str, Any] | Sequence[Any] | None  # a tree of arrays, as JAX maps over it
 Json = dict[str, Any]  # a JSON object
+ReadOnlyJson = Mapping[str, Any]
+FieldValue = bool | int | float | str | tuple | None  # of a config's field
 JsonValue = None | bool | int | float | str | list[Any] | Json  # anything that JSON may hold
 HostArray = np.ndarray  # of any shape and type, in the host's memory
 HostArrays = dict[str, np.ndarray]  # by name

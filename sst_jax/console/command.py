@@ -14,9 +14,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sst_jax.errors import InputError, RunInterrupted
+
+if TYPE_CHECKING:
+    from sst_jax.types import JsonValue
+else:  # it comes with JAX, which --help does not wait for
+    JsonValue = object
 
 Number = TypeVar("Number", int, float)
 
@@ -31,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     program = MODULES
 
-    def __init__(self, prog: str | None = None, **kwargs: Any):
+    def __init__(self, prog: str | None = None, **kwargs: Any):  # argparse's own, which its subparsers pass on
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         if prog is not None and prog.startswith(MODULES):
             prog = self.program + prog.removeprefix(MODULES)
@@ -40,12 +45,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse as argparse does.
 
         Raises: InputError on bad arguments, or where the file of --json, which is written last, could not be written.
         """
-        found = super().parse_args(*args, **kwargs)
+        found = super().parse_args(argv)
         if file := getattr(found, "json", None):
             if pathlib.Path(file).is_dir():
                 raise InputError(f"--json {file} is a folder: give the name of a file")
@@ -69,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args([argument for argument in argv if argument not in overrides]), overrides
 
 
-def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
+def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` and return the exit code."""
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -94,7 +99,7 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     return 0
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
     """Write `value` to a temporary file and rename it, so that a reader never sees half a file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

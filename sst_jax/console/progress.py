@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from tqdm import tqdm
 
 
-def bar(total: int | None, description: str, unit: str = "it", **kwargs: Any) -> tqdm:
+def bar(total: int | None, description: str, unit: str = "it", unit_scale: bool = False, initial: int = 0) -> tqdm:
     """Return a tqdm bar on standard error, disabled when that is not a terminal."""
     return tqdm(
         total=total,
@@ -18,7 +17,8 @@ def bar(total: int | None, description: str, unit: str = "it", **kwargs: Any) ->
         dynamic_ncols=True,
         leave=False,
         file=sys.stderr,
-        **kwargs,
+        unit_scale=unit_scale,
+        initial=initial,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import Json
 
 JsonObject = Mapping[str, Any]
 Fields = dict[str, Any]  # of BackboneConfig, by name
@@ -127,8 +128,8 @@ class GGUFFormat(NamedTuple):
 class Splitting(NamedTuple):
     """How text is cut into words before merging: what `tokenizer.ggml.pre` stands for (llama.cpp, llama-vocab.cpp)."""
 
-    pre_tokenizers: list[dict[str, Any]]
-    normalizer: dict[str, Any] | None = None
+    pre_tokenizers: list[Json]
+    normalizer: Json | None = None
     ignore_merges: bool = False  # whether a word that is a piece is that piece, however merging would spell it
 
 

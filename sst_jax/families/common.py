@@ -8,6 +8,7 @@ from typing import Any
 from sst_jax.errors import InputError
 from sst_jax.families.base import Fields, JsonObject, Metadata, ParamSpec, Splitting
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import FieldValue, Json
 
 # ---------------------------------------------------------------------------------------------------------- tensors
 
@@ -42,9 +43,13 @@ LLAMA_PARAMS = (
 # ------------------------------------------------------------------------------------------------------ block, shapes
 
 LLAMA_BLOCK: Mapping[str, Any] = {
-    "norm_offset": 0.0, "post_norms": False, "qk_norm": False, "activation": "silu", "scale_embedding": False,
+    "norm_offset": 0.0,
+    "post_norms": False,
+    "qk_norm": False,
+    "activation": "silu",
+    "scale_embedding": False,
     "window": None,
-}  # fmt: skip
+}
 TINY: Mapping[str, Any] = {"vocab_size": 262, "max_positions": 4096}  # the byte tokenizer's vocabulary
 
 
@@ -55,7 +60,7 @@ def global_decoder(
     family: str,
     block: Mapping[str, Any],
     shape: tuple[int, ...],
-    **fields: Any,
+    **fields: FieldValue,
 ) -> BackboneConfig:
     """Return a decoder with global attention only, whose queries are scaled by its head_dim.
 
@@ -65,8 +70,10 @@ def global_decoder(
       shape: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim.
       fields: others of BackboneConfig.
     """
-    sizes: dict[str, Any] = dict(zip(SHAPE, shape, strict=True))
-    return BackboneConfig(**sizes, query_pre_attn_scalar=float(shape[-1]), family=family, **{**block, **fields})
+    sizes = dict(zip(SHAPE, shape, strict=True))
+    own = {"query_pre_attn_scalar": float(shape[-1]), "family": family}
+    whole: Json = {**own, **sizes, **block, **fields}
+    return BackboneConfig(**whole)
 
 
 # ------------------------------------------------------------------------------------------------------ config.json
@@ -86,10 +93,16 @@ def positive_number(fields: JsonObject, name: str, default: float | None, where:
 
 
 _SHAPES = {
-    "num_layers": "num_hidden_layers", "d_model": "hidden_size", "d_ff": "intermediate_size",
-    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
-}  # fmt: skip
+    "num_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
+}
 
 
 def shape_fields(*defaults: int | float | None) -> dict[str, tuple[str, int | float | None]]:
@@ -102,9 +115,11 @@ def shape_fields(*defaults: int | float | None) -> dict[str, tuple[str, int | fl
 
 
 LLAMA_ALLOWED: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "attention_bias": (False, None), "partial_rotary_factor": (None, 1),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "partial_rotary_factor": (None, 1),
     "quantization_config": (None,),
-}  # fmt: skip
+}
 LLAMA_UNWRITTEN = ("partial_rotary_factor", "quantization_config")
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -146,9 +161,9 @@ def read_llama_config(config: JsonObject, fields: Fields, where: str) -> Fields:
     return {"tied_head": tied, "query_pre_attn_scalar": float(fields["head_dim"]), **rope}
 
 
-def write_llama_config(backbone: BackboneConfig) -> dict[str, Any]:
+def write_llama_config(backbone: BackboneConfig) -> Json:
     """Return `ConfigFormat.write` of a decoder with global attention only."""
-    scaling: dict[str, Any] | None = {"rope_type": "linear", "factor": backbone.rope_scale_global}
+    scaling: Json | None = {"rope_type": "linear", "factor": backbone.rope_scale_global}
     if backbone.rope_llama3 is not None:
         scaling = {
             "rope_type": "llama3",
@@ -195,7 +210,7 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def split_words(digits: str, normalizer: dict[str, Any] | None = None, ignore_merges: bool = False) -> Splitting:
+def split_words(digits: str, normalizer: Json | None = None, ignore_merges: bool = False) -> Splitting:
     """Return words as GPT-4 cuts them, with numbers cut as the pattern `digits` says."""
     pattern = {"Regex": f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}"}
     return Splitting(

@@ -6,7 +6,6 @@ Its multimodal checkpoints are read for their text part, in both spellings of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from sst_jax.families.base import (
 )
 from sst_jax.families.common import SHAPE, layer_param, positive_number, shape_fields
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import FieldValue, Json
 
 PARAMS = (
     ParamSpec("embed/embedding", "VD", "model.embed_tokens.weight", "token_embd.weight", "copy"),
@@ -46,11 +46,12 @@ PARAMS = (
 )
 
 
-def _preset(*shape: int, window: int, scalar: float, **fields: Any) -> BackboneConfig:
+def _preset(*shape: int, window: int, scalar: float, **fields: FieldValue) -> BackboneConfig:
     """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     large = {"vocab_size": 262_208, "rope_scale_global": 8.0, "max_positions": 131_072}
-    sizes: dict[str, Any] = dict(zip(SHAPE, shape, strict=True))
-    return BackboneConfig(**{**sizes, **large, **fields, "window": window, "query_pre_attn_scalar": scalar})
+    sizes = dict(zip(SHAPE, shape, strict=True))
+    whole: Json = {**sizes, **large, **fields, "window": window, "query_pre_attn_scalar": scalar}
+    return BackboneConfig(**whole)
 
 
 # Shapes as published with the checkpoints. The two smallest are text-only: 64 fewer vocabulary rows, no RoPE scaling.
@@ -116,7 +117,7 @@ def _read_config(config: JsonObject, fields: Fields, where: str) -> Fields:
     }
 
 
-def _write_config(backbone: BackboneConfig) -> dict[str, Any]:
+def _write_config(backbone: BackboneConfig) -> Json:
     # Spelled as on the hub, which transformers 4 and 5 both read: 4 would pass over `rope_parameters` in silence.
     scalar, scale = backbone.query_pre_attn_scalar, backbone.rope_scale_global
     return {
@@ -131,7 +132,7 @@ def _write_config(backbone: BackboneConfig) -> dict[str, Any]:
     }
 
 
-def _wrap(text: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _wrap(text: Json, dtype: str) -> Json:
     """Return the multimodal config.json around a text config, the only one under which transformers looks for its keys.
 
     A Gemma3ForCausalLM finds none of them and stays random. The vision tower is the smallest possible one and not in
@@ -197,7 +198,10 @@ FAMILY = Family(
     },
     ignored={
         "huggingface": (
-            "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
+            "vision_tower.",
+            "multi_modal_projector.",
+            "model.vision_tower.",
+            "model.multi_modal_projector.",
         ),
         "gguf": ("v.", "mm."),
     },
@@ -231,4 +235,4 @@ FAMILY = Family(
         "policy bind it and whatever is made from it.",
     ),
     torch=TorchExport("modeling_sst_gemma3.py", "SSTGemma3"),
-)  # fmt: skip
+)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sst_jax.families.base import ConfigFormat, Family, GGUFFormat, Splitting, TokenFacts, TorchExport
+from sst_jax.families.base import ConfigFormat, Family, Fields, GGUFFormat, Splitting, TokenFacts, TorchExport
 from sst_jax.families.common import (
     LLAMA_ALLOWED,
     LLAMA_BLOCK,
@@ -20,22 +18,26 @@ from sst_jax.families.common import (
     write_llama_config,
 )
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import FieldValue
 
 # GGUF files hold the rows of q and k so that the pairs which RoPE rotates are neighbours.
 _ROTATED = ("layers/q/kernel", "layers/k/kernel")
 PARAMS = tuple(spec._replace(transform="rotary") if spec.path in _ROTATED else spec for spec in LLAMA_PARAMS)
 
 
-def _preset(*shape: int, **fields: Any) -> BackboneConfig:
+def _preset(*shape: int, **fields: FieldValue) -> BackboneConfig:
     """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     return global_decoder("llama", LLAMA_BLOCK, shape, **fields)
 
 
 _SMOLLM2 = {"vocab_size": 49_152, "norm_eps": 1e-5, "max_positions": 8192}
-_LLAMA3 = {
-    "vocab_size": 128_256, "norm_eps": 1e-5, "max_positions": 131_072, "rope_theta_global": 500_000.0,
+_LLAMA3: Fields = {
+    "vocab_size": 128_256,
+    "norm_eps": 1e-5,
+    "max_positions": 131_072,
+    "rope_theta_global": 500_000.0,
     "rope_llama3": ROPE_LLAMA3,
-}  # fmt: skip
+}
 PRESETS = {
     "smollm2-135m": _preset(30, 576, 1536, 9, 3, 64, rope_theta_global=100_000.0, **_SMOLLM2),
     "smollm2-360m": _preset(32, 960, 2560, 15, 5, 64, rope_theta_global=100_000.0, **_SMOLLM2),

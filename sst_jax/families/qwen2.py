@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sst_jax.families.base import ConfigFormat, Family, GGUFFormat, TokenFacts, TorchExport
 from sst_jax.families.common import (
     LLAMA_ALLOWED,
@@ -20,6 +18,7 @@ from sst_jax.families.common import (
     write_llama_config,
 )
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import FieldValue
 
 BLOCK = {**LLAMA_BLOCK, "qkv_bias": True}
 
@@ -31,7 +30,7 @@ PARAMS = (
 )
 
 
-def _preset(*shape: int, **fields: Any) -> BackboneConfig:
+def _preset(*shape: int, **fields: FieldValue) -> BackboneConfig:
     """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     published = {"vocab_size": 151_936, "max_positions": 32_768, "rope_theta_global": 1_000_000.0}
     return global_decoder("qwen2", BLOCK, shape, **{**published, **fields})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sst_jax.families.base import ConfigFormat, Family, GGUFFormat, TokenFacts, TorchExport
 from sst_jax.families.common import (
     LLAMA_ALLOWED,
@@ -21,6 +19,7 @@ from sst_jax.families.common import (
     write_llama_config,
 )
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import FieldValue
 
 BLOCK = {**LLAMA_BLOCK, "qk_norm": True}
 PARAMS = (
@@ -30,7 +29,7 @@ PARAMS = (
 )
 
 
-def _preset(*shape: int, **fields: Any) -> BackboneConfig:
+def _preset(*shape: int, **fields: FieldValue) -> BackboneConfig:
     """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
     published = {"vocab_size": 151_936, "max_positions": 40_960, "rope_theta_global": 1_000_000.0}
     return global_decoder("qwen3", BLOCK, shape, **{**published, **fields})

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,12 +24,19 @@ from sst_jax.errors import InputError
 from sst_jax.files import sha256
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import FILES, Policy
+from sst_jax.types import Json
 
 FORMAT = "sst_jax.probe.1"
 SHAPES = {
-    "chosen": "k", "mean": "k", "scale": "k", "gate": "k", "hidden": "kh", "hidden_bias": "h", "out": "h",
+    "chosen": "k",
+    "mean": "k",
+    "scale": "k",
+    "gate": "k",
+    "hidden": "kh",
+    "hidden_bias": "h",
+    "out": "h",
     "out_bias": "1",
-}  # fmt: skip
+}
 FACTS = ("model", "layer", "layers", "d_model", "first", "depths", "prompt", "label", "scores")
 
 
@@ -39,7 +45,7 @@ class Probe:
     """weights  by the names of SHAPES;  facts  at least FACTS, JSON-ready;  path, digest  of its file."""
 
     weights: dict[str, np.ndarray]
-    facts: dict[str, Any]
+    facts: Json
     path: str
     digest: str
 

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypedDict, TypeVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from sst_jax.inference.session import Request, check_policy, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
-from sst_jax.types import Json, Logits, PyTree, Tokens
+from sst_jax.types import FieldValue, Json, Logits, PyTree, Tokens
 from sst_jax.weights import store
 from sst_jax.weights.loading import open_model, vision_of
 from sst_jax.weights.provenance import Provenance
@@ -59,6 +59,20 @@ class TextDelta:
     index: int
     text: str
     generation: Generation | None = None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Arguments of `Model.generate` and `Model.generate_iter` beside the prompts."""
+
+    depth: Depth | Sequence[Depth]
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | Sequence[int]
+    stop: str | Sequence[str]
+    chat: bool
 
 
 class Model:
@@ -217,12 +231,12 @@ class Model:
             except StopIteration:
                 return
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Iterator[TextDelta]:
+    def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Unpack[GenerateOptions]) -> Iterator[TextDelta]:
         """Return `generate_iter`, by its name in version 0.1.0."""
         warnings.warn("Model.stream is Model.generate_iter now", DeprecationWarning, stacklevel=2)
         return self.generate_iter(prompts, **settings)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Unpack[GenerateOptions]) -> list[Generation]:
         """Answer to one prompt or many, text or token ids, in one batch.
 
         Args:
@@ -252,7 +266,7 @@ class Model:
             raise InputError("a prompt is empty: give at least one token")
         return self._ids([list(prompt)])[0].tolist()
 
-    def with_stream(self, seed: int = 0, **fields: Any) -> Model:
+    def with_stream(self, seed: int = 0, **fields: FieldValue) -> Model:
         """Return the same backbone with a fresh stream; `fields` are StreamConfig's. A number for alpha fixes it there.
 
         Raises: InputError on an unknown field or a bad value.

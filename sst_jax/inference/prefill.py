@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ import numpy as np
 
 from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.model import decoder
-from sst_jax.model.attention import Past, ring_positions
+from sst_jax.model.attention import KV, Past, ring_positions
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Params, Residuals
+from sst_jax.model.decoder import Layer, Params, Residuals
 from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
-from sst_jax.types import AnyRowInts, Tokens
+from sst_jax.types import AnyRowInts, RowHidden, RowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -116,8 +116,10 @@ def fill_chunk(
     last = jnp.maximum(count - 1, 0)
     last_step = last * depth + depth - 1
 
-    def rule(*arguments: Any) -> tuple[tuple, LayerOutputs]:
-        residuals, left = solve(*arguments)
+    def rule(
+        layer: Layer, residuals: Residuals, before: RowHidden | None, context: decoder.Context
+    ) -> tuple[Residuals, LayerOutputs]:
+        residuals, left = solve(layer, residuals, before, context)
         if left.state_out is not None:
             left = left._replace(state_out=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
         return residuals, left
@@ -163,7 +165,7 @@ def chunk_context(
     return dataclasses.replace(context, masks=context.masks._replace(has_state=live, is_initial=begins))
 
 
-def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count: jax.Array) -> Any:
+def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count: RowInts) -> KV:
     """The caches with the keys and values [L, B, T, K, H] of a chunk, `count` [B] of whose positions are real."""
     kinds, kv = np.array(config.backbone.layer_types), cache.kv
     held = ring_positions(cache.length + count - 1, kv.local_k.shape[2]) - cache.length[:, None]  # [B, W], in the chunk

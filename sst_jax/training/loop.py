@@ -15,9 +15,9 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
@@ -52,6 +52,7 @@ from sst_jax.training.step import (
     train_step,
 )
 from sst_jax.training.watchdog import StallWatchdog, StopSignals, Watch
+from sst_jax.types import Json
 from sst_jax.weights.checkpoint import Checkpoints
 from sst_jax.weights.loading import LoadedModel, open_model
 
@@ -77,7 +78,7 @@ class Progress:
     consecutive_skips: int = 0
     pending: dict[str, float] | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return everything but the step, which a checkpoint's name says."""
         saved = {
             "heldout": {str(step): loss for step, loss in self.heldout.items()},
@@ -88,14 +89,14 @@ class Progress:
         return saved if self.pending is None else {**saved, "pending": self.pending}
 
     @classmethod
-    def from_json(cls, step: int, saved: Mapping[str, Any]) -> Progress:
+    def from_json(cls, step: int, saved: Json) -> Progress:
         """Return what `to_json` made of it, or version 0.1.0, which wrote "in_a_row" and "unfinished"."""
         return cls(
             step,
             {int(at): loss for at, loss in saved["heldout"].items()},
             saved["seconds"],
             saved["skipped"],
-            saved.get("consecutive_skips", saved.get("in_a_row", 0)),
+            saved["consecutive_skips"] if "consecutive_skips" in saved else saved.get("in_a_row", 0),
             saved.get("pending", saved.get("unfinished")),
         )
 
@@ -104,7 +105,7 @@ class Inputs(NamedTuple):
     """A run's inputs, read and checked."""
 
     recipe: Recipe  # attention="auto" is decided
-    record: dict[str, Any]  # the recipe as it is recorded
+    record: Json  # the recipe as it is recorded
     config: ModelConfig
     opened: LoadedModel
     examples: list[Example]
@@ -140,7 +141,7 @@ class Programs(NamedTuple):
 
     train_step: Callable[[ForwardConfig], StepFunction]  # one for each forward that is drawn
     heldout_losses: Callable[[Params, Params, Batch], jax.Array]
-    heldout_batches: list[dict[str, Any]]
+    heldout_batches: list[Json]
 
 
 def fit(recipe: Recipe | ConfigDict | str | Path, workdir: str | Path, *, watch: Watch | None = None) -> RunResult:

@@ -26,13 +26,14 @@ from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.step import ForwardConfig, ForwardSchedule
+from sst_jax.types import Json
 
 DTYPES = ("float32", "bfloat16")
 
 # Former name of a knob -> its name: recipe files, flags and run folders may still use the former one.
 RENAMED: dict[str, str] = {"stream.prompt": "stream.iterate_prompt"}
 # A knob that is no more -> the value that meant what happens without it.
-RETIRED: dict[str, Any] = {}
+RETIRED: Json = {}
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -76,7 +77,7 @@ class StreamSection:
     schedule: ForwardSchedule = dataclasses.field(default_factory=ForwardSchedule)
 
     @classmethod
-    def from_knobs(cls, knobs: Mapping[str, Any]) -> StreamSection:
+    def from_knobs(cls, knobs: Json) -> StreamSection:
         """Return the section of a recipe's knobs.
 
         Raises: InputError naming the knob.
@@ -88,7 +89,7 @@ class StreamSection:
             from_mapping(ForwardSchedule, {key: knobs[key] for key in scheduling}),
         )
 
-    def to_knobs(self) -> dict[str, Any]:
+    def to_knobs(self) -> Json:
         """Return the knobs as `from_knobs` takes them."""
         return {**dataclasses.asdict(self.state), "on": self.on, **dataclasses.asdict(self.schedule)}
 
@@ -97,13 +98,10 @@ class StreamSection:
         """The mechanism, None where it is off."""
         return self.state if self.on else None
 
-    def forward(self, **settings: Any) -> ForwardConfig:
-        """Return the forward that trains: the schedule's, "plain" without a stream.
-
-        settings: fields of ForwardConfig that the schedule does not have.
-        """
-        schedule: dict[str, Any] = dataclasses.asdict(self.schedule) if self.on else {"forward": "plain"}
-        return ForwardConfig(**schedule, **settings)
+    def forward(self, remat: str, dtype: str = "float32", attention: str = "xla") -> ForwardConfig:
+        """Return the forward that trains: the schedule's, "plain" without a stream; computed as ForwardConfig says."""
+        schedule: Json = dataclasses.asdict(self.schedule) if self.on else {"forward": "plain"}
+        return ForwardConfig(**schedule, remat=remat, dtype=dtype, attention=attention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +219,7 @@ class Recipe:
     @property
     def forward(self) -> ForwardConfig:
         """The forward that trains."""
-        return self.stream.forward(remat=self.train.remat, dtype=self.model.dtype, attention=self.model.attention)
+        return self.stream.forward(self.train.remat, self.model.dtype, self.model.attention)
 
     @property
     def heldout_forward(self) -> ForwardConfig:
@@ -240,7 +238,7 @@ class Recipe:
         """Return the config of the model that trains on this backbone, with its tokenizer's `bos_id`."""
         return ModelConfig(backbone, self.stream.config, self.adapter, bos_id, self.model.dtype)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the recipe as its run records it: without the mesh, as a run resumes on any number of devices."""
         sections = {
             "model": dataclasses.asdict(self.model),
@@ -262,7 +260,7 @@ def with_attention_kernel(recipe: Recipe, pick: Callable[[str, str], str]) -> Re
 class Section(ConfigDict):
     """The knobs of a section, which are found by their former names too."""
 
-    def __init__(self, knobs: Mapping[str, Any] | None = None, name: str = ""):
+    def __init__(self, knobs: Json | None = None, name: str = ""):
         object.__setattr__(self, "_name", name)
         super().__init__(knobs)
 
@@ -297,23 +295,23 @@ def defaults() -> ConfigDict:
     return ConfigDict({name: Section(knobs, name) for name, knobs in sections.items()}).lock()
 
 
-def stream_knobs() -> dict[str, Any]:
+def stream_knobs() -> Json:
     """Return the knobs of the section `stream` with their defaults."""
     return {**_knobs(StreamConfig), "on": True, **_knobs(ForwardSchedule)}
 
 
-def _defaults(section: type) -> dict[str, Any]:
+def _defaults(section: type) -> Json:
     """Return a dataclass's fields with their defaults, unchecked: a recipe without a source is none yet."""
     return {field.name: field.default for field in dataclasses.fields(section)}
 
 
-def _knobs(section: type) -> dict[str, Any]:
+def _knobs(section: type) -> Json:
     """Return a section's knobs; those whose default is None get the type that a value would have."""
     optional = {"alpha": config_dict.placeholder(float), "layers": config_dict.placeholder(tuple)}
     return {name: optional[name] if value is None else value for name, value in _defaults(section).items()}
 
 
-def default_record() -> dict[str, Any]:
+def default_record() -> Json:
     """Return all knobs with their defaults as a run would record them."""
     record = json.loads(defaults().to_json_best_effort())
     del record["mesh"]
@@ -329,7 +327,7 @@ def resolve(config: ConfigDict) -> Recipe:
         raise InputError(
             f"this recipe trains from scratch (kind={config.kind!r}): `python -m sst_jax.train` alone takes it"
         )
-    knobs: dict[str, dict[str, Any]] = config.to_dict()
+    knobs: dict[str, Json] = config.to_dict()
     return Recipe(
         model=from_mapping(SourceConfig, knobs["model"]),
         stream=StreamSection.from_knobs(knobs["stream"]),
@@ -373,7 +371,7 @@ def _renamed(override: str) -> str:
     return f"--config.{current_name(key)}{equals}{value}"
 
 
-def read_recipe(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str, overrides: Json | Sequence[str] = ()) -> Recipe:
     """Return the recipe at `path`, checked: `read`, then `resolve`.
 
     Args:
@@ -412,6 +410,6 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return values.config
 
 
-def recorded(config: ConfigDict) -> dict[str, Any]:
+def recorded(config: ConfigDict) -> Json:
     """Return knobs as a run records them: `Recipe.to_json`."""
     return resolve(config).to_json()

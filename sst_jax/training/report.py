@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import print_line
@@ -14,6 +13,7 @@ from sst_jax.data.prompts import prompt_tokens
 from sst_jax.inference.model import Model
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.figures import learning_curve
+from sst_jax.types import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunResult:
     figure: str | None = None
     checkpoint: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the content of result.json."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 

@@ -28,6 +28,7 @@ from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.recipe import RENAMED, RETIRED, default_record
+from sst_jax.types import Json, ReadOnlyJson
 from sst_jax.weights.checkpoint import read_metrics
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -42,11 +43,11 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
-        base: dict[str, Any],
+        config: Json,
+        base: Json,
         *,
         writes: bool = True,
-        defaults: Mapping[str, Any] | None = None,
+        defaults: Json | None = None,
     ):
         """Open a new folder, or one that holds a run of the same config on the same base.
 
@@ -127,7 +128,7 @@ class RunFolder:
                 file.close()
 
 
-def check_recipe(path: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+def check_recipe(path: Path, recipe: Json, defaults: Json | None = None) -> None:
     """Check what can be said of a run folder before the model is read.
 
     Args:
@@ -151,7 +152,7 @@ def check_recipe(path: Path, recipe: dict[str, Any], defaults: Mapping[str, Any]
     _check_same(path, {"recipe": comparable(there, defaults)}, {"recipe": comparable(recipe, defaults)})
 
 
-def comparable(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def comparable(recorded: Json, defaults: Json) -> Json:
     """Return a recorded recipe, of whatever version, as knobs by their present dotted names, all of them.
 
     A knob that it lacks has its default; one that is no more is left out where it had no effect.
@@ -161,7 +162,7 @@ def comparable(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     return {**dict(_by_dotted_name(defaults)), **kept}
 
 
-def _by_dotted_name(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _by_dotted_name(tree: ReadOnlyJson, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _by_dotted_name(value, f"{prefix}{key}.")
@@ -169,7 +170,7 @@ def _by_dotted_name(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield f"{prefix}{key}", value
 
 
-def check(path: Path, config: dict[str, Any], base: dict[str, Any], defaults: Mapping[str, Any] | None) -> None:
+def check(path: Path, config: Json, base: Json, defaults: Json | None) -> None:
     """Raise InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
     check_recipe(path, config["recipe"], defaults)
     if not (path / "config.json").is_file():
@@ -186,7 +187,7 @@ def check(path: Path, config: dict[str, Any], base: dict[str, Any], defaults: Ma
         )
 
 
-def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same(path: Path, there: Json, now: Json) -> None:
     """Raise InputError with the first differences of two configs."""
     differences = diff(there, now)
     if differences:
@@ -195,7 +196,7 @@ def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) ->
         raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """Return the versions and devices of this process."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:

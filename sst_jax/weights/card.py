@@ -102,7 +102,7 @@ def model_card(
         f"{base}, sha256 `{source.digest}`{_quantised(provenance)}. {merged_onto or ''}",
         "## Licence",
         terms,
-    ]  # fmt: skip
+    ]
     recipe = provenance.recipe
     if recipe:
         parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]

@@ -111,9 +111,12 @@ def stream_files(config: ModelConfig, blend: Params, provenance: Provenance) -> 
     """Return stream.json and stream.safetensors, to lie beside a folder that knows nothing of streams."""
     stream = None if config.stream is None else written_fields(config.stream)
     record = {
-        "format": STREAM_FORMAT, "version": VERSION, "stream": stream, "prompts": provenance.prompt_format,
+        "format": STREAM_FORMAT,
+        "version": VERSION,
+        "stream": stream,
+        "prompts": provenance.prompt_format,
         "base": provenance.export_record(),
-    }  # fmt: skip
+    }
     arrays = {name: np.asarray(value) for name, value in blend.items()}
     return {
         STREAM_CONFIG: (json.dumps(record, indent=2) + "\n").encode(),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sst_jax.errors import InputError
 from sst_jax.families.base import ConfigFormat, JsonObject
 from sst_jax.families.common import positive_number
 from sst_jax.families.registry import BY_MODEL_TYPE, BY_WRAPPER, family_of
 from sst_jax.model.config import MAX_LAYERS, BackboneConfig
+from sst_jax.types import Json
 
 
 def backbone_from_config(config: JsonObject, where: str = "config.json") -> BackboneConfig:
@@ -48,9 +48,9 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
         raise InputError(f"{where}: {error}") from error
 
 
-def _number_fields(format: ConfigFormat, config: JsonObject, where: str) -> dict[str, Any]:
+def _number_fields(format: ConfigFormat, config: JsonObject, where: str) -> Json:
     """Return the fields of BackboneConfig that config.json states one by one, as numbers."""
-    fields: dict[str, Any] = {}
+    fields: Json = {}
     for name, (field, default) in format.fields.items():
         if default is None and config.get(field) is None:
             derived = {"num_kv_heads": fields["num_heads"], "head_dim": fields["d_model"] // fields["num_heads"]}
@@ -60,7 +60,7 @@ def _number_fields(format: ConfigFormat, config: JsonObject, where: str) -> dict
     return fields
 
 
-def config_json(backbone: BackboneConfig, dtype: str, layout: str = "text") -> dict[str, Any]:
+def config_json(backbone: BackboneConfig, dtype: str, layout: str = "text") -> Json:
     """Return the config.json of an exported backbone, wrapped as its family says in layouts other than "text".
 
     Raises: InputError when the layout is not one of the family's.

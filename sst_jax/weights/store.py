@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ from jax.sharding import Sharding
 from sst_jax.errors import InputError
 from sst_jax.files import is_plain_name, read_json, sha256, staged_folder
 from sst_jax.model.quantization import storages
-from sst_jax.types import Json, Params
+from sst_jax.types import Json, Params, ReadOnlyJson
 from sst_jax.weights.key_map import set_param
 from sst_jax.weights.source import DTYPES, numpy_dtype
 
@@ -34,7 +33,7 @@ VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}  # integers: quantised linears
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def _leaves(tree: ReadOnlyJson, path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise InputError(f"parameter key {key!r} under {path or 'the top'} must be text without a slash")
