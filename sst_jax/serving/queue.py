@@ -22,8 +22,9 @@ from sst_jax.inference.detokenizer import IncrementalDetokenizer
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import CHUNK as PREFILL
 from sst_jax.inference.prefill import capacity_for
+from sst_jax.inference.programs import SampledTokens, each_score
 from sst_jax.inference.sampling import Scores
-from sst_jax.inference.session import PrefilledPrompt, Request, SampledTokens, Session, each_score
+from sst_jax.inference.session import PrefilledPrompt, Request, Session
 
 CHUNK = 8  # tokens between two looks at who has ended and who is waiting
 TOP = 5  # likeliest tokens that come with a score

@@ -39,6 +39,7 @@ from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.problems import split_problems
+from sst_jax.training.progress import Clock, Progress
 from sst_jax.training.recipe import Recipe, read_recipe, resolve, with_attention_kernel
 from sst_jax.training.report import RunResult, write_report, write_samples
 from sst_jax.training.run import RunFolder, check_recipe
@@ -57,48 +58,6 @@ from sst_jax.weights.checkpoint import Checkpoints
 from sst_jax.weights.loading import LoadedModel, open_model
 
 DROPOUT_BRANCH = 2**31  # folded into the seed's key, which `init_params` splits: a branch that it does not take
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come, beside its arrays: a checkpoint's metadata.
-
-    step               steps done
-    heldout            held-out losses by step
-    seconds            spent in the loop, up to the last save
-    skipped            steps skipped so far, as their numbers were not finite
-    consecutive_skips  of these, the ones just before this step
-    pending            metrics of a step that was saved before its held-out loss was known; None where none is
-    """
-
-    step: int = 0
-    heldout: dict[int, float] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    skipped: int = 0
-    consecutive_skips: int = 0
-    pending: dict[str, float] | None = None
-
-    def to_json(self) -> Json:
-        """Return everything but the step, which a checkpoint's name says."""
-        saved = {
-            "heldout": {str(step): loss for step, loss in self.heldout.items()},
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-            "consecutive_skips": self.consecutive_skips,
-        }
-        return saved if self.pending is None else {**saved, "pending": self.pending}
-
-    @classmethod
-    def from_json(cls, step: int, saved: Json) -> Progress:
-        """Return what `to_json` made of it, or version 0.1.0, which wrote "in_a_row" and "unfinished"."""
-        return cls(
-            step,
-            {int(at): loss for at, loss in saved["heldout"].items()},
-            saved["seconds"],
-            saved["skipped"],
-            saved["consecutive_skips"] if "consecutive_skips" in saved else saved.get("in_a_row", 0),
-            saved.get("pending", saved.get("unfinished")),
-        )
 
 
 class Inputs(NamedTuple):
@@ -199,16 +158,6 @@ def as_recipe(recipe: Recipe | ConfigDict | str | Path) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     return resolve(recipe) if isinstance(recipe, ConfigDict) else read_recipe(str(recipe))
-
-
-class Clock:
-    """Seconds of a run over all its processes, one after another."""
-
-    def __init__(self, before: float):
-        self._start = time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
 
 
 def check_inputs(recipe: Recipe, workdir: Path) -> Inputs:

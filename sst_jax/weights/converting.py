@@ -14,8 +14,8 @@ from sst_jax.files import digest
 from sst_jax.types import Json
 from sst_jax.weights import calibrate, store
 from sst_jax.weights.conversion import Conversion
-from sst_jax.weights.loading import vision_tensors
 from sst_jax.weights.provenance import Provenance
+from sst_jax.weights.references import vision_tensors
 from sst_jax.weights.source import Source
 
 

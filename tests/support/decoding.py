@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from sst_jax.inference.policies import Policy, as_policy
+from sst_jax.inference.programs import SampledTokens
 from sst_jax.inference.sampling import Sampling
-from sst_jax.inference.session import GREEDY, Request, SampledTokens, generate_tokens
+from sst_jax.inference.session import GREEDY, Request, generate_tokens
 
 
 def generate(

@@ -1,0 +1,60 @@
+"""How far a run has come: what a checkpoint says beside its arrays, and the seconds spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from sst_jax.types import Json
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, beside its arrays: a checkpoint's metadata.
+
+    step               steps done
+    heldout            held-out losses by step
+    seconds            spent in the loop, up to the last save
+    skipped            steps skipped so far, as their numbers were not finite
+    consecutive_skips  of these, the ones just before this step
+    pending            metrics of a step that was saved before its held-out loss was known; None where none is
+    """
+
+    step: int = 0
+    heldout: dict[int, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    skipped: int = 0
+    consecutive_skips: int = 0
+    pending: dict[str, float] | None = None
+
+    def to_json(self) -> Json:
+        """Return everything but the step, which a checkpoint's name says."""
+        saved = {
+            "heldout": {str(step): loss for step, loss in self.heldout.items()},
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "consecutive_skips": self.consecutive_skips,
+        }
+        return saved if self.pending is None else {**saved, "pending": self.pending}
+
+    @classmethod
+    def from_json(cls, step: int, saved: Json) -> Progress:
+        """Return what `to_json` made of it, or version 0.1.0, which wrote "in_a_row" and "unfinished"."""
+        return cls(
+            step,
+            {int(at): loss for at, loss in saved["heldout"].items()},
+            saved["seconds"],
+            saved["skipped"],
+            saved["consecutive_skips"] if "consecutive_skips" in saved else saved.get("in_a_row", 0),
+            saved.get("pending", saved.get("unfinished")),
+        )
+
+
+class Clock:
+    """Seconds of a run over all its processes, one after another."""
+
+    def __init__(self, before: float):
+        self._start = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start

@@ -1,0 +1,176 @@
+"""The sections of a recipe that are training's own.
+
+A section is a frozen dataclass that checks itself: its docstring is the place where its knobs are documented, its
+defaults are theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sst_jax.data import datasets
+from sst_jax.data.prompts import FORMATS
+from sst_jax.errors import InputError
+from sst_jax.model import rules
+from sst_jax.model.config import StreamConfig, from_mapping
+from sst_jax.model.quantization import storages
+from sst_jax.training.step import ForwardConfig, ForwardSchedule
+from sst_jax.types import Json
+
+DTYPES = ("float32", "bfloat16")
+
+
+def field_defaults(section: type) -> Json:
+    """Return a dataclass's fields with their defaults, unchecked: a recipe without a source is none yet."""
+    return {field.name: field.default for field in dataclasses.fields(section)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Section `model`: the frozen base.
+
+    source     a folder, a hub id, a GGUF file, "package:NAME" or "random:PRESET"
+    dtype      type of the base and of activations: "float32" or "bfloat16"
+    quantize   storage of the base's linears: "none", "nf4" or "nf4_double"
+    attention  kernel that attends over whole sequences: "auto", "xla", "cudnn" or "splash" (`model/kernels.py`)
+    """
+
+    source: str = ""
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
+        if self.quantize not in storages.kinds():
+            raise InputError(f"model.quantize={self.quantize!r} is not one of {', '.join(storages.kinds())}")
+        if not self.source:
+            raise InputError("model.source is empty: set --config.model.source to a folder, a hub id or a GGUF file")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSection:
+    """Section `stream`, whose knobs stand side by side in a recipe: `on`, those of `StreamConfig`, those of
+    `ForwardSchedule`.
+
+    on        whether the model has a stream; without it the plain backbone trains its adapter
+    state     the mechanism
+    schedule  which forward trains it at which step
+    """
+
+    on: bool = True
+    state: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    schedule: ForwardSchedule = dataclasses.field(default_factory=ForwardSchedule)
+
+    @classmethod
+    def from_knobs(cls, knobs: Json) -> StreamSection:
+        """Return the section of a recipe's knobs.
+
+        Raises: InputError naming the knob.
+        """
+        scheduling = field_defaults(ForwardSchedule)
+        return cls(
+            knobs["on"],
+            from_mapping(StreamConfig, {key: value for key, value in knobs.items() if key not in ("on", *scheduling)}),
+            from_mapping(ForwardSchedule, {key: knobs[key] for key in scheduling}),
+        )
+
+    def to_knobs(self) -> Json:
+        """Return the knobs as `from_knobs` takes them."""
+        return {**dataclasses.asdict(self.state), "on": self.on, **dataclasses.asdict(self.schedule)}
+
+    @property
+    def config(self) -> StreamConfig | None:
+        """The mechanism, None where it is off."""
+        return self.state if self.on else None
+
+    def forward(self, remat: str, dtype: str = "float32", attention: str = "xla") -> ForwardConfig:
+        """Return the forward that trains: the schedule's, "plain" without a stream; computed as ForwardConfig says."""
+        schedule: Json = dataclasses.asdict(self.schedule) if self.on else {"forward": "plain"}
+        return ForwardConfig(**schedule, remat=remat, dtype=dtype, attention=attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Section `data`: what is learned, and how it is put into rows.
+
+    name        a data set of `data/datasets.py` that has problems to train on, such as "gsm8k", "words" (the embedded
+                word problems) or the stories "boxes:1-4"; or "auto" (gsm8k where a path is given, else words). With
+                ":result" behind gsm8k, words and auto only the result is learned, without the steps.
+    path        a folder with the data set's files, or a hub id
+    length      positions of a row
+    batch_size  rows of a batch
+    pack        whether a row holds several documents
+    format      "plain" or "chat"
+    heldout     examples kept out of training by seed, for the loss before, during and after; of GSM8K they come from
+                the training split, the test split is never read here
+    limit       use at most so many training examples (0: all)
+    overlong    what an example that does not fit a row is: an "error", or left out ("drop")
+    """
+
+    name: str = "gsm8k"
+    path: str = "openai/gsm8k"
+    length: int = 512
+    batch_size: int = 8
+    pack: bool = True
+    format: str = "chat"
+    heldout: int = 894
+    limit: int = 0
+    overlong: str = "error"
+
+    def __post_init__(self) -> None:
+        dataset = datasets.find(self.dataset)
+        if dataset is None or not dataset.source.trains:
+            known = ", ".join(map(repr, ("auto", *datasets.names(lambda dataset: dataset.source.trains))))
+            raise InputError(f"data.name={self.name!r} is not one of {known}")
+        for field in ("length", "batch_size", "heldout"):
+            if getattr(self, field) < 1:
+                raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
+        if self.limit < 0:
+            raise InputError(f"data.limit={self.limit} must not be negative; 0 is all")
+        if self.format not in FORMATS:
+            raise InputError(f"data.format={self.format!r} is not one of {', '.join(map(repr, FORMATS))}")
+
+    @property
+    def dataset(self) -> str:
+        """`name`, with "auto" decided."""
+        kind, colon, part = self.name.partition(":")
+        return ("gsm8k" if self.path else "words") + colon + part if kind == "auto" else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Section `train`: how long a run is, and what it measures and keeps on its way.
+
+    steps          batches that are trained on
+    seed           of the data's order, of fresh parameters, of dropout and of drawn forwards
+    log_every      steps between two lines of metrics.jsonl
+    eval_every     steps between two held-out losses
+    eval_forward   forward that the held-out loss is evaluated with; without a stream it is "plain"
+    save_every     steps between two checkpoints
+    keep           checkpoints that stay
+    remat          activations kept for the backward pass, see `decoder.REMAT`
+    max_skipped    steps skipped one after another, for numbers that are not finite, that end the run
+    sample_tokens  length of the answers written at the end
+    """
+
+    steps: int = 100
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 50
+    eval_forward: str = "exact"
+    save_every: int = 50
+    keep: int = 2
+    remat: str = "layer"
+    max_skipped: int = 10
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "sample_tokens"):
+            if getattr(self, field) < 1:
+                raise InputError(f"train.{field}={getattr(self, field)} must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"train.seed={self.seed} must not be negative")
+        if self.eval_forward not in rules.FORWARDS:
+            raise InputError(f"train.eval_forward={self.eval_forward!r} is not one of {', '.join(rules.FORWARDS)}")
