@@ -61,10 +61,17 @@ AnswerMask = Bool[AnyArray, "B T"]  # tokens that are learned
 Losses = Float[Array, "B T"]  # nats, 0 where nothing is learned
 FlatHidden = Float[Array, "M D"]
 FlatTokens = Int[AnyArray, "M"]
+FlatIndex = Int[Array, "rows"]  # positions of a block of the loss
+BlockHidden = Float[Array, "rows D"]
+BlockLosses = Float[Array, "rows"]
 FlatMask = Bool[AnyArray, "M"]
 FlatLosses = Float[Array, "M"]
 HeadTable = Float[Array, "V D"]
 Fraction = Float[Array, ""]
+Count = Int[Array, ""]
+Flag = Bool[Array, ""]
+RandomKey = Array  # of `jax.random.key`, whose dtype no shape string names
+DeviceArrays = dict[str, Array]  # by name
 
 # Decoding, one position a row.
 RowInts = Int[Array, "B"]
@@ -73,6 +80,15 @@ RowBools = Bool[Array, "B"]
 RowHidden = Float[Array, "B D"]  # normed hidden states of one position
 RowStates = Float[Array, "L B D"]  # each layer's state
 RowLogits = Float[Array, "B V"]
+SomeLogits = Float[Array, "*B V"]  # of positions in any arrangement
+SomeTokens = Int[Array, "*B"]
+PositionHidden = Float[Array, "T D"]  # normed hidden states of one sequence
+PositionTokens = Int[AnyArray, "T"]
+CacheStack = Float[Array, "layers B _ K H"]  # keys or values of one kind of layers, of slots or of new positions
+LayerStates = Float[np.ndarray, "L D"]  # one sequence's states, on the host
+HostTokens = Int[np.ndarray, "B T"]
+HostRowInts = Int[np.ndarray, "B"]
+HostRowBools = Bool[np.ndarray, "B"]
 # What the host says of each row, or a program computed.
 AnyRowInts = Int[AnyArray, "B"]
 AnyRowSeeds = UInt32[AnyArray, "B"]

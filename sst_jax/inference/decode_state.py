@@ -16,7 +16,7 @@ from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.rules import attention_residual, feed, project
 from sst_jax.model.state import Masks, decay_state, initial_state, state_update
-from sst_jax.types import AnyRowBools, AnyRowInts, RowBools, RowHidden, RowInts, RowStates
+from sst_jax.types import AnyRowBools, AnyRowInts, Count, RowBools, RowHidden, RowInts, RowStates
 
 
 class DecodeState(NamedTuple):
@@ -33,7 +33,7 @@ class DecodeState(NamedTuple):
 class StepCarry(NamedTuple):
     """What one iteration at a position hands to the next."""
 
-    iteration: jax.Array  # int32 [], iterations done at the position
+    iteration: Count  # int32 [], iterations done at the position
     active: RowBools  # rows that iterate again
     used: RowInts  # iterations that each row has had
     hidden: RowHidden  # normed, after each row's last iteration
@@ -104,7 +104,9 @@ def _decode_step(
     if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
         leaves_state = token != config.bos_id
 
-    def wants_more(iteration: jax.Array, active: RowBools, new: RowHidden, old: RowHidden, state: RowStates | None):
+    def wants_more(
+        iteration: Count, active: RowBools, new: RowHidden, old: RowHidden, state: RowStates | None
+    ) -> RowBools:
         going = active & (iteration < depth)
         if halting is None:
             return going
@@ -120,8 +122,8 @@ def _decode_step(
         context = Context(config, tables, masks=masks)
 
         def rule(
-            layer: Layer, residuals: tuple, state_in: jax.Array | None, context: Context
-        ) -> tuple[tuple, jax.Array | None]:
+            layer: Layer, residuals: tuple, state_in: RowHidden | None, context: Context
+        ) -> tuple[tuple, RowHidden | None]:
             x, kv = residuals
             q, k, v = project(layer, x, context)
             out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, tables, position, write, q, k, v, kv)
@@ -154,7 +156,7 @@ def _decode_step(
     return last.hidden, cache, last.used
 
 
-def _masks(stream: StreamConfig, iteration: jax.Array, position: RowInts, has_state: RowBools) -> Masks:
+def _masks(stream: StreamConfig, iteration: Count, position: RowInts, has_state: RowBools) -> Masks:
     """Return where states enter an iteration of one position."""
     is_initial = ~has_state & (iteration == 0) & (position == 0) & (stream.initial in ("zero", "own"))
     return Masks(has_state[:, None, None], is_initial[:, None, None])

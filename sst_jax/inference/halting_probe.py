@@ -24,7 +24,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import sha256
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import FILES, Policy
-from sst_jax.types import Json
+from sst_jax.types import HostArrays, HostFloats, Json, LayerStates
 
 FORMAT = "sst_jax.probe.1"
 SHAPES = {
@@ -44,12 +44,12 @@ FACTS = ("model", "layer", "layers", "d_model", "first", "depths", "prompt", "la
 class Probe:
     """weights  by the names of SHAPES;  facts  at least FACTS, JSON-ready;  path, digest  of its file."""
 
-    weights: dict[str, np.ndarray]
+    weights: HostArrays
     facts: Json
     path: str
     digest: str
 
-    def probability(self, states: np.ndarray) -> float:
+    def probability(self, states: LayerStates) -> float:
         """Return the probability of the positive label, given the states [L, D] at the first position.
 
         Raises: InputError where they are of another shape, or not numbers.
@@ -62,7 +62,7 @@ class Probe:
             raise InputError(f"{self.path}: the state at the first position is not a number")
         return float(probabilities(self.weights, state[None])[0])
 
-    def __call__(self, states: np.ndarray) -> int:
+    def __call__(self, states: LayerStates) -> int:
         return self.facts["depths"][int(self.probability(states) > 0.5)]
 
     @property
@@ -83,7 +83,7 @@ class Probe:
             )
 
 
-def probabilities(weights: dict[str, np.ndarray], inputs: np.ndarray) -> np.ndarray:
+def probabilities(weights: HostArrays, inputs: HostFloats) -> HostFloats:
     """Return [n] of the chosen dimensions' values [n, k]."""
     x = weights["gate"] * (inputs - weights["mean"]) / weights["scale"]
     logits = np.tanh(x @ weights["hidden"] + weights["hidden_bias"]) @ weights["out"] + weights["out_bias"][0]

@@ -15,7 +15,7 @@ import numpy as np
 
 from sst_jax.model.attention import KV
 from sst_jax.model.config import ModelConfig
-from sst_jax.types import RowBools, RowInts, RowStates
+from sst_jax.types import AnyArray, CacheStack, RowBools, RowInts, RowStates
 
 
 class Cache(NamedTuple):
@@ -40,7 +40,7 @@ def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
     count = backbone.layer_types.count
     heads = (backbone.num_kv_heads, backbone.head_dim)
 
-    def stack(kind: str, slots: int) -> jax.Array:
+    def stack(kind: str, slots: int) -> CacheStack:
         # A kind without layers keeps one empty stack of one layer, so that both branches have an array to look at.
         return jnp.zeros((max(count(kind), 1), batch, slots, *heads), jnp.dtype(config.dtype))
 
@@ -67,7 +67,7 @@ def bytes_per_sequence(config: ModelConfig, capacity: int) -> dict[str, int]:
     }
 
 
-def map_rows(function: Callable[..., jax.Array], *caches: Cache) -> Cache:
+def map_rows(function: Callable[..., AnyArray], *caches: Cache) -> Cache:
     """Apply `function(axis, *arrays)` to every array of caches; `axis` is the one that counts sequences."""
     places: Any = Cache(KV(*[1] * 4), None if caches[0].state is None else 1, 0, 0)  # type: ignore[arg-type]  # axes
     return jax.tree.map(function, places, *caches)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.types import AnyRowFloats, AnyRowInts, RowBools, RowHidden, RowLogits, RowStates
+from sst_jax.types import AnyRowFloats, AnyRowInts, Count, LayerStates, RowBools, RowHidden, RowLogits, RowStates
 
 # ------------------------------------------------------------------------------------------------------ Halting rules
 
@@ -41,7 +41,7 @@ class StepSeen(NamedTuple):
     threshold  [B], each row's parameter
     """
 
-    iteration: jax.Array
+    iteration: Count
     hidden: RowHidden
     previous: RowHidden
     states: RowStates | None
@@ -122,7 +122,7 @@ class Policy:
     rest: int
     halt: str | None = None
     threshold: float = 0.0
-    select_depth: Callable[[np.ndarray], int] | None = None
+    select_depth: Callable[[LayerStates], int] | None = None
 
     def __post_init__(self) -> None:
         for field in ("first", "rest"):
@@ -176,7 +176,7 @@ until_stable = functools.partial(until, "until_stable")
 until_confident = functools.partial(until, "until_confident")
 
 
-def probe(select_depth: Callable[[np.ndarray], int], first: int = 1) -> Policy:
+def probe(select_depth: Callable[[LayerStates], int], first: int = 1) -> Policy:
     """Return the policy of `first` iterations at the first position, and from there on as many as are chosen.
 
     Args:
@@ -188,7 +188,7 @@ def probe(select_depth: Callable[[np.ndarray], int], first: int = 1) -> Policy:
     return Policy(f"probe:{getattr(select_depth, '__name__', 'select')}", first, 1, select_depth=select_depth)
 
 
-def selected_depth(policy: Policy, states: np.ndarray) -> int:
+def selected_depth(policy: Policy, states: LayerStates) -> int:
     """Return what `policy.select_depth` chooses for the states [L, D], checked."""
     if policy.select_depth is None:
         raise ValueError(f"the policy {policy.name} does not choose from states")

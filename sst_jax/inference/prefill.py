@@ -22,14 +22,14 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Layer, Params, Residuals
 from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
-from sst_jax.types import AnyRowInts, RowHidden, RowInts, Tokens
+from sst_jax.types import AnyRowInts, CacheStack, Hidden, RowHidden, RowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
 
 
 def padded(length: int) -> int:
-    """`length` rounded up to 64, 128, 256 or 512, or beyond that to full chunks and one of these."""
+    """Return `length` rounded up to 64, 128, 256 or 512, or beyond that to full chunks and one of these."""
     full, rest = divmod(length, CHUNK)
     if rest == 0:
         return full * CHUNK
@@ -40,7 +40,7 @@ def padded(length: int) -> int:
 
 
 def capacity_for(length: int) -> int:
-    """Slots of a cache for `length` positions, so that every chunk of a `padded` prompt fits."""
+    """Return the slots of a cache for `length` positions, so that every chunk of a `padded` prompt fits."""
     return padded(length) if length <= CHUNK else -(-length // CHUNK) * CHUNK
 
 
@@ -53,10 +53,20 @@ def prefill(
     capacity: int,
     depth: int = 1,
     chunk: int = CHUNK,
-) -> tuple[jax.Array, Cache]:
-    """Solves the recurrence over right-padded prompts tokens [B, T] of `lengths` [B], as `stream.prefill` says.
+) -> tuple[RowHidden, Cache]:
+    """Solve the recurrence over right-padded prompts, as `stream.prefill` says.
 
-    Returns the normed hidden state of each prompt's last position, [B, D], and the cache behind it.
+    Args:
+        config: of the model.
+        params: the three trees.
+        tokens: [B, T].
+        lengths: [B], positions of each prompt.
+        capacity: positions of the cache, as `capacity_for` rounds them.
+        depth: iterations of every position.
+        chunk: positions that are solved together.
+
+    Returns:
+        The normed hidden state [B, D] of each prompt's last position, and the cache after it.
     """
     *_, last = prefill_chunks(config, params, tokens, lengths, capacity=capacity, depth=depth, chunk=chunk)
     return last.hidden, last.cache
@@ -66,8 +76,8 @@ class PrefillChunk(NamedTuple):
     """A prompt up to the end of one of its chunks."""
 
     cache: Cache
-    hidden: jax.Array  # [B, D], normed, of the last position of each row so far
-    positions: jax.Array  # [B, chunk, D], normed, of the chunk's positions; padding holds nothing of meaning
+    hidden: RowHidden  # normed, of the last position of each row so far
+    positions: Hidden  # normed, of the chunk's positions; padding holds nothing of meaning
 
 
 def prefill_chunks(
@@ -80,7 +90,7 @@ def prefill_chunks(
     depth: int = 1,
     chunk: int = CHUNK,
 ) -> Iterator[PrefillChunk]:
-    """`prefill`, chunk by chunk. Each cache that is yielded is gone (donated) once the next chunk is asked for."""
+    """Yield what `prefill` does, chunk by chunk; a cache is donated once the next chunk is asked for."""
     cache = device_put_sharded(init_cache(config, tokens.shape[0], capacity))
     hidden = jnp.zeros((tokens.shape[0], config.backbone.d_model), jnp.dtype(config.dtype))
     for at in range(0, tokens.shape[1], chunk):
@@ -95,17 +105,27 @@ def fill_chunk(
     config: ModelConfig,
     params: Params,
     tokens: Tokens,
-    count: jax.Array,
+    count: RowInts,
     cache: Cache,
-    hidden: jax.Array,
+    hidden: RowHidden,
     *,
     fresh: bool,
     depth: int,
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """Takes the caches `count` [B] positions on, over right-padded tokens [B, T]; rows with count 0 stay as they are.
+) -> tuple[RowHidden, Hidden, Cache]:
+    """Extend caches by right-padded tokens; rows with count 0 stay as they are.
 
-    `fresh` says that the caches are empty, and saves looking into them. `hidden` [B, D] is what rows that stay keep.
-    Returns the hidden state of each row's last position [B, D], those of all positions [B, T, D], and the caches.
+    Args:
+        config: of the model.
+        params: the three trees.
+        tokens: [B, T].
+        count: [B], how many of a row's positions are real.
+        cache: of the positions before; donated.
+        hidden: [B, D], what rows with count 0 keep.
+        fresh: the caches are empty, so that attention need not read them.
+        depth: iterations of every position.
+
+    Returns:
+        The normed hidden state of each row's last position [B, D], those of all positions [B, T, D], and the caches.
     """
     stream, (batch, length) = config.stream, tokens.shape
     depth = depth if stream is not None else 1
@@ -144,13 +164,13 @@ def fill_chunk(
 def chunk_context(
     config: ModelConfig,
     tokens: Tokens,
-    count: jax.Array,
+    count: RowInts,
     cache: Cache,
     *,
     fresh: bool,
     depth: int,
 ) -> decoder.Context:
-    """The context of right-padded rows [B, T], `count` [B] of whose positions are real, that go on from caches."""
+    """Return the context of right-padded rows [B, T] continued from caches; `count` [B] of the positions are real."""
     inside = jnp.arange(tokens.shape[1])[None, :] < count[:, None]
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     past = None if fresh else Past(cache.kv, cache.length)
@@ -166,11 +186,11 @@ def chunk_context(
 
 
 def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count: RowInts) -> KV:
-    """The caches with the keys and values [L, B, T, K, H] of a chunk, `count` [B] of whose positions are real."""
+    """Return the caches with the keys and values [L, B, T, K, H] of a chunk; `count` [B] of the positions are real."""
     kinds, kv = np.array(config.backbone.layer_types), cache.kv
     held = ring_positions(cache.length + count - 1, kv.local_k.shape[2]) - cache.length[:, None]  # [B, W], in the chunk
 
-    def ring(old: jax.Array, new: jax.Array) -> jax.Array:
+    def ring(old: CacheStack, new: CacheStack) -> CacheStack:
         taken = jnp.take_along_axis(new, jnp.maximum(held, 0)[None, :, :, None, None], axis=2)
         return jnp.where((held >= 0)[None, :, :, None, None], taken, old)
 

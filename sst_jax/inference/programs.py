@@ -19,7 +19,7 @@ from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.sharding import constrain
-from sst_jax.types import AnyRowInts, RowHidden, RowInts
+from sst_jax.types import AnyArray, AnyRowInts, Count, Flag, PositionHidden, PositionTokens, RowHidden, RowInts
 
 CHUNK = 16  # tokens between two looks of the host at what was generated
 BLOCK = 64  # prompt positions whose logits over the vocabulary are in memory together
@@ -28,9 +28,9 @@ BLOCK = 64  # prompt positions whose logits over the vocabulary are in memory to
 class SampledTokens(NamedTuple):
     """New tokens of every row: jax arrays in a compiled program, numpy arrays from a session."""
 
-    tokens: jax.Array | np.ndarray  # int32 [B, n]; -1 where a row had ended
-    depths: jax.Array | np.ndarray  # int32 [B, n], iterations at the position that each token came from
-    done: jax.Array | np.ndarray  # bool [B], rows that have ended
+    tokens: AnyArray  # int32 [B, n]; -1 where a row had ended
+    depths: AnyArray  # int32 [B, n], iterations at the position that each token came from
+    done: AnyArray  # bool [B], rows that have ended
     scores: Scores | None = None  # where they were asked for
 
 
@@ -43,7 +43,7 @@ def _sample(
     hidden: RowHidden,
     stop_ids: tuple[int, ...],
     top: int,
-    scored: jax.Array | None,
+    scored: Flag | None,
 ) -> tuple[DecodeState, Scores | None]:
     """Return the state with every row's next token, counted off `state.left`, and the tokens' scores."""
     logits = decoder.head(params, hidden)
@@ -69,7 +69,7 @@ def begin(
     iterated: str,
     stop_ids: tuple[int, ...],
     top: int = 0,
-    scored: jax.Array | None = None,
+    scored: Flag | None = None,
 ) -> tuple[SampledTokens, DecodeState]:
     """Sample the first token [B, 1] after prefilling.
 
@@ -101,11 +101,11 @@ def decode_chunk(
     config: ModelConfig,
     params: Params,
     state: DecodeState,
-    count: jax.Array | int,
+    count: Count | int,
     *,
     stop_ids: tuple[int, ...],
     top: int = 0,
-    scored: jax.Array | None = None,
+    scored: Flag | None = None,
     size: int = CHUNK,
 ) -> tuple[SampledTokens, DecodeState]:
     """Decode `count` <= `size` more tokens a row, in columns [B, size]; stop early when all rows have ended.
@@ -116,7 +116,7 @@ def decode_chunk(
         top: above 0, tokens come with their scores and those of the `top` best, where `scored` (bool []) is true.
     """
 
-    def more(carry: tuple) -> jax.Array:
+    def more(carry: tuple) -> Flag:
         i, _, state = carry
         return (i < count) & ~jnp.all(state.done)
 
@@ -154,10 +154,10 @@ def pick_rows(cache: Cache, hidden: RowHidden, index: RowInts) -> tuple[Cache, R
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
-def seat(batch: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
+def seat(batch: DecodeState, one: DecodeState, row: Count) -> DecodeState:
     """Return the batch with the only row of `one` at `row`."""
 
-    def put(axis: int, whole: jax.Array, new: jax.Array) -> jax.Array:
+    def put(axis: int, whole: AnyArray, new: AnyArray) -> AnyArray:
         return jax.lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), row, axis)
 
     rest = jax.tree.map(functools.partial(put, 0), tuple(batch[1:]), tuple(one[1:]))
@@ -165,7 +165,7 @@ def seat(batch: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnames=("top",))
-def score_positions(params: Params, hidden: jax.Array, following: jax.Array, *, top: int) -> Scores:
+def score_positions(params: Params, hidden: PositionHidden, following: PositionTokens, *, top: int) -> Scores:
     """Score the tokens `following` [T] the positions of hidden [T, D], a block of logits at a time."""
     blocks = hidden.reshape(-1, min(BLOCK, hidden.shape[0]), hidden.shape[1])
     found = jax.lax.map(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.types import AnyRowFloats, AnyRowInts, AnyRowSeeds
+from sst_jax.types import AnyRowFloats, AnyRowInts, AnyRowSeeds, RowInts, RowLogits, SomeLogits, SomeTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +59,14 @@ def sampling_params(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Samp
     )
 
 
-def sample(rows: SamplingParams, logits: jax.Array, position: jax.Array) -> jax.Array:
+def sample(rows: SamplingParams, logits: RowLogits, position: AnyRowInts) -> RowInts:
     """Return next tokens int32 [B] from logits [B, V]; a row draws from its seed and `position` [B],
     independent of the other rows.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     warm = rows.temperature > 0.0
 
-    def drawn() -> jax.Array:
+    def drawn() -> RowInts:
         scaled = logits / jnp.where(warm, rows.temperature, 1.0)[:, None]
         scaled = jax.lax.cond(
             jnp.any((rows.top_k > 0) | (rows.top_p < 1.0)), lambda: _cut(rows, scaled), lambda: scaled
@@ -78,7 +78,7 @@ def sample(rows: SamplingParams, logits: jax.Array, position: jax.Array) -> jax.
     return jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
 
 
-def _cut(rows: SamplingParams, logits: jax.Array) -> jax.Array:
+def _cut(rows: SamplingParams, logits: RowLogits) -> RowLogits:
     """Return logits with -inf wherever top_k or top_p leave a token out; those of rows that cut nothing as they are."""
     top_k = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[-1])[:, None]
     top_p = jnp.where(rows.top_p < 1.0, rows.top_p, jnp.inf)[:, None]  # a rounded sum may reach 1 before the last token
@@ -90,7 +90,7 @@ def _cut(rows: SamplingParams, logits: jax.Array) -> jax.Array:
     return jnp.where(logits >= floor, logits, -jnp.inf)
 
 
-def score(logits: jax.Array, tokens: jax.Array, top: int) -> Scores:
+def score(logits: SomeLogits, tokens: SomeTokens, top: int) -> Scores:
     """Return log-probabilities of `tokens` [...] under logits [..., V], unscaled by any temperature, and of the `top`
     best.
     """

@@ -35,7 +35,7 @@ from sst_jax.inference.programs import (
 from sst_jax.inference.sampling import Sampling, SamplingParams, Scores, sampling_params
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.types import RowHidden
+from sst_jax.types import AnyArray, HostRowBools, HostRowInts, HostTokens, RowHidden
 
 ONCE, GREEDY = flat(1), Sampling()
 
@@ -114,7 +114,7 @@ def check_request(config: ModelConfig, request: Request, number: int = 0) -> Non
     check_policy(config, request.policy, whole_text=request.prompt_scored)
 
 
-def _padded_prompts(prompts: Sequence[tuple[int, ...]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded_prompts(prompts: Sequence[tuple[int, ...]], width: int, pad_id: int) -> tuple[HostTokens, HostRowInts]:
     """Return right-padded tokens [B, T] and their lengths [B]."""
     tokens = np.full((len(prompts), width), pad_id, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -307,7 +307,7 @@ class Session:
     def _empty(self) -> DecodeState:
         """Return a batch of rows that have all ended."""
 
-        def zeros(kind: str) -> jax.Array:
+        def zeros(kind: str) -> AnyArray:
             return jnp.zeros(self.rows, kind)
 
         return DecodeState(
@@ -327,7 +327,7 @@ def generate_tokens(
     *,
     stop_ids: Collection[int] = (),
     pad_id: int = 0,
-) -> Generator[SampledTokens, np.ndarray | None, None]:
+) -> Generator[SampledTokens, HostRowBools | None, None]:
     """Yield new tokens of a batch of requests until all have ended, the first chunk being one token.
 
     The receiver may `send` a bool [B] of rows to end, such as those whose text holds a stop string.

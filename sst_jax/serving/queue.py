@@ -25,6 +25,7 @@ from sst_jax.inference.prefill import capacity_for
 from sst_jax.inference.programs import SampledTokens, each_score
 from sst_jax.inference.sampling import Scores
 from sst_jax.inference.session import PrefilledPrompt, Request, Session
+from sst_jax.types import HostInts
 
 CHUNK = 8  # tokens between two looks at who has ended and who is waiting
 TOP = 5  # likeliest tokens that come with a score
@@ -256,8 +257,8 @@ class Engine:
     def _tell(
         self,
         job: Job,
-        tokens: Sequence[int] | np.ndarray,
-        depths: Sequence[int] | np.ndarray,
+        tokens: Sequence[int] | HostInts,
+        depths: Sequence[int] | HostInts,
         scores: list[Scores],
         last: bool,
     ) -> None:

@@ -53,7 +53,7 @@ from sst_jax.training.step import (
     train_step,
 )
 from sst_jax.training.watchdog import StallWatchdog, StopSignals, Watch
-from sst_jax.types import Json
+from sst_jax.types import DeviceArrays, HostArrays, Json, Losses, RandomKey
 from sst_jax.weights.checkpoint import Checkpoints
 from sst_jax.weights.loading import LoadedModel, open_model
 
@@ -85,21 +85,21 @@ class Run:
     checkpoints: Checkpoints
     stop: StopSignals
     stalls: StallWatchdog
-    dropout_key: jax.Array
+    dropout_key: RandomKey
 
     @property
     def base(self) -> Params:
         return self.inputs.opened.params["base"]
 
 
-StepFunction = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+StepFunction = Callable[[TrainState, Params, Batch, RandomKey], tuple[TrainState, DeviceArrays]]
 
 
 class Programs(NamedTuple):
     """A run's compiled functions."""
 
     train_step: Callable[[ForwardConfig], StepFunction]  # one for each forward that is drawn
-    heldout_losses: Callable[[Params, Params, Batch], jax.Array]
+    heldout_losses: Callable[[Params, Params, Batch], Losses]
     heldout_batches: list[Json]
 
 
@@ -294,7 +294,7 @@ def heldout_loss(run: Run, programs: Programs) -> float | None:
     return total / tokens
 
 
-def note_skip(run: Run, batch: dict[str, np.ndarray]) -> None:
+def note_skip(run: Run, batch: HostArrays) -> None:
     """Count a skipped step and keep its batch.
 
     Raises: RunInterrupted where it is the last one that is tolerated.

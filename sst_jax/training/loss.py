@@ -15,7 +15,21 @@ import optax
 from jax.typing import DTypeLike
 
 from sst_jax.model.sharding import constrain, on_a_mesh
-from sst_jax.types import AnswerMask, FlatHidden, FlatLosses, FlatMask, FlatTokens, HeadTable, Hidden, Losses, Tokens
+from sst_jax.types import (
+    AnswerMask,
+    BlockHidden,
+    BlockLosses,
+    Count,
+    FlatHidden,
+    FlatIndex,
+    FlatLosses,
+    FlatMask,
+    FlatTokens,
+    HeadTable,
+    Hidden,
+    Losses,
+    Tokens,
+)
 
 ROWS = 256
 COLUMNS = 8192
@@ -35,13 +49,13 @@ def _chunked(
     out = jnp.promote_types(hidden.dtype, jnp.float32)
     block = _whole_block if whole else _tiled_block
 
-    def compute(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def compute(index: FlatIndex) -> tuple[BlockLosses, BlockHidden | None]:
         return block(constrain(hidden[index], "scored", None), embedding, targets[index], out, with_gradient)
 
-    def skip(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def skip(index: FlatIndex) -> tuple[BlockLosses, BlockHidden | None]:
         return jnp.zeros(rows, out), jnp.zeros((rows, width), hidden.dtype) if with_gradient else None
 
-    def body(_: None, index: jax.Array) -> tuple[None, tuple]:
+    def body(_: None, index: FlatIndex) -> tuple[None, tuple]:
         return None, jax.lax.cond(scored[index].any(), compute, skip, index)
 
     _, (nll, gradient) = jax.lax.scan(body, None, padded.reshape(-1, rows))
@@ -58,7 +72,7 @@ def _whole_block(
     """Return the losses of a block of positions and their gradients, from all of its logits [M, V]."""
     table = embedding.astype(x.dtype)
 
-    def losses(x: jax.Array) -> jax.Array:
+    def losses(x: FlatHidden) -> FlatLosses:
         logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
 
@@ -75,7 +89,7 @@ def _tiled_block(
     size = len(embedding)
     tiles = -(-size // COLUMNS)
 
-    def tile(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+    def tile(carry: tuple, number: Count) -> tuple[tuple, None]:
         top, total, rounded_total, mean = carry
         # The last tile begins early enough to be whole, and leaves out what the one before has had.
         start = jnp.minimum(number * COLUMNS, size - COLUMNS)

@@ -28,7 +28,7 @@ from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.recipe import RENAMED, RETIRED, default_record
-from sst_jax.types import Json, ReadOnlyJson
+from sst_jax.types import HostArrays, Json, ReadOnlyJson
 from sst_jax.weights.checkpoint import read_metrics
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -110,7 +110,7 @@ class RunFolder:
                 f"the run folder {self.path} is gone: put it back, or begin again with the same command"
             )
 
-    def keep_batch(self, step: int, batch: dict[str, np.ndarray], keep: int) -> Path:
+    def keep_batch(self, step: int, batch: HostArrays, keep: int) -> Path:
         """Write a skipped step's batch to bad_batches/STEP.safetensors; of these the newest `keep` stay."""
         folder = self.path / "bad_batches"
         file = folder / f"{step}.safetensors"

@@ -15,7 +15,7 @@ from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import REMAT, Params, head_table
 from sst_jax.training.loss import answer_losses
-from sst_jax.types import Fraction, Losses
+from sst_jax.types import DeviceArrays, Fraction, Losses, RandomKey
 
 # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
 Batch = dict[str, jax.Array] | dict[str, np.ndarray]
@@ -118,7 +118,7 @@ def batch_losses(
     batch: Batch,
     *,
     alpha_warmup_fraction: Fraction | None = None,
-    dropout_key: jax.Array | None = None,
+    dropout_key: RandomKey | None = None,
 ) -> Losses:
     """Return the losses of a batch's answer tokens.
 
@@ -169,8 +169,8 @@ def train_step(
     state: TrainState,
     base: Params,
     batch: Batch,
-    key: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    key: RandomKey,
+) -> tuple[TrainState, DeviceArrays]:
     """Take an optimizer step on the mean loss over the batch's answer tokens.
 
     Where loss, gradient or update is not finite the step is skipped: nothing changes but the count of steps, and
@@ -192,7 +192,7 @@ def train_step(
     dropout_key = jax.random.fold_in(key, state.step) if config.adapter.dropout else None
     count = jnp.maximum(batch["answer_mask"].sum(), 1)
 
-    def mean_loss(trainable: Params) -> jax.Array:
+    def mean_loss(trainable: Params) -> Fraction:
         losses = batch_losses(
             config,
             settings,

@@ -26,7 +26,7 @@ from sst_jax.model import decoder, rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import ACTIVATIONS, Block, embed, to_float32
 from sst_jax.model.quantization import gptq, storages
-from sst_jax.types import Hidden, Json, Params, SegmentIds, Tokens
+from sst_jax.types import Gram, Hidden, Json, LinearInputs, Params, SegmentIds, Tokens
 from sst_jax.weights import key_map
 from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, lazy_base
 
@@ -87,14 +87,14 @@ class _KeepingInputs:
     def __getattr__(self, name: str) -> object:
         return getattr(self._block, name)
 
-    def o(self, x: Hidden, drop: jax.Array | None = None) -> Hidden:
+    def o(self, x: Hidden, drop: LinearInputs | None = None) -> Hidden:
         self.fed = x
         return self._block.o(x, drop)
 
 
 def observe(
     layer: decoder.Layer, residuals: decoder.Residuals, extra: None, context: decoder.Context
-) -> tuple[decoder.Residuals, dict[str, jax.Array]]:
+) -> tuple[decoder.Residuals, dict[str, Gram]]:
     """Apply `plain`; the per-layer output of this rule are the Gram matrices [K, K] of OBSERVED's inputs."""
     (x,), block = residuals, layer.block
     keeping = _KeepingInputs(block)
@@ -115,7 +115,7 @@ def observe(
 @functools.partial(jax.jit, static_argnums=0)
 def through(
     config: ModelConfig, layer: Params, x: Hidden, tokens: Tokens, segment_ids: SegmentIds
-) -> tuple[Hidden, dict[str, jax.Array]]:
+) -> tuple[Hidden, dict[str, Gram]]:
     """Return x [B, T, D] behind a layer (kernels and norms, unstacked), and the Gram matrices [K, K] of OBSERVED."""
     context = decoder.row_context(config, tokens, segment_ids)
     params = {"base": {"layers": jax.tree.map(lambda part: part[None], layer)}, "adapter": {}, "blend": {}}

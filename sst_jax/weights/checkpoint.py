@@ -24,7 +24,7 @@ from sst_jax.console.command import write_json
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import read_json, sha256
 from sst_jax.model.sharding import sharding_of
-from sst_jax.types import Json, Params
+from sst_jax.types import AnyArray, Json, Params
 
 log = logging.getLogger(__name__)
 Tree = TypeVar("Tree")
@@ -196,7 +196,7 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 def _abstract(tree: Tree) -> Tree:
     """Return shapes, types and this mesh's placement, so that a checkpoint opens on another topology."""
 
-    def one(path: tuple, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def one(path: tuple, x: AnyArray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None) or sharding_of(path, x.shape)
         )

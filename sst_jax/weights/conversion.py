@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from sst_jax.errors import InputError
 from sst_jax.files import Progress, read_json, sha256
 from sst_jax.model.config import ModelConfig
-from sst_jax.types import Json, Params
+from sst_jax.types import HostArray, Json, Params
 from sst_jax.weights import key_map, store
 from sst_jax.weights.calibrate import Texts, calibrated
 from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, param_shapes
@@ -183,7 +183,7 @@ def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.d
         (array / ".zarray").write_text(json.dumps(spec))
 
 
-def _write_array(file: Path, value: np.ndarray) -> str:
+def _write_array(file: Path, value: HostArray) -> str:
     """Write an array's bytes under a name that appears when they are all there; return their SHA-256."""
     partial = file.with_name(f".{file.name}.partial")
     content = _contiguous(value).view(np.uint8)
@@ -192,7 +192,7 @@ def _write_array(file: Path, value: np.ndarray) -> str:
     return hashlib.sha256(content.data).hexdigest()
 
 
-def _contiguous(value: np.ndarray) -> np.ndarray:
+def _contiguous(value: HostArray) -> HostArray:
     """Return the same bytes row by row; a large transpose in strips that stay in the cache, five times as fast."""
     if value.ndim != 2 or value.flags.c_contiguous:
         return np.ascontiguousarray(value)

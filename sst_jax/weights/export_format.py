@@ -32,7 +32,7 @@ from sst_jax.files import read_json
 from sst_jax.model import decoder
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.model.fields import written_fields
-from sst_jax.types import Json, Params
+from sst_jax.types import HostArray, HostArrays, Json, Params
 from sst_jax.weights import hub_config, huggingface, key_map
 from sst_jax.weights.provenance import Provenance
 from sst_jax.weights.source import Source, Tensor
@@ -88,12 +88,12 @@ def torch_files(backbone: BackboneConfig) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files}
 
 
-def blend_tensors(blend: Params) -> dict[str, np.ndarray]:
+def blend_tensors(blend: Params) -> HostArrays:
     """Return the stream's parameters as tensors of an sst folder."""
     return {f"{BLEND}{name}": np.asarray(value) for name, value in blend.items()}
 
 
-def lora_tensors(backbone: BackboneConfig, adapter: Params, layout: str = "text") -> dict[str, np.ndarray]:
+def lora_tensors(backbone: BackboneConfig, adapter: Params, layout: str = "text") -> HostArrays:
     """Return LoRA's factors in PyTorch's orientation, by key; `layout` as in `key_map.LAYOUTS`."""
     found = {}
     for entry in key_map.expected(backbone).values():
@@ -216,7 +216,7 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -
     Raises: InputError naming a key that is unknown, missing or of another shape than the config's.
     """
     places, wanted = key_map.expected(config.backbone), config.adapter.targets if config.adapter.rank else ()
-    found: dict[str, dict[str, list[np.ndarray | None]]] = {}
+    found: dict[str, dict[str, list[HostArray | None]]] = {}
     for key, tensor in factors.items():
         match = _FACTOR.fullmatch(key)
         linear = None if match is None else key_map.normalise(f"{match['linear']}.weight")[0]

@@ -8,7 +8,7 @@ import numpy as np
 
 from sst_jax.model.config import AdapterConfig
 from sst_jax.model.quantization import storages
-from sst_jax.types import Params
+from sst_jax.types import DeviceArrays, HostArray, Kernel, Params
 
 
 class MergedKernel:
@@ -23,14 +23,14 @@ class MergedKernel:
         assert storage is not None  # the leaf is a linear
         return storage.kernel_shape(self.leaf)
 
-    def __getitem__(self, layer: int) -> np.ndarray:
+    def __getitem__(self, layer: int) -> HostArray:
         kernel = self.frozen(layer)
         if self.pair is None:
             return kernel
         a, b = (np.asarray(self.pair[name][layer], np.float32) for name in ("lora_a", "lora_b"))
         return kernel.astype(np.float32) + self.scale * (a @ b)
 
-    def frozen(self, layer: int) -> np.ndarray:
+    def frozen(self, layer: int) -> HostArray:
         """Return the kernel without its adapter: as it is stored, or where it is quantised in float32."""
         if not storages.is_quantised(self.leaf):
             return np.asarray(self.leaf["kernel"][layer])
@@ -38,7 +38,7 @@ class MergedKernel:
 
 
 @jax.jit
-def _kernel_of(leaf: dict[str, jax.Array]) -> jax.Array:
+def _kernel_of(leaf: DeviceArrays) -> Kernel:
     return storages.dequantise({"linear": leaf}, jnp.float32)["linear"]["kernel"]
 
 

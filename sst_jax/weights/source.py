@@ -19,7 +19,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import Progress, digest
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.quantization import storages
-from sst_jax.types import Json, Params
+from sst_jax.types import DeviceArrays, HostArray, HostArrays, Json, Kernel, Params
 from sst_jax.weights import key_map
 
 __all__ = [
@@ -55,7 +55,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # as the format names it: "BF16", "Q4_K"
     file: Path
-    read: Callable[[], np.ndarray]
+    read: Callable[[], HostArray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ConvertedTensor(NamedTuple):
 
     path: str
     layer: int | None
-    arrays: dict[str, np.ndarray]
+    arrays: HostArrays
 
 
 def converted_tensors(
@@ -153,11 +153,11 @@ _ROWS = 1 << 24  # weights quantised at once: the float32 copies then take a few
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _quantise(part: jax.Array, kind: str) -> dict[str, jax.Array]:
+def _quantise(part: Kernel, kind: str) -> DeviceArrays:
     return storages.get(kind).quantise(part.T)
 
 
-def _quantised(value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+def _quantised(value: HostArray, kind: str) -> HostArrays:
     """Return the leaf of one linear, [out, in] as on disk, computed in strips of outputs, which share nothing."""
     group = storages.get(kind).group
     strip = max(_ROWS // value.shape[1] // group, 1) * group
@@ -190,10 +190,10 @@ def fill_base(source: Source, dtype: str, progress: Progress | None = None, quan
 class SourceStack:
     """The stacked arrays [L, ...] of one parameter of a source, each read and transformed when it is indexed."""
 
-    def __init__(self, shape: tuple[int, ...], reads: list[Callable[[], np.ndarray]], transform: Callable):
+    def __init__(self, shape: tuple[int, ...], reads: list[Callable[[], HostArray]], transform: Callable):
         self.shape, self.reads, self.transform = shape, reads, transform
 
-    def __getitem__(self, layer: int) -> np.ndarray:
+    def __getitem__(self, layer: int) -> HostArray:
         return self.transform(self.reads[layer]())
 
 
@@ -204,7 +204,7 @@ def lazy_base(source: Source) -> Params:
     """
     bound = key_map.bind(source.tensors(), source.backbone, source.kind, source.path)
     base: Params = {}
-    reads: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
+    reads: dict[str, dict[int | None, Callable[[], HostArray]]] = {}
     for tensor, entry in bound.tensors:
         reads.setdefault(entry.row.path, {})[entry.layer] = tensor.read
     for row in key_map.table(source.backbone):

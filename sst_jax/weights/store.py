@@ -22,7 +22,7 @@ from jax.sharding import Sharding
 from sst_jax.errors import InputError
 from sst_jax.files import is_plain_name, read_json, sha256, staged_folder
 from sst_jax.model.quantization import storages
-from sst_jax.types import Json, Params, ReadOnlyJson
+from sst_jax.types import AnyArray, HostArray, Json, Params, ReadOnlyJson
 from sst_jax.weights.key_map import set_param
 from sst_jax.weights.source import DTYPES, numpy_dtype
 
@@ -33,7 +33,7 @@ VISION = "vision.safetensors"  # a multimodal source's vision tower, for exports
 _STORED = {**DTYPES, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}  # integers: quantised linears
 
 
-def _leaves(tree: ReadOnlyJson, path: str = "") -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def _leaves(tree: ReadOnlyJson, path: str = "") -> Iterator[tuple[str, AnyArray]]:
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise InputError(f"parameter key {key!r} under {path or 'the top'} must be text without a slash")
@@ -108,7 +108,7 @@ class StoredStack:
     def __init__(self, folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype):
         self.folder, self.name, self.shape, self.dtype = folder, name, shape, dtype
 
-    def __getitem__(self, layer: int) -> np.ndarray:
+    def __getitem__(self, layer: int) -> HostArray:
         file = chunk_file(self.folder, self.name, len(self.shape), layer)
         return np.fromfile(file, self.dtype).reshape(self.shape[1:])
 
