@@ -94,7 +94,7 @@ def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> Jso
     """Run tasks of lm-evaluation-harness, once for each depth."""
     for flag, usual in (("data", None), ("measure", "answers"), ("max_new_tokens", None), ("allow_overlap", False)):
         if getattr(args, flag) != usual:
-            raise InputError(f"--{flag.replace('_', '-')} goes with --task; the harness's tasks settle it themselves")
+            raise InputError(f"--{flag.replace('_', '-')} goes with --task; the harness's tasks define it themselves")
     if not all(policy.is_flat for policy in policies):
         raise InputError(f"--depth {args.depth}: the harness runs at flat depths, such as 1,2,4")
     try:

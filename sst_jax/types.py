@@ -1,4 +1,4 @@
-"""Axis legend and array aliases, used by every room.
+"""Axis legend and array aliases, used by every package.
 
     B  batch rows            N  query heads             L  decoder layers
     T  positions             K  key/value heads         V  vocabulary

@@ -100,9 +100,7 @@ def _decode_step(
     if hidden is None:
         hidden = jnp.zeros((token.shape[0], backbone.d_model), embedded.dtype)
     tables = ropes(backbone, position[:, None])
-    leaves_state = jnp.ones(token.shape, bool)
-    if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
-        leaves_state = token != config.bos_id
+    leaves_state = _leaves_state(config, token)
 
     def wants_more(
         iteration: Count, active: RowBools, new: RowHidden, old: RowHidden, state: RowStates | None
@@ -146,14 +144,17 @@ def _decode_step(
         active = wants_more(jnp.int32(start), active, hidden, jnp.zeros_like(hidden), cache.state)
     first = StepCarry(jnp.int32(start), active, jnp.where(depth > 0, start, 0), hidden, cache.kv, cache.state)
     last = jax.lax.while_loop(lambda carry: jnp.any(carry.active), iterate, first)
-    moved = depth > 0
-    cache = Cache(
-        last.kv,
-        last.state,
-        jnp.where(moved, leaves_state, cache.has_state),
-        jnp.where(moved, position + 1, cache.length),
-    )
-    return last.hidden, cache, last.used
+    ran = depth > 0
+    has_state, length = jnp.where(ran, leaves_state, cache.has_state), jnp.where(ran, position + 1, cache.length)
+    return last.hidden, Cache(last.kv, last.state, has_state, length), last.used
+
+
+def _leaves_state(config: ModelConfig, token: AnyRowInts) -> RowBools:
+    """Return after which tokens [B] the state holds something: BOS leaves none where the stream skips it."""
+    stream = config.stream
+    if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
+        return jnp.asarray(token != config.bos_id)
+    return jnp.ones(token.shape, bool)
 
 
 def _masks(stream: StreamConfig, iteration: Count, position: RowInts, has_state: RowBools) -> Masks:

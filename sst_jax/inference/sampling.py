@@ -42,7 +42,7 @@ class SamplingParams(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of chosen tokens [...] and the likeliest tokens with theirs, [..., top]."""
+    """Log-probabilities of chosen tokens [...] and the top tokens with theirs, [..., top]."""
 
     chosen: jax.Array
     top_ids: jax.Array

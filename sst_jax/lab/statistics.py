@@ -35,10 +35,10 @@ def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> Interv
     return Interval(successes / count, float(result.low), float(result.high))
 
 
-def mcnemar(broken: int, mended: int) -> float:
+def mcnemar(regressions: int, fixes: int) -> float:
     """Return the two-sided p of the exact McNemar test: discordant pairs against a fair coin; 1 without any."""
-    total = broken + mended
-    return float(stats.binomtest(broken, total).pvalue) if total else 1.0
+    total = regressions + fixes
+    return float(stats.binomtest(regressions, total).pvalue) if total else 1.0
 
 
 def holm(pvalues: Sequence[float] | np.ndarray) -> list[float]:

@@ -28,7 +28,7 @@ from sst_jax.inference.session import PrefilledPrompt, Request, Session
 from sst_jax.types import HostInts
 
 CHUNK = 8  # tokens between two looks at who has ended and who is waiting
-TOP = 5  # likeliest tokens that come with a score
+TOP = 5  # top tokens that come with a score
 
 
 class Job:

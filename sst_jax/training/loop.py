@@ -310,7 +310,7 @@ def note_skip(run: Run, batch: HostArrays) -> None:
 
 
 def advice(run: Run) -> str:
-    """Return where a run that diverged stands, and how it may be mended."""
+    """Return where a run that diverged stands, and what may help."""
     return (
         f"the newest good checkpoint is {run.checkpoints.latest_good() or 'the beginning'}. The same command would "
         "come here again: lower optimizer.learning_rate, or look at the data, in another --workdir"

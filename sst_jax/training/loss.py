@@ -1,8 +1,8 @@
 """The loss: cross-entropy on answer tokens only, a tile of positions and vocabulary entries at a time.
 
 Logits of a whole batch would be B*T*V numbers, 2 GiB at 2,048 positions of Gemma. Here the scored positions are moved
-to the front; for every block of ROWS of them that holds any, a scan walks the vocabulary, COLUMNS entries at a time,
-and keeps a running softmax: its largest logit, its sum, and the mean embedding under it, which is the gradient
+to the front; for every block of ROWS of them that holds any, a scan goes over the vocabulary, COLUMNS entries at a
+time, and keeps a running softmax: its largest logit, its sum, and the mean embedding under it, which is the gradient
 (as attention does in arXiv 2205.14135). What exists at one time is a tile of logits, whatever the vocabulary's size,
 and a block reads the table once, where blocks of whole rows of logits read and repack it for each of two products.
 """
@@ -33,7 +33,7 @@ from sst_jax.types import (
 
 ROWS = 256
 COLUMNS = 8192
-MESH_ROWS = 128  # with whole rows of logits: a table that is cut over devices is not walked in turn
+MESH_ROWS = 128  # with whole rows of logits: a table that is cut over devices is not scanned
 
 
 def _chunked(

@@ -67,7 +67,7 @@ class Checkpoints:
             reason = " ".join(str(error).split())[-200:]
             raise RunInterrupted(
                 f"checkpoint {self.folder / str(step)} cannot be written: {reason}\nThe newest good one is "
-                f"{self.latest_good() or 'the beginning'}; make room or mend the disk, then the same command goes on"
+                f"{self.latest_good() or 'the beginning'}; make room or repair the disk, then the same command resumes"
             ) from error
 
     def _save(self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator, meta: Json) -> None:
@@ -99,7 +99,7 @@ class Checkpoints:
 
     def latest_good(self) -> int | None:
         """Return the newest step whose files are all as they were written; warn of those that are passed over."""
-        return newest_good(self.folder.parent, say=log.warning)
+        return newest_good(self.folder.parent, warn=log.warning)
 
     def restore(
         self, step: int, trainable: Params, optimizer: Tree, iterator: DataIterator
@@ -113,7 +113,7 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        # Every process goes through the same batches, so any number of them goes on from the place of the first.
+        # Every process goes through the same batches, so any number of them resumes from the place of the first.
         (place,) = (self.folder / str(step) / "data").glob("process_0-of-*.json")
         iterator.set_state(read_json(place))
         return restored["trainable"], restored["optimizer"], restored["meta"]
@@ -122,7 +122,7 @@ class Checkpoints:
         self.manager.close()
 
 
-def newest_good(run: Path, say: Callable[[str], None] = log.warning) -> int | None:
+def newest_good(run: Path, warn: Callable[[str], None] = log.warning) -> int | None:
     """Return the newest step of a run folder that its manifest vouches for, or None."""
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -132,7 +132,7 @@ def newest_good(run: Path, say: Callable[[str], None] = log.warning) -> int | No
         problem = damage(run, step)
         if problem is None:
             return step
-        say(f"checkpoint {folder / str(step)} is not used: {problem}")
+        warn(f"checkpoint {folder / str(step)} is not used: {problem}")
     return None
 
 

@@ -145,7 +145,7 @@ def open_folder(folder: Path) -> Source:
     """
     if not is_sst_folder(folder):
         return huggingface.open_folder(folder)
-    return huggingface.open_folder(folder, _plain_config(folder), aside=_is_ours)
+    return huggingface.open_folder(folder, _plain_config(folder), ignore=_is_ours)
 
 
 def backbone_of(folder: Path) -> BackboneConfig:

@@ -109,10 +109,10 @@ def headers(file: Path) -> list[Tensor]:
     return tensors
 
 
-def open_folder(folder: str | Path, config: Json | None = None, aside: Callable[[str], bool] | None = None) -> Source:
+def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable[[str], bool] | None = None) -> Source:
     """Open config.json and `model.safetensors`, an index with its shards, or the folder's only *.safetensors.
 
-    Reads headers, no weights. `config` replaces what config.json says; `aside` says of a key whether its tensor is no
+    Reads headers, no weights. `config` replaces what config.json says; `ignore` says of a key whether its tensor is no
     part of the backbone and to be left out.
 
     Raises: InputError naming the file, key or field at fault.
@@ -129,7 +129,7 @@ def open_folder(folder: str | Path, config: Json | None = None, aside: Callable[
     for key, name in (weight_map or {}).items():
         if key not in held[name]:
             raise InputError(f"{folder / INDEX} says that {name} holds {key}, but it does not")
-    found = [tensor for tensors in by_file.values() for tensor in tensors if aside is None or not aside(tensor.name)]
+    found = [tensor for tensors in by_file.values() for tensor in tensors if ignore is None or not ignore(tensor.name)]
     dtypes = {_FLOATS[tensor.dtype] for tensor in found if key_map.normalise(tensor.name)[0] is not None}
     return Source(
         kind="huggingface",
@@ -223,6 +223,18 @@ def _base_tensors(backbone: BackboneConfig, base: Params, dtype: DTypeLike, layo
         yield PendingTensor(key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry))
 
 
+def _config_documents(config: Json, extra: Json) -> dict[str, Json]:
+    """Return the JSON files of a folder that hold its config, by name; `extra` fields leave the dtype as it is."""
+    types = ("dtype", "torch_dtype")
+    named = {key: config[key] for key in types if key in config}
+    whole = {**config, **{key: value for key, value in extra.items() if key not in types}, **named}
+    text = whole.get("text_config", config)
+    return {
+        "config.json": whole,
+        "generation_config.json": {key: text[key] for key in text if key.endswith("_token_id")},
+    }
+
+
 _NOTHING = FolderExtras()
 
 
@@ -275,11 +287,7 @@ def write_folder(
             done += sum(tensor.size for tensor in shard)
             if progress is not None:
                 progress(done, total)
-        named: Json = {key: layout_config[key] for key in ("dtype", "torch_dtype") if key in layout_config}
-        others = {key: value for key, value in extras.config.items() if key not in ("dtype", "torch_dtype")}
-        documents: dict[str, Json] = {"config.json": {**layout_config, **others, **named}}
-        text = documents["config.json"].get("text_config", layout_config)
-        documents["generation_config.json"] = {key: text[key] for key in text if key.endswith("_token_id")}
+        documents = _config_documents(layout_config, extras.config)
         if len(shards) > 1:
             documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         for name, document in documents.items():

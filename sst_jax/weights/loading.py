@@ -20,6 +20,7 @@ from sst_jax.families.registry import HUB_NAMES
 from sst_jax.files import read_json
 from sst_jax.model import decoder, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
+from sst_jax.types import Json
 from sst_jax.weights import export_format, gguf, huggingface, peft, store
 from sst_jax.weights.checkpoint import newest_good, restore_trainable
 from sst_jax.weights.provenance import BaseRecord, Provenance
@@ -105,10 +106,10 @@ class AdapterFolder(Reference):
             opened = _resolve_recorded(recorded).open(dtype, recorded.quantize or quantize, lazy=lazy)
         if recorded.digest is not None:
             check_base(self.path, export_format.STREAM_CONFIG, recorded, opened.provenance)
-        carried = peft.read_folder(self.path, opened.config.backbone)
-        params = {"base": opened.params["base"], **sharding.device_put_sharded(carried.params)}
-        provenance = dataclasses.replace(opened.provenance, adapter=self.location, prompt_format=carried.prompt_format)
-        return LoadedModel(carried.config, params, opened.tokenizer, provenance)
+        bundle = peft.read_folder(self.path, opened.config.backbone)
+        params = {"base": opened.params["base"], **sharding.device_put_sharded(bundle.params)}
+        provenance = dataclasses.replace(opened.provenance, adapter=self.location, prompt_format=bundle.prompt_format)
+        return LoadedModel(bundle.config, params, opened.tokenizer, provenance)
 
 
 class RunFolder(Reference):

@@ -200,15 +200,15 @@ class HuggingFaceFolder(Reference):
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         if not export_format.carries(self.path):
             return _from_source(self.weights, dtype, self.location, quantize, lazy)
-        carried = export_format.read_carried(self.weights)
+        bundle = export_format.read_carried(self.weights)
         opened = _from_source(self.weights, dtype, self.location, quantize, lazy)
         provenance = dataclasses.replace(
             opened.provenance,
             carries="sst" if export_format.is_sst_folder(self.path) else "stream",
-            prompt_format=carried.prompt_format,
+            prompt_format=bundle.prompt_format,
         )
-        params = {**opened.params, **sharding.device_put_sharded(carried.params)}
-        return LoadedModel(carried.config, params, opened.tokenizer, provenance)
+        params = {**opened.params, **sharding.device_put_sharded(bundle.params)}
+        return LoadedModel(bundle.config, params, opened.tokenizer, provenance)
 
 
 class BaseFolder(Reference):

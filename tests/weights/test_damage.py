@@ -87,7 +87,7 @@ def test_no_damaged_checkpoint_of_a_run_is_restored_and_the_last_good_one_is_fou
                 damage(rng, rng.choice([*files(folder), manifest]))
         said = []
         expected = max((step for step in STEPS if step not in hit), default=None)
-        assert newest_good(copy, say=said.append) == expected, (number, hit, said)
+        assert newest_good(copy, warn=said.append) == expected, (number, hit, said)
         passed_over = [step for step in hit if (expected or 0) < step and (copy / "checkpoints" / str(step)).is_dir()]
         assert len(said) == len(passed_over)
         if expected is not None and number % 20 == 0:

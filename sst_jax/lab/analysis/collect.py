@@ -48,7 +48,7 @@ class Text(NamedTuple):
 class Settings:
     """depths    ascending; the first is what the others are compared with
     between   "runs" or "iterations", see the module's docstring
-    what      "output": the residual stream that a layer hands up; "memory": what its stream remembers
+    what      "output": the residual stream that a layer passes on; "memory": the state that its stream carries
     rounding  run each text once more in bfloat16, at the first depth, for the noise floor
     controls  how many problems are also run with states that do not belong there
     new_tokens  of a generated text;  batch  problems run together;  seed  of the controls
@@ -169,7 +169,7 @@ def run_texts(
 
 
 def split(model: Model, text: Text, answer: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """(prefix, walked, predicted) tokens: walked[t] stands at position t and predicts predicted[t].
+    """Return (prefix, walked, predicted) tokens: walked[t] stands at position t and predicts predicted[t].
 
     Raises: InputError where a prompt or a text is too short to have a position to look at.
     """

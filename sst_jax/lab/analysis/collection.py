@@ -172,7 +172,7 @@ def collect(
             batch = Batch.of(model, part, answers(model, part, settings), shape)
             for number in filter(collection.has, numbers):
                 shutil.rmtree(collection.folder(number))
-            for number, problem in zip(numbers, look(runner, part, batch, numbers), strict=True):
+            for number, problem in zip(numbers, collected_problems(runner, part, batch, numbers), strict=True):
                 collection.write(number, problem)
         advance(len(numbers))
     return collection
@@ -184,7 +184,7 @@ def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[i
     Raises: InputError on a text that is too short, or too long for the model.
     """
     if not texts:
-        raise InputError("there are no texts to look at")
+        raise InputError("there are no texts to run")
     longest, most = [0, 0], model.config.backbone.max_positions
     for text in texts:
         answer = text.given if text.given is not None else [model.tokenizer.pad_id] * settings.new_tokens
@@ -208,7 +208,7 @@ def answers(model: Model, texts: Sequence[Text], settings: Settings) -> list[lis
     return found
 
 
-def look(runner: TextRunner, texts: Sequence[Text], batch: Batch, numbers: range) -> Iterator[Problem]:
+def collected_problems(runner: TextRunner, texts: Sequence[Text], batch: Batch, numbers: range) -> Iterator[Problem]:
     """Yield everything that is kept of a batch, problem by problem; `numbers` are the problems' places in the
     collection.
     """

@@ -1,4 +1,4 @@
-"""What the depth effect is without its cause: runs in which nothing, or the wrong thing, is remembered.
+"""What the depth effect is without its cause: runs in which no state enters, or the wrong one.
 
     alpha_0    the blend switched off: further iterations repeat the first, and nothing may move
     plain      without a stream against alpha = 0, two programs: the same but for rounding
@@ -6,7 +6,7 @@
     another_text  by those of another text of the batch, where there is one
     random     by random directions of the real states' lengths
 
-The last three say whether it matters what was remembered, or only that something of this size was blended in.
+The last three say whether it matters which state entered, or only that something of this size was blended in.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ CONTROLS = {
 }
 
 
-class Drawn(NamedTuple):
+class CaptionedFigure(NamedTuple):
+    """A figure, its file's name, its title, and what it says in two sentences."""
+
     name: str
     title: str
     says: str
@@ -37,7 +39,7 @@ def blank(width: float = 7.2, height: float = 3.8) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw(found: AnalysisResult) -> Iterator[Drawn]:
+def draw(found: AnalysisResult) -> Iterator[CaptionedFigure]:
     """All figures that there is something to show for."""
     first, last = (found.result["by_depth"][number]["depth"] for number in (0, -1))
     yield heat(found, first, last)
@@ -54,7 +56,7 @@ def draw(found: AnalysisResult) -> Iterator[Drawn]:
     yield alpha(found)
 
 
-def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
+def heat(found: AnalysisResult, first: int, last: int) -> CaptionedFigure:
     figure, axes = blank()
     axes.grid(visible=False)
     longest = max(each.cosine_distance.shape[1] for each in found.measured)
@@ -74,7 +76,7 @@ def heat(found: AnalysisResult, first: int, last: int) -> Drawn:
     axes.set(xlabel="position in the text (0 gives its first token)", ylabel="layer")
     bar = figure.colorbar(image, label=f"cosine similarity of depths {first} and {last}")
     bar.ax.yaxis.set_major_formatter(as_similarity)
-    return Drawn(
+    return CaptionedFigure(
         "overlap",
         "Where iterating moves the hidden state",
         f"Each cell compares the hidden state of one layer after {first} and after {last} iterations, averaged over "
@@ -89,7 +91,7 @@ def as_similarity(value: float, _: float = 0.0) -> str:
     return f"{1 - rest:.3g}" if rest > 5e-3 else f"1 − {rest:.0e}"
 
 
-def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
+def histogram(found: AnalysisResult, first: int, last: int) -> CaptionedFigure:
     layer, mixture = found.result["layer"], found.mixture
     figure, axes = blank()
     values = basins.logs(np.concatenate([each.cosine_distance[-1, :, layer] for each in found.measured]))
@@ -114,7 +116,7 @@ def histogram(found: AnalysisResult, first: int, last: int) -> Drawn:
         if mixture.bimodal
         else "All positions form one hump, wide or narrow: no separate kind of position lands elsewhere."
     )
-    return Drawn(
+    return CaptionedFigure(
         "histogram",
         "One kind of position, or two?",
         f"How many positions have which cosine similarity, on a scale that spreads out the values near 1. {says}",
@@ -136,7 +138,7 @@ def band(axes: Axes, low: np.ndarray, middle: np.ndarray, high: np.ndarray, labe
     over_layers(axes)
 
 
-def layers(found: AnalysisResult) -> Drawn:
+def layers(found: AnalysisResult) -> CaptionedFigure:
     figure, axes = blank()
     records = found.result["modes_by_layer"]
     low, middle, high = np.log10(np.maximum([record["quartiles_moved"] for record in records], basins.FLOOR)).T
@@ -149,7 +151,7 @@ def layers(found: AnalysisResult) -> Drawn:
     axes.yaxis.set_major_formatter(as_similarity)
     axes.set(ylabel="cosine similarity, first and last depth")
     axes.legend()
-    return Drawn(
+    return CaptionedFigure(
         "layers",
         "How far each layer moves",
         "The cosine similarity of the first and the last depth, layer by layer from the input to the output. Red dots, "
@@ -158,7 +160,7 @@ def layers(found: AnalysisResult) -> Drawn:
     )
 
 
-def depths(found: AnalysisResult) -> Drawn:
+def depths(found: AnalysisResult) -> CaptionedFigure:
     figure, axes = blank()
     records = found.result["by_depth"]
     at = [record["depth"] for record in records]
@@ -169,7 +171,7 @@ def depths(found: AnalysisResult) -> Drawn:
     intervals(right, at, [record["moved"] for record in records], "C1")
     right.set_ylabel("mean cosine distance", color="C1")
     axes.set_xticks(at)
-    return Drawn(
+    return CaptionedFigure(
         "depths",
         "What each further iteration adds",
         "Blue: how often the model would write another token than after the first depth. Orange: how far its hidden "
@@ -188,14 +190,14 @@ def intervals(axes: Axes, at: Sequence[float], records: Sequence[Json], colour: 
     axes.errorbar(at, value, yerr=[value - low, high - value], fmt="o-", color=colour, markersize=4, capsize=3)
 
 
-def downstream(found: AnalysisResult) -> Drawn:
+def downstream(found: AnalysisResult) -> CaptionedFigure:
     figure, axes = blank()
     records = found.result["downstream"]
     intervals(axes, [record["distance"] for record in records], records, "C0")
     axes.axhline(0.0, color="0.5", linewidth=0.8)
     axes.set(xlabel="positions later", ylabel="additional cosine distance")
     shifted = "a shifted position" if found.mixture.bimodal else "one of the tenth that moved most"
-    return Drawn(
+    return CaptionedFigure(
         "downstream",
         "How far a shift is felt",
         f"How much more the states move some positions after {shifted} than after the others, within the same text. "
@@ -204,7 +206,7 @@ def downstream(found: AnalysisResult) -> Drawn:
     )
 
 
-def noise(floor: Json) -> Drawn:
+def noise(floor: Json) -> CaptionedFigure:
     figure, axes = blank()
     records = [record["ratio"] for record in floor["by_layer"]]
     intervals(axes, range(len(records)), records, "C0")
@@ -214,7 +216,7 @@ def noise(floor: Json) -> Drawn:
     over_layers(axes)
     axes.set(ylabel="depth / rounding", yscale="log")
     axes.legend()
-    return Drawn(
+    return CaptionedFigure(
         "noise",
         "Is it more than rounding?",
         "How many times as far iterating moves the states as computing in bfloat16 instead of float32 does. Below 1, "
@@ -223,7 +225,7 @@ def noise(floor: Json) -> Drawn:
     )
 
 
-def controls(found: AnalysisResult) -> Drawn:
+def controls(found: AnalysisResult) -> CaptionedFigure:
     figure, axes = blank()
     records = found.result["controls"]
     names = [name for name in CONTROLS if name in records]
@@ -243,22 +245,22 @@ def controls(found: AnalysisResult) -> Drawn:
         )
     axes.set_xticks(range(len(names)), [CONTROLS[name] for name in names])
     axes.set(ylabel="mean cosine distance", xlim=(-0.5, len(names) - 0.2))
-    return Drawn(
+    return CaptionedFigure(
         "controls",
-        "Does it matter what was remembered?",
+        "Does it matter which states enter?",
         "The same iterations with the states of other positions or texts, or random ones of the same size, put in "
         "instead. Without a stream, or with its strength at 0, nothing may move at all.",
         figure,
     )
 
 
-def alpha(found: AnalysisResult) -> Drawn:
+def alpha(found: AnalysisResult) -> CaptionedFigure:
     figure, axes = blank()
     low, middle, high = np.array(found.result["alpha"]["by_layer"]).T
     band(axes, low, middle, high, "5% to 95% of the dimensions")
     axes.set(ylabel="alpha")
     axes.legend()
-    return Drawn(
+    return CaptionedFigure(
         "alpha",
         "How strongly each layer blends its state in",
         "Alpha is the share of a layer's working state that is replaced by what it was thinking a step before. It was "
@@ -267,14 +269,14 @@ def alpha(found: AnalysisResult) -> Drawn:
     )
 
 
-def roc(curve: Sequence[Sequence[float]], auc: float) -> Drawn:
+def roc(curve: Sequence[Sequence[float]], auc: float) -> CaptionedFigure:
     """Of a probe's out-of-fold scores: points (false positives, true positives)."""
     figure, axes = blank(4.6, 4.2)
     axes.plot(*np.array(curve).T, label=f"AUROC {auc:.2f}")
     axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, label="chance: 0.50")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.legend(loc="lower right")
-    return Drawn(
+    return CaptionedFigure(
         "probe",
         "Can the first state tell?",
         "The true positive rate of a probe against its false positive rate, for every "
@@ -283,7 +285,7 @@ def roc(curve: Sequence[Sequence[float]], auc: float) -> Drawn:
     )
 
 
-def save(drawn: Drawn, folder: Path) -> Path:
+def save(drawn: CaptionedFigure, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{drawn.name}.png"
     drawn.figure.savefig(target, dpi=130)

@@ -63,7 +63,7 @@ def render(out: Path, found: AnalysisResult, model: Model, probe: Probe | None) 
 FACTS = ("kind", "path", "digest", "run", "step", "dtype")
 
 
-def shown(drawn: figures.Drawn, out: Path) -> list[str]:
+def shown(drawn: figures.CaptionedFigure, out: Path) -> list[str]:
     """Return the HTML of a figure with its heading and caption; the PNG is also written next to the page."""
     file = figures.save(drawn, out / "figures")
     data = base64.b64encode(file.read_bytes()).decode()

@@ -187,7 +187,7 @@ def compare_losses(a: Side, b: Side, policy: str, other: str) -> Json:
 
 
 def discordant(differences: np.ndarray) -> list[Json]:
-    """Return, for each seed of differences [seeds, items] of right answers, the discordant counts and exact McNemar."""
+    """Return each seed's discordant counts and exact McNemar p, from differences [seeds, items] of correct answers."""
     found = [{"only_A": int((row > 0).sum()), "only_B": int((row < 0).sum())} for row in differences]
     return [{**record, "p": mcnemar(record["only_B"], record["only_A"])} for record in found]
 
@@ -207,7 +207,7 @@ def over_items_and_seeds(differences: np.ndarray) -> Json:
 
 
 def differing_items(a: Side, b: Side) -> list[Json]:
-    """Return every item whose first seed's answers are right on one side only, with both outputs."""
+    """Return every item whose first seed's answer is correct on one side only, with both outputs."""
     found = []
     for policy, other in pairs(a.policies, b.policies):
         for x, y in matched(a.outcomes[0][policy], b.outcomes[0][other]):

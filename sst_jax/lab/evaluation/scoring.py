@@ -1,4 +1,4 @@
-"""How likely a known text is: log-probabilities of its tokens, and whether greedy decoding would have written them."""
+"""Scores of a known text: log-probabilities of its tokens, and whether greedy decoding would have written them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK = 64  # positions whose logits exist at one time
 
 
 class Scores(NamedTuple):
-    """Of the scored tokens of one row: log-probabilities in nats, and whether each was the likeliest token."""
+    """The scored tokens of one sequence: log-probabilities in nats, and whether each was the top-1 token."""
 
     logprobs: np.ndarray
     greedy: np.ndarray

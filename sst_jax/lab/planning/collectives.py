@@ -29,7 +29,7 @@ def sent(hlo: str, devices: int) -> dict[str, float]:
     bodies, entry = _computations(hlo)
 
     @functools.cache
-    def walk(name: str) -> Sent:
+    def traverse(name: str) -> Sent:
         found: Sent = {}
         for number, line in enumerate(bodies.get(name, ())):
             operation = _OPERATION.match(line)
@@ -44,7 +44,7 @@ def sent(hlo: str, devices: int) -> dict[str, float]:
                 found[label] = base, _bytes(base, result, kind != base, line, devices)
                 continue
             called = {role: _names(several or one) for role, several, one in _CALLED.findall(line)}
-            parts = [walk(each) for names in called.values() for each in names]
+            parts = [traverse(each) for names in called.values() for each in names]
             if kind == "conditional":
                 parts = [max(parts, key=_total)]
             if kind == "while":
@@ -58,7 +58,7 @@ def sent(hlo: str, devices: int) -> dict[str, float]:
         return found
 
     total = dict.fromkeys(KINDS, 0.0)
-    for kind, size in walk(entry).values():
+    for kind, size in traverse(entry).values():
         total[kind] += size
     return {kind: size for kind, size in total.items() if size}
 

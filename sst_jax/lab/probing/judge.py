@@ -116,7 +116,7 @@ def sweep(states: np.ndarray, labels: np.ndarray, settings: Settings) -> list[Js
 
 
 def routing(items: Sequence[Item], go_deep: np.ndarray, depths: tuple[int, int]) -> Json:
-    """Return each policy's right answers, regressions and fixes against the smaller depth, and its mean depth.
+    """Return each policy's correct answers, regressions and fixes against the smaller depth, and its mean depth.
 
     go_deep bool [items]: the larger depth is taken. harm: the share of what was right that routing breaks.
     """

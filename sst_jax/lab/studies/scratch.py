@@ -42,7 +42,7 @@ ARMS: dict[str, Json] = {
     "published": {**PUBLISHED, "forward": "two_pass"},
     "two_pass": {"forward": "two_pass"},
     "depths": {"depths": (1, 2, 3, 4)},
-    # These go on from the weights of `stream`, with an optimizer of their own, for train.further_steps.
+    # These continue from the weights of `stream`, with an optimizer of their own, for train.further_steps.
     "longer": {},
     "deepened": {"depths": (1, 2, 3, 4)},
     "mixed": {"depths": (1, 2, 3, 4), "mix_share": 0.25, "mix_passes": 3},
@@ -75,8 +75,13 @@ class Arm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """steps of batch_size words, or further_steps of an arm that goes on from another; Adam, its rate rising over
-    warmup_steps and falling along a cosine."""
+    """How an arm trains, with Adam.
+
+    steps          batches of batch_size words
+    further_steps  the same, of an arm that continues another
+    learning_rate  rising over warmup_steps and falling along a cosine
+    seeds          models that train side by side
+    """
 
     steps: int = 600
     batch_size: int = 128

@@ -38,7 +38,7 @@ from sst_jax.training.figures import study_figure
 from sst_jax.training.run import RunFolder, check_recipe
 from sst_jax.types import Json
 
-OVERLAPS = 64  # words whose memories are compared
+OVERLAPS = 64  # words whose states are compared
 TESTS = 1  # the first number of a test's seed; that of training is 0
 
 
@@ -64,7 +64,7 @@ def resolve(recipe: ml_collections.ConfigDict) -> Study:
         if name not in scratch.ARMS or name in names[:number]:
             raise InputError(f"arms={recipe.arms}: {name!r} is not one more of {', '.join(scratch.ARMS)}")
         if name in scratch.CONTINUED and "stream" not in names[:number]:
-            raise InputError(f"arms={recipe.arms}: {name} goes on from stream, which must stand before it")
+            raise InputError(f"arms={recipe.arms}: {name} continues stream, which must stand before it")
     for key, low in (("times", 1), ("depths", 1)):
         if not test[key] or not all(isinstance(value, int) and value >= low for value in test[key]):
             raise InputError(f"test.{key}={test[key]} must be whole numbers of at least {low}")
@@ -154,10 +154,10 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Return what the test's words come to, by "TIMES/DEPTH", depths above 1 at the first of `times` only.
 
-    share    [seeds, rows]        share of a word's answers that are right
-    last     [seeds, rows]        whether its last one is
-    reread   [seeds, rows]        with depths: share that would be right had every symbol stood once an iteration
-    overlap  [seeds, L, rows, T]  with depths: cosine of a memory after the first and after the last iteration
+    share    [seeds, rows]        accuracy over a word's answers
+    last     [seeds, rows]        whether its last one is correct
+    reread   [seeds, rows]        with depths: accuracy, had every symbol stood once an iteration
+    overlap  [seeds, L, rows, T]  with depths: cosine similarity of a state after the first and after the last iteration
     """
     found = {}
     for factor in times:
@@ -178,9 +178,9 @@ def measure(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _guess(config: ModelConfig, judge: str, depth: int, params: Params, symbols: jax.Array) -> jax.Array:
+def _guess(config: ModelConfig, forward: str, depth: int, params: Params, symbols: jax.Array) -> jax.Array:
     def one(params: Params) -> jax.Array:
-        return rules.logits(config, params, symbols, forward=judge, depth=depth).argmax(-1)
+        return rules.logits(config, params, symbols, forward=forward, depth=depth).argmax(-1)
 
     return jax.lax.map(one, params)
 
