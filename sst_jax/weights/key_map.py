@@ -10,6 +10,7 @@ families'; `families.registry.LAYOUTS`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -76,7 +77,8 @@ class TensorHeader(Protocol):
 Header = TypeVar("Header", bound=TensorHeader)
 
 
-class Binding(NamedTuple, Generic[Header]):
+@dataclasses.dataclass(frozen=True)
+class Binding(Generic[Header]):
     """The tensors of a source, each with its place; `head` is a tied output head, to be compared and dropped."""
 
     tensors: list[tuple[Header, CheckpointKey]]
