@@ -19,7 +19,17 @@ from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.sharding import constrain
-from sst_jax.types import AnyArray, AnyRowInts, Count, Flag, PositionHidden, PositionTokens, RowHidden, RowInts
+from sst_jax.types import (
+    AnyArray,
+    AnyRowInts,
+    Count,
+    Flag,
+    PickedHidden,
+    PickedRows,
+    PositionHidden,
+    PositionTokens,
+    RowHidden,
+)
 
 CHUNK = 16  # tokens between two looks of the host at what was generated
 BLOCK = 64  # prompt positions whose logits over the vocabulary are in memory together
@@ -148,7 +158,7 @@ def _seen(sampled: SampledTokens, state: DecodeState) -> tuple[SampledTokens, De
 
 
 @jax.jit
-def pick_rows(cache: Cache, hidden: RowHidden, index: RowInts) -> tuple[Cache, RowHidden]:
+def pick_rows(cache: Cache, hidden: RowHidden, index: PickedRows) -> tuple[Cache, PickedHidden]:
     """Return copies of the sequences `index` [B'] of caches and hidden states, as often as each is named."""
     return map_rows(lambda axis, part: jnp.take(part, index, axis=axis), cache), hidden[index]
 

@@ -1,6 +1,5 @@
 """GGUF files: tiny ones written by the gguf package, damaged ones, and the real Gemma-3-270M where it is installed."""
 
-import builtins
 import shutil
 import struct
 import sys
@@ -299,14 +298,7 @@ def test_damaged_headers_are_input_errors(whole, tmp_path_factory, data):
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     file = write(tmp_path / "tiny.gguf")
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "gguf":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as good as not installed
     with pytest.raises(InputError, match=r"pip install 'sst-jax\[gguf\]'"):
         reader.open_file(file)
 
