@@ -1,4 +1,4 @@
-"""Tasks: the data sets of `data/datasets.py` that have a test. What is asked, which answer is correct, how it is read."""
+"""Tasks: the data sets of `data/datasets.py` that have a test. Which answer is correct, and how it is read."""
 
 from __future__ import annotations
 
