@@ -205,7 +205,7 @@ def test_a_collection_holds_what_a_naive_reading_of_every_problem_gives(collecte
     assert [bool(problem.controls) for problem in collection.Collection(folder)] == [True, True, False, False, False]
 
 
-class Leaky(collect.Walker):
+class Leaky(collect.TextRunner):
     """Walks with something blended in where alpha = 0 is asked for."""
 
     def __call__(self, batch, depth, *, config=None, **more):
@@ -218,15 +218,15 @@ def test_controls_see_a_blend_that_alpha_0_leaves_on(collected):
     """`plain` has a walk of the backbone to compare with, which no stream can move."""
     model, some, settings, folder = collected
     batch = collect.Batch.of(model, some[:2], [text.given for text in some[:2]], (64, 64))
-    walker = collect.Walker(model, settings, 64)
-    (backbone,) = walker(batch, 1, config=dataclasses.replace(model.config, stream=None))
+    runner = collect.TextRunner(model, settings, 64)
+    (backbone,) = runner(batch, 1, config=dataclasses.replace(model.config, stream=None))
     for row, problem in zip(range(2), collection.Collection(folder), strict=False):
         states, logits = by_naive_reading(model, problem, 1, stream=False)
         mine = backbone.row(row, int(batch.counts[row]))
         assert apart(mine.states, states) <= 1e-5
         assert apart(mine.top_logits, -np.sort(-logits, axis=-1)) <= 1e-5
     found = controls.summarise(
-        controls.collect_batch(Leaky(model, settings, 64), batch, walker(batch, 1)[0], walker(batch, 2)[0])
+        controls.collect_batch(Leaky(model, settings, 64), batch, runner(batch, 1)[0], runner(batch, 2)[0])
     )
     assert found["plain"]["largest"] > 1e-4
     assert found["alpha_0"]["largest"] > 1e-4
