@@ -196,7 +196,7 @@ def prefilling(args: argparse.Namespace) -> list[Json]:
         return jax.lax.scan(one, start, tokens.T)[0]
 
     def sweeps_taken() -> list[int]:
-        context = decoder.row_context(config, jnp.asarray(tokens), options={})
+        context = decoder.row_context(config, jnp.asarray(tokens))
         x = decoder.embed(config, params, jnp.asarray(tokens))
 
         def rule(*arguments: Any) -> Any:

@@ -10,6 +10,7 @@ assume 40% of a card's peak arithmetic and 80% of its bandwidth, product by prod
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -50,7 +51,8 @@ def hidden_apart(
     """
 
     from sst_jax.model import decoder
-    from sst_jax.model.rules import attend, next_pass_states, pass_once
+    from sst_jax.model.halves import attend
+    from sst_jax.model.rules import next_pass_states, pass_once
 
     def one_pass(layer: Any, streams: Any, memory: Any, context: Any) -> Any:
         (x,) = streams
@@ -59,7 +61,7 @@ def hidden_apart(
         o, memory = pass_once(layer, x, h, s, context)
         return (o,), memory
 
-    context = decoder.row_context(config, tokens, segment_ids, attention=attention)
+    context = dataclasses.replace(decoder.row_context(config, tokens, segment_ids), attention=attention)
     embedded, memory = decoder.embed(config, params, tokens), None
     for _ in range(passes):
         (x,), memory = decoder.run_layers(params, one_pass, (embedded,), context, extras=memory, remat=remat)

@@ -28,6 +28,20 @@ IteratedHidden = Float[Array, "B T I D"]  # the same, some or all of the iterati
 Queries = Float[Array, "B TI N H"]
 KeysValues = Float[Array, "B TI K H"]
 StepMask = Bool[Array, "B TI 1"]
+Activations = Float[Array, "*B D"]  # of all steps, of one, or of one position
+AnyFloat = Float[Array, "..."]
+AllStates = Float[Array, "L B T I D"]
+RotaryTable = Float[Array, "B T half"]  # cosines or sines, half = H/2
+Heads = Float[Array, "B T heads H"]
+AttentionMask = Bool[Array, "rows 1 T S"]  # rows: B, B * I or 1
+SeenKeys = Bool[Array, "B S"]
+Alpha = Float[Array, "#D"]  # one a dimension, or one for all
+Gain = Float[Array, "1"]
+Scalar = Float[Array, ""]
+Ring = Int[Array, "B slots"]  # the position that each slot of a ring holds
+Frequencies = Float[np.ndarray, "half"]  # radians a position
+ScalarInt = Int[Array, ""]
+ScalarBool = Bool[Array, ""]
 
 Kernel = Num[Array, "*L inputs outputs"]  # of a linear, or of a stack of them
 LinearInputs = Float[Array, "*B inputs"]
@@ -67,9 +81,9 @@ BlockLosses = Float[Array, "rows"]
 FlatMask = Bool[AnyArray, "M"]
 FlatLosses = Float[Array, "M"]
 HeadTable = Float[Array, "V D"]
-Fraction = Float[Array, ""]
-Count = Int[Array, ""]
-Flag = Bool[Array, ""]
+Fraction = Scalar
+Count = ScalarInt
+Flag = ScalarBool
 RandomKey = Array  # of `jax.random.key`, whose dtype no shape string names
 DeviceArrays = dict[str, Array]  # by name
 

@@ -11,11 +11,12 @@ from sst_jax.inference.kv_cache import Cache
 from sst_jax.inference.policies import DepthBudget, Halting, StepSeen, halted
 from sst_jax.inference.sampling import SamplingParams
 from sst_jax.model import decoder
-from sst_jax.model.attention import KV, attend_cached, ropes
+from sst_jax.model.attention import KV, CachedStep, attend_cached, ropes
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
-from sst_jax.model.rules import attention_residual, feed, project
-from sst_jax.model.state import Masks, decay_state, initial_state, state_update
+from sst_jax.model.halves import attention_residual, feed, project
+from sst_jax.model.rules import recurrent_step
+from sst_jax.model.state import Masks, initial_state
 from sst_jax.types import AnyRowBools, AnyRowInts, Count, RowBools, RowHidden, RowInts, RowStates
 
 
@@ -119,20 +120,22 @@ def _decode_step(
         write = active & ((i == 0) | (stream is None or stream.kv == "overwrite"))
         context = Context(config, tables, masks=masks)
 
+        step = CachedStep(tables, position, write)
+
         def rule(
             layer: Layer, residuals: tuple, state_in: RowHidden | None, context: Context
         ) -> tuple[tuple, RowHidden | None]:
             x, kv = residuals
-            q, k, v = project(layer, x, context)
-            out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, tables, position, write, q, k, v, kv)
-            h = attention_residual(layer, x, out)
+            with jax.named_scope("attention"):
+                qkv = project(layer, x, context)
+                out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, qkv, step, kv)
+                h = attention_residual(layer, x, out)
             if stream is None or state_in is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None
-            masks, *_ = layer.stream
+            masks = layer.stream.masks
             s = jnp.where(masks.has_state, state_in[:, None], initial_state(stream, x))
-            o, f = feed(layer, h, context, x.dtype, s, masks.blends)
-            state_out = decay_state(stream, s, state_update(stream, o, f), masks.blends)[:, 0]
-            return (o, kv), jnp.where(active[:, None], state_out, state_in)
+            o, state_out = recurrent_step(layer, h, s, masks, context, x.dtype)
+            return (o, kv), jnp.where(active[:, None], state_out[:, 0], state_in)
 
         (x, kv), state = decoder.run_layers(params, rule, (embedded, carry.kv), context, carry.state)
         new = decoder.final_norm(config, params, x[:, 0])

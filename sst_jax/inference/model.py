@@ -128,9 +128,9 @@ class Model:
         """Return logits [B, T, V], float32, of tokens [B, T].
 
         Args:
-          forward: "plain", "two_pass", "k_pass", "local" or "exact" (`model/rules.py`); None: "exact", which is what
-            decoding computes, or "plain" without a stream.
-          passes: k of k_pass and local.
+          forward: "plain", "two_pass", "k_pass", "local" or "exact" (`model/rules.py`), options behind it as in
+            "k_pass:3"; None: "exact", which is what decoding computes, or "plain" without a stream.
+          passes: k of k_pass and local where it is not spelled out.
           depth: iterations of the stack at every position.
           segment_ids: [B, T], 0 on padding, one number a document; None: each row is one document.
           positions: [B, T]; None: counted within each document.

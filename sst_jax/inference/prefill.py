@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,10 +19,10 @@ from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.model import decoder
 from sst_jax.model.attention import KV, Past, ring_positions
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Layer, Params, Residuals
-from sst_jax.model.rules import LayerOutputs, exact, fixed_point_states, plain
+from sst_jax.model.decoder import Context, Layer, Params, Residuals
+from sst_jax.model.rules import Rule, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
-from sst_jax.types import AnyRowInts, CacheStack, Hidden, RowHidden, RowInts, Tokens
+from sst_jax.types import AnyRowInts, CacheStack, Hidden, KeysValues, RowHidden, RowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -100,7 +100,16 @@ def prefill_chunks(
         yield PrefillChunk(cache, hidden, positions)
 
 
+class ChunkOutputs(NamedTuple):
+    """What a chunk leaves in a layer."""
+
+    k: KeysValues | None
+    v: KeysValues | None
+    state: RowHidden | None  # after each row's last position
+
+
 @functools.partial(jax.jit, static_argnames=("config", "fresh", "depth"), donate_argnums=(4,))
+@jax.named_scope("prefill")
 def fill_chunk(
     config: ModelConfig,
     params: Params,
@@ -127,32 +136,32 @@ def fill_chunk(
     Returns:
         The normed hidden state of each row's last position [B, D], those of all positions [B, T, D], and the caches.
     """
-    stream, (batch, length) = config.stream, tokens.shape
+    stream, batch = config.stream, tokens.shape[0]
     depth = depth if stream is not None else 1
     context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth)
-    solve: Callable[..., tuple[Residuals, LayerOutputs]] = plain
+    solve: Rule = plain
     if stream is not None:
         solve = fixed_point_states if stream.prefill == "sweeps" else exact
     last = jnp.maximum(count - 1, 0)
     last_step = last * depth + depth - 1
 
     def rule(
-        layer: Layer, residuals: Residuals, before: RowHidden | None, context: decoder.Context
-    ) -> tuple[Residuals, LayerOutputs]:
+        layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
+    ) -> tuple[Residuals, ChunkOutputs]:
         residuals, left = solve(layer, residuals, before, context)
-        if left.state_out is not None:
-            left = left._replace(state_out=jnp.take_along_axis(left.state_out, last_step[:, None, None], axis=1)[:, 0])
-        return residuals, left
+        state = left.state_out
+        if state is not None:
+            state = jnp.take_along_axis(state, last_step[:, None, None], axis=1)[:, 0]
+        return residuals, ChunkOutputs(left.k, left.v, state)
 
-    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
-    (x,), left = decoder.run_layers(params, rule, (x,), context, None if fresh else cache.state)
-    x = decoder.final_norm(config, params, x.reshape(batch, length, depth, -1)[:, :, -1])
+    iterations, left = decoder.run(params, rule, tokens, context, None if fresh else cache.state)
+    x = iterations[:, :, 0]
 
     going = count > 0
     hidden = jnp.where(going[:, None], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], hidden)
     state = cache.state
-    if state is not None:
-        state = jnp.where(going[:, None], left.state_out, state)
+    if state is not None and left.state is not None:
+        state = jnp.where(going[:, None], left.state, state)
     source = jnp.ones(batch, bool)
     if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
         source = jnp.take_along_axis(jnp.asarray(tokens), last[:, None], axis=1)[:, 0] != config.bos_id
@@ -169,14 +178,13 @@ def chunk_context(
     *,
     fresh: bool,
     depth: int,
-) -> decoder.Context:
-    """Return the context of right-padded rows [B, T] continued from caches; `count` [B] of the positions are real."""
+) -> Context:
+    """Return the context of right-padded rows, `count` of whose positions are real, that continue from caches."""
     inside = jnp.arange(tokens.shape[1])[None, :] < count[:, None]
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     past = None if fresh else Past(cache.kv, cache.length)
-    context = decoder.row_context(
-        config, tokens, inside.astype(jnp.int32), positions, depth=depth, options={}, past=past
-    )
+    context = decoder.row_context(config, tokens, inside.astype(jnp.int32), positions, depth=depth)
+    context = dataclasses.replace(context, past=past)
     if fresh or context.masks is None:
         return context
     # A chunk's first step is entered from the cache, and no document begins there.
@@ -185,8 +193,8 @@ def chunk_context(
     return dataclasses.replace(context, masks=context.masks._replace(has_state=live, is_initial=begins))
 
 
-def update_kv_cache(config: ModelConfig, cache: Cache, left: LayerOutputs, count: RowInts) -> KV:
-    """Return the caches with the keys and values [L, B, T, K, H] of a chunk; `count` [B] of the positions are real."""
+def update_kv_cache(config: ModelConfig, cache: Cache, left: ChunkOutputs, count: RowInts) -> KV:
+    """Return the caches with the keys and values [L, B, T, K, H] of a chunk, `count` of whose positions are real."""
     kinds, kv = np.array(config.backbone.layer_types), cache.kv
     held = ring_positions(cache.length + count - 1, kv.local_k.shape[2]) - cache.length[:, None]  # [B, W], in the chunk
 

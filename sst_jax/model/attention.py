@@ -1,4 +1,7 @@
-"""Attention over whole rows, and over caches for one position: rotation, masks, sliding windows.
+"""Attention over whole sequences, and over caches for one position: rotation, masks, sliding windows.
+
+Queries see keys of three sources: each position's last iteration (`last_iteration`), a cache of earlier positions
+(`with_cache`), and their own iteration (`with_own_iteration`). Each gives a `Visible`; `attention` attends over it.
 
 Local and global layers are the two branches of one `lax.cond`, so that each has its static window while all layers stay
 one scan. The arithmetic is the library's, behind `attention`.
@@ -13,11 +16,27 @@ import jax
 import jax.numpy as jnp
 
 from sst_jax.model.config import BackboneConfig
-from sst_jax.model.kernels import KERNELS
+from sst_jax.model.kernels import KERNELS, same_document
 from sst_jax.model.layers import rope_frequencies, rope_table, rotate
-from sst_jax.types import Positions, SegmentIds
+from sst_jax.types import (
+    AttentionMask,
+    CacheStack,
+    Heads,
+    Hidden,
+    KeysValues,
+    Positions,
+    Queries,
+    Ring,
+    RotaryTable,
+    RowBools,
+    RowInts,
+    ScalarBool,
+    ScalarInt,
+    SeenKeys,
+    SegmentIds,
+)
 
-Table = tuple[jax.Array, jax.Array]
+Table = tuple[RotaryTable, RotaryTable]
 
 
 class Ropes(NamedTuple):
@@ -26,6 +45,18 @@ class Ropes(NamedTuple):
     local: Table
     glob: Table
 
+    def of(self, kind: str) -> Table:
+        """Return the tables of "local" or "global" layers."""
+        return self.glob if kind == "global" else self.local
+
+
+class QKV(NamedTuple):
+    """What a layer projects its input to, not yet rotated."""
+
+    q: Queries
+    k: KeysValues
+    v: KeysValues
+
 
 class KV(NamedTuple):
     """Key/value caches, stacked over the layers of each kind, keys already rotated.
@@ -33,38 +64,64 @@ class KV(NamedTuple):
     Local layers keep a ring of W = min(window, S) slots, position p in slot p mod W; global layers keep all S.
     """
 
-    local_k: jax.Array  # [layers, B, W, K, H]
-    local_v: jax.Array
-    global_k: jax.Array  # [layers, B, S, K, H]
-    global_v: jax.Array
+    local_k: CacheStack  # of W slots
+    local_v: CacheStack
+    global_k: CacheStack
+    global_v: CacheStack
+
+    def of(self, kind: str) -> tuple[CacheStack, CacheStack]:
+        """Return keys and values of "local" or "global" layers."""
+        return (self.global_k, self.global_v) if kind == "global" else (self.local_k, self.local_v)
 
 
 class Past(NamedTuple):
-    """What rows that go on find in the caches: `length` [B] positions of each."""
+    """The caches that rows continue from."""
 
     kv: KV
-    length: jax.Array
+    length: RowInts  # positions that each row has in them
 
 
-def ring_positions(newest: jax.Array, size: int) -> jax.Array:
-    """The position that each slot of a ring holds, [B, size], when `newest` [B] is the last; negative where none."""
+class Sequences(NamedTuple):
+    """How whole sequences are attended over, the same in all layers.
+
+    keep: what later positions see of a position's iterations, "overwrite" (the last) or "first".
+    kernel: one of `model/kernels.py` after `pick`; iterations and rows with a past always take XLA's.
+    """
+
+    ropes: Ropes
+    segment_ids: SegmentIds
+    depth: int = 1
+    keep: str = "overwrite"
+    kernel: str = "xla"
+    past: Past | None = None
+
+
+class CachedStep(NamedTuple):
+    """One position of every row that is being decoded, the same in all layers."""
+
+    ropes: Ropes
+    position: RowInts
+    write: RowBools  # rows whose keys and values enter the caches
+
+
+class Visible(NamedTuple):
+    """What queries see, besides what `is_causal` and `window` leave out."""
+
+    keys: Heads  # [B', S, K, H]
+    values: Heads
+    mask: AttentionMask  # [B' or 1, 1, T, S]
+    is_causal: bool = False
+    window: int | None = None
+
+
+def ring_positions(newest: RowInts, size: int) -> Ring:
+    """Return the position that each slot of a ring holds, [B, size], when `newest` is the last; negative where none."""
     return newest[:, None] - (newest[:, None] - jnp.arange(size)) % size
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    scale: float,
-    *,
-    is_causal: bool = False,
-    window: int | None = None,
-) -> jax.Array:
-    """Softmax attention, [B, T, N, H] from q [B, T, N, H], k and v [B, S, K, H] and mask bool [B or 1, 1, T, S].
-
-    `window` W keeps a query's own and the W - 1 keys before it.
-    """
+def attention(q: Heads, visible: Visible, scale: float) -> Heads:
+    """Return softmax attention, [B, T, N, H], of q over what it sees."""
+    k, v, mask, is_causal, window = visible
     if q.dtype != jnp.float64:
         sides = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
@@ -82,13 +139,13 @@ def attention(
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), v)
 
 
-def attention_once(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """`attention` of one query a row: [B, 1, N, H] from q [B, 1, N, H], k and v [B, S, K, H] and seen [B, S].
+def attention_once(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float) -> Queries:
+    """Return `attention` of one query a row, [B, 1, N, H], over the keys [B, S, K, H] that are `seen`.
 
     The keys come first in their product, as they lie in memory: in the library's order XLA transposes them on a CPU.
     """
     if q.dtype == jnp.bfloat16:  # of several rows and heads, for which XLA's CPU backend lacks this product
-        return attention(q, k, v, seen[:, None, None, :], scale)
+        return attention(q, Visible(k, v, seen[:, None, None, :]), scale)
     rows, _, heads, size = k.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(rows, heads, -1, size)
@@ -100,7 +157,7 @@ def attention_once(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, sc
 
 
 def ropes(backbone: BackboneConfig, positions: Positions) -> Ropes:
-    """Tables for `positions` [B, T]."""
+    """Return the tables for `positions`."""
     size, scale = backbone.head_dim, backbone.rope_scale_global
     local = rope_frequencies(size, backbone.rope_theta_local, 1.0)
     glob = rope_frequencies(size, backbone.rope_theta_global, scale, backbone.rope_llama3)
@@ -108,130 +165,181 @@ def ropes(backbone: BackboneConfig, positions: Positions) -> Ropes:
     return Ropes(rope_table(positions, local), rope_table(positions, glob))
 
 
-def by_kind(backbone: BackboneConfig, is_global: jax.Array, branch: Callable[[str], tuple]) -> tuple:
-    """`branch(kind)` for this layer's kind; no `lax.cond` where all layers are of one kind."""
+def by_kind(backbone: BackboneConfig, is_global: ScalarBool, branch: Callable[[str], tuple]) -> tuple:
+    """Return `branch(kind)` for this layer's kind; no `lax.cond` where all layers are of one kind."""
     kinds = sorted(set(backbone.layer_types))
     if len(kinds) == 1:
         return branch(kinds[0])
     return jax.lax.cond(is_global, lambda: branch("global"), lambda: branch("local"))
 
 
-def attend_rows(
-    backbone: BackboneConfig,
-    is_global: jax.Array,
-    tables: Ropes,
-    segment_ids: SegmentIds,
-    depth: int,
-    keep: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    implementation: str = "xla",
-    past: tuple[Past, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Causal attention within documents; q [B, T*I, N, H], k and v [B, T*I, K, H] not yet rotated.
+def attend_sequences(
+    backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, sequences: Sequences
+) -> tuple[Hidden, tuple[KeysValues, KeysValues]]:
+    """Attend causally within documents.
 
     Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
     own from iteration i (keep="overwrite"), or everybody's from iteration 1 (keep="first").
-    `implementation` is one of `model/kernels.py` after `pick`; iterations (depth > 1) always take XLA's, and so do rows
-    that go on from a `past`, given with the layer's place in its kind's stack.
-    Returns the output [B, T*I, N*H] and the keys and values, [B, T, K, H], that a cache would now hold.
+
+    Args:
+      backbone: heads, window, scale.
+      is_global: the layer's kind.
+      cache_index: the layer's place among the layers of its kind.
+      qkv: of the layer's input.
+      sequences: what all layers share.
+
+    Returns:
+      The output [B, T*I, N*H], and the keys and values [B, T, K, H] that a cache would now hold.
     """
-    batch, length = segment_ids.shape
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    scale = backbone.query_pre_attn_scalar**-0.5
 
     def branch(kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-        table = tables.glob if kind == "global" else tables.local
-        window = backbone.window if kind == "local" else None
-        window = window if window is None or window < length else None
-        if depth == 1 and past is None:
-            rq, rk = rotate(q, table), rotate(k, table)
-            if implementation in KERNELS:
-                return KERNELS[implementation](rq, rk, v, segment_ids, scale, window), rk, v
-            return attention(rq, rk, v, same, scale, is_causal=True, window=window), rk, v
-        # Iterations side by side: [B, T*I, heads, H] -> [B * I, T, heads, H].
-        qs, ks, vs = (
-            jnp.moveaxis(part.reshape(batch, length, depth, *part.shape[2:]), 2, 1) for part in (q, k, v)
-        )  # [B, I, T, heads, H]
-        table_rows = jnp.repeat(table[0], depth, axis=0), jnp.repeat(table[1], depth, axis=0)
-        qs = rotate(qs.reshape(batch * depth, length, *q.shape[2:]), table_rows)
-        ks = rotate(ks.reshape(batch * depth, length, *k.shape[2:]), table_rows).reshape(ks.shape)
-        kept = 0 if keep == "first" else depth - 1
-        kept_k, kept_v = ks[:, kept], vs[:, kept]
-        index = jnp.arange(length)
-        distance = index[:, None] - index[None, :]
-        within = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        mask = jnp.repeat(same & within, depth, axis=0)
-        keys, values = jnp.repeat(kept_k, depth, axis=0), jnp.repeat(kept_v, depth, axis=0)
-        if past is not None:
-            earlier_k, earlier_v, seen = (
-                jnp.repeat(part, depth, axis=0) for part in earlier(*past, kind, backbone, length)
-            )
-            mask = jnp.concatenate([mask, seen[:, None]], axis=-1)
-            keys, values = (
-                jnp.concatenate([new, old.astype(new.dtype)], axis=1)
-                for new, old in ((keys, earlier_k), (values, earlier_v))
-            )
-        if keep == "overwrite" and depth > 1:  # a second block of keys, of which each query sees its own only
-            own = distance == 0
-            others = jnp.pad(own, ((0, 0), (0, mask.shape[-1] - length)))
-            mask = jnp.concatenate([mask & ~others, jnp.broadcast_to(own, (*mask.shape[:-1], length))], axis=-1)
-            keys = jnp.concatenate([keys, ks.reshape(-1, *ks.shape[2:])], axis=1)
-            values = jnp.concatenate([values, vs.reshape(-1, *vs.shape[2:])], axis=1)
-        out = attention(qs, keys, values, mask, scale)
-        out = jnp.moveaxis(out.reshape(batch, depth, length, *out.shape[2:]), 1, 2)
-        return out.reshape(q.shape), kept_k, kept_v
+        if sequences.depth == 1 and sequences.past is None:
+            return _attend_positions(backbone, kind, qkv, sequences)
+        return _attend_iterations(backbone, kind, cache_index, qkv, sequences)
 
     out, k, v = by_kind(backbone, is_global, branch)
-    return out.reshape(*q.shape[:2], -1), k, v
+    return out.reshape(*out.shape[:2], -1), (k, v)
 
 
-def earlier(
-    past: Past, slot: jax.Array, kind: str, backbone: BackboneConfig, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys and values [B, S, K, H] in a layer's cache, and which of them the next `count` positions see, [B, T, S]."""
-    keys, values = (past.kv.global_k, past.kv.global_v) if kind == "global" else (past.kv.local_k, past.kv.local_v)
-    rows, size = keys.shape[1:3]
-    if kind == "global":
-        held = jnp.broadcast_to(jnp.arange(size), (rows, size))
-    else:
-        held = ring_positions(past.length - 1, size)
-    seen = ((held >= 0) & (held < past.length[:, None]))[:, None, :]
+def _attend_positions(
+    backbone: BackboneConfig, kind: str, qkv: QKV, sequences: Sequences
+) -> tuple[Queries, KeysValues, KeysValues]:
+    """Attend over sequences of one iteration, by the kernel that has been picked."""
+    (q, k, v), segment_ids = qkv, sequences.segment_ids
+    table, window, scale = sequences.ropes.of(kind), _window(backbone, kind, q.shape[1]), _scale(backbone)
+    q, k = rotate(q, table), rotate(k, table)
+    if sequences.kernel in KERNELS:
+        return KERNELS[sequences.kernel](q, k, v, segment_ids, scale, window), k, v
+    visible = Visible(k, v, same_document(segment_ids), is_causal=True, window=window)
+    return attention(q, visible, scale), k, v
+
+
+def _attend_iterations(
+    backbone: BackboneConfig, kind: str, cache_index: ScalarInt, qkv: QKV, sequences: Sequences
+) -> tuple[Queries, KeysValues, KeysValues]:
+    """Attend with the iterations side by side, [B * I, T, heads, H], and over caches where rows have a past."""
+    depth, (batch, length) = sequences.depth, sequences.segment_ids.shape
+    cos, sin = (jnp.repeat(part, depth, axis=0) for part in sequences.ropes.of(kind))
+
+    def side_by_side(part: jax.Array) -> jax.Array:
+        part = jnp.moveaxis(part.reshape(batch, length, depth, *part.shape[2:]), 2, 1)
+        return part.reshape(batch * depth, length, *part.shape[3:])
+
+    q, k, v = (side_by_side(part) for part in qkv)
+    q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
+    kept = 0 if sequences.keep == "first" else depth - 1
+    kept_k, kept_v = (part.reshape(batch, depth, *part.shape[1:])[:, kept] for part in (k, v))
+    visible = last_iteration(kept_k, kept_v, sequences, _window(backbone, kind, length))
+    if sequences.past is not None:
+        visible = with_cache(visible, backbone, kind, cache_index, sequences)
+    if sequences.keep == "overwrite" and depth > 1:
+        visible = with_own_iteration(visible, k, v)
+    out = attention(q, visible, _scale(backbone))
+    out = jnp.moveaxis(out.reshape(batch, depth, length, *out.shape[2:]), 1, 2)
+    return out.reshape(qkv.q.shape), kept_k, kept_v
+
+
+def last_iteration(k: KeysValues, v: KeysValues, sequences: Sequences, window: int | None) -> Visible:
+    """Return the keys that one iteration of each position has left, as all iterations see them.
+
+    Args:
+      k: [B, T, K, H], rotated.
+      v: beside k.
+      sequences: their documents, and how many iterations look.
+      window: of a local layer; None: everything before.
+    """
+    index, depth = jnp.arange(k.shape[1]), sequences.depth
+    distance = index[:, None] - index[None, :]
+    within = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    mask = same_document(sequences.segment_ids) & within
+    k, v, mask = (jnp.repeat(part, depth, axis=0) for part in (k, v, mask))
+    return Visible(k, v, mask)
+
+
+def with_cache(
+    visible: Visible, backbone: BackboneConfig, kind: str, cache_index: ScalarInt, sequences: Sequences
+) -> Visible:
+    """Return what is visible with the caches of the positions before behind it.
+
+    Args:
+      visible: of the positions that continue them.
+      backbone: its window.
+      kind: "local" or "global".
+      cache_index: the layer's place among the layers of its kind.
+      sequences: with a past.
+    """
+    assert sequences.past is not None
+    (stack_k, stack_v), length = sequences.past.kv.of(kind), sequences.past.length
+    rows, size = stack_k.shape[1:3]
+    held = jnp.broadcast_to(jnp.arange(size), (rows, size)) if kind == "global" else ring_positions(length - 1, size)
+    seen = ((held >= 0) & (held < length[:, None]))[:, None, :]
+    count = sequences.segment_ids.shape[1]
     if kind == "local" and backbone.window is not None:
-        queries = past.length[:, None] + jnp.arange(count)
+        queries = length[:, None] + jnp.arange(count)
         seen = seen & (queries[:, :, None] - held[:, None, :] < backbone.window)
-    return keys[slot], values[slot], jnp.broadcast_to(seen, (rows, count, size))
+    seen = jnp.broadcast_to(seen, (rows, count, size))
+    k, v, seen = (
+        jnp.repeat(part, sequences.depth, axis=0) for part in (stack_k[cache_index], stack_v[cache_index], seen)
+    )
+    return Visible(
+        jnp.concatenate([visible.keys, k.astype(visible.keys.dtype)], axis=1),
+        jnp.concatenate([visible.values, v.astype(visible.values.dtype)], axis=1),
+        jnp.concatenate([visible.mask, seen[:, None]], axis=-1),
+    )
+
+
+def with_own_iteration(visible: Visible, k: Heads, v: Heads) -> Visible:
+    """Return what is visible with each query's own position replaced by its own iteration of it.
+
+    The keys k and v [B * I, T, K, H] come behind the others, and each query sees its own alone.
+    """
+    length = k.shape[1]
+    own = jnp.eye(length, dtype=bool)
+    others = jnp.pad(own, ((0, 0), (0, visible.mask.shape[-1] - length)))
+    return Visible(
+        jnp.concatenate([visible.keys, k], axis=1),
+        jnp.concatenate([visible.values, v], axis=1),
+        jnp.concatenate([visible.mask & ~others, jnp.broadcast_to(own, (*visible.mask.shape[:-1], length))], axis=-1),
+    )
+
+
+def _window(backbone: BackboneConfig, kind: str, length: int) -> int | None:
+    """Return the window of a layer's kind; None where it sees everything before."""
+    window = backbone.window if kind == "local" else None
+    return window if window is None or window < length else None
+
+
+def _scale(backbone: BackboneConfig) -> float:
+    return backbone.query_pre_attn_scalar**-0.5
 
 
 def attend_cached(
-    backbone: BackboneConfig,
-    is_global: jax.Array,
-    slot: jax.Array,
-    tables: Ropes,
-    position: jax.Array,
-    write: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv: KV,
-) -> tuple[jax.Array, KV]:
-    """One position a row: q [B, 1, N, H] against the caches, which take in k and v first where `write` [B] says so.
+    backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, step: CachedStep, kv: KV
+) -> tuple[Hidden, KV]:
+    """Attend from one position a row over the caches, which take in its key and value first.
 
-    `slot` is the layer's place in its kind's stack, `position` [B] each row's position. Returns [B, 1, N*H] and caches.
+    Args:
+      backbone: heads, window, scale.
+      is_global: the layer's kind.
+      cache_index: the layer's place among the layers of its kind.
+      qkv: of one position a row.
+      step: where the rows stand, and which of them write.
+      kv: the caches.
+
+    Returns:
+      The output [B, 1, N*H] and the caches.
     """
+    (q, k, v), position = qkv, step.position
     rows = jnp.arange(q.shape[0])
     ring, capacity = kv.local_k.shape[2], kv.global_k.shape[2]
-    scale = backbone.query_pre_attn_scalar**-0.5
 
     def put(cache: jax.Array, new: jax.Array, mine: jax.Array, index: jax.Array) -> jax.Array:
         # An index past the end drops the write: for rows that keep what they have, and for the other kind's stack.
-        row = jnp.where(write & mine, rows, cache.shape[1])
-        return cache.at[slot, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
+        row = jnp.where(step.write & mine, rows, cache.shape[1])
+        return cache.at[cache_index, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
 
     def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
-        table = tables.glob if kind == "global" else tables.local
-        return rotate(q, table), rotate(k, table)
+        return rotate(q, step.ropes.of(kind)), rotate(k, step.ropes.of(kind))
 
     q, k = by_kind(backbone, is_global, rotated)
     local, glob = ~is_global, is_global
@@ -243,13 +351,12 @@ def attend_cached(
     )
 
     def branch(kind: str) -> tuple[jax.Array]:
-        keys, values = (kv.global_k, kv.global_v) if kind == "global" else (kv.local_k, kv.local_v)
-        index = jnp.arange(capacity if kind == "global" else ring)
+        keys, values = (stack[cache_index].astype(q.dtype) for stack in kv.of(kind))
         if kind == "global":
-            seen = index[None, :] <= position[:, None]
+            seen = jnp.arange(capacity)[None, :] <= position[:, None]
         else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
             seen = ring_positions(position, ring) >= 0
-        return (attention_once(q, keys[slot].astype(q.dtype), values[slot].astype(q.dtype), seen, scale),)
+        return (attention_once(q, keys, values, seen, _scale(backbone)),)
 
     (out,) = by_kind(backbone, is_global, branch)
     return out.reshape(*q.shape[:2], -1), kv

@@ -4,16 +4,16 @@
 
 An output head that is not tied to the embedding is base["head"].
 
-A rule takes (layer, streams, per-layer extras, context) and returns (streams, per-layer output); `run_layers` unpacks
-one layer's parameters at a time, quantised kernels included, under `jax.checkpoint` when training. The rules are in
-`model/rules.py`.
+A rule takes (layer, residuals, per-layer extra, context) and returns (residuals, per-layer output). `run_layers`
+unpacks one layer's parameters at a time, quantised kernels included, under `jax.checkpoint` when training; `run` is the
+whole stack from tokens to normed hidden states. The rules are in `model/rules.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,35 +29,69 @@ from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_r
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import constrain, gather
-from sst_jax.model.state import Masks, alpha_and_gain, masks_for
-from sst_jax.types import Embedding, Positions, SegmentIds, Tokens
+from sst_jax.model.state import LayerStream, Masks, alpha_and_gain, masks_for
+from sst_jax.types import (
+    Activations,
+    AnyFloat,
+    Embedding,
+    HeadTable,
+    Hidden,
+    IteratedHidden,
+    Params,
+    Positions,
+    RandomKey,
+    Scalar,
+    ScalarBool,
+    ScalarInt,
+    SegmentIds,
+    Tokens,
+)
 
-Params = dict[str, Any]
 # What training keeps of a layer until its backward pass: everything that a gradient reads; the layer's inputs and the
 # results of its products with weights; its inputs and what is named KEPT; its inputs alone; those in the host's memory.
 REMAT = ("none", "products", "memories", "layer", "offload")
-# Memories at the borders of `exact`'s chunks: 6% of the layers' inputs, which spare it one of four walks.
+# States at the borders of `exact`'s chunks: 6% of the layers' inputs, which spare it one of four scans.
 KEPT = "kept"
-Residuals = tuple[jax.Array, ...]
+RESIDUALS = "residuals"
+Residuals = tuple[Hidden, ...]
+Carry = TypeVar("Carry")  # what climbs from layer to layer: `Residuals`, with caches beside them in decoding
+LayerOutput = TypeVar("LayerOutput")
 
 
 class Layer(NamedTuple):
     """One layer, unpacked: what a rule works with."""
 
     block: Block
-    is_global: jax.Array  # bool []
-    cache_index: jax.Array  # int32 [], the layer's place among the layers of its kind
-    masks: Masks | None  # where states enter this layer; None where no stream is
-    alpha: jax.Array | None
-    gain: jax.Array | None
-    drop: dict[str, jax.Array]  # LoRA dropout factors by linear, [B, 1, inputs]
+    is_global: ScalarBool
+    cache_index: ScalarInt  # the layer's place among the layers of its kind
+    maybe_stream: LayerStream | None  # None where no stream is
+    drop: dict[str, AnyFloat]  # LoRA dropout factors by linear, [B, 1, inputs]
 
     @property
-    def stream(self) -> tuple[Masks, jax.Array, jax.Array]:
+    def stream(self) -> LayerStream:
         """Masks, alpha and gain, of a layer of a model with a stream."""
-        if self.masks is None or self.alpha is None or self.gain is None:
+        if self.maybe_stream is None:
             raise ValueError("the model has no stream")
-        return self.masks, self.alpha, self.gain
+        return self.maybe_stream
+
+
+class LayerFacts(NamedTuple):
+    """What is known of every layer from its number, [L]; in the scan over layers of one, []."""
+
+    number: np.ndarray | jax.Array
+    is_global: np.ndarray | jax.Array
+    cache_index: np.ndarray | jax.Array
+    has_stream: np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOptions:
+    """Settings that a forward has of its own. This class is for a forward that has none."""
+
+    @property
+    def num_residuals(self) -> int:
+        """How many residual streams climb the stack together."""
+        return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +100,15 @@ class Context:
 
     config: ModelConfig
     ropes: Ropes
-    segment_ids: SegmentIds | None = None  # [B, T]; None when decoding
+    segment_ids: SegmentIds | None = None  # None when decoding
     masks: Masks | None = None
     depth: int = 1
-    alpha_warmup_fraction: jax.Array | None = None
-    dropout_key: jax.Array | None = None
-    options: Any = None  # a forward's own settings
+    alpha_warmup_fraction: Scalar | None = None
+    dropout_key: RandomKey | None = None
+    options: ForwardOptions = ForwardOptions()  # of the forward that runs
     attention: str = "xla"  # the kernel that attends over whole rows, see `model/kernels.py`
-    recompute: bool = False  # whether `exact` walks its chunks again for their gradients, or keeps what these read
-    past: Past | None = None  # what caches hold of earlier positions, where rows go on from them
+    recompute: bool = False  # whether `exact` runs its chunks again for their gradients, or keeps what these read
+    past: Past | None = None  # what caches hold of earlier positions, where rows continue from them
 
     @property
     def stream(self) -> StreamConfig:
@@ -91,9 +125,16 @@ def row_context(
     positions: Positions | None = None,
     *,
     depth: int = 1,
-    **rest: Any,
 ) -> Context:
-    """The context of whole rows. Without segment_ids a row is one document; positions restart with every document."""
+    """Return the context of whole rows; `dataclasses.replace` sets its other fields.
+
+    Args:
+      config: of the model.
+      tokens: of the rows.
+      segment_ids: 0 on padding, one number a document; None: a row is one document.
+      positions: None: they restart with every document.
+      depth: iterations at every position.
+    """
     if segment_ids is None:
         if positions is None:  # plainly, or XLA spends seconds folding a constant scan
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -101,11 +142,11 @@ def row_context(
     elif positions is None:
         positions = document_positions(segment_ids)
     masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, config.bos_id)
-    return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth, **rest)
+    return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth)
 
 
-def document_positions(segment_ids: SegmentIds) -> jax.Array:
-    """Positions [B, T] counted from 0 at the start of every run of equal segment ids."""
+def document_positions(segment_ids: SegmentIds) -> Positions:
+    """Return positions counted from 0 at the start of every run of equal segment ids."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     starts = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
@@ -113,17 +154,27 @@ def document_positions(segment_ids: SegmentIds) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def layer_slots(layer_types: tuple[str, ...]) -> np.ndarray:
-    """Each layer's index among the layers of its own kind."""
-    return np.array([layer_types[:layer].count(kind) for layer, kind in enumerate(layer_types)], np.int32)
+def layer_facts(config: ModelConfig) -> LayerFacts:
+    """Return what the config says of each layer."""
+    kinds, stream = config.backbone.layer_types, config.stream
+    number = np.arange(len(kinds), dtype=np.int32)
+    has_stream = np.ones(len(kinds), bool)
+    if stream is not None and stream.layers is not None:
+        has_stream = np.isin(number, stream.layers)
+    return LayerFacts(
+        number,
+        np.array([kind == "global" for kind in kinds]),
+        np.array([kinds[:layer].count(kind) for layer, kind in enumerate(kinds)], np.int32),
+        has_stream,
+    )
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Random parameters: base in `dtype`, adapter and blend in float32. Also the shapes, under `jax.eval_shape`."""
+def init_params(config: ModelConfig, key: RandomKey, dtype: DTypeLike = jnp.float32) -> Params:
+    """Return random parameters: base in `dtype`, adapter and blend in float32."""
     backbone = config.backbone
     embed_key, layers_key = jax.random.split(key)
 
-    def one_layer(layer_key: jax.Array) -> tuple[nnx.State, ...]:
+    def one_layer(layer_key: RandomKey) -> tuple[nnx.State, ...]:
         block = Block(config, dtype, nnx.Rngs(layer_key))
         return nnx.split(block, Base, Adapter, Blend)[1:]
 
@@ -147,69 +198,108 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
     }
 
 
-def init_embedding(backbone: BackboneConfig, key: jax.Array, dtype: DTypeLike) -> Embedding:
+def init_embedding(backbone: BackboneConfig, key: RandomKey, dtype: DTypeLike) -> Embedding:
     """Return a random embedding table [V, D]; the input one of `init_params` has the first half of its split key."""
     embedding = jax.random.normal(key, (backbone.vocab_size, backbone.d_model), dtype)
     return embedding * jnp.asarray(backbone.d_model**-0.5, dtype)
 
 
-def init_blend(config: ModelConfig, key: jax.Array) -> Params:
-    """The stream's parameters alone, as `init_params` makes them, without making a base."""
+def init_blend(config: ModelConfig, key: RandomKey) -> Params:
+    """Return the stream's parameters alone, as `init_params` makes them, without making a base."""
     return jax.jit(lambda key: init_params(config, key)["blend"])(key)
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
-    """`init_params` as shapes and types only."""
+    """Return the shapes and types of `init_params`."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
 
 
-def run_layers(
+def run(
     params: Params,
-    rule: Callable[..., tuple[Any, Any]],
-    residuals: Any,
+    rule: Callable[[Layer, Residuals, Any, Context], tuple[Residuals, LayerOutput]],
+    tokens: Tokens,
     context: Context,
     extras: Any = None,
     *,
     remat: str = "none",
-) -> tuple[Any, Any]:
-    """Runs `rule` through the stack in one scan over layers.
+    every: bool = False,
+) -> tuple[IteratedHidden, LayerOutput]:
+    """Embed tokens, unfold positions into iterations, run the rule through the stack, fold, and norm.
 
-    `residuals` is carried from layer to layer (the first is the residual stream), `extras` [L, ...] is handed out a
-    layer at a time, and what the rule returns beside them comes back stacked, [L, ...]. `remat` is one of REMAT.
+    Args:
+      params: the three trees.
+      rule: one of `model/rules.py`; `context.options.num_residuals` residual streams enter the first layer.
+      tokens: of whole rows.
+      context: of the same rows.
+      extras: [L, ...], handed out a layer at a time; None: nothing.
+      remat: one of REMAT.
+      every: return each of the I iterations, not the last alone.
+
+    Returns:
+      Normed hidden states of the last residual stream, [B, T, I, D] or [B, T, 1, D], and what the rule left in each
+      layer, [L, ...].
     """
-    config, backbone = context.config, context.config.backbone
-    dtype = residuals[0].dtype if residuals else jnp.bfloat16
+    config, depth = context.config, context.depth
+    x = jnp.repeat(embed(config, params, tokens), depth, axis=1)
+    residuals, left = run_layers(params, rule, (x,) * context.options.num_residuals, context, extras, remat=remat)
+    iterations = fold(residuals[-1], depth)
+    if every:
+        return final_norm(config, params, iterations), left
+    return final_norm(config, params, iterations[:, :, -1])[:, :, None], left
+
+
+def fold(steps: Hidden, depth: int) -> IteratedHidden:
+    """Return steps as positions and their iterations."""
+    return steps.reshape(steps.shape[0], -1, depth, steps.shape[-1])
+
+
+def run_layers(
+    params: Params,
+    rule: Callable[[Layer, Carry, Any, Context], tuple[Carry, LayerOutput]],
+    residuals: Carry,
+    context: Context,
+    extras: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Carry, LayerOutput]:
+    """Run a rule through the stack in one scan over layers.
+
+    Args:
+      params: the three trees.
+      rule: (layer, residuals, extra, context) -> (residuals, per-layer output).
+      residuals: what is carried from layer to layer; the first is a residual stream.
+      context: what all layers share.
+      extras: [L, ...], handed out a layer at a time; None: nothing.
+      remat: one of REMAT.
+
+    Returns:
+      The residuals behind the last layer, and what the rule left in each, stacked, [L, ...].
+    """
+    config, layers = context.config, context.config.backbone.num_layers
+    dtype = jax.tree.leaves(residuals)[0].dtype if residuals else jnp.bfloat16
     block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     graphdef = nnx.split(block, Base, Adapter, Blend)[0]
-    layers = backbone.num_layers
-    carries = np.ones(layers, bool)
-    if config.stream is not None and config.stream.layers is not None:
-        carries = np.isin(np.arange(layers), config.stream.layers)
     blend = dict(params["blend"])
     if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
         blend["theta"] = jnp.broadcast_to(blend["theta"], (layers, 1))
-    facts = {
-        "index": np.arange(layers, dtype=np.int32),
-        "is_global": np.array([kind == "global" for kind in backbone.layer_types]),
-        "slot": layer_slots(backbone.layer_types),
-        "carries": carries,
-    }
 
-    def body(residuals: Any, slices: tuple) -> tuple[Any, Any]:
+    def body(residuals: Carry, slices: tuple) -> tuple[Carry, LayerOutput]:
         base, adapter, blend, facts, extra = slices
         if context.segment_ids is not None:  # a single position has less to send than a layer has
             base, adapter = gather(base), gather(adapter)
-            residuals = tuple(constrain(x, "rows", "sequence", None) for x in residuals)
+            residuals = jax.tree.map(lambda x: constrain(x, "rows", "sequence", None), residuals)
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
-        layer = unpack(nnx.merge(graphdef, storages.unpack(base, dtype), adapter, blend), facts, context)
-        return rule(layer, residuals, extra, context)
+        with jax.named_scope("weights"):
+            block = nnx.merge(graphdef, storages.unpack(base, dtype), adapter, blend)
+        return rule(unpack(block, facts, context), residuals, extra, context)
 
-    xs = (params["base"]["layers"], params["adapter"], blend, facts, extras)
-    return jax.lax.scan(recomputed(body, remat), residuals, xs)
+    xs = (params["base"]["layers"], params["adapter"], blend, layer_facts(config), extras)
+    with jax.named_scope("layers"):
+        return jax.lax.scan(recomputed(body, remat), residuals, xs)
 
 
 def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """A layer whose backward pass recomputes what `remat` does not keep of its forward pass."""
+    """Return a layer whose backward pass recomputes what `remat` does not keep of its forward pass."""
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
@@ -220,56 +310,58 @@ def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
         ),
         "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[KEPT], names_which_can_be_offloaded=["streams"], offload_src="device",
+            names_which_can_be_saved=[KEPT], names_which_can_be_offloaded=[RESIDUALS], offload_src="device",
             offload_dst="pinned_host",
         ),
     }[remat]  # fmt: skip
 
-    def named(residuals: Any, slices: tuple) -> tuple[Any, Any]:
-        return body(checkpoint_name(residuals, "streams"), slices)
+    def named(residuals: Carry, slices: tuple) -> tuple[Carry, Any]:
+        return body(checkpoint_name(residuals, RESIDUALS), slices)
 
     # The scan already keeps XLA from undoing the recomputation, so the costly barrier is not needed.
     return jax.checkpoint(named, prevent_cse=False, policy=policy)
 
 
-def unpack(block: Block, facts: dict[str, jax.Array], context: Context) -> Layer:
-    """Everything that a rule needs of one layer, from its slice of the stacked parameters."""
-    config, masks, alpha, gain = context.config, None, None, None
+def unpack(block: Block, facts: LayerFacts, context: Context) -> Layer:
+    """Return everything that a rule needs of one layer, from its slice of the stacked parameters."""
+    config, stream = context.config, None
     drop: dict[str, jax.Array] = {}
-    if config.stream is not None:
-        alpha, gain = alpha_and_gain(config.stream, block, context.alpha_warmup_fraction)
-        if context.masks is not None:
-            masks = Masks(*(mask & facts["carries"] for mask in context.masks))
+    if config.stream is not None and context.masks is not None:
+        masks = Masks(*(mask & facts.has_stream for mask in context.masks))
+        stream = LayerStream(masks, *alpha_and_gain(config.stream, block, context.alpha_warmup_fraction))
     if config.adapter.dropout and context.dropout_key is not None and context.segment_ids is not None:
         rows, rate = context.segment_ids.shape[0], config.adapter.dropout
-        for number, name in enumerate(config.adapter.targets):
+        for place, name in enumerate(config.adapter.targets):
             # One mask a row, the same at all positions and in all passes (Gal and Ghahramani 2016): then every forward
-            # computes the same function, in whichever order it walks the positions.
-            key = jax.random.fold_in(jax.random.fold_in(context.dropout_key, facts["index"]), number)
+            # computes the same function, in whichever order it goes through the positions.
+            key = jax.random.fold_in(jax.random.fold_in(context.dropout_key, facts.number), place)
             shape = (rows, 1, config.backbone.linear_shapes[name][0])
             drop[name] = jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
-    return Layer(block, facts["is_global"], facts["slot"], masks, alpha, gain, drop)
+    return Layer(block, jnp.asarray(facts.is_global), jnp.asarray(facts.cache_index), stream, drop)
 
 
-def embed(config: ModelConfig, params: Params, tokens: Tokens) -> jax.Array:
-    """Return scaled token embeddings, [B, T, D], in the config's dtype."""
+@jax.named_scope("embed")
+def embed(config: ModelConfig, params: Params, tokens: Tokens) -> Hidden:
+    """Return scaled token embeddings in the config's dtype."""
     return embed_tokens(
         config.backbone, params["base"]["embed"]["embedding"], jnp.asarray(tokens), jnp.dtype(config.dtype)
     )
 
 
-def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """The last RMSNorm, in x's type."""
+@jax.named_scope("final_norm")
+def final_norm(config: ModelConfig, params: Params, x: Activations) -> Activations:
+    """Return the last RMSNorm of x, in x's type."""
     scale = params["base"]["final_norm"]["scale"]
     return (unit_rms(x, config.backbone.norm_eps) * (config.backbone.norm_offset + to_float32(scale))).astype(x.dtype)
 
 
-def head_table(base: Params) -> jax.Array:
-    """The output head [V, D] of a base: its own where it has one, else the tied embedding."""
+def head_table(base: Params) -> HeadTable:
+    """Return the output head of a base: its own where it has one, else the tied embedding."""
     return (base["head"] if "head" in base else base["embed"])["embedding"]
 
 
-def head(params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits [..., V] of normed hidden states [..., D], accumulated in float32 or wider."""
+@jax.named_scope("head")
+def head(params: Params, hidden: Activations) -> AnyFloat:
+    """Return logits [..., V] of normed hidden states [..., D], accumulated in float32 or wider."""
     table, out = head_table(params["base"]), jnp.promote_types(hidden.dtype, jnp.float32)
     return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=out)

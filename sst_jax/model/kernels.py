@@ -16,6 +16,7 @@ import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.model.sharding import on_parts
+from sst_jax.types import AttentionMask, KeysValues, Queries, SegmentIds
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in multiples of it
@@ -64,17 +65,26 @@ def here(implementation: str, dtype: str, head_dim: int) -> str:
 
 
 def cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float, window: int | None
-) -> jax.Array:
-    """Return cuDNN's flash attention: [B, T, N, H] from q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T]."""
+    q: Queries, k: KeysValues, v: KeysValues, segment_ids: SegmentIds, scale: float, window: int | None
+) -> Queries:
+    """Return cuDNN's flash attention.
+
+    Args:
+      q: rotated.
+      k: rotated.
+      v: beside k.
+      segment_ids: the documents of the rows.
+      scale: of the scores.
+      window: positions that a query sees, its own included; None: all before it.
+    """
     length = q.shape[1]
-    # The backward kernel takes even lengths only. The position more is of no document, and nobody earlier looks ahead.
+    # The backward kernel takes even lengths only. The position more is of no document, and no earlier one looks ahead.
     q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
     out = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        mask=_same(segment_ids),
+        mask=same_document(segment_ids),
         scale=scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
@@ -84,15 +94,15 @@ def cudnn(
 
 
 def splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Queries,
+    k: KeysValues,
+    v: KeysValues,
+    segment_ids: SegmentIds,
     scale: float,
     window: int | None,
     interpret: bool = False,
-) -> jax.Array:
-    """Return JAX's splash attention for TPU, shapes as for `cudnn`; `interpret` runs it on a CPU, slowly."""
+) -> Queries:
+    """Return JAX's splash attention for TPU; arguments as for `cudnn`, and `interpret` runs it on a CPU, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     length = q.shape[1]
@@ -117,18 +127,16 @@ def splash(
         ),
     )
     heads_first = [jnp.moveaxis(part, 2, 1) for part in (q * jnp.asarray(scale, q.dtype), k, v)]
-    segments = library.SegmentIds(segment_ids, segment_ids)
+    segments = library.SegmentIds(jnp.asarray(segment_ids), jnp.asarray(segment_ids))
     return jnp.moveaxis(jax.vmap(kernel)(*heads_first, segments), 1, 2)[:, :length]
 
 
-def _same(segment_ids: jax.Array) -> jax.Array:
-    """Return bool [B, 1, T, T]: whether two positions are of one document. Padding counts as one, so no query sees
-    nothing.
-    """
+def same_document(segment_ids: SegmentIds) -> AttentionMask:
+    """Return whether two positions are of one document. Padding counts as one, so that every query sees something."""
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
 
-def _padded(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, multiple: int) -> tuple:
+def _padded(q: Queries, k: KeysValues, v: KeysValues, segment_ids: SegmentIds, multiple: int) -> tuple:
     more = -q.shape[1] % multiple
     if not more:
         return q, k, v, segment_ids

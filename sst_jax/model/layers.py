@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.quantization.storages import product
+from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Positions, RotaryTable, Tokens
 
 
 class Base(nnx.Param):
@@ -33,20 +34,20 @@ class Blend(nnx.Param):
     """A parameter of the stream, float32."""
 
 
-def to_float32(x: jax.Array) -> jax.Array:
-    """x in float32, or in its own type where that is wider: norms, softmax and the blend never run in bfloat16."""
+def to_float32(x: AnyFloat) -> AnyFloat:
+    """Return x in float32, or in its own type where that is wider; norms and the blend never run in bfloat16."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """x divided by its root mean square over the last axis, computed and returned wide."""
+def unit_rms(x: AnyFloat, eps: float) -> AnyFloat:
+    """Return x divided by its root mean square over the last axis, in float32 or wider."""
     x = to_float32(x)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
-def scaled_unit_rms(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """x / rms(x) * (offset + scale), wide. For its gradient x is kept, and not the wide numbers in between."""
+def scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> AnyFloat:
+    """Return x / rms(x) * (offset + scale), in float32 or wider; for its gradient x alone is kept."""
     return unit_rms(x, eps) * (offset + to_float32(scale))
 
 
@@ -61,20 +62,20 @@ class RMSNorm(nnx.Module):
         self.scale = Base(jnp.full(size, 1.0 - offset, dtype))
         self.eps, self.offset = eps, offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyFloat) -> AnyFloat:
         return scaled_unit_rms(x, self.scale[...], self.eps, self.offset)
 
 
 class NoNorm(nnx.Module):
     """The place of a norm that a family lacks: x, wide."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyFloat) -> AnyFloat:
         return to_float32(x)
 
 
 @jax.custom_vjp
-def up_product(z: jax.Array, b: jax.Array) -> jax.Array:
-    """z @ b, [..., outputs] from z [..., rank] and b [rank, outputs].
+def up_product(z: AnyFloat, b: AnyFloat) -> AnyFloat:
+    """Return z @ b, [..., outputs] from z [..., rank] and b [rank, outputs].
 
     The gradient of b is written as z^T times the cotangent. JAX would write its transpose, for which XLA's CPU backend
     copies the cotangent, by far the largest array here, column by column: an eighth of a whole training step.
@@ -82,11 +83,11 @@ def up_product(z: jax.Array, b: jax.Array) -> jax.Array:
     return z @ b
 
 
-def _up_product_forward(z: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _up_product_forward(z: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, tuple[AnyFloat, AnyFloat]]:
     return z @ b, (z, b)
 
 
-def _up_product_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _up_product_backward(saved: tuple[AnyFloat, AnyFloat], dy: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
     z, b = saved
     return dy @ b.T, jnp.einsum("...r,...n->rn", z, dy)
 
@@ -113,7 +114,7 @@ class Linear(nnx.Module):
             self.lora_a = Adapter(jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound))
             self.lora_b = Adapter(jnp.zeros((rank, outputs)))
 
-    def __call__(self, x: jax.Array, drop: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: AnyFloat, drop: AnyFloat | None = None) -> AnyFloat:
         y = product(x, self.kernel.get_value())
         if self.has_bias:
             y = y + self.bias[...].astype(x.dtype)
@@ -160,7 +161,7 @@ class Block(nnx.Module):
 
 
 def initial_theta(stream: StreamConfig) -> float:
-    """The logit at which the clamped sigmoid gives `alpha_init`."""
+    """Return the logit at which the clamped sigmoid gives `alpha_init`."""
     lo, hi = stream.alpha_range
     share = (stream.alpha_init - lo) / (hi - lo)
     return math.log(share / (1.0 - share))
@@ -168,8 +169,8 @@ def initial_theta(stream: StreamConfig) -> float:
 
 def rope_frequencies(
     head_dim: int, theta: float, scale: float, llama3: tuple[float, float, int] | None = None
-) -> np.ndarray:
-    """Radians a position [H/2] of rotary embedding (arXiv 2104.09864), divided by `scale`.
+) -> Frequencies:
+    """Return radians a position [H/2] of rotary embedding (arXiv 2104.09864), divided by `scale`.
 
     With `llama3` (low, high, original positions), wavelengths below original / high stay as they are, those above
     original / low are scaled, those in between partly: as in transformers, `rope_type` "llama3".
@@ -190,20 +191,20 @@ def rope_frequencies(
     return np.where(wavelength < original / high, frequency, scaled)
 
 
-def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, H/2] of rotary embedding at positions [B, T]."""
+def rope_table(positions: Positions, frequencies: Frequencies) -> tuple[RotaryTable, RotaryTable]:
+    """Return cosines and sines of rotary embedding at positions."""
     angle = positions[..., None].astype(frequencies.dtype) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Applies `rope_table` to [B, T, heads, H]; halves are paired as in Hugging Face's `rotate_half`."""
+def rotate(x: Heads, table: tuple[RotaryTable, RotaryTable]) -> Heads:
+    """Apply `rope_table`; halves are paired as in Hugging Face's `rotate_half`."""
     cos, sin = (part[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for part in table)
     first, second = jnp.split(to_float32(x), 2, axis=-1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
 
 
-def embed(backbone: BackboneConfig, embedding: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Token embeddings times embed_scale, [..., D]; the factor is rounded to the table's type, as in the reference."""
+def embed(backbone: BackboneConfig, embedding: AnyFloat, tokens: Tokens, dtype: DTypeLike) -> Hidden:
+    """Return token embeddings times embed_scale; the factor is rounded to the table's type, as in the reference."""
     scale = jnp.asarray(backbone.embed_scale, embedding.dtype)
     return (jnp.take(embedding, tokens, axis=0) * scale).astype(dtype)

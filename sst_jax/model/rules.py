@@ -1,7 +1,4 @@
-"""The forwards: one layer cut in two halves, and a rule for each way to solve the recurrence between them.
-
-    attend   x  -> h        attention, no state in it
-    feed     h, s -> o, f   blend the state in, feed-forward; o goes up, f (or o) is what the layer was thinking
+"""The forwards: a rule for each way to solve the recurrence between the two halves of a layer (`model/halves.py`).
 
     plain      blend off
     two_pass   the whole stack plain, its states moved one position on, the whole stack again blended; the paper's
@@ -9,135 +6,75 @@
     local      inside each layer: attention once, the feed-forward k times, states moved on in between
     exact      inside each layer: attention once, then the feed-forward position after position; the oracle
 
+FORWARDS is the registry: a name, its rule, and the options that are its own. A forward is written "name" or, with its
+options in their order, "name:option:..."; so "k_pass:3". docs/adding-a-forward.md adds one.
+
 At iteration depth I a position is I consecutive steps ([B, T*I, D]) and every rule stays as it is: attention gives each
 iteration its own view of the past (`model/attention.py`), states enter a step from the step before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
-from sst_jax.model.attention import attend_rows
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import Context, Layer, Params, Residuals
-from sst_jax.model.layers import ACTIVATIONS, to_float32
-from sst_jax.model.state import Masks, blend, decay_state, initial_state, scan_states, shift_right, state_update
-from sst_jax.types import Positions, SegmentIds, Tokens
+from sst_jax.model.decoder import Context, ForwardOptions, Layer, Params, Residuals
+from sst_jax.model.halves import AttentionResidual, attend, feed, residual_after_attention
+from sst_jax.model.layers import to_float32
+from sst_jax.model.loops import chunked_scan, fixed_point
+from sst_jax.model.state import (
+    Masks,
+    PassValues,
+    decay_state,
+    initial_state,
+    scan_states,
+    shift_right,
+    state_update,
+)
+from sst_jax.types import (
+    AllStates,
+    Hidden,
+    KeysValues,
+    Logits,
+    Positions,
+    RandomKey,
+    RowHidden,
+    Scalar,
+    ScalarInt,
+    SegmentIds,
+    Tokens,
+)
 
-FORWARDS = ("plain", "two_pass", "k_pass", "local", "exact")
 CHUNK = 32  # positions of `exact` between checkpoints, at most
 
 
 class LayerOutputs(NamedTuple):
-    """What a rule leaves behind in a layer besides its streams; whatever nobody reads is not computed."""
+    """What a rule leaves behind in a layer besides its residuals; unused outputs are not computed."""
 
-    k: jax.Array | None = None  # [B, T, K, H], rotated, what a cache would hold
-    v: jax.Array | None = None
-    state_out: jax.Array | None = None  # [B, T*I, D], the memory after every step
-    sweeps: jax.Array | None = None  # int32 [], what `fixed_point_states` took
-
-
-class AttentionResidual(NamedTuple):
-    """h as what it is the sum of: together half the bytes of the wide sum in bfloat16, and so what gradients keep."""
-
-    x: jax.Array  # [B, T*I, D], the layer's input
-    out: jax.Array  # [B, T*I, D], what attention adds to it, before its norm
+    k: KeysValues | None = None  # rotated, what a cache would hold
+    v: KeysValues | None = None
+    state_out: Hidden | None = None  # the state after every step
+    sweeps: ScalarInt | None = None  # what `fixed_point_states` took
 
 
-# Where a function below is under `jax.checkpoint`, its arguments are kept for its gradients and what lies in between is
-# not. The products with frozen kernels are not repeated for that: no gradient reads their results.
+Rule = Callable[[Layer, Residuals, Any, Context], tuple[Residuals, LayerOutputs]]
+# What enters a step instead of its state: (layer, the states entering every step) -> states.
+Intervention = Callable[[Layer, Hidden], Hidden]
 
-
-def project(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T*I, N, H], keys and values [B, T*I, K, H] of a layer's input, normed, not yet rotated."""
-    backbone, block = context.config.backbone, layer.block
-
-    @jax.checkpoint
-    def linears(x: jax.Array) -> tuple[jax.Array, ...]:
-        y = block.pre_attn_norm(x).astype(x.dtype)
-        return tuple(
-            linear(y, layer.drop.get(name)) for name, linear in zip("qkv", (block.q, block.k, block.v), strict=True)
-        )
-
-    q, k, v = linears(x)
-    q, k, v = (part.reshape(*part.shape[:2], -1, backbone.head_dim) for part in (q, k, v))
-    return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v
-
-
-def attention_residual(layer: Layer, x: jax.Array, out: jax.Array) -> AttentionResidual:
-    """h of a layer's input and attention's output [B, T*I, N*H]."""
-    return AttentionResidual(x, layer.block.o(out, layer.drop.get("o")))
-
-
-def residual_after_attention(layer: Layer, h: AttentionResidual | jax.Array) -> jax.Array:
-    """h [B, T*I, D], wide: the residual stream after attention; as it is where it has been summed before."""
-    return to_float32(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, AttentionResidual) else h
-
-
-def attend(layer: Layer, x: jax.Array, context: Context) -> tuple[AttentionResidual, tuple[jax.Array, jax.Array]]:
-    """h, not yet summed, and the keys and values that a cache would hold."""
-    backbone, stream = context.config.backbone, context.config.stream
-    keep = "overwrite" if stream is None else stream.kv
-    q, k, v = project(layer, x, context)
-    past = None if context.past is None else (context.past, layer.cache_index)
-    if context.segment_ids is None:
-        raise ValueError("rows are attended over with their segment ids")
-    out, k, v = attend_rows(
-        backbone,
-        layer.is_global,
-        context.ropes,
-        context.segment_ids,
-        context.depth,
-        keep,
-        q,
-        k,
-        v,
-        context.attention,
-        past,
-    )
-    return attention_residual(layer, x, out), (k, v)
-
-
-def feed(
-    layer: Layer,
-    h: AttentionResidual | jax.Array,
-    context: Context,
-    dtype: DTypeLike,
-    s: jax.Array | None = None,
-    where: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """o in `dtype` and f wide, [B, T*I, D]: the feed-forward half, with the state s blended in `where` one enters."""
-    block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
-
-    @jax.checkpoint
-    def widen(h: AttentionResidual | jax.Array, s: jax.Array | None) -> tuple[jax.Array, ...]:
-        h = residual_after_attention(layer, h)
-        if s is None or where is None:
-            mixed = h
-        else:
-            mixed = blend(context.stream, *layer.stream[1:], h, s, where)
-        y = block.pre_ffn_norm(mixed).astype(dtype)
-        return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
-
-    @jax.checkpoint
-    def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return block.down(activation(gate) * up, layer.drop.get("down"))
-
-    mixed, gate, up = widen(h, s)
-    f = block.post_ffn_norm(narrow(gate, up))
-    return (mixed + f).astype(dtype), f
+# --------------------------------------------------------------------------------------------------------- The rules
 
 
 def plain(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
-    """The backbone: no state."""
+    """Apply the backbone alone: no state."""
     (x,) = residuals
     h, kv = attend(layer, x, context)
     o, _ = feed(layer, h, context, x.dtype)
@@ -145,156 +82,304 @@ def plain(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> t
 
 
 def k_pass(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
-    """Each stream blended with the states of the one before it; the first is plain.
+    """Blend each residual stream with the states of the one before it; the first is plain.
 
-    All streams enter the first layer as the same embeddings. Computing its attention once would take a branch in every
+    All of them enter the first layer as the same embeddings. Computing its attention once would take a branch in every
     layer, and what a branch keeps for its gradients costs more memory, and no less time, than the sharing saves.
     """
     s: jax.Array | None = None
-    memory: jax.Array | None = None
+    state_out: jax.Array | None = None
     outputs = []
-    for x in residuals:
-        h, _ = attend(layer, x, context)
-        if memory is not None:
-            s = next_pass_states(layer, x, memory, context)
-        o, memory = pass_once(layer, x, h, s, context)
-        outputs.append(o)
-    return tuple(outputs), LayerOutputs(state_out=memory)
+    for number, x in enumerate(residuals, start=1):
+        with jax.named_scope(f"pass_{number}"):
+            h, _ = attend(layer, x, context)
+            if state_out is not None:
+                s = next_pass_states(layer, x, state_out, context)
+            o, state_out = pass_once(layer, x, h, s, context)
+            outputs.append(o)
+    return tuple(outputs), LayerOutputs(state_out=state_out)
 
 
 def pass_once(
     layer: Layer,
-    x: jax.Array,
-    h: AttentionResidual | jax.Array,
-    s: jax.Array | None,
+    x: Hidden,
+    h: AttentionResidual | Hidden,
+    s: Hidden | None,
     context: Context,
-    before: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """o and the memory after every step, from the feed-forward over all steps at once with the states s."""
-    masks, alpha, gain = layer.stream
-    o, f = feed(layer, h, context, x.dtype, s, masks.blends)
-    whole = residual_after_attention(layer, h)
-    return o, scan_states(context.stream, alpha, gain, x, whole, f, o, masks, before)
+    before: RowHidden | None = None,
+) -> tuple[Hidden, Hidden]:
+    """Run the feed-forward over all steps at once.
+
+    Args:
+      layer: its parameters.
+      x: into the layer.
+      h: after attention.
+      s: the states entering each step; None: none enters any.
+      context: what all layers share.
+      before: the state of rows continued from a cache; None: there are none.
+
+    Returns:
+      o, and the state after every step.
+    """
+    o, f = feed(layer, h, context, x.dtype, s, layer.stream.masks.blends)
+    values = PassValues(x, residual_after_attention(layer, h), f, o)
+    with jax.named_scope("states"):
+        return o, scan_states(context.stream, layer.stream, values, before)
 
 
-def next_pass_states(layer: Layer, x: jax.Array, memory: jax.Array, context: Context) -> jax.Array:
-    """The states that a pass over x blends in, from the memory of the pass before, with or without its gradient."""
-    kept = memory if context.stream.pass1_grad else jax.lax.stop_gradient(memory)
-    return shift_right(context.stream, x, kept, layer.stream[0])
+@jax.named_scope("states")
+def next_pass_states(layer: Layer, x: Hidden, state_out: Hidden, context: Context) -> Hidden:
+    """Return the states that a pass over x blends in, from those of the pass before, with or without its gradient."""
+    kept = state_out if context.stream.pass1_grad else jax.lax.stop_gradient(state_out)
+    return shift_right(context.stream, x, kept, layer.stream.masks)
 
 
 def local(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
-    """Attention once; the feed-forward `passes` times, each blended with the states of the time before."""
+    """Attend once; run the feed-forward `passes` times, each blended with the states of the time before."""
     (x,), s = residuals, None
     h, kv = attend(layer, x, context)
-    for _ in range(context.options["passes"]):
-        o, memory = pass_once(layer, x, h, s, context)
-        s = next_pass_states(layer, x, memory, context)
-    return (o,), LayerOutputs(*kv, memory)
+    for number in range(1, options_of(context, Passes).passes + 1):
+        with jax.named_scope(f"pass_{number}"):
+            o, state_out = pass_once(layer, x, h, s, context)
+            s = next_pass_states(layer, x, state_out, context)
+    return (o,), LayerOutputs(*kv, state_out)
 
 
-def exact(layer: Layer, residuals: Residuals, before: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
-    """Attention once; the feed-forward step after step. `before` [B, D]: the memory of rows that go on."""
-    (x,) = residuals
+def exact(
+    layer: Layer,
+    residuals: Residuals,
+    before: RowHidden | None,
+    context: Context,
+    intervene: Intervention | None = None,
+) -> tuple[Residuals, LayerOutputs]:
+    """Attend once; run the feed-forward step after step.
+
+    Args:
+      layer: its parameters.
+      residuals: (x,); with `intervene` (x, other), where other enters the first layer as x does.
+      before: the state of rows continued from a cache; None: there are none.
+      context: what all layers share.
+      intervene: (layer, states) -> states. `other` is blended with what it makes of the states entering every step of
+        x, as in causal interventions on activations; x itself stays as it is. None: there is no `other`.
+
+    Returns:
+      The residuals, and the keys, values and states of x; with `intervene` the states of `other` alone.
+    """
+    x = residuals[0]
     h, kv = attend(layer, x, context)
-    o, memory = scan_positions(layer, x, residual_after_attention(layer, h), context, before)
-    return (o,), LayerOutputs(*kv, memory)
+    o, state_out = scan_positions(layer, x, residual_after_attention(layer, h), context, before)
+    if intervene is None:
+        return (o,), LayerOutputs(*kv, state_out)
+    other = residuals[1]
+    states = intervene(layer, shift_right(context.stream, x, state_out, layer.stream.masks, before))
+    h, _ = attend(layer, other, context)
+    o_other, state_out = pass_once(layer, other, h, states, context)
+    return (o, o_other), LayerOutputs(state_out=state_out)
+
+
+def recurrent_step(
+    layer: Layer, h: AttentionResidual | Hidden, s: Hidden, masks: Masks, context: Context, dtype: DTypeLike
+) -> tuple[Hidden, Hidden]:
+    """Run the feed-forward of one step, [B, 1, D]: of `exact`'s scan, and of decoding.
+
+    Args:
+      layer: its parameters; `masks` stands in for the masks of its stream.
+      h: after attention.
+      s: the state that enters the step where `masks` say that one does.
+      masks: of the step.
+      context: what all layers share.
+      dtype: of the products and of o.
+
+    Returns:
+      o in `dtype`, and the state after the step.
+    """
+    o, f = feed(layer, h, context, dtype, s, masks.blends)
+    with jax.named_scope("states"):
+        return o, decay_state(context.stream, s, state_update(context.stream, o, f), masks.blends)
 
 
 def scan_positions(
-    layer: Layer, x: jax.Array, h: jax.Array, context: Context, before: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """o and the memory after every step, [B, T*I, D], of one layer: its feed-forward run step after step.
+    layer: Layer, x: Hidden, h: Hidden, context: Context, before: RowHidden | None = None
+) -> tuple[Hidden, Hidden]:
+    """Run the feed-forward of one layer step after step.
 
-    With `context.recompute` in chunks that the backward pass walks again, so that about every CHUNK-th memory is kept
+    With `context.recompute` in chunks that the backward pass runs again, so that about every CHUNK-th state is kept
     until then; where the whole layer is recomputed first, only under remat="memories" and "offload", or the positions
-    are walked once more for them.
+    are scanned once more for them.
+
+    Args:
+      layer: its parameters.
+      x: into the layer.
+      h: after attention.
+      context: what all layers share.
+      before: the state of rows continued from a cache; None: there are none.
+
+    Returns:
+      o, and the state after every step.
     """
-    stream, (entries, *_) = context.stream, layer.stream
-    rows, steps, _ = h.shape
+    stream, masks = context.stream, layer.stream.masks
+    s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or read nowhere
 
     def step(m: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
-        h_t, s0, live, begins = inputs
-        masks = Masks(live, begins)
-        s = jnp.where(live, m, 0.0 if s0 is None else s0)
-        o, f = feed(layer, h_t[:, None], context, x.dtype, s[:, None], masks.blends[:, None])
-        m = decay_state(stream, s, state_update(stream, o, f)[:, 0], masks.blends)
-        return m, (o[:, 0], m)
-
-    chunk = -(-steps // -(-steps // CHUNK))  # chunks of about one size, so that hardly a step is padding
-    padding = -steps % chunk
-
-    def chunked(part: jax.Array) -> jax.Array:  # [B, T*I, ...] -> [chunks, chunk, B, ...]
-        part = jnp.pad(part, ((0, 0), (0, padding), (0, 0)))
-        return jnp.moveaxis(part, 1, 0).reshape(-1, chunk, rows, part.shape[-1])
-
-    s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or read by nobody
-    inputs = jax.tree.map(chunked, (h, s0, entries.has_state, entries.is_initial))
-
-    def through(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
-        return jax.lax.scan(step, m, part)
-
-    if context.recompute:
-        through = jax.checkpoint(through, prevent_cse=False)
-
-    def inner(m: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
-        return through(checkpoint_name(m, decoder.KEPT), part)
+        h, s0, *mine = jax.tree.map(lambda part: part[:, None], inputs)
+        mine = Masks(*mine)
+        s = jnp.where(mine.has_state, m[:, None], 0.0 if s0 is None else s0)
+        o, m = recurrent_step(layer, h, s, mine, context, x.dtype)
+        return m[:, 0], (o[:, 0], m[:, 0])
 
     first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
-    _, (o, memory) = jax.lax.scan(inner, first, inputs)
-    o, memory = (jnp.moveaxis(part.reshape(-1, *part.shape[2:])[:steps], 0, 1) for part in (o, memory))
-    return o, memory
+    inputs = (h, s0, *masks)
+    return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=decoder.KEPT)
 
 
 def fixed_point_states(
-    layer: Layer, residuals: Residuals, before: Any, context: Context
+    layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
 ) -> tuple[Residuals, LayerOutputs]:
-    """`local` with as many sweeps as it takes for the states to stand still, else `exact`. Not differentiable.
+    """Iterate `local` until the states stand still, else scan as `exact` does. Not differentiable.
 
-    `sweeps` says how many; sweep_cap + 1 that they did not suffice and the positions were walked one by one.
+    `sweeps` says how many evaluations it took; sweep_cap + 1 that they did not suffice and the positions were scanned.
     """
-    stream, (x,), (masks, *_) = context.stream, residuals, layer.stream
+    stream, (x,), masks = context.stream, residuals, layer.stream.masks
     summands, kv = attend(layer, x, context)
     h = residual_after_attention(layer, summands)
+
+    def sweep(s: jax.Array | None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        o, state_out = pass_once(layer, x, h, s, context, before)
+        return (o, state_out), shift_right(stream, x, state_out, masks, before)
 
     def norm(part: jax.Array) -> jax.Array:  # of each row, so that a short one is not lost beside a long one
         return jnp.sqrt(jnp.sum(jnp.square(jnp.where(masks.has_state, to_float32(part), 0.0)), axis=(1, 2)))
 
-    def moving(carry: tuple) -> jax.Array:
-        count, _, _, change = carry
-        return (change > stream.sweep_tolerance) & (count < stream.sweep_cap)
+    def change(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.max(norm(to_float32(new) - to_float32(old)) / jnp.maximum(norm(new), 1e-30))
 
-    def again(carry: tuple) -> tuple:
-        count, _, s, _ = carry
-        o, memory = pass_once(layer, x, h, s, context, before)
-        moved = shift_right(stream, x, memory, masks, before)
-        change = jnp.max(norm(to_float32(moved) - to_float32(s)) / jnp.maximum(norm(moved), 1e-30))
-        return count + 1, (o, memory), moved, change.astype(jnp.float32)
-
-    o, memory = pass_once(layer, x, h, None, context, before)
-    begin = (jnp.int32(1), (o, memory), shift_right(stream, x, memory, masks, before), jnp.float32(jnp.inf))
-    count, (o, memory), _, change = jax.lax.while_loop(moving, again, begin)
-    o, memory, count = jax.lax.cond(
-        change <= stream.sweep_tolerance,
-        lambda: (o, memory, count),
+    outputs, s = sweep(None)
+    (o, state_out), count, converged = fixed_point(
+        sweep, outputs, s, distance=change, tolerance=stream.sweep_tolerance, cap=stream.sweep_cap
+    )
+    o, state_out, count = jax.lax.cond(
+        converged,
+        lambda: (o, state_out, count),
         lambda: (*scan_positions(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
     )
-    return (o,), LayerOutputs(*kv, memory, count)
+    return (o,), LayerOutputs(*kv, state_out, count)
 
 
-RULES = {"plain": plain, "two_pass": k_pass, "k_pass": k_pass, "local": local, "exact": exact}
+# ------------------------------------------------------------------------------------------------------- The registry
 
 
-def check(forward: str, passes: int, depth: int) -> None:
-    """Raises InputError on a forward that does not exist or settings that it cannot have."""
-    if forward not in FORWARDS:
-        raise InputError(f"forward={forward!r} is not one of {', '.join(FORWARDS)}")
-    if passes < 1 or (forward == "two_pass" and passes != 2):
-        raise InputError(f"passes={passes} does not fit forward={forward!r}: k_pass and local take passes >= 1")
+@dataclasses.dataclass(frozen=True)
+class Passes(ForwardOptions):
+    """passes   how often the feed-forward runs"""
+
+    passes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise InputError(f"passes={self.passes} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedPasses(Passes):
+    """passes   stacks that climb together"""
+
+    @property
+    def num_residuals(self) -> int:
+        """How many residual streams climb the stack together."""
+        return self.passes
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPasses(StackedPasses):
+    """passes   2, which other forwards may change"""
+
+    def __post_init__(self) -> None:
+        if self.passes != 2:
+            raise InputError(f"passes={self.passes} does not fit forward='two_pass': k_pass and local take passes >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A way to solve the recurrence.
+
+    rule        what it does in a layer
+    options     the type of its own options, each a field with a default, int or float
+    has_state   whether it blends states in, and leaves them
+    """
+
+    rule: Rule
+    options: type[ForwardOptions] = ForwardOptions
+    has_state: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervened(ForwardOptions):
+    """Of `exact` with an intervention: a residual stream as it is, and one that the intervention changes."""
+
+    @property
+    def num_residuals(self) -> int:
+        """How many residual streams climb the stack together."""
+        return 2
+
+
+FORWARDS: dict[str, Forward] = {
+    "plain": Forward(plain, has_state=False),
+    "two_pass": Forward(k_pass, TwoPasses),
+    "k_pass": Forward(k_pass, StackedPasses),
+    "local": Forward(local, Passes),
+    "exact": Forward(exact),
+}
+Options = TypeVar("Options", bound=ForwardOptions)
+
+
+class BoundForward(NamedTuple):
+    """A forward with its options chosen."""
+
+    name: str
+    forward: Forward
+    options: ForwardOptions
+
+
+def bind(spelling: str, passes: int = 2, depth: int = 1) -> BoundForward:
+    """Return the forward that is meant, with its options.
+
+    Args:
+      spelling: a name of FORWARDS, or with its options in their order "name:option:...", as "k_pass:3".
+      passes: for forwards with such an option that is not spelled out; the others do not look at it.
+      depth: iterations that it is to run.
+
+    Raises: InputError on a forward that does not exist, or on options or a depth that it cannot have.
+    """
+    name, *spelled = spelling.split(":")
+    if name not in FORWARDS:
+        raise InputError(f"forward={spelling!r} is not one of {', '.join(FORWARDS)}")
     if depth < 1:
         raise InputError(f"depth={depth} must be at least 1")
-    if forward == "plain" and depth != 1:
-        raise InputError("forward='plain' has no state, so a second iteration would repeat the first: use depth=1")
+    forward = FORWARDS[name]
+    fields = dataclasses.fields(forward.options)
+    if len(spelled) > len(fields):
+        takes = ":".join([name, *(field.name.upper() for field in fields)])
+        raise InputError(f"forward={spelling!r} has more options than it takes, which are {takes}")
+    chosen: dict[str, int | float] = {"passes": passes} if any(field.name == "passes" for field in fields) else {}
+    for field, text in zip(fields, spelled, strict=False):
+        number: type[int | float] = float if isinstance(field.default, float) else int
+        try:
+            chosen[field.name] = number(text)
+        except ValueError:
+            raise InputError(f"forward={spelling!r}: {field.name} {text!r} is not {number.__name__}") from None
+    if not forward.has_state and depth != 1:
+        raise InputError(f"forward={name!r} has no state, so a second iteration would repeat the first: use depth=1")
+    return BoundForward(name, forward, forward.options(**chosen))
+
+
+def options_of(context: Context, kind: type[Options]) -> Options:
+    """Return the context's options as a rule knows them.
+
+    Raises: ValueError where the rule runs with another forward's options.
+    """
+    if not isinstance(context.options, kind):
+        raise ValueError(f"the rule needs {kind.__name__} as context.options, not {type(context.options).__name__}")
+    return context.options
 
 
 SETTINGS = ("config", "forward", "passes", "depth")
@@ -311,60 +396,52 @@ def hidden(
     depth: int = 1,
     segment_ids: SegmentIds | None = None,
     positions: Positions | None = None,
-    alpha_warmup_fraction: jax.Array | None = None,
-    dropout_key: jax.Array | None = None,
+    alpha_warmup_fraction: Scalar | None = None,
+    dropout_key: RandomKey | None = None,
     remat: str = "none",
     attention: str = "xla",
-) -> jax.Array:
-    """Final hidden states [B, T, D] of tokens [B, T], after the last norm.
+) -> Hidden:
+    """Return final hidden states [B, T, D], after the last norm.
 
     Args:
-      config, params: what `decoder.init_params` takes and returns. Without a stream every forward is `plain`.
-      forward: one of FORWARDS; `passes` is k of k_pass and local.
+      config: of the model. Without a stream every forward is `plain`.
+      params: as `decoder.init_params` returns them.
+      tokens: of whole rows.
+      forward: as `bind` reads it.
+      passes: of a forward that takes passes.
       depth: iterations I at every position; the last one's output is returned.
-      segment_ids: [B, T], 0 on padding, one number a document; None: each row is one document.
-      positions: [B, T]; None: counted within each document.
-      alpha_warmup_fraction: [] in [0, 1], how far alpha's warm-up has come; None is done.
-      dropout_key: LoRA dropout on when given.
+      segment_ids: 0 on padding, one number a document; None: each row is one document.
+      positions: None: counted within each document.
+      alpha_warmup_fraction: in [0, 1], how far alpha has been warmed up; None: all the way.
+      dropout_key: of LoRA's dropout; None: no dropout.
       remat: what the backward pass recomputes of each layer; one of `decoder.REMAT`.
       attention: the kernel, as `kernels.pick` names it.
 
-    Raises: InputError on a forward, passes or depth that do not fit together.
+    Raises: InputError as `bind`.
     """
-    check(forward, passes, depth)
-    if config.stream is None or (config.stream.alpha == 0.0 and (forward == "exact" or depth > 1)):
+    bound = bind(forward, passes, depth)
+    if config.stream is None or (config.stream.alpha == 0.0 and (bound.name == "exact" or depth > 1)):
         # Without a blend there is nothing to scan over or to repeat, and products of other shapes round differently.
-        forward, depth = "plain", 1
-    context = decoder.row_context(
-        config,
-        tokens,
-        segment_ids,
-        positions,
-        depth=depth,
+        bound, depth = bind("plain"), 1
+    context = dataclasses.replace(
+        decoder.row_context(config, tokens, segment_ids, positions, depth=depth),
         alpha_warmup_fraction=alpha_warmup_fraction,
         dropout_key=dropout_key,
-        options={"passes": passes},
+        options=bound.options,
         attention=attention,
         recompute=remat != "none",
     )
 
-    def rule(*arguments: Any) -> tuple[Residuals, None]:
-        return RULES[forward](*arguments)[0], None  # what the layers leave behind would be stacked for nobody
+    def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, None]:
+        return bound.forward.rule(layer, residuals, extra, context)[0], None  # stacked outputs would be unused
 
-    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
-    residuals, _ = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context, remat=remat)
-    x = residuals[-1].reshape(*tokens.shape, depth, -1)[:, :, -1]
-    return decoder.final_norm(config, params, x)
-
-
-def num_residuals(forward: str, passes: int) -> int:
-    """How many streams climb the stack together."""
-    return passes if forward in ("two_pass", "k_pass") else 1
+    iterations, _ = decoder.run(params, rule, tokens, context, remat=remat)
+    return iterations[:, :, 0]
 
 
 @functools.partial(jax.jit, static_argnames=SETTINGS)
-def logits(config: ModelConfig, params: Params, tokens: Tokens, **settings: Any) -> jax.Array:
-    """Logits [B, T, V], float32 or wider; settings as for `hidden`."""
+def logits(config: ModelConfig, params: Params, tokens: Tokens, **settings: Any) -> Logits:
+    """Return logits, float32 or wider; settings as for `hidden`."""
     return decoder.head(params, hidden(config, params, tokens, **settings))
 
 
@@ -378,20 +455,30 @@ def states(
     passes: int = 2,
     depth: int = 1,
     segment_ids: SegmentIds | None = None,
-) -> jax.Array:
-    """What every layer remembers after every iteration, [L, B, T, I, D], as the named forward has it (not plain).
+) -> AllStates:
+    """Return each layer's state after every iteration, as a forward has it.
 
-    Raises: InputError as `hidden`, and where there is no stream.
+    Args:
+      config: of a model with a stream.
+      params: as `decoder.init_params` returns them.
+      tokens: of whole rows.
+      forward: one with states, as `bind` reads it.
+      passes: of a forward that takes passes.
+      depth: iterations I at every position.
+      segment_ids: as for `hidden`.
+
+    Raises: InputError as `bind`, and where there is no stream or the forward has no states.
     """
-    check(forward, passes, depth)
-    if config.stream is None or forward == "plain":
+    bound = bind(forward, passes, depth)
+    if config.stream is None or not bound.forward.has_state:
         raise InputError("states need a stream and a forward other than 'plain'")
-    context = decoder.row_context(config, tokens, segment_ids, depth=depth, options={"passes": passes})
+    context = decoder.row_context(config, tokens, segment_ids, depth=depth)
+    context = dataclasses.replace(context, options=bound.options)
 
-    def rule(*arguments: Any) -> tuple[Residuals, jax.Array | None]:
-        residuals, left = RULES[forward](*arguments)
-        return residuals, left.state_out
+    def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, jax.Array | None]:
+        residuals, left = bound.forward.rule(layer, residuals, extra, context)
+        return residuals, None if left.state_out is None else decoder.fold(left.state_out, depth)
 
-    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
-    _, memory = decoder.run_layers(params, rule, (x,) * num_residuals(forward, passes), context)
-    return memory.reshape(memory.shape[0], *tokens.shape, depth, -1)
+    _, state_out = decoder.run(params, rule, tokens, context)
+    assert state_out is not None  # the forward has states
+    return state_out

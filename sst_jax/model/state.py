@@ -1,7 +1,7 @@
-"""The idea: what a layer remembers, how the memory moves on, and how it is blended in.
+"""The state stream of one layer: how a state is updated, moved to the next step, and blended in.
 
-At every step (one iteration of one position; at depth 1 simply a position) a layer holds a memory m: what it was just
-thinking. Entering the next step that memory is the state s, blended into the post-attention residual stream h:
+After every step (one iteration of one position; at depth 1 simply a position) a layer holds a state m. Entering the
+next step it is called s, and is blended into the post-attention residual h:
 
     h' = h + alpha * (gain * N(s) - h)        `blend`
     f  = FFN(h'),   o = h' + f
@@ -15,7 +15,7 @@ gives an initial state. Neither holds on padding; `has_state` is off where a doc
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 
 from sst_jax.model.config import StreamConfig
 from sst_jax.model.layers import Block, to_float32, unit_rms
-from sst_jax.types import SegmentIds, Tokens
+from sst_jax.types import Activations, Alpha, AnyFloat, Gain, Hidden, RowHidden, Scalar, SegmentIds, StepMask, Tokens
 
 EPS = 1e-6
 
@@ -31,25 +31,44 @@ EPS = 1e-6
 class Masks(NamedTuple):
     """Where states enter, bool [B, T*I, 1] each; see the module's docstring."""
 
-    has_state: jax.Array
-    is_initial: jax.Array
+    has_state: StepMask
+    is_initial: StepMask
 
     @property
-    def blends(self) -> jax.Array:
+    def blends(self) -> StepMask:
+        """Where a state is blended in."""
         return self.has_state | self.is_initial
 
 
-def learned_alpha(stream: StreamConfig, theta: jax.Array, alpha_warmup_fraction: jax.Array | float | None) -> jax.Array:
-    """alpha, as many as theta; `alpha_warmup_fraction` as for `alpha_and_gain`."""
+class LayerStream(NamedTuple):
+    """The stream in one layer."""
+
+    masks: Masks
+    alpha: Alpha
+    gain: Gain
+
+
+class PassValues(NamedTuple):
+    """What a pass over all steps computes in a layer, [B, T*I, D] each."""
+
+    x: Hidden  # into the layer
+    h: Hidden  # after attention, float32 or wider
+    f: Hidden  # of the feed-forward, float32 or wider
+    o: Hidden  # out of the layer
+
+
+def learned_alpha(stream: StreamConfig, theta: AnyFloat, alpha_warmup_fraction: Scalar | float | None) -> AnyFloat:
+    """Return alpha in theta's shape; `alpha_warmup_fraction` as for `alpha_and_gain`."""
     lo, hi = stream.alpha_range
     alpha = lo + (hi - lo) * jax.nn.sigmoid(theta)
     return alpha if alpha_warmup_fraction is None else lo + (alpha - lo) * alpha_warmup_fraction
 
 
-def alpha_and_gain(
-    stream: StreamConfig, block: Block, alpha_warmup_fraction: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """alpha, [D] or [1], and gain, [1], of one layer. `alpha_warmup_fraction` [] scales it up."""
+def alpha_and_gain(stream: StreamConfig, block: Block, alpha_warmup_fraction: Scalar | None) -> tuple[Alpha, Gain]:
+    """Return alpha, [D] or [1], and gain of one layer.
+
+    `alpha_warmup_fraction`, in [0, 1], moves alpha from its least value to the learned one; None is 1.
+    """
     if stream.alpha is None:
         alpha = learned_alpha(stream, block.theta[...], alpha_warmup_fraction)
     else:
@@ -57,8 +76,8 @@ def alpha_and_gain(
     return alpha, block.gain[...] if stream.learn_gain else jnp.full(1, stream.gain)
 
 
-def normalise(stream: StreamConfig, s: jax.Array, h: jax.Array) -> jax.Array:
-    """N(s), wide."""
+def normalise(stream: StreamConfig, s: Activations, h: Activations) -> Activations:
+    """Return N(s) in float32 or wider."""
     if stream.norm == "none":
         return to_float32(s)
     unit = unit_rms(s, EPS)
@@ -67,26 +86,38 @@ def normalise(stream: StreamConfig, s: jax.Array, h: jax.Array) -> jax.Array:
     )
 
 
-def blend(stream: StreamConfig, alpha: jax.Array, gain: jax.Array, h: jax.Array, s: jax.Array, where: jax.Array):
-    """h', wide: h moved by alpha towards the state where there is one, h itself elsewhere."""
+def blend(stream: StreamConfig, alpha: Alpha, gain: Gain, h: Hidden, s: Hidden, where: StepMask) -> Hidden:
+    """Return h moved by alpha towards the state where there is one, and h elsewhere.
+
+    Args:
+      stream: the normalisation N.
+      alpha: how far, per dimension.
+      gain: factor of the normalised state.
+      h: after attention.
+      s: the state that enters each step.
+      where: the steps that one enters.
+
+    Returns:
+      h' in float32 or wider.
+    """
     h = to_float32(h)
     return jnp.where(where, h + alpha * (gain * normalise(stream, s, h) - h), h)
 
 
-def state_update(stream: StreamConfig, o: jax.Array, f: jax.Array) -> jax.Array:
-    """u, what the layer was just thinking, in the type that states are kept in."""
+def state_update(stream: StreamConfig, o: Activations, f: Activations) -> Activations:
+    """Return u, what a step contributes to the state, in the type that states are kept in."""
     u = f if stream.state == "ffn" else o
     return u.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else to_float32(u)
 
 
-def initial_state(stream: StreamConfig, x: jax.Array) -> jax.Array:
-    """The state entering a document's first step, from the layer's input x. Read only where `begins`."""
+def initial_state(stream: StreamConfig, x: Activations) -> Activations:
+    """Return the state entering a document's first step, from the layer's input x; read only where `is_initial`."""
     s = unit_rms(x, EPS) if stream.initial == "own" else jnp.zeros(x.shape, to_float32(x).dtype)
     return s.astype(jnp.bfloat16) if stream.dtype == "bfloat16" else s
 
 
-def decay_state(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Array) -> jax.Array:
-    """m after one step that s entered: a decaying average, or u alone where nothing entered."""
+def decay_state(stream: StreamConfig, s: Hidden, u: Hidden, where: StepMask) -> Hidden:
+    """Return m after steps that s entered: a decaying average, or u alone where nothing entered."""
     if stream.decay == 0.0:
         return u
     return jnp.where(where, stream.decay * to_float32(s) + (1.0 - stream.decay) * to_float32(u), to_float32(u)).astype(
@@ -95,22 +126,21 @@ def decay_state(stream: StreamConfig, s: jax.Array, u: jax.Array, where: jax.Arr
 
 
 def scan_states(
-    stream: StreamConfig,
-    alpha: jax.Array,
-    gain: jax.Array,
-    x: jax.Array,
-    h: jax.Array,
-    f: jax.Array,
-    o: jax.Array,
-    masks: Masks,
-    before: jax.Array | None = None,
-) -> jax.Array:
-    """What the layer holds after every step, from a pass over all steps: x into the layer, h, f and o inside it.
+    stream: StreamConfig, layer: LayerStream, values: PassValues, before: RowHidden | None = None
+) -> Hidden:
+    """Return the state after every step from a pass over all steps at once.
 
     Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in. Without decay and
-    linear carry a is zero everywhere, and the memory is u itself. All arrays [B, T*I, D]; `before` [B, D] is the memory
-    that the first step finds where rows go on from a cache.
+    linear carry a is zero everywhere, and the state is u itself.
+
+    Args:
+      stream: the recurrence.
+      layer: its masks, alpha and gain in this layer.
+      values: of the pass.
+      before: the state that the first step finds where rows continue from a cache; None: they do not.
     """
+    x, h, f, o = values
+    masks, alpha, gain = layer
     u = state_update(stream, o, f)
     if stream.decay == 0.0 and not stream.linear_carry:
         return u
@@ -134,17 +164,33 @@ def scan_states(
 
 
 def shift_right(
-    stream: StreamConfig, x: jax.Array, memory: jax.Array, masks: Masks, before: jax.Array | None = None
-) -> jax.Array:
-    """The state entering every step: the memory after the step before, or the initial state. [B, T*I, D]."""
-    earlier = jnp.pad(memory[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    stream: StreamConfig, x: Hidden, state_out: Hidden, masks: Masks, before: RowHidden | None = None
+) -> Hidden:
+    """Return the state entering every step: the one after the step before, or the initial state.
+
+    Args:
+      stream: its initial state.
+      x: the layer's input.
+      state_out: the state after every step.
+      masks: where states enter.
+      before: the state that the first step finds where rows continue from a cache; None: they do not.
+    """
+    earlier = jnp.pad(state_out[:, :-1], ((0, 0), (1, 0), (0, 0)))
     if before is not None:
         earlier = earlier.at[:, 0].set(before)
     return jnp.where(masks.has_state, earlier, initial_state(stream, x))
 
 
 def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, depth: int, bos_id: int | None) -> Masks:
-    """Masks for whole rows, [B, T*I, 1], from segment_ids [B, T] (0 is padding) and tokens [B, T]."""
+    """Return the masks of whole rows.
+
+    Args:
+      stream: what a document's first step and a BOS do.
+      segment_ids: 0 is padding.
+      tokens: of the same rows.
+      depth: iterations I at every position.
+      bos_id: of the vocabulary; None: it has none.
+    """
     real = segment_ids > 0
     source = real
     if stream.initial == "skip_bos" and bos_id is not None:
@@ -160,17 +206,17 @@ def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, dep
     return Masks(live.reshape(rows, -1, 1), begins.reshape(rows, -1, 1))
 
 
-def carriers(stream: StreamConfig, stack: Any) -> Any:
-    """Of a blend parameter of all layers, stacked, the rows of layers that carry a state; of one for all that one."""
+def carriers(stream: StreamConfig, stack: AnyFloat) -> AnyFloat:
+    """Return the layers that carry a state of a blend parameter stacked over layers; one for all layers as it is."""
     if stream.layers is None or len(stack) == 1:
         return stack
     return stack[np.array(sorted(set(stream.layers)), int)]
 
 
 def alpha_summary(
-    stream: StreamConfig | None, blend: dict[str, jax.Array], alpha_warmup_fraction: jax.Array | float | None = None
+    stream: StreamConfig | None, blend: dict[str, AnyFloat], alpha_warmup_fraction: Scalar | float | None = None
 ) -> dict[str, float]:
-    """Mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
+    """Return mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
     if stream is None or "theta" not in blend:
         return {}
     alpha = learned_alpha(stream, carriers(stream, blend["theta"]), alpha_warmup_fraction)

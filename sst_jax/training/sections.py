@@ -172,5 +172,7 @@ class TrainConfig:
                 raise InputError(f"train.{field}={getattr(self, field)} must be at least 1")
         if self.seed < 0:
             raise InputError(f"train.seed={self.seed} must not be negative")
-        if self.eval_forward not in rules.FORWARDS:
-            raise InputError(f"train.eval_forward={self.eval_forward!r} is not one of {', '.join(rules.FORWARDS)}")
+        try:
+            rules.bind(self.eval_forward)
+        except InputError as error:
+            raise InputError(f"train.eval_{error}") from None

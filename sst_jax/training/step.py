@@ -25,10 +25,10 @@ Batch = dict[str, jax.Array] | dict[str, np.ndarray]
 class ForwardSchedule:
     """Which forward trains, and what it draws: the knobs of a recipe's section `stream` that are about training.
 
-    forward     a forward's name
+    forward     a forward, as `rules.bind` reads it
     passes      passes of k_pass and local
-    mix_share   share of the steps, drawn by seed, that run mix_passes passes instead: two_pass and exact become k_pass
-                there
+    mix_share   share of the steps, drawn by seed, that run mix_passes passes instead: forwards other than k_pass and
+                local become k_pass there
     mix_passes  passes of those steps
     depths      every step runs one of these iteration depths, drawn by seed, at all positions
     """
@@ -43,12 +43,16 @@ class ForwardSchedule:
         if not self.depths or not all(isinstance(depth, int) for depth in self.depths):
             raise InputError(f"stream.depths={self.depths} must be iteration depths, such as (1, 2, 3, 4)")
         for depth in self.depths:
-            rules.check(self.forward, self.passes, depth)
+            bound = rules.bind(self.forward, self.passes, depth)
         if not 0.0 <= self.mix_share <= 1.0:
             raise InputError(f"stream.mix_share={self.mix_share} must be in [0, 1]")
-        if self.mix_share and self.forward == "plain":
+        if self.mix_share and not bound.forward.has_state:
             raise InputError("stream.mix_share needs a forward with a stream, not 'plain'")
-        rules.check("k_pass", self.mix_passes, depth=1)
+        rules.bind("k_pass", self.mix_passes)
+        # Passes that are spelled out, "k_pass:3", are those of the field.
+        if isinstance(bound.options, rules.Passes):
+            object.__setattr__(self, "forward", bound.name)
+            object.__setattr__(self, "passes", bound.options.passes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,7 @@ class ForwardConfig(ForwardSchedule):
         one = dataclasses.replace(self, mix_share=0.0, depths=(depth,))
         if not mixed:
             return one
-        name = "k_pass" if self.forward in ("two_pass", "exact") else self.forward
+        name = self.forward if self.forward in ("k_pass", "local") else "k_pass"
         return dataclasses.replace(one, forward=name, passes=self.mix_passes)
 
     @property

@@ -22,7 +22,7 @@ from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.files import sha256
-from sst_jax.model import decoder, rules
+from sst_jax.model import decoder, halves
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import ACTIVATIONS, Block, embed, to_float32
 from sst_jax.model.quantization import gptq, storages
@@ -98,9 +98,9 @@ def observe(
     """Apply `plain`; the per-layer output of this rule are the Gram matrices [K, K] of OBSERVED's inputs."""
     (x,), block = residuals, layer.block
     keeping = _KeepingInputs(block)
-    h, _ = rules.attend(layer._replace(block=cast(Block, keeping)), x, context)
+    h, _ = halves.attend(layer._replace(block=cast(Block, keeping)), x, context)
     assert keeping.fed is not None  # `attend` ends with the linear o
-    y = block.pre_ffn_norm(rules.residual_after_attention(layer, h)).astype(x.dtype)
+    y = block.pre_ffn_norm(halves.residual_after_attention(layer, h)).astype(x.dtype)
     activation = ACTIVATIONS[context.config.backbone.activation]
     fed = {
         "q": block.pre_attn_norm(x).astype(x.dtype),
@@ -108,7 +108,7 @@ def observe(
         "gate": y,
         "down": activation(block.gate(y)) * block.up(y),
     }
-    o, _ = rules.feed(layer, h, context, x.dtype)  # whose products XLA shares with those above
+    o, _ = halves.feed(layer, h, context, x.dtype)  # whose products XLA shares with those above
     return (o,), {name: jnp.einsum("...i,...j->ij", to_float32(part), to_float32(part)) for name, part in fed.items()}
 
 
@@ -119,8 +119,9 @@ def through(
     """Return x [B, T, D] behind a layer (kernels and norms, unstacked), and the Gram matrices [K, K] of OBSERVED."""
     context = decoder.row_context(config, tokens, segment_ids)
     params = {"base": {"layers": jax.tree.map(lambda part: part[None], layer)}, "adapter": {}, "blend": {}}
-    (behind,), grams = decoder.run_layers(params, observe, (x,), context)
-    return behind, {name: gram[0] for name, gram in grams.items()}
+    residuals: decoder.Residuals = (x,)
+    residuals, grams = decoder.run_layers(params, observe, residuals, context)
+    return residuals[0], {name: gram[0] for name, gram in grams.items()}
 
 
 def calibrated(

@@ -7,7 +7,7 @@ import pytest
 
 from sst_jax.errors import InputError
 from sst_jax.model import kernels
-from sst_jax.model.attention import attention
+from sst_jax.model.attention import Visible, attention
 
 SEGMENTS = {
     "one document": [1] * 37,
@@ -40,7 +40,9 @@ def inputs(head_dim, segments, length=37):
 
 
 def xla(q, k, v, segments, scale, window):
-    return attention(q, k, v, kernels._same(jnp.asarray(segments)), scale, is_causal=True, window=window)
+    return attention(
+        q, Visible(k, v, kernels.same_document(jnp.asarray(segments)), is_causal=True, window=window), scale
+    )
 
 
 def cudnn_on_cpu(monkeypatch):

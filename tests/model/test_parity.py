@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sst_jax.model import decoder, rules
-from sst_jax.model.attention import attend_rows, ropes
+from sst_jax.model import decoder, halves, rules
+from sst_jax.model.attention import Sequences, attend_sequences, ropes
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import RMSNorm, rotate
 from sst_jax.weights.huggingface import open_folder
@@ -84,14 +84,23 @@ def ids(rows, length, seed=0):
 
 @pytest.mark.parametrize("length", [5, 40, 530])
 def test_logits(pair, length):
-    """Shorter than the window, longer, and a prompt of over 500 tokens."""
+    """Shorter than the window, longer, and a prompt of over 500 tokens.
+
+    Over 530 positions float32 alone puts transformers 1e-5 to 2e-5 away from itself in float64, more or less by CPU:
+    there we may be as far as that, and not farther.
+    """
     theirs, config, params = pair
     tokens = ids(2, length)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
+        truth = theirs.double()(torch.tensor(tokens)).logits.numpy()
+        theirs.float()
     got = np.asarray(rules.logits(config, params, tokens, forward="plain"))
     assert np.abs(expected).max() > 1
-    assert np.abs(got - expected).max() <= 2e-5
+    rounding = np.abs(expected - truth).max()
+    assert np.abs(got - truth).max() <= max(2e-5, 1.5 * rounding)
+    assert np.abs(got - expected).max() <= max(2e-5, 2.5 * rounding)
+    assert rounding <= 3e-5
 
 
 def test_attention_is_not_near_uniform(pair):
@@ -148,10 +157,9 @@ def test_layer_and_its_attention(pair, number):
     seen = {}
 
     def rule(unpacked, residuals, extra, context):
-        q, k, v = rules.project(unpacked, jnp.asarray(x), context)
-        out, _, _ = attend_rows(
-            config.backbone, unpacked.is_global, context.ropes, context.segment_ids, 1, "overwrite", q, k, v
-        )
+        qkv = halves.project(unpacked, jnp.asarray(x), context)
+        rows = Sequences(context.ropes, context.segment_ids)
+        out, _ = attend_sequences(config.backbone, unpacked.is_global, unpacked.cache_index, qkv, rows)
         (o,), _ = rules.plain(unpacked, (jnp.asarray(x),), None, context)
         return residuals, (unpacked.block.o(out), o)
 

@@ -195,7 +195,7 @@ def test_dropout_keeps_the_adapter_s_mean():
         return residuals, layer.drop
 
     tokens = toys.tokens(200, 4)
-    context = decoder.row_context(config, tokens, dropout_key=jax.random.key(0))
+    context = dataclasses.replace(decoder.row_context(config, tokens), dropout_key=jax.random.key(0))
     params = toys.params(config)
     _, drop = jax.jit(lambda: decoder.run_layers(params, look, (), context))()
     assert seen["down"] == (200, 1, toys.BACKBONE.d_ff)

@@ -8,7 +8,7 @@ import pytest
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from sst_jax.model import decoder, rules, state
+from sst_jax.model import decoder, halves, rules, state
 from sst_jax.types import Hidden, KeysValues, Logits, Positions, Queries, SegmentIds, StepMask, Tokens
 from tests.support import toys
 
@@ -51,26 +51,26 @@ def test_the_two_halves_of_a_layer(depth):
 
     @checked
     def project(x: Hidden, layer, context) -> tuple[Queries, KeysValues, KeysValues]:
-        return rules.project(layer, x, context)
+        return tuple(halves.project(layer, x, context))
 
     @checked
     def feed(h: Hidden, s: Hidden, where: StepMask, layer, context) -> tuple[Hidden, Hidden]:
-        return rules.feed(layer, h, context, jnp.bfloat16, s, where)
+        return halves.feed(layer, h, context, jnp.bfloat16, s, where)
 
     @checked
     def memories(x: Hidden, h: Hidden, f: Hidden, o: Hidden, layer) -> Hidden:
-        return state.scan_states(CONFIG.stream, layer.alpha, layer.gain, x, h, f, o, layer.masks)
+        return state.scan_states(CONFIG.stream, layer.stream, state.PassValues(x, h, f, o))
 
     @checked
     def move(x: Hidden, memory: Hidden, layer) -> Hidden:
-        return state.shift_right(CONFIG.stream, x, memory, layer.masks)
+        return state.shift_right(CONFIG.stream, x, memory, layer.stream.masks)
 
     def rule(layer, residuals, extra, context):
         (x,) = residuals
         project(x, layer, context)
-        summands, _ = rules.attend(layer, x, context)
-        h = rules.residual_after_attention(layer, summands)
-        o, f = feed(h, jnp.zeros_like(h), layer.masks.blends, layer, context)
+        summands, _ = halves.attend(layer, x, context)
+        h = halves.residual_after_attention(layer, summands)
+        o, f = feed(h, jnp.zeros_like(h), layer.stream.masks.blends, layer, context)
         s = move(x, memories(x, h, f, o, layer), layer)
         assert h.dtype == f.dtype == s.dtype == jnp.float32
         assert o.dtype == jnp.bfloat16

@@ -88,22 +88,21 @@ class Case:
 
     @property
     def name(self) -> str:
-        return self.forward if self.forward in ("two_pass", "exact") else f"{self.forward} k={self.passes}"
+        return f"{self.forward} k={self.passes}" if self.forward in ("k_pass", "local") else self.forward
 
 
 def parse_forward(text: str) -> tuple[str, int]:
-    """Return "two_pass" or "local:3" as (forward, passes).
+    """Return "two_pass" or "local:3" as (forward, passes); other options stay in the spelling.
 
     Raises: InputError naming what is not a forward.
     """
-    name, _, passes = text.partition(":")
-    if passes and not passes.isdigit():
-        raise InputError(f"--forwards {text}: {passes!r} is not a number of passes")
-    count = int(passes) if passes else 2
-    forwards.check(name, count, 1)
-    if name in ("plain", "exact"):
+    try:
+        bound = forwards.bind(text)
+    except InputError as error:
+        raise InputError(f"--forwards {text}: {error}") from None
+    if bound.name in ("plain", "exact"):
         raise InputError(f"--forwards {text}: measured are two_pass, k_pass:K and local:K, against exact")
-    return name, count
+    return (bound.name, bound.options.passes) if isinstance(bound.options, forwards.Passes) else (text, 2)
 
 
 def cases(

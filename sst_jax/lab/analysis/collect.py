@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,9 +29,10 @@ from sst_jax.inference.session import prompt_mode
 from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Residuals
+from sst_jax.model.layers import to_float32
 from sst_jax.model.quantization import storages
-from sst_jax.model.rules import exact, plain
-from sst_jax.types import AnyArray, Hidden, IteratedHidden, Params, RowHidden, RowInts, Tokens
+from sst_jax.model.rules import Intervened, exact, plain
+from sst_jax.types import AnyRowInts, Hidden, IteratedHidden, Params, RandomKey, RowHidden, RowInts, Tokens
 
 TOP = 100  # tokens with the largest logits that are kept
 
@@ -64,6 +65,31 @@ class Settings:
     seed: int = 0
 
 
+class Swap(NamedTuple):
+    """An intervention on iterations after the first: states of other positions, or noise, enter instead of their own.
+
+    The state from the position before comes in as it was.
+    """
+
+    row: AnyRowInts  # of the batch, for each row
+    order: Tokens  # [B, T], positions of that row
+    key: RandomKey | None = None  # noise as long as each state, drawn from it, instead of other states
+
+    def enter(self, layer: Layer, states: Hidden) -> Hidden:
+        """Return what enters every step instead of the states [B, T*I, D]."""
+        depth = states.shape[1] // self.order.shape[1]
+        by_position = decoder.fold(states, depth)
+        if self.key is None:
+            wrong = by_position[self.row[:, None], self.order]
+        else:
+            kind = jax.random.fold_in(self.key, layer.is_global.astype(jnp.int32))
+            noise = jax.random.normal(jax.random.fold_in(kind, layer.cache_index), by_position.shape)
+            length = jnp.linalg.norm(to_float32(by_position), axis=-1, keepdims=True)
+            wrong = (noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)).astype(states.dtype)
+        again = (jnp.arange(states.shape[1]) % depth > 0)[:, None]
+        return jnp.where(again, wrong.reshape(states.shape), states)
+
+
 class DepthStates(NamedTuple):
     """One run of a batch after one iteration of every position, in host memory."""
 
@@ -80,41 +106,15 @@ class DepthStates(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- Walking texts
 
 
-def outputs(layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context) -> tuple[Residuals, Hidden]:
-    """Run the exact recurrence, or no stream where there is none, as a rule that keeps each layer's output."""
-    residuals, _ = (plain if context.config.stream is None else exact)(layer, residuals, before, context)
-    return residuals, residuals[0]
-
-
-def states_out(
-    layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
-) -> tuple[Residuals, Hidden]:
-    """Run the exact recurrence as a rule that keeps each layer's state; its output where there is no stream."""
-    if context.config.stream is None:
-        return outputs(layer, residuals, before, context)
-    residuals, left = exact(layer, residuals, before, context)
-    assert left.state_out is not None  # `exact` leaves it
-    return residuals, left.state_out
-
-
-# A rule and what it keeps of a layer, [B, T*I, D]; and arrays that it reads, a NamedTuple of them.
-KeepingRule = Callable[[Layer, Residuals, RowHidden | None, Context], tuple[Residuals, Hidden]]
-RuleOptions = tuple[AnyArray | None, ...]
-
-RULES: dict[str, KeepingRule] = {"output": outputs, "memory": states_out}
-
-
 class ReadOut(NamedTuple):
     """What is kept of a run; a program is compiled for each.
 
-    rule           what is kept of each layer, [B, T*I, D]; it takes `num_residuals` residuals
-    num_residuals  the last one's logits are kept
-    depth          I, iterations of every position
-    every          keep each of the I iterations; else the last one only
+    what    of each layer, as `Settings.what`; without a stream it is always the output
+    depth   I, iterations of every position
+    every   keep each of the I iterations; else the last one only
     """
 
-    rule: KeepingRule = outputs
-    num_residuals: int = 1
+    what: str = "output"
     depth: int = 1
     every: bool = False
 
@@ -127,7 +127,7 @@ def run_texts(
     count: RowInts,
     cache: Cache,
     read: ReadOut,
-    options: RuleOptions | None = None,
+    intervene: Swap | None = None,
 ) -> tuple[Float[Array, "L B T I D"], Int[Array, "B T I top"], Float[Array, "B T I top"]]:
     """Run right-padded texts, continued from the caches of their prompts.
 
@@ -138,29 +138,27 @@ def run_texts(
         count: [B], how many of a text's positions are real.
         cache: of the prompts, filled.
         read: what is kept.
-        options: arrays that the rule reads from its context.
+        intervene: what enters the iterations after the first instead of their states; None: nothing.
 
     Returns:
         States [L, B, T, I, D], I counting the kept iterations, and the TOP tokens and their logits [B, T, I, TOP].
     """
-    batch, length = tokens.shape
     depth = read.depth if config.stream is not None else 1
     context = chunk_context(config, tokens, count, cache, fresh=False, depth=depth)
-    context = dataclasses.replace(context, options=options)
-    first = 0 if read.every else depth - 1
+    if intervene is not None:
+        context = dataclasses.replace(context, options=Intervened())
 
-    def kept_iterations(steps: Hidden) -> IteratedHidden:
-        return steps.reshape(batch, length, depth, -1)[:, :, first:]
-
-    def keeping(
+    def rule(
         layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
     ) -> tuple[Residuals, IteratedHidden]:
-        residuals, kept = read.rule(layer, residuals, before, context)
-        return residuals, kept_iterations(kept)
+        if config.stream is None:
+            residuals, left = plain(layer, residuals, before, context)
+        else:
+            residuals, left = exact(layer, residuals, before, context, intervene and intervene.enter)
+        kept = residuals[-1] if read.what == "output" or left.state_out is None else left.state_out
+        return residuals, decoder.fold(kept, depth)[:, :, 0 if read.every else depth - 1 :]
 
-    x = jnp.repeat(decoder.embed(config, params, tokens), depth, axis=1)
-    residuals, states = decoder.run_layers(params, keeping, (x,) * read.num_residuals, context, cache.state)
-    hidden = decoder.final_norm(config, params, kept_iterations(residuals[-1]))
+    hidden, states = decoder.run(params, rule, tokens, context, cache.state, every=read.every)
     # One row at a time, so that a vocabulary's worth of logits exists for one row's positions only.
     top_logits, top_ids = jax.lax.map(
         lambda row: jax.lax.top_k(decoder.head(params, row), min(TOP, config.backbone.vocab_size)), hidden
@@ -203,7 +201,7 @@ class Batch(NamedTuple):
 
 
 class TextRunner:
-    """Walks batches through one model at any depth."""
+    """Run batches through one model at any depth."""
 
     def __init__(self, model: Model, settings: Settings, capacity: int):
         self.model, self.settings, self.capacity = model, settings, capacity
@@ -216,9 +214,8 @@ class TextRunner:
         *,
         every: bool = False,
         config: ModelConfig | None = None,
-        rule: KeepingRule | None = None,
-        num_residuals: int = 1,
-        options: RuleOptions | None = None,
+        what: str | None = None,
+        intervene: Swap | None = None,
     ) -> list[DepthStates]:
         """Run a batch.
 
@@ -227,8 +224,8 @@ class TextRunner:
             depth: iterations of every position of the texts.
             every: return the batch after each iteration, not only after the last.
             config: another than the model's own.
-            rule: what is kept of each layer; None: as the settings say.
-            num_residuals, options: of the rule.
+            what: is kept of each layer, as `Settings.what`; None: as the settings say.
+            intervene: what enters instead of states; None: nothing.
 
         Returns:
             The batch after the last iteration, or after every one.
@@ -249,8 +246,8 @@ class TextRunner:
             batch.walked,
             batch.counts,
             cache,
-            ReadOut(rule or RULES[self.settings.what], num_residuals, depth, every),
-            options,
+            ReadOut(what or self.settings.what, depth, every),
+            intervene,
         )
         states, (ids, logits) = np.asarray(states), map(np.asarray, top)
         return [DepthStates(states[..., k, :], ids[:, :, k], logits[:, :, k]) for k in range(ids.shape[2])]

@@ -12,62 +12,16 @@ The last three say whether it matters which state entered, or only that somethin
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.lab.analysis.collect import RULES, Batch, DepthStates, KeepingRule, TextRunner
+from sst_jax.lab.analysis.collect import Batch, DepthStates, Swap, TextRunner
 from sst_jax.lab.analysis.cosine import cosine_similarity
 from sst_jax.lab.statistics import bootstrap_mean, finite
-from sst_jax.model import rules
 from sst_jax.model.config import StreamConfig
-from sst_jax.model.decoder import Context, Layer, Residuals
-from sst_jax.model.layers import to_float32
-from sst_jax.model.state import shift_right
-from sst_jax.types import AnyArray, Hidden, Json, RowHidden
-
-
-class Swap(NamedTuple):
-    """What enters instead of the real states: those of position order[t] of row[b], or noise drawn from a key."""
-
-    row: AnyArray  # int32 [B]
-    order: AnyArray  # int32 [B, T]
-    key: jax.Array | None = None
-
-
-def swapped(
-    keep: str, layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
-) -> tuple[Residuals, Hidden]:
-    """Run two residuals as a rule: the real one, and one that the real one's states enter out of their places.
-
-    Only iterations from the second on are tampered with: the state from the position before comes in as it was.
-    What is kept is the second one's "output" or "memory", as `keep` says.
-    """
-    (x, other), swap, depth = residuals, context.options, context.depth
-    (o,), left = rules.exact(layer, (x,), before, context)
-    assert left.state_out is not None  # `exact` leaves them
-    real = shift_right(context.stream, x, left.state_out, layer.stream[0], before)
-    by_position = real.reshape(*swap.order.shape, depth, -1)  # [B, T, I, D]
-    if swap.key is None:
-        wrong = by_position[swap.row[:, None], swap.order]
-    else:
-        kind = jax.random.fold_in(swap.key, layer.is_global.astype(jnp.int32))
-        noise = jax.random.normal(jax.random.fold_in(kind, layer.cache_index), by_position.shape)
-        length = jnp.linalg.norm(to_float32(by_position), axis=-1, keepdims=True)
-        wrong = (noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)).astype(real.dtype)
-    again = (jnp.arange(real.shape[1]) % depth > 0)[:, None]
-    s = jnp.where(again, wrong.reshape(real.shape), real)
-    h, _ = rules.attend(layer, other, context)
-    o_other, memory = rules.pass_once(layer, other, h, s, context)
-    return (o, o_other), o_other if keep == "output" else memory
-
-
-# One object each for as long as the program runs: a compiled run is known by its rule.
-SWAPPED: dict[str, KeepingRule] = {keep: functools.partial(swapped, keep) for keep in ("output", "memory")}
+from sst_jax.types import Json
 
 
 def another_order(counts: np.ndarray, length: int, seed: int) -> np.ndarray:
@@ -97,7 +51,7 @@ def collect_batch(runner: TextRunner, batch: Batch, shallow: DepthStates, deep: 
     off = dataclasses.replace(config, stream=dataclasses.replace(config.stream or StreamConfig(), alpha=0.0))
     plain = dataclasses.replace(config, stream=None)
     repeated = runner(batch, depth, config=off, every=True)
-    without, zeroed = (runner(batch, 1, config=each, rule=RULES["output"])[0] for each in (plain, off))
+    without, zeroed = (runner(batch, 1, config=each, what="output")[0] for each in (plain, off))
     pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1]), "plain": (without, zeroed)}
     order = another_order(batch.counts, batch.walked.shape[1], settings.seed)
     rows = np.arange(len(batch.counts), dtype=np.int32)
@@ -106,7 +60,7 @@ def collect_batch(runner: TextRunner, batch: Batch, shallow: DepthStates, deep: 
         others = np.roll(rows, 1)
         swaps["another_text"] = Swap(others, np.arange(order.shape[1], dtype=np.int32) % batch.counts[others, None])
     for name, swap in swaps.items():
-        (seen,) = runner(batch, depth, rule=SWAPPED[settings.what], num_residuals=2, options=swap)
+        (seen,) = runner(batch, depth, intervene=swap)
         pairs[name] = (shallow, seen)
     return [
         {name: compared(*(each.row(row, count) for each in pair)) for name, pair in pairs.items()}

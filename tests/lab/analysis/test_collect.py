@@ -139,9 +139,7 @@ def test_the_real_states_in_their_own_places_are_no_control():
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
     runner = collect.TextRunner(model, collect.Settings(), 64)
     own = np.tile(np.arange(64, dtype=np.int32), (2, 1))
-    (same,) = runner(
-        batch, 3, rule=controls.SWAPPED["output"], num_residuals=2, options=controls.Swap(np.arange(2), own)
-    )
+    (same,) = runner(batch, 3, intervene=collect.Swap(np.arange(2), own))
     (deep,) = runner(batch, 3)
     for row, count in enumerate(batch.counts):
         np.testing.assert_allclose(same.row(row, count).states, deep.row(row, count).states, atol=2e-4)
@@ -250,8 +248,7 @@ def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, mon
             collection.collect(model, some, settings, again)
     assert written == [0, 1, 2]
     looked = []
-    found = collection.collected_problems
-    monkeypatch.setattr(collection, "collected_problems", lambda *args: looked.append(args[3]) or found(*args))
+    monkeypatch.setattr(collection, "look", lambda *args, look=collection.look: looked.append(args[3]) or look(*args))
     steps = []
     collection.collect(model, some, settings, again, steps.append)
     assert looked == [range(2, 4), range(4, 5)]

@@ -1,0 +1,114 @@
+"""The two halves of a decoder layer, of which every rule of `model/rules.py` is made.
+
+attend   x  -> h        attention, no state in it
+feed     h, s -> o, f   blend the state in, feed-forward; o goes up, f (or o) updates the layer's state
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax.typing import DTypeLike
+
+from sst_jax.model.attention import QKV, Sequences, attend_sequences
+from sst_jax.model.decoder import Context, Layer
+from sst_jax.model.layers import ACTIVATIONS, to_float32
+from sst_jax.model.state import blend
+from sst_jax.types import Hidden, KeysValues, StepMask
+
+
+class AttentionResidual(NamedTuple):
+    """h as what it is the sum of: in bfloat16 half the bytes of the float32 sum, and so of what gradients keep."""
+
+    x: Hidden  # the layer's input
+    out: Hidden  # what attention adds to it, before its norm
+
+
+# Where a function below is under `jax.checkpoint`, its arguments are kept for its gradients and what lies in between is
+# not. The products with frozen kernels are not repeated for that: no gradient reads their results.
+
+
+def project(layer: Layer, x: Hidden, context: Context) -> QKV:
+    """Return queries, keys and values of a layer's input, normed, not yet rotated."""
+    backbone, block = context.config.backbone, layer.block
+
+    @jax.checkpoint
+    def linears(x: jax.Array) -> tuple[jax.Array, ...]:
+        y = block.pre_attn_norm(x).astype(x.dtype)
+        return tuple(
+            linear(y, layer.drop.get(name)) for name, linear in zip("qkv", (block.q, block.k, block.v), strict=True)
+        )
+
+    q, k, v = linears(x)
+    q, k, v = (part.reshape(*part.shape[:2], -1, backbone.head_dim) for part in (q, k, v))
+    return QKV(block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v)
+
+
+def attention_residual(layer: Layer, x: Hidden, out: Hidden) -> AttentionResidual:
+    """Return h of a layer's input and attention's output [B, T*I, N*H]."""
+    return AttentionResidual(x, layer.block.o(out, layer.drop.get("o")))
+
+
+def residual_after_attention(layer: Layer, h: AttentionResidual | Hidden) -> Hidden:
+    """Return h summed, in float32 or wider; as it is where it has been summed before."""
+    return to_float32(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, AttentionResidual) else h
+
+
+@jax.named_scope("attention")
+def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual, tuple[KeysValues, KeysValues]]:
+    """Return h, not yet summed, and the keys and values that a cache would hold.
+
+    Raises: ValueError without segment ids in the context: one position that is being decoded has none.
+    """
+    backbone, stream = context.config.backbone, context.config.stream
+    if context.segment_ids is None:
+        raise ValueError("rows are attended over with their segment ids")
+    keep = "overwrite" if stream is None else stream.kv
+    sequences = Sequences(context.ropes, context.segment_ids, context.depth, keep, context.attention, context.past)
+    qkv = project(layer, x, context)
+    out, kv = attend_sequences(backbone, layer.is_global, layer.cache_index, qkv, sequences)
+    return attention_residual(layer, x, out), kv
+
+
+@jax.named_scope("feed_forward")
+def feed(
+    layer: Layer,
+    h: AttentionResidual | Hidden,
+    context: Context,
+    dtype: DTypeLike,
+    s: Hidden | None = None,
+    where: StepMask | None = None,
+) -> tuple[Hidden, Hidden]:
+    """Run the feed-forward half, with a state blended in where one enters.
+
+    Args:
+      layer: its parameters.
+      h: after attention.
+      context: what all layers share.
+      dtype: of the products and of o.
+      s: the state entering each step; None: none enters any.
+      where: the steps that one enters.
+
+    Returns:
+      o in `dtype` and f in float32 or wider.
+    """
+    block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
+
+    @jax.checkpoint
+    def widen(h: AttentionResidual | Hidden, s: Hidden | None) -> tuple[jax.Array, ...]:
+        h = residual_after_attention(layer, h)
+        if s is None or where is None:
+            mixed = h
+        else:
+            mixed = blend(context.stream, layer.stream.alpha, layer.stream.gain, h, s, where)
+        y = block.pre_ffn_norm(mixed).astype(dtype)
+        return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
+
+    @jax.checkpoint
+    def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return block.down(activation(gate) * up, layer.drop.get("down"))
+
+    mixed, gate, up = widen(h, s)
+    f = block.post_ffn_norm(narrow(gate, up))
+    return (mixed + f).astype(dtype), f
