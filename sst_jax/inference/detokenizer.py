@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.types import HostInts
 
 
 class IncrementalDetokenizer:
@@ -17,7 +18,7 @@ class IncrementalDetokenizer:
         self.text = ""
         self.ended: str | None = None
 
-    def add(self, tokens: Iterable[int], depths: Iterable[int], last: bool) -> str:
+    def add(self, tokens: Sequence[int] | HostInts, depths: Sequence[int] | HostInts, last: bool) -> str:
         """Take in new tokens, -1 being none, and return the text that they settle; `last`: no more will come.
 
         Tokens after the one that completes a stop string are dropped.

@@ -68,9 +68,9 @@ def test_generate_writes_answers_to_jsonl_as_they_finish(finished, tmp_path, cap
     [
         ("", "holds no prompt"),
         ('{"prompt": "x"}\n{', "line 2"),
-        ('{"text": "x"}', "key prompt"),
+        ('{"text": "x"}', "text under 'prompt'"),
         ("[1]", "line 1"),
-        ('{"prompt": 3}', "key prompt"),
+        ('{"prompt": 3}', "text under 'prompt'"),
     ],
 )
 def test_generate_names_the_line_of_a_bad_prompt(content, culprit, tmp_path, capsys):
