@@ -1,5 +1,6 @@
 """`--typecheck` is live: with it the package's annotations are checked, and a wrong shape is an error that names it."""
 
+import ast
 import subprocess
 import sys
 
@@ -37,3 +38,15 @@ def test_this_session_is_checked_where_it_was_asked(request):
 
     assert hasattr(decoder.document_positions, "__wrapped__") == request.config.getoption("typecheck")
     assert decoder.document_positions(jnp.ones((2, 3), int)).shape == (2, 3)
+
+
+def test_every_protocol_can_be_checked_at_run_time():
+    """Or the module that names it in a signature cannot be imported under --typecheck."""
+    protocols = {
+        f"{file.name}: {node.name}": [ast.unparse(decorator) for decorator in node.decorator_list]
+        for file in (ROOT / "sst_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).startswith("Protocol") for base in node.bases)
+    }
+    assert len(protocols) >= 5
+    assert {name for name, decorators in protocols.items() if "runtime_checkable" not in decorators} == set()

@@ -20,7 +20,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from sst_jax.data import grading, tracking
 from sst_jax.data.formats import ROW_FORMATS, read_row
@@ -36,6 +36,7 @@ DRAWN = 10 * TESTED  # problems drawn for as many different ones
 SHORT = 12  # tokens for an answer that is a word or a number
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a data set's problems come from."""
 

@@ -22,7 +22,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.rules import Rule, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
-from sst_jax.types import AnyRowInts, CacheStack, Hidden, KeysValues, RowHidden, RowInts, Tokens
+from sst_jax.types import AnyRowInts, CacheStack, Hidden, PositionKeys, RowHidden, RowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
 SMALLEST = 64
@@ -103,8 +103,8 @@ def prefill_chunks(
 class ChunkOutputs(NamedTuple):
     """What a chunk leaves in a layer."""
 
-    k: KeysValues | None
-    v: KeysValues | None
+    k: PositionKeys | None
+    v: PositionKeys | None
     state: RowHidden | None  # after each row's last position
 
 

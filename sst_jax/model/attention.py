@@ -20,10 +20,11 @@ from sst_jax.model.kernels import KERNELS, same_document
 from sst_jax.model.layers import rope_frequencies, rope_table, rotate
 from sst_jax.types import (
     AttentionMask,
+    AttentionOutput,
     CacheStack,
     Heads,
-    Hidden,
     KeysValues,
+    PositionKeys,
     Positions,
     Queries,
     Ring,
@@ -175,7 +176,7 @@ def by_kind(backbone: BackboneConfig, is_global: ScalarBool, branch: Callable[[s
 
 def attend_sequences(
     backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, sequences: Sequences
-) -> tuple[Hidden, tuple[KeysValues, KeysValues]]:
+) -> tuple[AttentionOutput, tuple[PositionKeys, PositionKeys]]:
     """Attend causally within documents.
 
     Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
@@ -203,7 +204,7 @@ def attend_sequences(
 
 def _attend_positions(
     backbone: BackboneConfig, kind: str, qkv: QKV, sequences: Sequences
-) -> tuple[Queries, KeysValues, KeysValues]:
+) -> tuple[Queries, PositionKeys, PositionKeys]:
     """Attend over sequences of one iteration, by the kernel that has been picked."""
     (q, k, v), segment_ids = qkv, sequences.segment_ids
     table, window, scale = sequences.ropes.of(kind), _window(backbone, kind, q.shape[1]), _scale(backbone)
@@ -216,7 +217,7 @@ def _attend_positions(
 
 def _attend_iterations(
     backbone: BackboneConfig, kind: str, cache_index: ScalarInt, qkv: QKV, sequences: Sequences
-) -> tuple[Queries, KeysValues, KeysValues]:
+) -> tuple[Queries, PositionKeys, PositionKeys]:
     """Attend with the iterations side by side, [B * I, T, heads, H], and over caches where rows have a past."""
     depth, (batch, length) = sequences.depth, sequences.segment_ids.shape
     cos, sin = (jnp.repeat(part, depth, axis=0) for part in sequences.ropes.of(kind))
@@ -239,7 +240,7 @@ def _attend_iterations(
     return out.reshape(qkv.q.shape), kept_k, kept_v
 
 
-def last_iteration(k: KeysValues, v: KeysValues, sequences: Sequences, window: int | None) -> Visible:
+def last_iteration(k: PositionKeys, v: PositionKeys, sequences: Sequences, window: int | None) -> Visible:
     """Return the keys that one iteration of each position has left, as all iterations see them.
 
     Args:
@@ -315,7 +316,7 @@ def _scale(backbone: BackboneConfig) -> float:
 
 def attend_cached(
     backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, step: CachedStep, kv: KV
-) -> tuple[Hidden, KV]:
+) -> tuple[AttentionOutput, KV]:
     """Attend from one position a row over the caches, which take in its key and value first.
 
     Args:

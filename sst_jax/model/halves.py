@@ -15,7 +15,7 @@ from sst_jax.model.attention import QKV, Sequences, attend_sequences
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.layers import ACTIVATIONS, to_float32
 from sst_jax.model.state import blend
-from sst_jax.types import Hidden, KeysValues, StepMask
+from sst_jax.types import AttentionOutput, Hidden, PositionKeys, StepMask
 
 
 class AttentionResidual(NamedTuple):
@@ -45,8 +45,8 @@ def project(layer: Layer, x: Hidden, context: Context) -> QKV:
     return QKV(block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v)
 
 
-def attention_residual(layer: Layer, x: Hidden, out: Hidden) -> AttentionResidual:
-    """Return h of a layer's input and attention's output [B, T*I, N*H]."""
+def attention_residual(layer: Layer, x: Hidden, out: AttentionOutput) -> AttentionResidual:
+    """Return h of a layer's input and attention's output."""
     return AttentionResidual(x, layer.block.o(out, layer.drop.get("o")))
 
 
@@ -56,7 +56,7 @@ def residual_after_attention(layer: Layer, h: AttentionResidual | Hidden) -> Hid
 
 
 @jax.named_scope("attention")
-def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual, tuple[KeysValues, KeysValues]]:
+def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual, tuple[PositionKeys, PositionKeys]]:
     """Return h, not yet summed, and the keys and values that a cache would hold.
 
     Raises: ValueError without segment ids in the context: one position that is being decoded has none.

@@ -43,8 +43,8 @@ from sst_jax.model.state import (
 from sst_jax.types import (
     AllStates,
     Hidden,
-    KeysValues,
     Logits,
+    PositionKeys,
     Positions,
     RandomKey,
     RowHidden,
@@ -60,8 +60,8 @@ CHUNK = 32  # positions of `exact` between checkpoints, at most
 class LayerOutputs(NamedTuple):
     """What a rule leaves behind in a layer besides its residuals; unused outputs are not computed."""
 
-    k: KeysValues | None = None  # rotated, what a cache would hold
-    v: KeysValues | None = None
+    k: PositionKeys | None = None  # rotated, what a cache would hold
+    v: PositionKeys | None = None
     state_out: Hidden | None = None  # the state after every step
     sweeps: ScalarInt | None = None  # what `fixed_point_states` took
 

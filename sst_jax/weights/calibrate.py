@@ -26,7 +26,7 @@ from sst_jax.model import decoder, halves
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import ACTIVATIONS, Block, embed, to_float32
 from sst_jax.model.quantization import gptq, storages
-from sst_jax.types import Gram, Hidden, Json, LinearInputs, Params, SegmentIds, Tokens
+from sst_jax.types import AnyFloat, Gram, Hidden, Json, LinearInputs, Params, SegmentIds, Tokens
 from sst_jax.weights import key_map
 from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, lazy_base
 
@@ -82,12 +82,12 @@ class _KeepingInputs:
 
     def __init__(self, block: Block):
         self._block = block
-        self.fed: Hidden | None = None
+        self.fed: LinearInputs | None = None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._block, name)
 
-    def o(self, x: Hidden, drop: LinearInputs | None = None) -> Hidden:
+    def o(self, x: LinearInputs, drop: AnyFloat | None = None) -> AnyFloat:
         self.fed = x
         return self._block.o(x, drop)
 

@@ -10,7 +10,7 @@ intervals come from resampling texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -152,6 +152,7 @@ def thinned_dip(groups: Sequence[np.ndarray], rng: np.random.Generator) -> tuple
     return float(dip), float(p)
 
 
+@runtime_checkable
 class Mixture(Protocol):
     """What is read of scikit-learn's fitted `GaussianMixture`: C components of one dimension."""
 
