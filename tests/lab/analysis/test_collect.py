@@ -248,7 +248,8 @@ def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, mon
             collection.collect(model, some, settings, again)
     assert written == [0, 1, 2]
     looked = []
-    monkeypatch.setattr(collection, "look", lambda *args, look=collection.look: looked.append(args[3]) or look(*args))
+    found = collection.collected_problems
+    monkeypatch.setattr(collection, "collected_problems", lambda *args: looked.append(args[3]) or found(*args))
     steps = []
     collection.collect(model, some, settings, again, steps.append)
     assert looked == [range(2, 4), range(4, 5)]
