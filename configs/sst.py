@@ -7,7 +7,8 @@ unless told otherwise.
     sst-jax train   --config configs/sst.py:size=1b --workdir runs/1b
 
 Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-1b, -3b, llama-3.1-8b; qwen3-0.6b,
--1.7b, -4b, -8b. Gemma's and Llama's weights are gated: accept the licence on the hub and run `hf auth login` first.
+-1.7b, -4b, -8b; qwen2.5-0.5b, -1.5b, -3b, -7b, -14b, -32b, -72b. Gemma's and Llama's weights are gated: accept the
+licence on the hub and run `hf auth login` first.
 
 Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
@@ -27,7 +28,7 @@ Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithme
 
 Nothing here has been measured on an accelerator: neither the speed, nor cuDNN's sliding-window numerics on a card, nor
 the score. Two passes are the published method; --config.stream.forward=exact trains by true backpropagation through
-time, and is planned the same way; with --config.train.remat=memories it walks the positions three times, not four. The
+time, and is planned the same way; with --config.train.remat=memories it scans the positions three times, not four. The
 control with the stream off is `configs/baseline.py`. For several devices, and TPU slices, see docs/scaling.md.
 """
 
