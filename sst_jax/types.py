@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num, UInt32
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8, UInt32
 
 AnyArray = Array | np.ndarray  # on a device or in the host's memory
 
@@ -49,6 +49,15 @@ Kernel = Num[Array, "*L inputs outputs"]  # of a linear, or of a stack of them
 LinearInputs = Float[Array, "*B inputs"]
 LinearOutputs = Float[Array, "*B outputs"]
 Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
+# A linear as it is stored: a dict of arrays, such as {"kernel": ...}, other names under a quantised storage.
+Leaf = Mapping[str, Array]
+# NF4, where blocks of inputs share a scale; *L holds the axes before.
+WeightBlocks = Float[Array, "*L block outputs"]
+BlockScales = Float[Array, "*L outputs"]
+UnitWeights = Float[Array, "*W"]  # divided by their block's scale
+UnitCodes = UInt8[Array, "*W"]  # number of the nearest level
+Codes = UInt8[Array, "*L inputs outputs"]
+PackedCodes = UInt8[Array, "*L half outputs"]  # two codes a byte, half = inputs/2
 Embedding = Float[Array, "V D"]
 Params = dict[str, Any]  # a tree of parameters: nested dicts of arrays
 

@@ -180,7 +180,7 @@ def attend_sequences(
     """Attend causally within documents.
 
     Iteration i of a position sees the keys and values of earlier positions as their last iteration left them and its
-    own from iteration i (keep="overwrite"), or everybody's from iteration 1 (keep="first").
+    own from iteration i (keep="overwrite"), or all positions' from iteration 1 (keep="first").
 
     Args:
       backbone: heads, window, scale.

@@ -14,10 +14,10 @@ MAX_LAYERS = 4096  # a file may claim any number; beyond this the claim is nonse
 class BackboneConfig:
     """Shapes of a text decoder, and what its family's block computes; Gemma 3's are the defaults.
 
-    family           whose checkpoints it reads and writes: `families.registry` knows the names, and the facts of each
+    family           the family whose checkpoints it reads and writes, a key of `families.registry.BY_NAME`
     layer_types      each layer's attention, "local" (a sliding window, rope_theta_local) or "global" (the whole prefix,
                      rope_theta_global). None: five local layers to one global, or all global without a window.
-    rope_scale_global  positions of global layers are divided by it, or with rope_llama3 only the low frequencies' are
+    rope_scale_global  divides the positions of global layers; with rope_llama3 those of the low frequencies alone
     rope_llama3      None, or Llama 3.1's (low_freq_factor, high_freq_factor, original positions)
     norm_offset      an RMSNorm multiplies by norm_offset + scale
     post_norms       whether attention's and the feed-forward's outputs are normed before they are added

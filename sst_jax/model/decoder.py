@@ -47,14 +47,15 @@ from sst_jax.types import (
     Tokens,
 )
 
-# What training keeps of a layer until its backward pass: everything that a gradient reads; the layer's inputs and the
-# results of its products with weights; its inputs and what is named KEPT; its inputs alone; those in the host's memory.
+# What training keeps of a layer until its backward pass, in this order: everything that a gradient reads; the layer's
+# inputs and the results of its products with weights; its inputs and what is named KEPT; its inputs alone; its inputs,
+# in the host's memory.
 REMAT = ("none", "products", "memories", "layer", "offload")
 # States at the borders of `exact`'s chunks: 6% of the layers' inputs, which spare it one of four scans.
 KEPT = "kept"
 RESIDUALS = "residuals"
 Residuals = tuple[Hidden, ...]
-Carry = TypeVar("Carry")  # what climbs from layer to layer: `Residuals`, with caches beside them in decoding
+Carry = TypeVar("Carry")  # carried from layer to layer: `Residuals`, with caches beside them in decoding
 LayerOutput = TypeVar("LayerOutput")
 
 
@@ -90,7 +91,7 @@ class ForwardOptions:
 
     @property
     def num_residuals(self) -> int:
-        """How many residual streams climb the stack together."""
+        """How many residual streams the stack carries."""
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Checks that the fields of frozen config dataclasses run on themselves, each naming the field that is wrong."""
+"""Checks of the fields of frozen config dataclasses, whose errors name the field, and how the fields are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise InputError, naming owner.field, unless the value is one of those allowed."""
+    """Raise InputError, naming owner.field, unless the value is allowed.
+
+    Args:
+      owner: the section that the field belongs to, such as "stream".
+      field: its name.
+      value: of the field.
+      allowed: all that it may be.
+    """
     require(value in allowed, f"{owner}.{field}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
@@ -29,7 +36,14 @@ def is_finite(value: object) -> bool:
 
 
 def check_numbers(owner: str, config: object, *fields: str, positive: bool = False) -> None:
-    """Raise InputError naming the first of a config's fields that is no finite number, or not a positive one."""
+    """Raise InputError naming the first of a config's fields that is no finite number.
+
+    Args:
+      owner: the section that the fields belong to, such as "stream".
+      config: a config dataclass.
+      fields: names of the fields to check.
+      positive: whether a number of 0 or below is refused too.
+    """
     for field in fields:
         value = getattr(config, field)
         require(is_finite(value), f"{owner}.{field}={value!r} must be a finite number")
@@ -86,7 +100,7 @@ def written_fields(config: object) -> dict[str, Any]:
 
 
 def canonical_text(config: object) -> str:
-    """Return the text of a config of dataclasses that digests are made of: `repr` as version 0.1.0 had it."""
+    """Return the text of a config that digests are made of: its `repr` as version 0.1.0 had it."""
     if not dataclasses.is_dataclass(config):
         return repr(config)
     fields = (f"{name}={canonical_text(value)}" for name, value in written_fields(config).items())

@@ -1,7 +1,7 @@
 """The two halves of a decoder layer, of which every rule of `model/rules.py` is made.
 
 attend   x  -> h        attention, no state in it
-feed     h, s -> o, f   blend the state in, feed-forward; o goes up, f (or o) updates the layer's state
+feed     h, s -> o, f   blend the state in, feed-forward; o enters the next layer, f (or o) updates the layer's state
 """
 
 from __future__ import annotations

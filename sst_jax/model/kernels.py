@@ -1,7 +1,7 @@
-"""Attention over rows of documents by whichever kernel fits: XLA's own, cuDNN's flash attention, or splash on TPU.
+"""Kernels of attention over whole sequences: XLA's own, cuDNN's flash attention, and splash attention on TPU.
 
-All three compute the same thing, softmax over the keys of a query's own document, up to itself and (in a sliding window
-of W) at most W - 1 back. The two flash kernels never write the T x T scores out; cuDNN reads an additive T x T mask.
+All three compute the same: softmax over the keys of a query's own document, up to its own position and (in a sliding
+window of W) at most W - 1 back. The two flash kernels do not store the T x T scores; cuDNN reads a T x T mask.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ def pick(
 ) -> str:
     """Return the kernel that "auto" stands for, or the named one after a check.
 
-    backend is "cpu", "gpu" or "tpu"; capability the CUDA compute capability, None where unknown (taken as below 9.0).
+    Args:
+      implementation: one of IMPLEMENTATIONS.
+      head_dim: H.
+      dtype: of the activations.
+      backend: "cpu", "gpu" or "tpu".
+      capability: CUDA compute capability; None: unknown, and taken as below 9.0.
 
     Raises: InputError when the named kernel cannot run there, saying why.
     """
@@ -67,18 +72,21 @@ def here(implementation: str, dtype: str, head_dim: int) -> str:
 def cudnn(
     q: Queries, k: KeysValues, v: KeysValues, segment_ids: SegmentIds, scale: float, window: int | None
 ) -> Queries:
-    """Return cuDNN's flash attention.
+    """Attend with cuDNN's flash attention.
 
     Args:
-      q: rotated.
-      k: rotated.
-      v: beside k.
-      segment_ids: the documents of the rows.
+      q: queries, rotated.
+      k: keys, rotated.
+      v: values.
+      segment_ids: the documents of the sequences.
       scale: of the scores.
-      window: positions that a query sees, its own included; None: all before it.
+      window: positions that a query sees, its own included; None: all up to its own.
+
+    Returns:
+      The output, in q's shape and dtype.
     """
     length = q.shape[1]
-    # The backward kernel takes even lengths only. The position more is of no document, and no earlier one looks ahead.
+    # The backward kernel takes even lengths only. The added position is of no document, and behind all others.
     q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
     out = jax.nn.dot_product_attention(
         q,
@@ -102,7 +110,15 @@ def splash(
     window: int | None,
     interpret: bool = False,
 ) -> Queries:
-    """Return JAX's splash attention for TPU; arguments as for `cudnn`, and `interpret` runs it on a CPU, slowly."""
+    """Attend with JAX's splash attention for TPU.
+
+    Args:
+      q, k, v, segment_ids, scale, window: as for `cudnn`.
+      interpret: run the kernel in Pallas' interpreter, on any device, slowly.
+
+    Returns:
+      The output, in q's shape and dtype.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     length = q.shape[1]
@@ -132,7 +148,7 @@ def splash(
 
 
 def same_document(segment_ids: SegmentIds) -> AttentionMask:
-    """Return whether two positions are of one document. Padding counts as one, so that every query sees something."""
+    """Return whether two positions are of one document. Padding counts as one, so that every query has a key."""
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
 
@@ -153,8 +169,9 @@ def compiler_options(platform: str) -> dict[str, int]:
 
 
 def on_mesh(kernel: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
-    """Return a kernel on each device's rows and heads: XLA cannot cut splash, and for cuDNN's it gathers the rows
-    first.
+    """Return a kernel's output, run on each device's rows and heads.
+
+    XLA cannot partition splash attention, and gathers the rows before it runs cuDNN's.
     """
     heads = ("rows", None, "heads", None)
     *arrays, scale, window = arguments

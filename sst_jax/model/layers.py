@@ -2,7 +2,7 @@
 
 `Block` is declared once, for one layer. Its variables carry one of three types, so that `nnx.split` turns a block into
 the three trees that the project keeps apart: `base` (frozen), `adapter` (LoRA) and `blend` (the stream's). Stacked over
-layers, [L, ...], they are what `model/decoder.py` scans over. How a layer computes is in `model/rules.py`.
+layers, [L, ...], they are what `model/decoder.py` scans over. How a layer computes is in `model/halves.py`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,24 @@ def unit_rms(x: AnyFloat, eps: float) -> AnyFloat:
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> AnyFloat:
-    """Return x / rms(x) * (offset + scale), in float32 or wider; for its gradient x alone is kept."""
+    """Return x / rms(x) * (offset + scale), in float32 or wider.
+
+    Under `jax.checkpoint`: of what it computes only x is kept for the gradient.
+
+    Args:
+      x: [..., D], or any other last axis.
+      scale: of the length of that axis.
+      eps: added to the mean square.
+      offset: 1 where a checkpoint stores the scale's difference from 1, else 0.
+    """
     return unit_rms(x, eps) * (offset + to_float32(scale))
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + scale), wide inside and out; the caller narrows.
+    """x / rms(x) * (offset + scale), computed and returned in float32 or wider; callers cast the result.
 
-    Gemma's in any type. Llama's and Qwen's reference narrows before it multiplies by the scale, which in bfloat16 is
-    one rounding more, and in float32 the same.
+    As in Gemma's reference for every dtype. Llama's and Qwen's casts before it multiplies by the scale, which in
+    bfloat16 is one more rounding, and in float32 the same.
     """
 
     def __init__(self, size: int, eps: float, offset: float, dtype: DTypeLike):
@@ -67,7 +76,7 @@ class RMSNorm(nnx.Module):
 
 
 class NoNorm(nnx.Module):
-    """The place of a norm that a family lacks: x, wide."""
+    """The identity, in the place of a norm that a family lacks: x in float32 or wider."""
 
     def __call__(self, x: AnyFloat) -> AnyFloat:
         return to_float32(x)
@@ -98,7 +107,15 @@ up_product.defvjp(_up_product_forward, _up_product_backward)
 class Linear(nnx.Module):
     """y = x W + b + scale * (x * drop) A B, in x's type.
 
-    W and b, which most linears lack, are frozen; A and B are float32 and absent at rank 0.
+    W and b are frozen; A and B are float32 and absent at rank 0.
+
+    Args:
+      shape: (inputs, outputs).
+      rank: of the LoRA factors.
+      scale: of their product.
+      dtype: of W and b.
+      rngs: the source of random weights.
+      bias: whether there is a b.
     """
 
     def __init__(
@@ -161,7 +178,7 @@ class Block(nnx.Module):
 
 
 def initial_theta(stream: StreamConfig) -> float:
-    """Return the logit at which the clamped sigmoid gives `alpha_init`."""
+    """Return the theta whose sigmoid, scaled to alpha_range, is `alpha_init`."""
     lo, hi = stream.alpha_range
     share = (stream.alpha_init - lo) / (hi - lo)
     return math.log(share / (1.0 - share))
@@ -170,10 +187,14 @@ def initial_theta(stream: StreamConfig) -> float:
 def rope_frequencies(
     head_dim: int, theta: float, scale: float, llama3: tuple[float, float, int] | None = None
 ) -> Frequencies:
-    """Return radians a position [H/2] of rotary embedding (arXiv 2104.09864), divided by `scale`.
+    """Return the frequencies of rotary embedding (arXiv 2104.09864), radians a position [H/2].
 
-    With `llama3` (low, high, original positions), wavelengths below original / high stay as they are, those above
-    original / low are scaled, those in between partly: as in transformers, `rope_type` "llama3".
+    Args:
+      head_dim: H.
+      theta: the base of the exponents.
+      scale: divides the frequencies.
+      llama3: (low, high, original positions), as `rope_type` "llama3" of transformers: wavelengths below original /
+        high stay as they are, those above original / low are scaled, those in between partly. None: all are scaled.
     """
     # Rounded as PyTorch rounds it, a last bit of the frequency being 5e-5 of a radian at position 500: float32
     # exponents, a correctly rounded power (so from float64), its float32 reciprocal. In 64-bit mode nothing is rounded.
@@ -198,13 +219,20 @@ def rope_table(positions: Positions, frequencies: Frequencies) -> tuple[RotaryTa
 
 
 def rotate(x: Heads, table: tuple[RotaryTable, RotaryTable]) -> Heads:
-    """Apply `rope_table`; halves are paired as in Hugging Face's `rotate_half`."""
+    """Rotate heads by the angles of `rope_table`; halves are paired as in Hugging Face's `rotate_half`."""
     cos, sin = (part[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for part in table)
     first, second = jnp.split(to_float32(x), 2, axis=-1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
 
 
 def embed(backbone: BackboneConfig, embedding: AnyFloat, tokens: Tokens, dtype: DTypeLike) -> Hidden:
-    """Return token embeddings times embed_scale; the factor is rounded to the table's type, as in the reference."""
+    """Return token embeddings times embed_scale, a factor rounded to the table's dtype as in the reference.
+
+    Args:
+      backbone: its embed_scale.
+      embedding: the table [V, D].
+      tokens: to look up.
+      dtype: of the result.
+    """
     scale = jnp.asarray(backbone.embed_scale, embedding.dtype)
     return (jnp.take(embedding, tokens, axis=0) * scale).astype(dtype)

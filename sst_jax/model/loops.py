@@ -68,7 +68,7 @@ def fixed_point(
     tolerance: float,
     cap: int,
 ) -> tuple[Outputs, ScalarInt, ScalarBool]:
-    """Evaluate again and again until what is fed back stands still. Not differentiable.
+    """Iterate a function until what it is fed back converges. Not differentiable.
 
     Args:
       evaluate: s -> (outputs, next s).

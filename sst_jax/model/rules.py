@@ -1,9 +1,9 @@
 """The forwards: a rule for each way to solve the recurrence between the two halves of a layer (`model/halves.py`).
 
     plain      blend off
-    two_pass   the whole stack plain, its states moved one position on, the whole stack again blended; the paper's
-    k_pass     the same with k stacks, each blended with the states of the one before; all stacks climb in lockstep
-    local      inside each layer: attention once, the feed-forward k times, states moved on in between
+    two_pass   the paper's: the stack without states, then once more blended with its states, shifted by one step
+    k_pass     the same with k passes, each blended with the states of the one before; layer by layer in lockstep
+    local      inside each layer: attention once, the feed-forward k times, states shifted by one step in between
     exact      inside each layer: attention once, then the feed-forward position after position; the oracle
 
 FORWARDS is the registry: a name, its rule, and the options that are its own. A forward is written "name" or, with its
@@ -218,7 +218,7 @@ def scan_positions(
       o, and the state after every step.
     """
     stream, masks = context.stream, layer.stream.masks
-    s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or read nowhere
+    s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or unused
 
     def step(m: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
         h, s0, *mine = jax.tree.map(lambda part: part[:, None], inputs)
@@ -235,7 +235,7 @@ def scan_positions(
 def fixed_point_states(
     layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
 ) -> tuple[Residuals, LayerOutputs]:
-    """Iterate `local` until the states stand still, else scan as `exact` does. Not differentiable.
+    """Iterate `local` until the states converge, else scan as `exact` does. Not differentiable.
 
     `sweeps` says how many evaluations it took; sweep_cap + 1 that they did not suffice and the positions were scanned.
     """
@@ -281,17 +281,17 @@ class Passes(ForwardOptions):
 
 @dataclasses.dataclass(frozen=True)
 class StackedPasses(Passes):
-    """passes   stacks that climb together"""
+    """passes   of the whole stack, in lockstep layer by layer"""
 
     @property
     def num_residuals(self) -> int:
-        """How many residual streams climb the stack together."""
+        """How many residual streams the stack carries."""
         return self.passes
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoPasses(StackedPasses):
-    """passes   2, which other forwards may change"""
+    """passes   of the whole stack: 2"""
 
     def __post_init__(self) -> None:
         if self.passes != 2:
@@ -318,7 +318,7 @@ class Intervened(ForwardOptions):
 
     @property
     def num_residuals(self) -> int:
-        """How many residual streams climb the stack together."""
+        """How many residual streams the stack carries."""
         return 2
 
 
@@ -345,7 +345,7 @@ def bind(spelling: str, passes: int = 2, depth: int = 1) -> BoundForward:
 
     Args:
       spelling: a name of FORWARDS, or with its options in their order "name:option:...", as "k_pass:3".
-      passes: for forwards with such an option that is not spelled out; the others do not look at it.
+      passes: of a forward with this option that is not spelled out; other forwards ignore it.
       depth: iterations that it is to run.
 
     Raises: InputError on a forward that does not exist, or on options or a depth that it cannot have.

@@ -4,8 +4,8 @@
     fsdp     rows of the batch too; parameters are spread, and gathered a layer at a time (quantised as they are stored)
     tensor   heads, feed-forward width, vocabulary; activations are summed over it twice a layer
 
-A device alone is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `device_put_sharded` puts arrays on
-it, `constrain` and `gather` say inside a jitted function where they are to lie. Without a mesh they change nothing.
+A single device is a mesh of one. The mesh is the one that `jax.set_mesh` has set: `device_put_sharded` puts arrays on
+it, `constrain` and `gather` are sharding constraints inside a jitted function. Without a mesh they change nothing.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Return the mesh of a config over the given devices, by default all there are.
+    """Return the mesh of a config over the given devices; None: all devices of JAX.
 
-    Raises: InputError where they are too few, or some are left over that -1 should take in.
+    Raises: InputError where they are too few, or where some would stay unused that must not.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
@@ -140,7 +140,14 @@ def _stored_axes(name: str, kernel: Axes) -> Axes:
 
 
 def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = None) -> PartitionSpec:
-    """Return the mesh axes of every dimension of a shape."""
+    """Return the mesh axes of every dimension of a shape.
+
+    Args:
+      mesh: concrete, or the abstract one of a traced function.
+      axes: the logical axis of each dimension; None: it is not cut.
+      shape: mesh axes that do not divide a dimension are left out there.
+      without: a mesh axis that cuts no dimension; None: all may.
+    """
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         names = [name for name in _RULES.get(axis or "", ()) if name != without and mesh.shape[name] > 1]
@@ -160,7 +167,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Return an array's sharding: on the mesh that is set, or on the first device."""
+    """Return the sharding of an array by its path and shape: on the mesh that is set, else on the first device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -168,9 +175,9 @@ def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.S
 
 
 def device_put_sharded(tree: Any) -> Any:
-    """Return a tree of arrays (numpy's, or of one device, equal in every process) on the mesh that is set.
+    """Return a tree of arrays put on the mesh that is set.
 
-    In a function that is being traced it is `constrain_tree`.
+    The arrays are numpy's or of one device, and equal in every process. In a traced function it is `constrain_tree`.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         return constrain_tree(tree)
@@ -183,12 +190,12 @@ def device_put_sharded(tree: Any) -> Any:
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)  # each process puts down its devices' parts
+    host = np.asarray(leaf)  # each process copies the parts of its own devices
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _mesh_inside() -> Any:
-    """Return the mesh that a function is being traced for, or None where it has one device or is not ours."""
+    """Return the mesh that a function is being traced for; None where it has one device or other axes than AXES."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
@@ -224,8 +231,12 @@ def gather(tree: Any) -> Any:
 
 
 def on_parts(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]) -> jax.Array:
-    """Return function(*arrays) on each device's own parts, for kernels that XLA cannot cut; the result lies like the
-    first.
+    """Return function(*arrays), run on each device's own parts: for kernels that XLA cannot partition.
+
+    Args:
+      function: takes the arrays and returns an array that is sharded as the first.
+      arrays: of any ranks.
+      axes: the logical axes of each.
     """
     mesh = _mesh_inside()
     if mesh is None:

@@ -1,7 +1,7 @@
 """The state stream of one layer: how a state is updated, moved to the next step, and blended in.
 
-After every step (one iteration of one position; at depth 1 simply a position) a layer holds a state m. Entering the
-next step it is called s, and is blended into the post-attention residual h:
+Every step (one iteration of one position; at depth 1 a position) leaves a state m in a layer. Entering the next step it
+is called s, and is blended into the post-attention residual h:
 
     h' = h + alpha * (gain * N(s) - h)        `blend`
     f  = FFN(h'),   o = h' + f
@@ -9,8 +9,8 @@ next step it is called s, and is blended into the post-attention residual h:
     m  = decay * s + (1 - decay) * u          `decay_state`: sequential, one step
     s_t = m_{t-1}                             `scan_states` and `shift_right`: all steps at once, from an earlier pass
 
-Two masks say where. `has_state`: a state comes in from the step before. `is_initial`: nothing comes in, but the config
-gives an initial state. Neither holds on padding; `has_state` is off where a document begins: no state crosses a border.
+Two masks say where. `has_state`: a state enters from the step before. `is_initial`: none does, and the config gives an
+initial state. Both are false on padding. `has_state` is false where a document begins: no state enters from another.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def learned_alpha(stream: StreamConfig, theta: AnyFloat, alpha_warmup_fraction: 
 def alpha_and_gain(stream: StreamConfig, block: Block, alpha_warmup_fraction: Scalar | None) -> tuple[Alpha, Gain]:
     """Return alpha, [D] or [1], and gain of one layer.
 
-    `alpha_warmup_fraction`, in [0, 1], moves alpha from its least value to the learned one; None is 1.
+    `alpha_warmup_fraction`, in [0, 1], raises a learned alpha from the range's lower end to its value; None is 1.
     """
     if stream.alpha is None:
         alpha = learned_alpha(stream, block.theta[...], alpha_warmup_fraction)
@@ -77,7 +77,7 @@ def alpha_and_gain(stream: StreamConfig, block: Block, alpha_warmup_fraction: Sc
 
 
 def normalise(stream: StreamConfig, s: Activations, h: Activations) -> Activations:
-    """Return N(s) in float32 or wider."""
+    """Return the normalised state N(s) in float32 or wider; h is what "match" rescales it to."""
     if stream.norm == "none":
         return to_float32(s)
     unit = unit_rms(s, EPS)
@@ -117,7 +117,14 @@ def initial_state(stream: StreamConfig, x: Activations) -> Activations:
 
 
 def decay_state(stream: StreamConfig, s: Hidden, u: Hidden, where: StepMask) -> Hidden:
-    """Return m after steps that s entered: a decaying average, or u alone where nothing entered."""
+    """Return the state m after steps: a decaying average, or u alone where no state entered.
+
+    Args:
+      stream: the decay.
+      s: the states that entered.
+      u: as `state_update` returns it.
+      where: the steps that a state entered.
+    """
     if stream.decay == 0.0:
         return u
     return jnp.where(where, stream.decay * to_float32(s) + (1.0 - stream.decay) * to_float32(u), to_float32(u)).astype(
@@ -130,14 +137,14 @@ def scan_states(
 ) -> Hidden:
     """Return the state after every step from a pass over all steps at once.
 
-    Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state comes in. Without decay and
+    Solves m_t = a_t m_{t-1} + b_t with `jax.lax.associative_scan`, a = 0 where no state enters. Without decay and
     linear carry a is zero everywhere, and the state is u itself.
 
     Args:
       stream: the recurrence.
       layer: its masks, alpha and gain in this layer.
       values: of the pass.
-      before: the state that the first step finds where rows continue from a cache; None: they do not.
+      before: the state entering the first step of rows continued from a cache; None: there are none.
     """
     x, h, f, o = values
     masks, alpha, gain = layer
@@ -173,7 +180,7 @@ def shift_right(
       x: the layer's input.
       state_out: the state after every step.
       masks: where states enter.
-      before: the state that the first step finds where rows continue from a cache; None: they do not.
+      before: the state entering the first step of rows continued from a cache; None: there are none.
     """
     earlier = jnp.pad(state_out[:, :-1], ((0, 0), (1, 0), (0, 0)))
     if before is not None:
@@ -182,14 +189,14 @@ def shift_right(
 
 
 def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, depth: int, bos_id: int | None) -> Masks:
-    """Return the masks of whole rows.
+    """Return the masks of whole sequences.
 
     Args:
-      stream: what a document's first step and a BOS do.
+      stream: its initial state, and whether a BOS leaves a state.
       segment_ids: 0 is padding.
-      tokens: of the same rows.
+      tokens: of the same sequences.
       depth: iterations I at every position.
-      bos_id: of the vocabulary; None: it has none.
+      bos_id: the BOS token; None: the vocabulary has none.
     """
     real = segment_ids > 0
     source = real
@@ -197,17 +204,17 @@ def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, dep
         source = real & (tokens != bos_id)
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     entering = real & (segment_ids == previous) & jnp.pad(source[:, :-1], ((0, 0), (1, 0)))
-    # The first iteration is entered from the position before, every later one from the iteration before.
-    live = jnp.stack([entering] + [source] * (depth - 1), axis=-1)
-    begins = jnp.zeros_like(live)
+    # A position's first iteration takes the state of the position before, every later one that of the iteration before.
+    has_state = jnp.stack([entering] + [source] * (depth - 1), axis=-1)
+    is_initial = jnp.zeros_like(has_state)
     if stream.initial in ("zero", "own"):
-        begins = begins.at[..., 0].set(real & ~entering)
+        is_initial = is_initial.at[..., 0].set(real & ~entering)
     rows = segment_ids.shape[0]
-    return Masks(live.reshape(rows, -1, 1), begins.reshape(rows, -1, 1))
+    return Masks(has_state.reshape(rows, -1, 1), is_initial.reshape(rows, -1, 1))
 
 
 def carriers(stream: StreamConfig, stack: AnyFloat) -> AnyFloat:
-    """Return the layers that carry a state of a blend parameter stacked over layers; one for all layers as it is."""
+    """Return the rows of a stacked blend parameter whose layers carry a state; a row shared by all layers stays."""
     if stream.layers is None or len(stack) == 1:
         return stack
     return stack[np.array(sorted(set(stream.layers)), int)]
@@ -216,7 +223,7 @@ def carriers(stream: StreamConfig, stack: AnyFloat) -> AnyFloat:
 def alpha_summary(
     stream: StreamConfig | None, blend: dict[str, AnyFloat], alpha_warmup_fraction: Scalar | float | None = None
 ) -> dict[str, float]:
-    """Return mean, smallest and largest learned alpha as it is in use, for logs; empty where none is learned."""
+    """Return mean, smallest and largest learned alpha, warmed up as given, for logs; empty where none is learned."""
     if stream is None or "theta" not in blend:
         return {}
     alpha = learned_alpha(stream, carriers(stream, blend["theta"]), alpha_warmup_fraction)

@@ -1,4 +1,4 @@
-"""The state stream: everything that the V2 paper leaves open is a field with a default, never a silent choice."""
+"""The config of the state stream: what the V2 paper leaves open is a field with a default, never a silent choice."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from sst_jax.model.fields import check_numbers, check_one_of, require
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-    """The state stream: what a layer remembers and how it is blended in.
+    """The state stream: what a layer's state is, and how it is blended in.
 
     state        "ffn": the feed-forward block's output f. "block": the layer's output o (V1's cached state).
     norm         N in h' = h + alpha * (gain * N(s) - h): "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
     alpha        None: learned within alpha_range from alpha_init. A number: fixed there, outside the range too.
     alpha_range  alpha = lo + (hi - lo) * sigmoid(theta); (0, 1) is "free".
     alpha_warmup optimizer steps over which alpha rises from the range's lower end, in training alone: held-out losses
-                 and decoding take alpha as it will be then. 0 is none.
+                 and decoding use the full alpha. 0 is none.
     granularity  how many alphas: "dimension" (one a layer and dimension), "layer" (one a layer), "scalar" (one).
     gain         factor on N(s); learn_gain trains it, one a layer, from this value.
     decay        0: a state is the previous position's. lambda in (0, 1): s_t = lambda s_{t-1} + (1 - lambda) u_t.
     initial      at a document's first position: "none" (no blend), "zero", "own" (RMSNorm of the layer's input, V1),
-                 "skip_bos" (as "none", and nothing leaves a BOS either).
-    propagate    "scan": for state="block" the linear carry of s through o is exact; "shift": the plainer reading.
+                 "skip_bos" (as "none", and a BOS leaves no state either).
+    propagate    in forwards with several passes. "scan": for state="block" the linear carry of s through o is exact;
+                 "shift": the states of the pass before, shifted by one step, and nothing more.
     dtype        how states are kept in caches; the blend itself is always float32 or wider.
     pass1_grad   whether gradients flow through the states of earlier passes.
     iterate_prompt  which positions of a prompt get the depth asked of `generate`: "last" (only the last one, whose
                  output is the first generated token), "none" (depth begins where the first generated token is fed),
                  "all". In files and PyTorch exports its key is "prompt", as version 0.1.0 called it.
-    kv           at iteration i > 1 a position's keys and values are written anew ("overwrite") or kept from
+    kv           at iteration i > 1 a position's keys and values are computed again ("overwrite") or kept from
                  iteration 1 ("first", V1's frozen cache).
     layers       which layers carry a state; None is all.
-    prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they move by less
-                 than sweep_tolerance of their norm; position by position where sweep_cap sweeps do not get there) or
+    prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they change by
+                 at most sweep_tolerance of their norm; position by position where sweep_cap sweeps do not suffice) or
                  "sequential" (position by position).
     """
 

@@ -1,1 +1,1 @@
-"""How frozen linears are stored and read."""
+"""Storages of frozen linears: their interface, NF4, and the registry."""

@@ -1,8 +1,8 @@
-"""How a frozen linear is stored, and all that the rest of the package may know of it.
+"""The interface between storages of frozen linears and the rest of the package.
 
 A linear is a *leaf* of the base tree, a dict of arrays. As a checkpoint has it the leaf is {"kernel": [..., in, out]};
-under another storage the kernel gives way to arrays of other names. A leaf may hold more than these, such as a bias,
-which no storage touches. One storage is one file; `storages.py` registers them.
+under another storage arrays of other names replace the kernel. A leaf may hold more than these, such as a bias, which
+storages leave as it is. One storage is one file; `storages.py` registers them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
-from sst_jax.types import Gram, Kernel, LinearInputs, LinearOutputs
+from sst_jax.types import DeviceArrays, Gram, Kernel, Leaf, LinearInputs, LinearOutputs
 
-Leaf = Mapping[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 # The kernel's axes that an array of a leaf follows, in blocks or one by one, behind any leading axes.
@@ -37,9 +36,9 @@ class LinearStorage(abc.ABC):
       name: what recipes, flags and files call it.
       axes: for every array of a leaf, which of the kernel's axes it follows: BLOCKS or PER_OUTPUT. No two storages
         give one name different axes, as a mesh places an array by its name.
-      group: outputs that share numbers; strips are multiples of it.
-      fused: whether `product` multiplies what is stored. False: a layer's kernels are unpacked once, when the layer
-        begins, and all passes share them.
+      group: outputs that are quantised together; strips are multiples of it.
+      fused: whether `product` multiplies stored arrays without unpacking them. False: a layer's kernels are unpacked
+        once, when the layer begins, and all passes share them.
     """
 
     name: str
@@ -48,7 +47,7 @@ class LinearStorage(abc.ABC):
     fused: bool = False
 
     @abc.abstractmethod
-    def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
+    def quantise(self, kernel: Kernel) -> DeviceArrays:
         """Return the leaf of a kernel [..., in, out]. Meant to be jitted.
 
         Raises: InputError for a kernel that this storage cannot hold.
@@ -56,10 +55,10 @@ class LinearStorage(abc.ABC):
 
     @abc.abstractmethod
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
-        """Return the kernel [..., in, out] that a leaf stands for, in `dtype`."""
+        """Return the kernel [..., in, out] of a leaf, in `dtype`."""
 
-    def quantise_for(self, kernel: Kernel, factor: Gram) -> dict[str, jax.Array]:
-        """Return the leaf of a kernel [in, out] that fits its inputs, by their `gptq.compensation` [in, in].
+    def quantise_for(self, kernel: Kernel, factor: Gram) -> DeviceArrays:
+        """Return the leaf of a kernel [in, out], fitted to its inputs by their `gptq.compensation` [in, in].
 
         Raises: InputError where this storage cannot be fitted.
         """
@@ -69,8 +68,8 @@ class LinearStorage(abc.ABC):
         """Return x [..., in] times the kernel, [..., out] in x's type."""
         return x @ self.kernel(leaf, x.dtype)
 
-    def cast(self, leaf: Leaf, dtype: DTypeLike) -> dict[str, jax.Array]:
-        """Return a leaf in another type of floats; quantised numbers stay, as they say what the weights are."""
+    def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
+        """Return a leaf in another dtype of floats; quantised arrays stay, as their values define the weights."""
         return dict(leaf)
 
     def abstract(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Shapes:
@@ -85,7 +84,7 @@ class LinearStorage(abc.ABC):
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.abstract(shape, dtype).values())
 
     def kernel_shape(self, leaf: Leaf) -> tuple[int, ...]:
-        """Return the shape [..., in, out] of what a leaf stands for; its arrays need a shape and a type only."""
+        """Return the shape [..., in, out] of a leaf's kernel; of its arrays only shapes and dtypes are used."""
         shapes = {name: jax.ShapeDtypeStruct(leaf[name].shape, leaf[name].dtype) for name in self.axes}
         return jax.eval_shape(lambda leaf: self.kernel(leaf, jnp.dtype(jnp.float32)), shapes).shape
 
@@ -96,23 +95,23 @@ class AsItIs(LinearStorage):
     name = "none"
     axes = MappingProxyType({"kernel": BLOCKS})
 
-    def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
+    def quantise(self, kernel: Kernel) -> DeviceArrays:
         return {"kernel": kernel}
 
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return leaf["kernel"].astype(dtype)
 
     def kernel_shape(self, leaf: Leaf) -> tuple[int, ...]:
-        return leaf["kernel"].shape  # of a checkpoint that is read a layer at a time there is a shape and no type
+        return leaf["kernel"].shape  # a checkpoint that is read a layer at a time has a shape and no dtype
 
-    def cast(self, leaf: Leaf, dtype: DTypeLike) -> dict[str, jax.Array]:
+    def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
         return {name: value.astype(dtype) for name, value in leaf.items()}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StoredLinear:
-    """A linear that a layer multiplies as it is stored, in the place of its kernel."""
+    """A linear of a fused storage, in the place of its kernel."""
 
-    leaf: dict[str, jax.Array]
+    leaf: DeviceArrays
     storage: LinearStorage = dataclasses.field(metadata={"static": True})

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): what a linear's inputs say about which errors of its weights are worth avoiding."""
+"""GPTQ (arXiv 2210.17323): errors of a linear's weights, weighted by the second moments of its inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sst_jax.errors import InputError
-from sst_jax.types import Gram
+from sst_jax.types import Gram, Scalar
 
 DAMPING = (0.01, 0.1, 1.0)  # of a Gram matrix's mean square, added to its diagonal: GPTQ's, and more where that fails
 
@@ -15,7 +15,7 @@ def compensation(gram: Gram) -> Gram:
     """Return the upper triangular U [in, in] of GPTQ, float32: transpose(U) U is the inverse of the damped Gram.
 
     `gram` [in, in] is the sum of x^T x over a linear's inputs x [..., in]. An error e in the weights of input i is best
-    made up for by taking e U[i, j] / U[i, i] from those of every later input j.
+    compensated by subtracting e U[i, j] / U[i, i] from those of every later input j.
 
     Raises: InputError when no damping makes it positive definite, as when an input was not finite.
     """
@@ -29,8 +29,8 @@ def compensation(gram: Gram) -> Gram:
 
 
 @jax.jit
-def _compensation(gram: Gram, damping: jax.Array) -> Gram:
-    # With the axes reversed a Cholesky factor is an upper one, whose inverse is what is wanted: no inverse of a matrix.
+def _compensation(gram: Gram, damping: Scalar) -> Gram:
+    # With the axes reversed a Cholesky factor is upper triangular, and its inverse is U: no matrix but it is inverted.
     eye = jnp.eye(len(gram), dtype=gram.dtype)
     upper = jnp.linalg.cholesky((gram + damping * eye)[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(upper, eye)

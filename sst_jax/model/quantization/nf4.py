@@ -1,4 +1,4 @@
-"""NF4, the 4-bit normal float of QLoRA (arXiv 2305.14314): how a frozen linear is stored, and how it is read.
+"""NF4, the 4-bit NormalFloat of QLoRA (arXiv 2305.14314), as a storage of frozen linears.
 
 A linear's leaf {"kernel": [..., in, out]} becomes
 
@@ -11,12 +11,12 @@ and with double quantisation, where 256 outputs' scales share a range, instead o
     scale_low     float32  [..., in/64, out/256 rounded up]
     scale_step    float32  the same
 
-Blocks lie along the contraction axis, as in qwix, whose numbers these are bit for bit; bitsandbytes cuts flat blocks,
-so its codes differ. 4.25 bits a weight, 4.13 with double quantisation. A weight's value is a bfloat16 number by
-definition, LEVELS[code] * scale rounded once, whatever type a program then computes in.
+Blocks lie along the contraction axis, as in qwix, whose codes and scales are the same bit for bit; bitsandbytes cuts
+flat blocks, so its codes differ. A weight takes 4.25 bits, 4.13 with double quantisation. Its value is by definition a
+bfloat16 number, LEVELS[code] * scale rounded once, whatever dtype a program then computes in.
 
-`quantise` takes for every weight the nearest value. `quantise_for` knows what the linear will be fed, and lets later
-weights make up for the errors of earlier ones (GPTQ, arXiv 2210.17323); it is stored and read no differently.
+`quantise` takes for every weight the nearest value. `quantise_for` is given second moments of the linear's inputs, and
+later weights compensate the errors of earlier ones (GPTQ, arXiv 2210.17323); storage and reading are the same.
 """
 
 from __future__ import annotations
@@ -30,8 +30,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
-from sst_jax.model.quantization.base import BLOCKS, Leaf, LinearStorage
-from sst_jax.types import Gram, Kernel
+from sst_jax.model.quantization.base import BLOCKS, LinearStorage
+from sst_jax.types import (
+    BlockScales,
+    Codes,
+    DeviceArrays,
+    Gram,
+    Kernel,
+    Leaf,
+    PackedCodes,
+    UnitCodes,
+    UnitWeights,
+    WeightBlocks,
+)
 
 KINDS = ("nf4", "nf4_double")
 BLOCK = 64
@@ -79,7 +90,7 @@ def _last_below(lower: np.float32, upper: np.float32) -> np.float32:
 THRESHOLDS = np.array([_last_below(a, b) for a, b in itertools.pairwise(LEVELS)], np.float32)
 
 
-def quantise(kernel: Kernel, kind: str = "nf4") -> dict[str, jax.Array]:
+def quantise(kernel: Kernel, kind: str = "nf4") -> DeviceArrays:
     """Return the NF4 leaf of a kernel [..., in, out], computed in float32. Meant to be jitted.
 
     Raises: InputError when `in` is not a multiple of 64 or `kind` is not "nf4" or "nf4_double".
@@ -95,24 +106,27 @@ def quantise(kernel: Kernel, kind: str = "nf4") -> dict[str, jax.Array]:
     return {"codes": _packed(codes.reshape(*lead, inputs, outputs)), **_stored_scales(scales, kind)}
 
 
-def _largest(blocks: jax.Array) -> jax.Array:
-    """Return the scales [..., out] of blocks [..., 64, out]."""
+def _largest(blocks: WeightBlocks) -> BlockScales:
+    """Return the scales [..., out] of blocks [..., 64, out]: their largest magnitudes."""
     scales = jnp.max(jnp.abs(blocks), axis=-2)
-    # A block of zeros, or of numbers so small that squares of them vanish, keeps its numbers' signs and nothing else.
+    # Of a block of zeros, or of numbers so small that their squares underflow, only the signs are kept.
     return jnp.where(scales < np.sqrt(np.finfo(np.float32).tiny), 1.0, scales)
 
 
-def _codes(unit: jax.Array) -> jax.Array:
+def _codes(unit: UnitWeights) -> UnitCodes:
+    """Return the codes of weights divided by their block's scale."""
     return sum((unit > threshold).astype(jnp.uint8) for threshold in THRESHOLDS)
 
 
-def _packed(codes: jax.Array) -> jax.Array:
+def _packed(codes: Codes) -> PackedCodes:
+    """Return two codes in each byte, the even row in the low half."""
     *lead, inputs, outputs = codes.shape
     pairs = codes.reshape(*lead, inputs // 2, 2, outputs)
     return pairs[..., 0, :] | pairs[..., 1, :] << 4
 
 
-def _stored_scales(scales: jax.Array, kind: str) -> dict[str, jax.Array]:
+def _stored_scales(scales: BlockScales, kind: str) -> DeviceArrays:
+    """Return the arrays of a leaf that hold its scales [..., in/64, out]."""
     if kind == "nf4":
         return {"scales": scales.astype(jnp.bfloat16)}
     *lead, outputs = scales.shape
@@ -125,7 +139,7 @@ def _stored_scales(scales: jax.Array, kind: str) -> dict[str, jax.Array]:
     return {"scale_codes": codes.reshape(*lead, -1)[..., :outputs], "scale_low": low, "scale_step": step}
 
 
-def _scales(leaf: Leaf) -> jax.Array:
+def _scales(leaf: Leaf) -> BlockScales:
     """Return the scales of a leaf [..., in/64, out], bfloat16 numbers in float32."""
     if "scales" in leaf:
         return leaf["scales"].astype(jnp.float32)
@@ -135,11 +149,11 @@ def _scales(leaf: Leaf) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def quantise_for(kernel: Kernel, factor: Gram, kind: str = "nf4") -> dict[str, jax.Array]:
+def quantise_for(kernel: Kernel, factor: Gram, kind: str = "nf4") -> DeviceArrays:
     """Return the NF4 leaf of a kernel [in, out], fitted to inputs by their `gptq.compensation` (float32).
 
-    Inputs are taken in order; each one's weights get their nearest values, and what is left of the error goes to the
-    inputs that come after it. A diagonal factor, inputs that have nothing to do with each other, gives `quantise`'s.
+    Inputs are taken in order; the weights of each get their nearest values, and the error is compensated by the weights
+    of later inputs. With a diagonal factor, of uncorrelated inputs, the result is `quantise`'s.
     """
     inputs, outputs = kernel.shape
     levels, order = jnp.asarray(LEVELS).astype(jnp.bfloat16).astype(jnp.float32), jnp.arange(inputs)
@@ -173,7 +187,7 @@ def kernel_of(leaf: Leaf, dtype: DTypeLike = jnp.bfloat16) -> Kernel:
     """Return the kernel [..., in, out] of an NF4 leaf."""
     codes = leaf["codes"]
     *lead, half, outputs = codes.shape
-    # Shifts by a broadcast (0, 4), as a concatenation of two halves would be written out on its way.
+    # Shifts by a broadcast (0, 4), as XLA would write a concatenation of two halves to memory.
     halves = (codes[..., None, :] >> np.array([[0], [4]], np.uint8)) & 15
     halves = halves.reshape(*lead, 2 * half // BLOCK, BLOCK, outputs)
     levels = jnp.asarray(LEVELS).astype(jnp.bfloat16).astype(jnp.float32)
@@ -192,10 +206,10 @@ class NF4(LinearStorage):
         scales = ("scales",) if name == "nf4" else ("scale_codes", "scale_low", "scale_step")
         self.axes = dict.fromkeys(("codes", *scales), BLOCKS)
 
-    def quantise(self, kernel: Kernel) -> dict[str, jax.Array]:
+    def quantise(self, kernel: Kernel) -> DeviceArrays:
         return quantise(kernel, self.name)
 
-    def quantise_for(self, kernel: Kernel, factor: Gram) -> dict[str, jax.Array]:
+    def quantise_for(self, kernel: Kernel, factor: Gram) -> DeviceArrays:
         return quantise_for(kernel, factor, self.name)
 
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:

@@ -1,4 +1,4 @@
-"""The storages of linears by name, and what is done with whole trees of them."""
+"""The registry of storages of linears, and operations on whole trees of parameters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model.quantization import nf4
-from sst_jax.model.quantization.base import AsItIs, Leaf, LinearStorage, StoredLinear
-from sst_jax.types import LinearInputs, LinearOutputs, Params
+from sst_jax.model.quantization.base import AsItIs, LinearStorage, StoredLinear
+from sst_jax.types import DeviceArrays, Kernel, Leaf, LinearInputs, LinearOutputs, Params
 
 AS_IT_IS = AsItIs()
 STORAGES: dict[str, LinearStorage] = {
@@ -43,7 +43,7 @@ def get(name: str) -> LinearStorage:
 def register(storage: LinearStorage) -> LinearStorage:
     """Add a storage.
 
-    Raises: ValueError where its name, or with other axes an array's, is taken.
+    Raises: ValueError where its name is taken, or the name of one of its arrays with other axes.
     """
     for name, axes in storage.axes.items():
         if name in _TAKEN or axes_of(name) not in (None, axes):
@@ -82,7 +82,7 @@ def kind_of(base: Params) -> str:
 
 
 def quantise_layers(layers: Params, kind: str = "nf4") -> Params:
-    """Return layers with every kernel in the storage `kind`; norms, biases, and linears that already are, stay.
+    """Return layers with every kernel in the storage `kind`; norms, biases and quantised linears stay as they are.
 
     Raises: InputError as `get` and `LinearStorage.quantise`.
     """
@@ -104,7 +104,7 @@ def dequantise(layers: Params, dtype: DTypeLike = jnp.bfloat16) -> Params:
 
 
 def unpack(layer: Params, dtype: DTypeLike) -> Params:
-    """Return one layer as its linears multiply it: kernels, of a fused storage a `StoredLinear` in a kernel's place."""
+    """Return one layer ready to multiply: every linear a kernel, or of a fused storage a `StoredLinear`."""
     unpacked = {}
     for name, leaf in layer.items():
         storage = storage_of(leaf)
@@ -116,7 +116,7 @@ def unpack(layer: Params, dtype: DTypeLike) -> Params:
     return unpacked
 
 
-def product(x: LinearInputs, kernel: jax.Array | StoredLinear) -> LinearOutputs:
+def product(x: LinearInputs, kernel: Kernel | StoredLinear) -> LinearOutputs:
     """Return x [..., in] times a kernel [in, out] of any type or storage, [..., out] in x's type."""
     if isinstance(kernel, StoredLinear):
         return kernel.storage.product(x, kernel.leaf)
@@ -124,7 +124,7 @@ def product(x: LinearInputs, kernel: jax.Array | StoredLinear) -> LinearOutputs:
 
 
 def cast(tree: Tree, dtype: DTypeLike) -> Tree:
-    """Return a tree of parameters in another type of floats; quantised linears stay."""
+    """Return a tree of parameters in another dtype of floats; quantised linears stay as they are."""
 
     def one(leaf: Leaf | jax.Array) -> Leaf | jax.Array:
         if not isinstance(leaf, Mapping):
@@ -137,6 +137,6 @@ def cast(tree: Tree, dtype: DTypeLike) -> Tree:
     return jax.tree.map(one, tree, is_leaf=lambda leaf: storage_of(leaf) is not None)
 
 
-def _others(leaf: Leaf, storage: LinearStorage) -> dict[str, jax.Array]:
-    """Return what a leaf holds besides its kernel."""
+def _others(leaf: Leaf, storage: LinearStorage) -> DeviceArrays:
+    """Return the arrays of a leaf that are not its kernel's."""
     return {name: value for name, value in leaf.items() if name not in storage.axes}
