@@ -30,7 +30,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The state stream: what a layer remembers and how it is blended in, h' = h + alpha * (gain * N(s) - h).
+    """The state stream: what a layer's state is, and how it is blended in, h' = h + alpha * (gain * N(s) - h).
 
     state        "ffn": the feed-forward block's output f. "block": the layer's output o.
     norm         N: "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
@@ -41,7 +41,7 @@ class Stream:
     gain         factor on N(s); learn_gain: one learned factor a layer.
     decay        s_t = decay * s_{t-1} + (1 - decay) * u_t.
     initial      at a document's first position: "none" (no blend), "zero", "own" (RMSNorm of the layer's input),
-                 "skip_bos" (as "none", and nothing leaves a BOS either).
+                 "skip_bos" (as "none", and a BOS leaves no state either).
     propagate    in forwards with several passes, "scan" carries a block state's linear part exactly, "shift" does not.
     dtype        in which states are kept.
     pass1_grad   whether gradients flow through the states of earlier passes.

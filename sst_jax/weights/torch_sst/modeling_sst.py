@@ -1,14 +1,15 @@
 """The state stream over any decoder of transformers: what a backbone's own modelling file needs to be given one.
 
-Every layer remembers what it was just thinking (`Stream.state`) and blends it, one step later, into the residual stream
-between attention and feed-forward. A step is one iteration of one position: with `depth` I a position is I steps, whose
-queries see the keys of earlier positions as their last iteration left them, and the position's own of the same step.
+A layer's state is what it computed in a step (`Stream.state` says which output); one step later it is blended into the
+residual stream between attention and feed-forward. A step is one iteration of one position: with `depth` I a position
+is I steps, whose queries see the keys of earlier positions as their last iteration left them, and the position's own of
+the same step.
 
     forward   how the recurrence is solved                                                             cache
     exact     attention over all steps at once, then the feed-forward step after step, layer by layer  yes
-    two_pass  the stack without states, its states moved one step on, the stack again with them
-    k_pass    the same with `passes` stacks
-    local     inside each layer: attention once, the feed-forward `passes` times, states moved on in between
+    two_pass  the stack without states, then once more blended with its states, shifted by one step
+    k_pass    the same with `passes` passes
+    local     inside each layer: attention once, the feed-forward `passes` times, states shifted by one step in between
     plain     the backbone: no states                                                                  yes
 
 A backbone is four small classes over its own config, layer, model and causal LM: see a `modeling_sst_*.py` beside this.
@@ -59,8 +60,8 @@ def initial(stream, x):
     return kept_as(stream, unit_rms(x) if stream.initial == "own" else torch.zeros_like(x))
 
 
-def remember(stream, s, u, where):
-    """What the layer holds after one step that s entered: a decaying average, or u alone where nothing entered."""
+def decay_state(stream, s, u, where):
+    """Return the state after one step: a decaying average, or u alone where no state entered."""
     if stream.decay == 0.0:
         return u
     return torch.where(where, stream.decay * s.float() + (1.0 - stream.decay) * u.float(), u.float()).to(u.dtype)
@@ -124,14 +125,14 @@ class LoRALinear(nn.Linear):
 
 
 class StreamLayer(DynamicLayer):
-    """One layer's keys and values (of a sliding layer its window's) and its memory [B, D], which enters the next step.
+    """One layer's keys and values (of a sliding layer its window's) and its state [B, D], which enters the next step.
 
     Of the steps of one call, attention sees the keys of all; those of `kept` stay, one a position.
     """
 
     def __init__(self, window):
         super().__init__()
-        self.window, self.kept, self.memory = window, None, None
+        self.window, self.kept, self.state = window, None, None
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -145,14 +146,14 @@ class StreamLayer(DynamicLayer):
         return tuple(seen)
 
     def map_rows(self, change):
-        for name in ("keys", "values", "memory"):
+        for name in ("keys", "values", "state"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
 
 class StreamCache(Cache):
     """Decoding state: `StreamLayer`s, the document number of every position so far [B, P] (0 on padding), and whether
-    the memories hold anything, `live` [B]. It cannot be cropped: a memory does not say what was there before it."""
+    the layers have a state, `live` [B]. It cannot be cropped: a state does not say which was before it."""
 
     def __init__(self, config):
         sliding = [kind == "sliding_attention" for kind in layer_kinds(config)]
@@ -181,7 +182,7 @@ class StreamCache(Cache):
         self.__dict__.update(segments=None, live=None)
         for layer in self.layers:
             layer.reset()
-            layer.memory = None
+            layer.state = None
 
     def crop(self, *args, **kwargs):
         raise NotImplementedError("the states of a stream cannot be rolled back: begin again with a new cache")
@@ -321,7 +322,7 @@ class StreamModel:
             "sequential" if torch.is_grad_enabled() else stream.prefill,
         )
         if cache is not None:
-            cache.segments, cache.live = segments, alive & (forward == "exact")  # plain leaves no memories
+            cache.segments, cache.live = segments, alive & (forward == "exact")  # plain leaves no states
             for layer in cache.layers:
                 layer.kept = seen
 
@@ -368,7 +369,7 @@ class StreamModel:
         return segments if past is None else torch.cat([past, segments], dim=1), position_ids
 
     def entries(self, segments, length, place, first, input_ids, cache):
-        """live and begins [B, S], see `Steps`, and whether the last position's memory holds anything, [B]."""
+        """live and begins [B, S], see `Steps`, and whether the last position leaves a state, [B]."""
         real = segments[:, -length:] > 0
         leaves = real
         if self.config.stream.initial == "skip_bos":
@@ -406,22 +407,22 @@ class StreamLayerMixin:
             return tuple(self.feed(self.attend(x, steps, past_key_values), x.dtype)[0] for x in streams)
         layer = _Recurrence(self, alpha, gain, steps)
         if steps.forward == "exact":
-            (x,), memory = streams, None if past_key_values is None else past_key_values.layers[index].memory
-            o, memory = layer.exact(x, self.attend(x, steps, past_key_values), memory)
+            (x,), state = streams, None if past_key_values is None else past_key_values.layers[index].state
+            o, state = layer.exact(x, self.attend(x, steps, past_key_values), state)
             if past_key_values is not None:
-                past_key_values.layers[index].memory = memory
+                past_key_values.layers[index].state = state
             return (o,)
         if steps.forward == "local":
-            (x,), memories = streams, None
+            (x,), state_out = streams, None
             h = self.attend(x, steps)
             for _ in range(steps.passes):
-                o, memories = layer.sweep(x, h, layer.handed_on(x, memories))
+                o, state_out = layer.pass_once(x, h, layer.next_pass_states(x, state_out))
             return (o,)
-        outputs, memories, entered = [], None, None
+        outputs, state_out, entered = [], None, None
         for x in streams:
             if x is not entered:  # all passes enter the first layer as the same embeddings
                 h, entered = self.attend(x, steps), x
-            o, memories = layer.sweep(x, h, layer.handed_on(x, memories))
+            o, state_out = layer.pass_once(x, h, layer.next_pass_states(x, state_out))
             outputs.append(o)
         return tuple(outputs)
 
@@ -442,29 +443,30 @@ class StreamLayerMixin:
 
 
 class _Recurrence:
-    """One layer's recurrence over the steps of a call: s enters a step, memory is what the layer holds after it."""
+    """One layer's recurrence over the steps of a call: s is the state entering a step, state_out the one after it."""
 
     def __init__(self, layer, alpha, gain, steps):
         self.layer, self.alpha, self.gain, self.steps, self.stream = layer, alpha, gain, steps, steps.stream
 
-    def thought(self, o, f):
+    def state_update(self, o, f):
         return kept_as(self.stream, f if self.stream.state == "ffn" else o)
 
-    def handed_on(self, x, memories):
-        """The states that a pass over x blends in, from the memories of the pass before: none in the first."""
-        if memories is None:
+    def next_pass_states(self, x, state_out):
+        """Return the states that a pass over x blends in, from those of the pass before; none in the first."""
+        if state_out is None:
             return None
-        return self.move(x, memories if self.stream.pass1_grad else memories.detach())
+        return self.shift_right(x, state_out if self.stream.pass1_grad else state_out.detach())
 
-    def sweep(self, x, h, s, before=None):
-        """(o, memories) of all steps at once, [B, S, D], with the states s (None: without any) entering them.
+    def pass_once(self, x, h, s, before=None):
+        """Return o and the state after every step, [B, S, D], of all steps at once.
 
-        `before` [B, D] is the memory that enters the first step, from an earlier call.
+        `s` holds the states entering the steps, None: none enters any; `before` [B, D] is the one that enters the first
+        step from an earlier call.
         """
         stream, steps = self.stream, self.steps
         mixed = h if s is None else blend(stream, self.alpha, self.gain, h, s, steps.blends)
         o, f = self.layer.feed(mixed, x.dtype)
-        u = self.thought(o, f)
+        u = self.state_update(o, f)
         if stream.decay == 0.0 and not stream.linear_carry:
             return o, u
         through, rest = torch.zeros_like(self.alpha), u.float()
@@ -478,35 +480,35 @@ class _Recurrence:
             b = torch.cat([b[:, :1] + a[:, :1] * before[:, None].float(), b[:, 1:]], dim=1)
         return o, linear_scan(a, b).to(u.dtype)
 
-    def move(self, x, memories, before=None):
-        """The state entering every step: the memory after the step before, or the initial state."""
-        first = torch.zeros_like(memories[:, 0]) if before is None else before
+    def shift_right(self, x, state_out, before=None):
+        """Return the state entering every step: the one after the step before, or the initial state."""
+        first = torch.zeros_like(state_out[:, 0]) if before is None else before
         return torch.where(
-            self.steps.live, torch.cat([first[:, None], memories[:, :-1]], dim=1), initial(self.stream, x)
+            self.steps.live, torch.cat([first[:, None], state_out[:, :-1]], dim=1), initial(self.stream, x)
         )
 
     def exact(self, x, h, before):
-        """(o [B, S, D], the memory after the last step [B, D]), in parallel sweeps where they settle, else in steps."""
+        """Return o [B, S, D] and the last state [B, D]: in parallel sweeps where they converge, else step by step."""
         stream, live = self.stream, self.steps.live
         if self.steps.solve == "sequential" or x.shape[1] <= 2:
-            return self.walk(x, h, before)
+            return self.scan_positions(x, h, before)
 
         def size(part):  # of each row, so that a short one is not lost beside a long one
             return torch.where(live, part.float(), 0.0).square().sum((1, 2)).sqrt()
 
-        o, memories = self.sweep(x, h, None, before)
-        s = self.move(x, memories, before)
+        o, state_out = self.pass_once(x, h, None, before)
+        s = self.shift_right(x, state_out, before)
         for _ in range(stream.sweep_cap - 1):
-            o, memories = self.sweep(x, h, s, before)
-            moved = self.move(x, memories, before)
-            change = (size(moved.float() - s.float()) / size(moved).clamp(min=1e-30)).max()
+            o, state_out = self.pass_once(x, h, s, before)
+            entering = self.shift_right(x, state_out, before)
+            change = (size(entering.float() - s.float()) / size(entering).clamp(min=1e-30)).max()
             if change <= stream.sweep_tolerance:
-                return o, memories[:, -1]
-            s = moved
-        return self.walk(x, h, before)
+                return o, state_out[:, -1]
+            s = entering
+        return self.scan_positions(x, h, before)
 
-    def walk(self, x, h, m):
-        """As `exact`, one step after the other."""
+    def scan_positions(self, x, h, m):
+        """Return what `exact` does, step by step."""
         stream, steps = self.stream, self.steps
         begin, outputs = initial(stream, x), []
         m = torch.zeros_like(begin[:, 0]) if m is None else m
@@ -514,7 +516,7 @@ class _Recurrence:
             at = slice(step, step + 1)
             s, where = torch.where(steps.live[:, at], m[:, None], begin[:, at]), steps.blends[:, at]
             o, f = self.layer.feed(blend(stream, self.alpha, self.gain, h[:, at], s, where), x.dtype)
-            m = remember(stream, s, self.thought(o, f), where)[:, 0]
+            m = decay_state(stream, s, self.state_update(o, f), where)[:, 0]
             outputs.append(o)
         return torch.cat(outputs, dim=1), m
 
