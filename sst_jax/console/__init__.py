@@ -1,1 +1,1 @@
-"""Shared by the commands: exit codes, progress bars, JSON results."""
+"""Shared by the commands: exit codes, progress bars, JSON results, optional packages."""

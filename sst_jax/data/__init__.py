@@ -1,1 +1,1 @@
-"""Data: problems, prompt formats, tokenizers, packed sequences, resumable iterators."""
+"""Data: data sets, row and prompt formats, problems, tokenizers, packed sequences, resumable iterators."""

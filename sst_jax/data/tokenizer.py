@@ -254,7 +254,7 @@ class HuggingFaceTokenizer(Tokenizer):
             text = self._tokenizer.apply_chat_template(
                 broken, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # somebody else's program, sandboxed: it may fail in any way
+        except Exception as error:  # a template from the checkpoint, run in a sandbox: it may fail in any way
             raise InputError(f"chat needs a template that takes these messages: {error}") from error
         ids, at = [], 0
         for found in special.finditer(text):

@@ -1,1 +1,1 @@
-"""Inference: caches, the decode step, sampling, and the public `Model`."""
+"""Inference: sessions, caches, the decode step, sampling, depth policies, and the public `Model`."""

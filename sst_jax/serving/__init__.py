@@ -1,1 +1,1 @@
-"""Serving: an engine with continuous batching, and the OpenAI-compatible routes in front of it."""
+"""Serving: a queue with continuous batching, and the OpenAI-compatible routes in front of it."""

@@ -25,7 +25,7 @@ from sst_jax.serving.protocol import Call, Limits, Refused, Writer, parse, read_
 from sst_jax.serving.queue import Busy, Closing, Engine, Job
 from sst_jax.types import Json
 
-CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
+CLIENT_GONE = 499  # nginx's number; the client has closed the connection and does not read it
 
 
 def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:

@@ -147,7 +147,7 @@ class TrainConfig:
     seed           of the data's order, of fresh parameters, of dropout and of drawn forwards
     log_every      steps between two lines of metrics.jsonl
     eval_every     steps between two held-out losses
-    eval_forward   forward that the held-out loss is evaluated with; without a stream it is "plain"
+    eval_forward   forward that the held-out loss is evaluated with, as `rules.bind` reads it; without a stream "plain"
     save_every     steps between two checkpoints
     keep           checkpoints that stay
     remat          activations kept for the backward pass, see `decoder.REMAT`

@@ -1,1 +1,1 @@
-"""Weights in and out: name tables, Hugging Face safetensors, GGUF, base folders, LoRA merging."""
+"""Weights in and out: key tables, Hugging Face safetensors, GGUF, base folders, LoRA merging, exports, the hub."""

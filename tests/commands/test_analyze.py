@@ -110,7 +110,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_other_settings(model, report, c
     assert "depths = [1, 2, 3]" in capsys.readouterr().err
 
 
-def test_given_texts_are_walked_as_they_stand(model, tmp_path):
+def test_given_texts_are_run_as_they_stand(model, tmp_path):
     """A .jsonl with its own texts, memories instead of outputs, iterations of one run, no bfloat16, no controls."""
     file = tmp_path / "prompts.jsonl"
     lines = [{"id": f"line {n}", "prompt": f"{n} + 5 =", "text": f" {n + 5}, and so on"} for n in range(3)]

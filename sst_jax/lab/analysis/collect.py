@@ -103,7 +103,7 @@ class DepthStates(NamedTuple):
         return DepthStates(states, self.top_ids[number, :count], self.top_logits[number, :count].astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------- Walking texts
+# ------------------------------------------------------------------------------------------------------- Running texts
 
 
 class ReadOut(NamedTuple):
@@ -167,7 +167,7 @@ def run_texts(
 
 
 def split(model: Model, text: Text, answer: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Return (prefix, walked, predicted) tokens: walked[t] stands at position t and predicts predicted[t].
+    """Return (prefix, inputs, predicted) tokens: inputs[t] is read at position t, where predicted[t] is the next token.
 
     Raises: InputError where a prompt or a text is too short to have a position to look at.
     """
@@ -183,7 +183,7 @@ class Batch(NamedTuple):
 
     prefix: np.ndarray  # int32 [B, P]
     prefix_counts: np.ndarray  # [B]
-    walked: np.ndarray  # int32 [B, T]
+    inputs: np.ndarray  # int32 [B, T]
     counts: np.ndarray  # [B]
     predicted: list[list[int]]
 
@@ -243,7 +243,7 @@ class TextRunner:
         states, *top = run_texts(
             config,
             params,
-            batch.walked,
+            batch.inputs,
             batch.counts,
             cache,
             ReadOut(what or self.settings.what, depth, every),

@@ -28,6 +28,8 @@ from sst_jax.lab.analysis.collect import Batch, Settings, Text, TextRunner, spli
 from sst_jax.types import Json
 
 MANIFEST, TEXT = "manifest.json", "text.json"
+# Keys of TEXT, and the fields of a `Problem` that they hold.
+WRITTEN = {"id": "id", "prefix": "prefix", "walked": "inputs", "predicted": "predicted", "controls": "controls"}
 
 
 class Problem(NamedTuple):
@@ -35,7 +37,7 @@ class Problem(NamedTuple):
 
     id: str
     prefix: list[int]  # tokens, see `split`
-    walked: list[int]
+    inputs: list[int]  # in files "walked", as version 0.1.0 called them
     predicted: list[int]
     states: np.ndarray  # [I, T, L, D]
     top_ids: np.ndarray  # int32 [I, T, TOP]
@@ -101,8 +103,7 @@ class Collection:
             value = getattr(problem, name)
             if value is not None:
                 write_array(partial, name, value)
-        names = ("id", "prefix", "walked", "predicted", "controls")
-        write_json(partial / TEXT, {name: getattr(problem, name) for name in names})
+        write_json(partial / TEXT, {key: getattr(problem, name) for key, name in WRITTEN.items()})
         partial.rename(self.folder(number))
 
     def read(self, number: int) -> Problem:
@@ -111,7 +112,7 @@ class Collection:
         Raises: InputError on what is missing or damaged, and where a state is not a number.
         """
         folder = self.folder(number)
-        text = read_json(folder / TEXT)
+        text = {WRITTEN.get(key, key): value for key, value in read_json(folder / TEXT).items()}
         arrays: Json = {name: read_array(folder, name) for name in ("states", "top_ids", "top_logits")}
         rounded = read_array(folder, "rounded") if (folder / "rounded").is_dir() else None
         problem = Problem(**text, **arrays, rounded=rounded)
@@ -188,10 +189,10 @@ def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[i
     longest, most = [0, 0], model.config.backbone.max_positions
     for text in texts:
         answer = text.given if text.given is not None else [model.tokenizer.pad_id] * settings.new_tokens
-        prefix, walked, _ = split(model, text, answer)
-        if len(prefix) + len(walked) > most:
-            raise InputError(f"{text.id}: {len(prefix) + len(walked)} positions exceed the model's {most}")
-        longest = [max(longest[0], len(prefix)), max(longest[1], len(walked))]
+        prefix, inputs, _ = split(model, text, answer)
+        if len(prefix) + len(inputs) > most:
+            raise InputError(f"{text.id}: {len(prefix) + len(inputs)} positions exceed the model's {most}")
+        longest = [max(longest[0], len(prefix)), max(longest[1], len(inputs))]
     return padded(longest[0]), padded(longest[1])
 
 
@@ -229,7 +230,7 @@ def collected_problems(runner: TextRunner, texts: Sequence[Text], batch: Batch, 
         yield Problem(
             text.id,
             batch.prefix[row, : batch.prefix_counts[row]].tolist(),
-            batch.walked[row, :count].tolist(),
+            batch.inputs[row, :count].tolist(),
             batch.predicted[row],
             np.stack([one.states for one in seen]),
             np.stack([one.top_ids for one in seen]),

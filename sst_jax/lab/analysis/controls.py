@@ -53,7 +53,7 @@ def collect_batch(runner: TextRunner, batch: Batch, shallow: DepthStates, deep: 
     repeated = runner(batch, depth, config=off, every=True)
     without, zeroed = (runner(batch, 1, config=each, what="output")[0] for each in (plain, off))
     pairs = {"depth": (shallow, deep), "alpha_0": (repeated[0], repeated[-1]), "plain": (without, zeroed)}
-    order = another_order(batch.counts, batch.walked.shape[1], settings.seed)
+    order = another_order(batch.counts, batch.inputs.shape[1], settings.seed)
     rows = np.arange(len(batch.counts), dtype=np.int32)
     swaps = {"shuffled": Swap(rows, order), "random": Swap(rows, order, jax.random.key(settings.seed))}
     if len(rows) > 1:

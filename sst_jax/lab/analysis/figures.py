@@ -263,7 +263,7 @@ def alpha(found: AnalysisResult) -> CaptionedFigure:
     return CaptionedFigure(
         "alpha",
         "How strongly each layer blends its state in",
-        "Alpha is the share of a layer's working state that is replaced by what it was thinking a step before. It was "
+        "Alpha is the share of a layer's hidden state that is replaced by the layer's state of the step before. It was "
         "learned for each dimension, so each layer has a range.",
         figure,
     )

@@ -114,7 +114,7 @@ def examples(model: Model, collection: Collection, measured: Sequence[TextMetric
     found = []
     for number in np.argsort(most)[::-1][:EXAMPLES]:
         problem, place = collection.read(int(number)), at[number]
-        read = [*problem.prefix, *problem.walked[: place + 1]]
+        read = [*problem.prefix, *problem.inputs[: place + 1]]
         found.append(
             {
                 "id": problem.id,

@@ -24,10 +24,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; } code { overflow-wrap: an
 """
 
 PREAMBLE = """
-A transformer with a state stream remembers, in every layer, what that layer was just thinking, and blends a little of
-it into its next step. It can therefore think again about one and the same word: an <em>iteration</em>. Most of the time
-that changes little. A <em>basin shift</em> would be a place where the hidden state, the list of numbers in which a
-layer holds its thought, lands somewhere else. This page looks for such places, and says so where there are none.
+A transformer with a state stream keeps, in every layer, the state that this layer computed at the step before, and
+blends a little of it into the next step. It can therefore run several times at one and the same position: an
+<em>iteration</em>. Most of the time that changes little. A <em>basin shift</em> would be a position where the hidden
+state, a layer's vector of numbers, lands far from where it was. This page looks for such positions, and says so where
+there are none.
 """
 
 

@@ -49,13 +49,13 @@ def texts(*sizes, prompt=5):
 def by_decoding(model, text, depth):
     """States that caches hold after every position [T, L, D], and the logits there, token by token."""
     config, params = model.config, model.params
-    prefix, walked, _ = collect.split(model, text, text.given)
+    prefix, inputs, _ = collect.split(model, text, text.given)
     tokens = np.zeros((1, 64), np.int32)
     tokens[0, : len(prefix)] = prefix
     deep = depth if config.stream.iterate_prompt == "all" else 1
     hidden, cache = prefill(config, params, tokens, np.array([len(prefix)]), capacity=128, depth=deep)
     states, logits = [], []
-    for token in walked:
+    for token in inputs:
         hidden, cache = STEP(config, params, jnp.array([token]), cache, jnp.array([depth]))
         states.append(np.asarray(cache.state[:, 0]))
         logits.append(np.asarray(decoder.head(params, hidden)[0]))
@@ -73,7 +73,7 @@ def by_decoding(model, text, depth):
     ],
 )
 def test_forced_text_equals_token_by_token_decoding(stream, depth):
-    """With state="block" a layer remembers its output, so decoding's caches show the outputs of all layers."""
+    """With state="block" a layer's state is its output, so decoding's caches show the outputs of all layers."""
     model = toy(alpha=0.1, **stream)  # the upper end of the published range
     what = "output" if stream["state"] == "block" else "memory"
     settings = collect.Settings((1, depth) if depth > 1 else (1,), what=what, rounding=False, controls=0, batch=2)
@@ -103,7 +103,7 @@ def test_runs_and_iterations_agree_at_position_zero_and_part_later():
         assert apart > 1e-3 if depth < 3 else apart < 1e-4
 
 
-def test_controls_move_nothing_where_nothing_is_remembered_and_differ_where_it_is_wrong():
+def test_controls_change_nothing_where_there_is_no_state_and_differ_where_it_is_wrong():
     model, some = toy(), texts(12, 8)
     settings = collect.Settings((1, 3), rounding=False)
     batch = collect.Batch.of(model, some, [text.given for text in some], (64, 64))
@@ -165,11 +165,11 @@ def collected(tmp_path_factory):
 
 
 def by_naive_reading(model, problem, depth, stream=True):
-    """Outputs of all layers [T, L, D] and logits [T, V] at the walked positions, in float64 and by none of our code."""
+    """Outputs of all layers [T, L, D] and logits [T, V] at the text's positions, in float64 and by none of our code."""
     config = model.config if stream else dataclasses.replace(model.config, stream=None)
     numbers, outputs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params), {}
-    start, tokens = len(problem.prefix), [*problem.prefix, *problem.walked]
-    depths = [1] * start + [depth] * len(problem.walked)
+    start, tokens = len(problem.prefix), [*problem.prefix, *problem.inputs]
+    depths = [1] * start + [depth] * len(problem.inputs)
     logits = naive.logits(config, numbers, tokens, depths, toys.BOS, outputs=outputs)
     layers = range(config.backbone.num_layers)
     states = [[outputs[layer, t, depth - 1] for layer in layers] for t in range(start, len(tokens))]
@@ -185,7 +185,7 @@ def test_a_collection_holds_what_a_naive_reading_of_every_problem_gives(collecte
     model, some, settings, folder = collected
     for problem, text in zip(collection.Collection(folder), some, strict=True):
         assert problem.id == text.id
-        assert [*problem.prefix, *problem.walked] == [*text.prompt, *text.given][:-1]
+        assert [*problem.prefix, *problem.inputs] == [*text.prompt, *text.given][:-1]
         assert problem.predicted == [*text.prompt, *text.given][len(problem.prefix) + 1 :]
         truth = [by_naive_reading(model, problem, depth) for depth in settings.depths]
         for number, (states, logits) in enumerate(truth):
@@ -213,7 +213,7 @@ class Leaky(collect.TextRunner):
 
 
 def test_controls_see_a_blend_that_alpha_0_leaves_on(collected):
-    """`plain` has a walk of the backbone to compare with, which no stream can move."""
+    """`plain` has a run of the backbone to compare with, which no stream can move."""
     model, some, settings, folder = collected
     batch = collect.Batch.of(model, some[:2], [text.given for text in some[:2]], (64, 64))
     runner = collect.TextRunner(model, settings, 64)
