@@ -2,7 +2,7 @@
 
     python benchmarks/forwards.py --batch 8,32                    train steps
     python benchmarks/forwards.py --batch 8 --peer                and transformers + PEFT on the same weights
-    python benchmarks/forwards.py --prefill 256                   exact prefill: sweeps, walk, and token by token
+    python benchmarks/forwards.py --prefill 256                   exact prefill: sweeps, scan, and token by token
 
 Forwards take turns; a ratio is that of the fastest rounds, which a busy machine disturbs least. The step is the real
 one (LoRA on seven linears, AdamW), on random tokens of which the second half of every row is scored.
@@ -180,7 +180,7 @@ def prefilling(args: argparse.Namespace) -> list[Json]:
 
     model = load(args.model, args.dtype).with_stream()
     config, params, length = model.config, model.params, args.prefill
-    walking = dataclasses.replace(config, stream=dataclasses.replace(config.stream, prefill="sequential"))
+    scanning = dataclasses.replace(config, stream=dataclasses.replace(config.stream, prefill="sequential"))
     tokens = np.random.default_rng(0).integers(3, config.backbone.vocab_size, (1, length), np.int32)
     lengths = np.array([length], np.int32)
 
@@ -209,7 +209,7 @@ def prefilling(args: argparse.Namespace) -> list[Json]:
     jobs = {
         "step by step": lambda: stepwise(params, tokens),
         "sweeps": lambda: fill(config, params, tokens, lengths),
-        "walk (exact)": lambda: fill(walking, params, tokens, lengths),
+        "scan (exact)": lambda: fill(scanning, params, tokens, lengths),
         "plain": lambda: fill(dataclasses.replace(config, stream=None), {**params, "blend": {}}, tokens, lengths),
     }
     slow, fast = np.asarray(jobs["step by step"]()[0]), np.asarray(jobs["sweeps"]()[0])

@@ -141,9 +141,16 @@ def attention(q: Heads, visible: Visible, scale: float) -> Heads:
 
 
 def attention_once(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float) -> Queries:
-    """Return `attention` of one query a row, [B, 1, N, H], over the keys [B, S, K, H] that are `seen`.
+    """Return `attention` of one query a row, [B, 1, N, H].
 
-    The keys come first in their product, as they lie in memory: in the library's order XLA transposes them on a CPU.
+    The keys are the first factor of their product: with the library's order XLA transposes them on a CPU.
+
+    Args:
+      q: [B, 1, N, H].
+      k: [B, S, K, H].
+      v: [B, S, K, H].
+      seen: which of the keys a row's query sees.
+      scale: of the scores.
     """
     if q.dtype == jnp.bfloat16:  # of several rows and heads, for which XLA's CPU backend lacks this product
         return attention(q, Visible(k, v, seen[:, None, None, :]), scale)

@@ -58,7 +58,7 @@ CHUNK = 32  # positions of `exact` between checkpoints, at most
 
 
 class LayerOutputs(NamedTuple):
-    """What a rule leaves behind in a layer besides its residuals; unused outputs are not computed."""
+    """What a rule returns of a layer besides its residuals; unused outputs are not computed."""
 
     k: PositionKeys | None = None  # rotated, what a cache would hold
     v: PositionKeys | None = None
@@ -66,6 +66,9 @@ class LayerOutputs(NamedTuple):
     sweeps: ScalarInt | None = None  # what `fixed_point_states` took
 
 
+# (layer, residuals, extra, context) -> (residuals, outputs). In: a layer's parameters; the residual streams that enter
+# it, [B, T*I, D]; its slice of the extras of `decoder.run`; what all layers share. Out: the residual streams that leave
+# it, and its outputs.
 Rule = Callable[[Layer, Residuals, Any, Context], tuple[Residuals, LayerOutputs]]
 # What enters a step instead of its state: (layer, the states entering every step) -> states.
 Intervention = Callable[[Layer, Hidden], Hidden]
@@ -129,7 +132,14 @@ def pass_once(
 
 @jax.named_scope("states")
 def next_pass_states(layer: Layer, x: Hidden, state_out: Hidden, context: Context) -> Hidden:
-    """Return the states that a pass over x blends in, from those of the pass before, with or without its gradient."""
+    """Return the states that a pass over x blends in: those of the pass before, shifted by one step.
+
+    Args:
+      layer: its masks.
+      x: into the layer.
+      state_out: the state after every step of the pass before; without its gradient unless `stream.pass1_grad`.
+      context: what all layers share.
+    """
     kept = state_out if context.stream.pass1_grad else jax.lax.stop_gradient(state_out)
     return shift_right(context.stream, x, kept, layer.stream.masks)
 
@@ -237,7 +247,15 @@ def fixed_point_states(
 ) -> tuple[Residuals, LayerOutputs]:
     """Iterate `local` until the states converge, else scan as `exact` does. Not differentiable.
 
-    `sweeps` says how many evaluations it took; sweep_cap + 1 that they did not suffice and the positions were scanned.
+    Args:
+      layer: its parameters.
+      residuals: (x,).
+      before: the state of rows continued from a cache; None: there are none.
+      context: what all layers share.
+
+    Returns:
+      The residuals, and keys, values, states and `sweeps`: the number of evaluations, or sweep_cap + 1 where they did
+      not suffice and the positions were scanned.
     """
     stream, (x,), masks = context.stream, residuals, layer.stream.masks
     summands, kv = attend(layer, x, context)
