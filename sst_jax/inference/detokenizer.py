@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sst_jax.data.tokenizer import Tokenizer
-from sst_jax.types import HostInts
+from sst_jax.types import PositionTokens
 
 
 class IncrementalDetokenizer:
@@ -18,7 +18,7 @@ class IncrementalDetokenizer:
         self.text = ""
         self.ended: str | None = None
 
-    def add(self, tokens: Sequence[int] | HostInts, depths: Sequence[int] | HostInts, last: bool) -> str:
+    def add(self, tokens: Sequence[int] | PositionTokens, depths: Sequence[int] | PositionTokens, last: bool) -> str:
         """Take in new tokens, -1 being none, and return the text that they settle; `last`: no more will come.
 
         Tokens after the one that completes a stop string are dropped.
