@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sst_jax.errors import InputError
 from sst_jax.model.config import BackboneConfig
@@ -39,6 +39,7 @@ RULES = (
 )
 _RULES = dict(RULES)
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 Axes = tuple[str | None, ...]
 
 # Linears [L, inputs, outputs], in any storage, and their LoRA factors A [L, inputs, R] and B [L, R, outputs].
@@ -109,7 +110,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:count])
 
 
-def check(mesh: Mesh, backbone: BackboneConfig | None = None, batch_size: int | None = None) -> None:
+def check(mesh: AnyMesh, backbone: BackboneConfig | None = None, batch_size: int | None = None) -> None:
     """Raise InputError naming a dimension of a model or batch that a mesh axis does not divide."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size is not None and batch_size % rows:
@@ -139,7 +140,7 @@ def _stored_axes(name: str, kernel: Axes) -> Axes:
     return (*stack, *(along[axis] for axis in storages.axes_of(name) or along))
 
 
-def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = None) -> PartitionSpec:
+def spec(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...], without: str | None = None) -> PartitionSpec:
     """Return the mesh axes of every dimension of a shape.
 
     Args:
@@ -157,7 +158,7 @@ def spec(mesh: Any, axes: Axes, shape: tuple[int, ...], without: str | None = No
     return PartitionSpec(*parts)
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: AnyMesh, tree: Any) -> Any:
     """Return a NamedSharding for every array (or shape) of a tree, by its path."""
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
