@@ -60,6 +60,21 @@ def test_the_result_holds_every_measure(report):
     assert result["positions"] <= 40
     assert [record["depth"] for record in result["by_depth"]] == [1, 2, 3]
     assert result["by_depth"][0]["moved"]["value"] == 0.0
+    cosines, changed = {1: [], 2: [], 3: []}, {1: [], 2: [], 3: []}
+    for folder in sorted((report / "collected").glob("0*")):
+        states, ids = (
+            read_array(folder, "states")[:, :, result["layer"]].astype(np.float64),
+            read_array(folder, "top_ids"),
+        )
+        units = states / np.linalg.norm(states, axis=-1, keepdims=True)
+        for number, depth in enumerate((1, 2, 3)):
+            cosines[depth] += (units[0] * units[number]).sum(-1).tolist()
+            changed[depth] += (ids[0, :, 0] != ids[number, :, 0]).tolist()
+    for record in result["by_depth"]:
+        assert record["moved"]["value"] == pytest.approx(1 - np.mean(cosines[record["depth"]]), abs=1e-9)
+        assert record["lowest_overlap"] == pytest.approx(min(cosines[record["depth"]]), abs=1e-9)
+        assert record["changed"]["value"] == pytest.approx(np.mean(changed[record["depth"]]))
+    assert min(cosines[3]) < 0.999
     assert len(result["modes_by_layer"]) == len(result["noise_floor"]["by_layer"]) == 7
     assert result["controls"]["alpha_0"]["largest"] == 0.0
     assert result["controls"]["plain"]["largest"] < 1e-9, "two programs of one function differ by rounding alone"

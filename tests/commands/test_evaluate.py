@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def test_killed_for_real_and_started_again(evaluated, finished, tmp_path, wanted
     assert scores(out) == scores(evaluated)
 
 
+def edited(folder, target, change):
+    """A copy of an evaluation with `change` made to every line of its outcomes."""
+    shutil.copytree(folder, target)
+    lines = [json.loads(line) for line in (target / "outcomes.jsonl").read_text().splitlines()]
+    for line in lines:
+        change(line)
+    (target / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return target
+
+
 @pytest.fixture(scope="module")
 def losses(finished, tmp_path_factory):
     """Losses of the finished run, at two depths."""
@@ -124,16 +135,27 @@ def losses(finished, tmp_path_factory):
 def test_losses_and_their_comparison(losses, tmp_path, capsys):
     found = json.loads((losses / "result.json").read_text())["policies"]
     assert found["1"]["nats_per_token"]["low"] < found["1"]["nats_per_token"]["value"]
-    assert run(compare.main, [str(losses), str(losses), "--out", str(tmp_path / "compared")]) == 0
+    other, tokens = edited(losses, tmp_path / "other", lambda line: line.update(loss=line["loss"] + 3.0)), {}
+    for line in outcomes(losses):
+        tokens.setdefault(line["policy"], []).append(line["answer_tokens"])
+    assert run(compare.main, [str(other), str(losses), "--out", str(tmp_path / "compared")]) == 0
     assert "items better in A" in capsys.readouterr().out
     result = json.loads((tmp_path / "compared" / "result.json").read_text())
-    assert [record["difference"] for record in result["comparisons"]] == [0.0, 0.0]
+    expected = [3.0 * len(counts) / sum(counts) for counts in tokens.values()]
+    assert [record["difference"] for record in result["comparisons"]] == pytest.approx(expected)
+    assert [record["items_better_in_A"] for record in result["comparisons"]] == [0, 0]
     assert (tmp_path / "compared" / "compare.png").stat().st_size > 5000
 
 
 def test_compare_prints_and_writes_what_differs(evaluated, tmp_path, capsys):
-    target = tmp_path / "comparison.json"
-    arguments = [str(evaluated), str(evaluated), "--out", str(tmp_path / "out"), "--json", str(target)]
+    """One item of five, right on the other side under each of three policies."""
+    target, changed = tmp_path / "comparison.json", outcomes(evaluated)[2]["id"]
+
+    def turn(line):
+        line["correct"] ^= line["id"] == changed
+
+    other = edited(evaluated, tmp_path / "other", turn)
+    arguments = [str(evaluated), str(other), "--out", str(tmp_path / "out"), "--json", str(target)]
     assert run(compare.main, arguments) == 0
     printed = capsys.readouterr().out
     assert "Holm" in printed
@@ -141,7 +163,9 @@ def test_compare_prints_and_writes_what_differs(evaluated, tmp_path, capsys):
     result = json.loads(target.read_text())
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert [(r["p"], r["p_holm"]) for r in result["comparisons"]] == [(1.0, 1.0)] * 3
-    assert (tmp_path / "out" / "differing_items.jsonl").read_text() == ""
+    assert [r["only_A"] + r["only_B"] for r in result["comparisons"]] == [1] * 3
+    differing = [json.loads(line) for line in (tmp_path / "out" / "differing_items.jsonl").read_text().splitlines()]
+    assert [item["id"] for item in differing] == [changed] * 3
 
 
 def test_a_single_item_has_no_interval(finished, tmp_path, capsys):

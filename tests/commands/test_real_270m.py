@@ -73,6 +73,9 @@ def test_two_pass_follows_exact_to_second_order(ours):
 
 def test_depth_changes_a_real_answer_only_with_a_stream(ours):
     tokens = ours.tokenizer.encode(PROMPT)
-    streaming = ours.with_stream(alpha=0.0)
     plain = ours.generate([tokens], max_new_tokens=12)[0].tokens
-    assert streaming.generate([tokens], depth=3, max_new_tokens=12)[0].tokens == plain
+    off, on = (
+        ours.with_stream(alpha=alpha).generate([tokens], depth=3, max_new_tokens=12)[0].tokens for alpha in (0.0, 0.3)
+    )
+    assert off == plain
+    assert on != plain

@@ -182,13 +182,15 @@ def test_lengths_are_rounded_to_few():
         assert all(padded(shorter) <= capacity_for(length) for shorter in range(1, length, 37))
 
 
-def test_bytes_of_a_sequence_are_those_of_its_arrays():
+@pytest.mark.parametrize("capacity", [100, 500])
+def test_bytes_of_a_sequence_are_those_of_its_arrays(capacity):
+    """Only what global layers keep grows with the capacity."""
     config = toys.config({"dtype": "bfloat16"})
-    found = bytes_per_sequence(config, 100)
-    cache = init_cache(config, 1, 100)
+    found = bytes_per_sequence(config, capacity)
+    cache = init_cache(config, 1, capacity)
     counted = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.kv, cache.state)))
     assert sum(found.values()) == counted
-    assert found == {"state": 7 * 32 * 2, "local": 6 * 2 * 6 * 20 * 4, "global": 1 * 2 * 100 * 20 * 4}
+    assert found == {"state": 7 * 32 * 2, "local": 6 * 2 * 6 * 20 * 4, "global": 1 * 2 * capacity * 20 * 4}
 
 
 def test_at_27b_only_global_layers_grow_with_the_text():

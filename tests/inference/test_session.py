@@ -87,15 +87,6 @@ def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
         assert kept.tolist() == free[row, : ends + 1].tolist()
 
 
-def test_cache_is_bounded_by_the_window_and_donated_state_is_constant():
-    config = with_prompt({}, dtype="bfloat16")
-    small, large = (init_cache(config, 1, capacity) for capacity in (64, 512))
-    assert small.kv.local_k.shape == large.kv.local_k.shape == (6, 1, 6, 2, 10)
-    assert small.state.shape == large.state.shape == (7, 1, 32)
-    assert small.state.dtype == jnp.bfloat16
-    assert large.kv.global_k.shape == (1, 1, 512, 2, 10)
-
-
 def test_bfloat16_states_decode_as_their_rounded_exact_does(float64):
     """In float64, as in float32 a state now and then is rounded to the other side, and later ones follow it."""
     config = with_prompt({"dtype": "bfloat16"}, alpha=0.3)
