@@ -11,6 +11,7 @@ then runs ruff, mypy and the tests that are not marked slow. Parity with PyTorch
                    and the fast tests on Python 3.12 where that is installed
   PYTHON=python3.11 ./test.sh            another interpreter than python3
   ./test.sh tests/model -k alpha         a part of the tests
+  JAX_DISABLE_MOST_OPTIMIZATIONS=0 ./test.sh      with everything compiled as users compile, in three times the time
   python -m pytest -m 'not slow' tests/model    in an environment of one's own: pip install -e '.[dev,gguf,analysis]'"
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then echo "$usage"; exit; fi
 cd "$(dirname "$0")"
@@ -32,9 +33,9 @@ environment() {  # environment PYTHON FOLDER EXTRAS: made once, and again when P
 
 is_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" 2>/dev/null; }
 
-tests() {  # tests FOLDER ARGUMENTS: with two workers, each file by one of them
+tests() {  # tests FOLDER ARGUMENTS: with two workers, each from its half of the files; one that is done takes over others
   local folder=$1; shift
-  "$folder/bin/python" -m pytest -q -n 2 --dist loadfile --durations 10 "$@"
+  "$folder/bin/python" -m pytest -q -n 2 --dist worksteal --durations 10 "$@"
 }
 
 python=${PYTHON:-python3}
@@ -50,7 +51,8 @@ if [ $all = 0 ]; then
   exit
 fi
 
-tests .venv-test "$@"
+tests .venv-test -m "not optimised" "$@"
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests .venv-test -m optimised "$@" || [ $? = 5 ]  # 5: none of the tests asked for
 tests .venv-test --typecheck -m "not slow" tests/model
 if ! is_version "$python" 3.12; then
   for newer in python3.12 "$HOME/.pyenv/versions/"3.12*/bin/python; do

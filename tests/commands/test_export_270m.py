@@ -14,7 +14,7 @@ from sst_jax.model import rules as forwards
 from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
 from tests.support.torch_exports import apart, open_torch, write
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 PROMPT = "Question: Ann has 3 boxes of 4 pens and gives 5 pens away. How many pens has she left?\nAnswer:"
 

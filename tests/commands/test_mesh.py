@@ -20,7 +20,7 @@ FOUR = ["--config.data.batch_size=4"]
 
 def start(workdir, *more, devices=1):
     """A training process with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "sst_jax.train", "--config", TINY, *SMALL, *FOUR, "--workdir", str(workdir), *more]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -8,7 +8,7 @@ import pytest
 import sst_jax
 from sst_jax.inference.model import Model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 PROMPT = "Question: Ann has 3 boxes of 4 pens and gives 5 pens away. How many pens has she left?\nAnswer:"
 LONG = " ".join(f"Item {number} costs {number * 7 % 83} dollars." for number in range(75))

@@ -15,8 +15,6 @@ from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig, StreamConfig
 from tests.support import toys
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 STEP = toys.quick_jit(decode_step_at_depth, "config", "start")
 PREFILL = toys.quick_jit(prefill, "config", "capacity", "depth", "chunk")
 LENGTHS = np.array([4, 6, 9], np.int32)  # prompts below, at and beyond the window of 6

@@ -15,6 +15,8 @@ from sst_jax.model.config import ModelConfig, StreamConfig
 from tests.support import toys
 from tests.support.decoding import generate as generate_tokens
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
+
 TINY = ModelConfig(dataclasses.replace(PRESETS["tiny"], max_positions=10_000), StreamConfig())
 
 
@@ -40,7 +42,6 @@ def live():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
-@pytest.mark.slow
 def test_8k_tokens_compile_once_and_keep_their_memory(compiled):
     params = decoder.init_params(TINY, jax.random.key(0))
     prompt = toys.tokens(1, 20, vocabulary=262)[0].tolist()
@@ -69,7 +70,6 @@ def test_8k_tokens_compile_once_and_keep_their_memory(compiled):
     assert peak() - early < 16
 
 
-@pytest.mark.slow
 def test_an_8k_prompt_is_filled_by_few_programs_in_bounded_memory(compiled):
     """Never T x T: at 8192 positions one head's scores alone would take 256 MiB. And what longer chunks give."""
     params = decoder.init_params(TINY, jax.random.key(0))
@@ -87,7 +87,6 @@ def test_an_8k_prompt_is_filled_by_few_programs_in_bounded_memory(compiled):
     assert np.linalg.norm(hidden - other) <= 1e-5 * np.linalg.norm(other)
 
 
-@pytest.mark.slow
 def test_prompts_of_many_lengths_share_their_programs(compiled):
     params = decoder.init_params(TINY, jax.random.key(0))
 

@@ -24,8 +24,6 @@ from sst_jax.model import decoder
 from tests.support import toys
 from tests.support.decoding import generate as generate_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start"))
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7, 3)]
 NEW = 9

@@ -6,7 +6,7 @@ import pytest
 
 import sst_jax
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 PROMPTS = [
     "The capital of France is",

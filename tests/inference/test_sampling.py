@@ -4,12 +4,9 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 
 from sst_jax.inference.sampling import Sampling, sample, sampling_params, score
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SAMPLE = jax.jit(sample)
 ONE = st.builds(

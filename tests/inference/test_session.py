@@ -16,8 +16,6 @@ from sst_jax.inference.sampling import Sampling, sample, sampling_params
 from tests.support import toys
 from tests.support.decoding import generate as generate_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def with_prompt(stream, **more):
     return toys.config({**stream, **more})

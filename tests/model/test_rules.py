@@ -144,6 +144,7 @@ def test_every_rule_at_alpha_0_is_the_plain_backbone(name, depth, float64):
     assert np.abs(wide(on, params, tokens, name, depth=depth) - plain).max() > 0.1
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("name", "depth", "dtype"),
     [("two_pass", 1, "float32"), ("local", 1, "bfloat16"), ("exact", 1, "float32"), ("k_pass", 2, "bfloat16")],

@@ -24,7 +24,8 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 def on_eight(*cases, float64=False):
     """What tests/support/eight_devices.py prints for cases, from a process with eight devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    flags += " --xla_backend_optimization_level=0"
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     env = {
         **os.environ,

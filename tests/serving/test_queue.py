@@ -17,8 +17,6 @@ from sst_jax.serving.app import stream_events
 from sst_jax.serving.protocol import Call, Writer
 from sst_jax.serving.queue import Busy, Closing, Engine, answers
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ROWS, CAPACITY = 4, 512  # those of the fixture, so that all engines share their programs
 POLICIES = ("1", "4", "first_token:3", "until_stable:0.05:4")
 

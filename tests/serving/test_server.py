@@ -15,8 +15,6 @@ import pytest
 from sst_jax.serving.queue import Engine
 from tests.support.server import start
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason="the server is an extra: sst-jax[serve]")
 

@@ -74,7 +74,7 @@ def test_bad_mixes_are_refused(bad):
         ForwardConfig(**bad)
 
 
-def test_a_step_that_drew_a_depth_has_the_loss_of_that_depth(quick_compiles):
+def test_a_step_that_drew_a_depth_has_the_loss_of_that_depth():
     config = toys.config({"alpha_range": (0.0, 1.0)}, backbone=toys.SHALLOW)
     params, tokens = toys.params(config), toys.tokens(2, 7)
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "answer_mask": np.ones(tokens.shape, bool)}

@@ -254,6 +254,7 @@ def test_only_a_foreign_checkpoint_is_calibrated(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_270m_calibrated_is_within_3_percent_of_its_bfloat16(tmp_path):
     pytest.importorskip("gguf")
     import sst_jax

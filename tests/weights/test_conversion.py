@@ -230,6 +230,7 @@ def watched(*arguments, kill_at=None):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory from /proc")
 def test_a_4b_checkpoint_converts_both_ways_in_bounded_memory_and_survives_a_kill(tmp_path):
     source = sparse_checkpoint(tmp_path / "4b", PRESETS["4b"])

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +10,8 @@ import numpy as np
 import pytest
 
 import sst_jax
+from sst_jax import train
+from sst_jax.console.command import run as run_command
 from sst_jax.weights.checkpoint import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,7 @@ def test_an_interrupted_run_of_0_1_0_resumes_and_ends_as_it_would_have(tmp_path)
     there = read_metrics(run)
     shutil.rmtree(run / "checkpoints" / "4")
     overrides = [f"--config.{key}={value}" for key, value in RECIPE.items()]
-    arguments = ["--config", "configs/tiny.py", *overrides, "--workdir", str(run)]
-    subprocess.run([sys.executable, "-m", "sst_jax.train", *arguments], check=True, cwd=ROOT, capture_output=True)
+    assert run_command(train.main, ["--config", "configs/tiny.py", *overrides, "--workdir", str(run)]) == 0
     now = read_metrics(run)
     assert [line["step"] for line in now] == [line["step"] for line in there] == [0, 1, 2, 3, 4]
     for line, before in zip(now, there, strict=True):

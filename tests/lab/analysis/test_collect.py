@@ -25,8 +25,6 @@ from sst_jax.inference.prefill import prefill
 from sst_jax.lab.analysis import collect, collection, controls
 from sst_jax.model import decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start"))
 
 

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from sst_jax.lab.evaluation.harness import HarnessModel
 from tests.support.problems import load_gsm8k, real_gsm8k
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 ITEMS = 50
 NEW_TOKENS = 48

@@ -192,6 +192,7 @@ PLAIN = "--config.optimizer.accumulate=1"
 
 @needs_cuda
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("batch", "quantize", "target", "bar"),
     [
@@ -213,6 +214,7 @@ def test_the_27b_two_pass_step_fits(tmp_path, batch, quantize, target, bar):
 
 @needs_cuda
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_inputs_of_layers_can_wait_in_the_hosts_memory(tmp_path):
     kept, offloaded = (
         planned(tmp_path, PLAIN, "--config.data.batch_size=4", f"--config.train.remat={remat}")
@@ -225,6 +227,7 @@ def test_inputs_of_layers_can_wait_in_the_hosts_memory(tmp_path):
 
 @needs_cuda
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_exact_needs_less_than_two_passes_at_scale(tmp_path):
     knobs = (PLAIN, "--config.data.batch_size=32", "--config.data.length=256")
     exact, two = (planned(tmp_path, *knobs, f"--config.stream.forward={name}") for name in ("exact", "two_pass"))
@@ -234,6 +237,7 @@ def test_exact_needs_less_than_two_passes_at_scale(tmp_path):
 
 @needs_cuda
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_decoding_reads_the_base_once_an_iteration(tmp_path):
     one, four = (planned(tmp_path, "--decode", "--depth", str(depth)) for depth in (1, 4))
     assert one["fits"]

@@ -18,8 +18,6 @@ from sst_jax.inference import halting_probe as probes
 from sst_jax.inference.policies import Policy, parse, parse_list
 from sst_jax.lab.probing import fit, judge, probe_dataset, probing
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 QUICK = fit.Settings(inputs=6, hidden=3, strengths=(0.1,), steps=60, rate=0.05, permutations=19)
 
 

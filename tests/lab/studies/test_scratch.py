@@ -27,8 +27,6 @@ SMALL = [
     "--config.model.heads=2", "--config.model.layers=1",
 ]  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def small(*overrides):
     return studies.resolve(recipe.read(CONFIG, [*SMALL, *overrides]))
