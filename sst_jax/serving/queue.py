@@ -126,9 +126,9 @@ class Engine:
             self._queue.extend(waiting)
 
     def close(self, seconds: float) -> bool:
-        """Take no more requests and finishes those there are, within a deadline; says whether all were finished.
+        """Take no more requests, finish those there are within `seconds`, and return whether all were finished.
 
-        What runs or waits beyond it ends with an error.
+        What runs or waits beyond the deadline ends with an error.
         """
         with self._changed:
             self._closing = True
@@ -185,8 +185,8 @@ class Engine:
                     continue
                 budget -= next(self._reading.parts)
             except StopIteration as read:
+                self._begin(job, read.value)  # which may compile; until then `close` finds the job here
                 self._reading = None
-                self._begin(job, read.value)
             except Exception as error:  # of this request alone; the others are decoded further
                 traceback.print_exc()
                 self._reading = None

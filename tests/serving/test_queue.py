@@ -174,6 +174,23 @@ def test_what_is_not_finished_at_the_deadline_ends_with_an_error(model):
     assert set(told) >= set(jobs)
 
 
+def test_a_request_that_is_being_given_a_row_at_the_deadline_ends_with_an_error_too(model, monkeypatch):
+    engine = Engine(model, rows=ROWS, capacity=CAPACITY)
+    admit, admitting = engine.session.admit, threading.Event()
+
+    def slowly(*arguments):
+        admitting.set()
+        time.sleep(1.0)
+        return admit(*arguments)
+
+    monkeypatch.setattr(engine.session, "admit", slowly)
+    (job,) = engine.submit([request(model, 1, max_new_tokens=400)], lambda *told: None)
+    assert admitting.wait(300)
+    assert not engine.close(0.1)
+    assert "shut down" in job.error
+    assert len(job.answer.tokens) < 100
+
+
 def test_a_failing_request_leaves_the_others(model, engine, monkeypatch, capfd):
     """Whatever goes wrong in one prefill is that request's own."""
     from sst_jax.inference import session as module
