@@ -62,6 +62,20 @@ def float64():
 
 
 @pytest.fixture(autouse=True, scope="module")
+def compile_as_users_do(request):
+    """Modules that are marked `optimised` as a whole: random weights, say, differ in a bit without optimisations."""
+    quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    if not quick or request.node.get_closest_marker("optimised") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Modules share few compiled programs, and thousands of them would fill the memory of a small machine."""
     yield

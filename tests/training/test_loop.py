@@ -14,6 +14,8 @@ from sst_jax.training import fit, read_recipe
 from sst_jax.training.loop import Progress
 from sst_jax.training.recipe import read
 
+pytestmark = pytest.mark.optimised  # random bases are known by their bits
+
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "v0_1_0" / "run"
 KNOBS = {
     "model.source": "random:tiny-llama", "train.steps": 2, "train.eval_every": 1, "train.save_every": 1,

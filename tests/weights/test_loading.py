@@ -18,6 +18,8 @@ from sst_jax.weights import huggingface, loading
 from sst_jax.weights.provenance import Origin, Provenance
 from tests.support import checkpoints
 
+pytestmark = pytest.mark.optimised  # random bases are known by their bits
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1_0"
 KINDS = {
     "base": loading.BaseFolder,

@@ -14,6 +14,8 @@ from sst_jax import train
 from sst_jax.console.command import run as run_command
 from sst_jax.weights.checkpoint import read_metrics
 
+pytestmark = pytest.mark.optimised  # random bases are known by their bits
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "fixtures" / "v0_1_0"
 MODELS = ("run", "base", "base_nf4", "sst", "merged", "adapter")
