@@ -51,8 +51,9 @@ if [ $all = 0 ]; then
   exit
 fi
 
-tests .venv-test -m "not optimised" "$@"
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests .venv-test -m optimised "$@" || [ $? = 5 ]  # 5: none of the tests asked for
+tests .venv-test -m "not slow and not optimised" "$@" || [ $? = 5 ]  # 5: none of the tests asked for
+# Long ones run more than they compile.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests .venv-test -m "slow or optimised" "$@" || [ $? = 5 ]
 tests .venv-test --typecheck -m "not slow" tests/model
 if ! is_version "$python" 3.12; then
   for newer in python3.12 "$HOME/.pyenv/versions/"3.12*/bin/python; do
