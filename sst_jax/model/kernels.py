@@ -149,6 +149,7 @@ def splash(
 
 def same_document(segment_ids: SegmentIds) -> AttentionMask:
     """Return whether two positions are of one document. Padding counts as one, so that every query has a key."""
+    segment_ids = jnp.asarray(segment_ids)
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
 
