@@ -55,6 +55,7 @@ def decode_step_at_depth(
     return decode_step(config, params, token, cache, depth, None, start, hidden)[:2]
 
 
+@jax.named_scope("decode_step")
 def decode_step(
     config: ModelConfig,
     params: Params,
@@ -79,20 +80,6 @@ def decode_step(
         The normed hidden state [B, D] after each row's last iteration, the cache one position further, and the
         iterations [B] that each row has had at the position.
     """
-    with jax.named_scope("decode_step"):
-        return _decode_step(config, params, token, cache, depth, halting, start, hidden)
-
-
-def _decode_step(
-    config: ModelConfig,
-    params: Params,
-    token: AnyRowInts,
-    cache: Cache,
-    depth: AnyRowInts,
-    halting: Halting | None,
-    start: int,
-    hidden: RowHidden | None,
-) -> tuple[RowHidden, Cache, RowInts]:
     backbone, stream = config.backbone, config.stream
     position = cache.length - start
     if stream is None:
