@@ -93,8 +93,6 @@ FlatMask = Bool[AnyArray, "M"]
 FlatLosses = Float[Array, "M"]
 HeadTable = Float[Array, "V D"]
 Fraction = Scalar
-Count = ScalarInt
-Flag = ScalarBool
 RandomKey = Array  # of `jax.random.key`, whose dtype no shape string names
 DeviceArrays = dict[str, Array]  # by name
 

@@ -17,7 +17,7 @@ from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.halves import attention_residual, feed, project
 from sst_jax.model.rules import recurrent_step
 from sst_jax.model.state import Masks, initial_state
-from sst_jax.types import AnyRowBools, AnyRowInts, Count, RowBools, RowHidden, RowInts, RowStates
+from sst_jax.types import AnyRowBools, AnyRowInts, RowBools, RowHidden, RowInts, RowStates, ScalarInt
 
 
 class DecodeState(NamedTuple):
@@ -34,7 +34,7 @@ class DecodeState(NamedTuple):
 class StepCarry(NamedTuple):
     """What one iteration at a position hands to the next."""
 
-    iteration: Count  # int32 [], iterations done at the position
+    iteration: ScalarInt  # int32 [], iterations done at the position
     active: RowBools  # rows that iterate again
     used: RowInts  # iterations that each row has had
     hidden: RowHidden  # normed, after each row's last iteration
@@ -91,7 +91,7 @@ def decode_step(
     leaves_state = _leaves_state(config, token)
 
     def wants_more(
-        iteration: Count, active: RowBools, new: RowHidden, old: RowHidden, state: RowStates | None
+        iteration: ScalarInt, active: RowBools, new: RowHidden, old: RowHidden, state: RowStates | None
     ) -> RowBools:
         going = active & (iteration < depth)
         if halting is None:
@@ -147,7 +147,7 @@ def _leaves_state(config: ModelConfig, token: AnyRowInts) -> RowBools:
     return jnp.ones(token.shape, bool)
 
 
-def _masks(stream: StreamConfig, iteration: Count, position: RowInts, has_state: RowBools) -> Masks:
+def _masks(stream: StreamConfig, iteration: ScalarInt, position: RowInts, has_state: RowBools) -> Masks:
     """Return where states enter an iteration of one position."""
     is_initial = ~has_state & (iteration == 0) & (position == 0) & (stream.initial in ("zero", "own"))
     return Masks(has_state[:, None, None], is_initial[:, None, None])

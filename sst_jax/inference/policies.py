@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.types import AnyRowFloats, AnyRowInts, Count, LayerStates, RowBools, RowHidden, RowLogits, RowStates
+from sst_jax.types import AnyRowFloats, AnyRowInts, LayerStates, RowBools, RowHidden, RowLogits, RowStates, ScalarInt
 
 # ------------------------------------------------------------------------------------------------------ Halting rules
 
@@ -41,7 +41,7 @@ class StepSeen(NamedTuple):
     threshold  [B], each row's parameter
     """
 
-    iteration: Count
+    iteration: ScalarInt
     hidden: RowHidden
     previous: RowHidden
     states: RowStates | None

@@ -22,13 +22,13 @@ from sst_jax.model.sharding import constrain
 from sst_jax.types import (
     AnyArray,
     AnyRowInts,
-    Count,
-    Flag,
     PickedHidden,
     PickedRows,
     PositionHidden,
     PositionTokens,
     RowHidden,
+    ScalarBool,
+    ScalarInt,
 )
 
 CHUNK = 16  # tokens between two looks of the host at what was generated
@@ -53,7 +53,7 @@ def _sample(
     hidden: RowHidden,
     stop_ids: tuple[int, ...],
     top: int,
-    scored: Flag | None,
+    scored: ScalarBool | None,
 ) -> tuple[DecodeState, Scores | None]:
     """Return the state with every row's next token, counted off `state.left`, and the tokens' scores."""
     logits = decoder.head(params, hidden)
@@ -79,7 +79,7 @@ def begin(
     iterated: str,
     stop_ids: tuple[int, ...],
     top: int = 0,
-    scored: Flag | None = None,
+    scored: ScalarBool | None = None,
 ) -> tuple[SampledTokens, DecodeState]:
     """Sample the first token [B, 1] after prefilling.
 
@@ -111,11 +111,11 @@ def decode_chunk(
     config: ModelConfig,
     params: Params,
     state: DecodeState,
-    count: Count | int,
+    count: ScalarInt | int,
     *,
     stop_ids: tuple[int, ...],
     top: int = 0,
-    scored: Flag | None = None,
+    scored: ScalarBool | None = None,
     size: int = CHUNK,
 ) -> tuple[SampledTokens, DecodeState]:
     """Decode `count` <= `size` more tokens a row, in columns [B, size]; stop early when all rows have ended.
@@ -126,7 +126,7 @@ def decode_chunk(
         top: above 0, tokens come with their scores and those of the `top` best, where `scored` (bool []) is true.
     """
 
-    def more(carry: tuple) -> Flag:
+    def more(carry: tuple) -> ScalarBool:
         i, _, state = carry
         return (i < count) & ~jnp.all(state.done)
 
@@ -164,7 +164,7 @@ def pick_rows(cache: Cache, hidden: RowHidden, index: PickedRows) -> tuple[Cache
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
-def seat(batch: DecodeState, one: DecodeState, row: Count) -> DecodeState:
+def seat(batch: DecodeState, one: DecodeState, row: ScalarInt) -> DecodeState:
     """Return the batch with the only row of `one` at `row`."""
 
     def put(axis: int, whole: AnyArray, new: AnyArray) -> AnyArray:

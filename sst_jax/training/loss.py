@@ -19,7 +19,6 @@ from sst_jax.types import (
     AnswerMask,
     BlockHidden,
     BlockLosses,
-    Count,
     FlatHidden,
     FlatIndex,
     FlatLosses,
@@ -28,6 +27,7 @@ from sst_jax.types import (
     HeadTable,
     Hidden,
     Losses,
+    ScalarInt,
     Tokens,
 )
 
@@ -89,7 +89,7 @@ def _tiled_block(
     size = len(embedding)
     tiles = -(-size // COLUMNS)
 
-    def tile(carry: tuple, number: Count) -> tuple[tuple, None]:
+    def tile(carry: tuple, number: ScalarInt) -> tuple[tuple, None]:
         top, total, rounded_total, mean = carry
         # The last tile begins early enough to be whole, and leaves out what the one before has had.
         start = jnp.minimum(number * COLUMNS, size - COLUMNS)
