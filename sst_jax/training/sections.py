@@ -175,4 +175,4 @@ class TrainConfig:
         try:
             rules.bind(self.eval_forward)
         except InputError as error:
-            raise InputError(f"train.eval_{error}") from None
+            raise InputError(f"train.eval_forward={self.eval_forward!r}: {error}") from None

@@ -113,6 +113,7 @@ def test_killed_for_real_and_restarted(finished, tmp_path, sent):
         ("--config.train.sample_tokens=0", "train.sample_tokens=0"),
         ("--config.train.seed=-1", "train.seed=-1"),
         ("--config.train.eval_forward=foo", "train.eval_forward='foo'"),
+        ("--config.train.eval_forward=local:0", "train.eval_forward='local:0': passes=0"),
         ("--config.optimizer.accumulate=3", "train.steps=4 must be a multiple of optimizer.accumulate=3"),
         ("--config.optimizer.accumulate=64", "train.steps=4 must be a multiple of optimizer.accumulate=64"),
         ("--config.optimizer.b1=1.0", "optimizer.b1=1.0"),
