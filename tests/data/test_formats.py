@@ -11,7 +11,7 @@ from sst_jax.data.prompts import render, whole_text
 from sst_jax.data.records import Record, read_jsonl
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from tests.support import ROOT
+from tests.support import guides
 from tests.support.problems import write_lines
 
 # By format, a row and what is made of it; rows hold keys that no format wants.
@@ -237,14 +237,7 @@ def test_names_and_options():
 def test_the_guide_quotes_the_files_that_it_writes():
     """Every block of code in docs/adding-a-dataset.md stands in one of them, line for line."""
     files = ("sst_jax/data/formats.py", "sst_jax/data/datasets.py", "tests/data/test_formats.py")
-    text = "\n\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
-    guide = (ROOT / "docs" / "adding-a-dataset.md").read_text(encoding="utf-8")
-    blocks = [part.partition("```")[0] for part in guide.split("```python\n")[1:]]
-    assert len(blocks) >= 4
-    for block in blocks:
-        assert block in text, block
-    for file in files:
-        assert f"`{file}`" in guide
+    guides.check_quotes("adding-a-dataset.md", files, least=4)
 
 
 def test_a_folder_that_is_named_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """What every family must show; a new one passes by being registered."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from sst_jax.weights import key_map, peft
 from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.huggingface import open_folder, write_folder
 from sst_jax.weights.source import fill_base
-from tests.support import toys
+from tests.support import guides, toys
 from tests.support.torch_exports import apart, model, open_torch, write
 
 STREAM = {"alpha_range": (0.0, 1.0), "iterate_prompt": "all"}
@@ -255,18 +254,10 @@ def test_families_that_name_the_same_thing_mean_the_same():
     assert len(set(presets)) == len(presets)
 
 
-FILES = ("families/qwen2.py", "weights/torch_sst/modeling_sst_qwen2.py", "families/registry.py")
+FILES = ("families/qwen2.py", "weights/torch_sst/modeling_sst_qwen2.py", "families/registry.py")  # of sst_jax
 
 
 def test_the_guide_quotes_the_files_that_it_writes():
     """Every block of code in docs/adding-a-family.md stands in one of them, line for line."""
-    root = Path(__file__).parents[2]
-    text = "\n\n".join((root / "sst_jax" / file).read_text() for file in FILES)
-    guide = (root / "docs" / "adding-a-family.md").read_text()
-    blocks = [part.partition("```")[0] for part in guide.split("```python\n")[1:]]
-    assert len(blocks) >= 7
-    for block in blocks:
-        assert block in text, block
-    for file in FILES:
-        assert f"`sst_jax/{file}`" in guide
-    assert 'dataclasses.field(default=False, metadata={"since": "0.2.0"})' in guide
+    guides.check_quotes("adding-a-family.md", [f"sst_jax/{file}" for file in FILES], least=7)
+    assert 'dataclasses.field(default=False, metadata={"since": "0.2.0"})' in guides.read_guide("adding-a-family.md")

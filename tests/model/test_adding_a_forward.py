@@ -1,8 +1,5 @@
 """docs/adding-a-forward.md: its code is run here, registered, and held to `exact`."""
 
-import re
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +9,18 @@ from sst_jax.errors import InputError
 from sst_jax.lab.analysis.approximation import parse_forward
 from sst_jax.model import rules
 from sst_jax.training.step import ForwardConfig, batch_losses
-from tests.support import toys
+from tests.support import guides, toys
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-forward.md"
+PAGE = "adding-a-forward.md"
 
 
 @pytest.fixture
 def damped(monkeypatch):
     """The page's forward, as if its code stood in rules.py."""
     monkeypatch.setattr(rules, "FORWARDS", dict(rules.FORWARDS))
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)):
-        exec(
-            compile("from __future__ import annotations\n" + block, f"{PAGE.name}, block {number}", "exec"), vars(rules)
-        )
+    for number, block in enumerate(guides.code_blocks(guides.read_guide(PAGE))):
+        code = compile(f"from __future__ import annotations\n{block}", f"{PAGE}, block {number}", "exec")
+        exec(code, vars(rules))
     yield
     for name in ("Damping", "damped"):
         vars(rules).pop(name)
