@@ -87,10 +87,12 @@ def test_gradients_of_two_passes(ours, theirs):
     ids = torch.tensor(np.asarray(tokens)).long()
     out = theirs(ids, labels=ids, forward="two_pass")
     out.loss.backward()
-    assert float(out.loss.detach()) == pytest.approx(float(value), rel=5e-5)  # rounding: up to 1.4e-5, by CPU
+    # JAX's rounding, by CPU: against PyTorch in float64 up to 1.4e-5 in the loss and 1.3e-4 in the gradients, whose
+    # softmax over 262,144 pieces magnifies the 3e-6 of the logits. Toys show each gradient closer: test_torch_sst.py.
+    assert float(out.loss.detach()) == pytest.approx(float(value), rel=5e-5)
     distances = {"theta": apart(watched["model.stream.theta"].grad, expected["blend"]["theta"])}
     for name, path in (("q", "self_attn.q_proj"), ("down", "mlp.down_proj")):
         got = [watched[f"model.layers.{layer}.{path}.lora_B.weight"].grad.T for layer in range(18)]
         distances[name] = apart(np.stack(got), expected["adapter"][name]["lora_b"])
     print(distances)
-    assert max(distances.values()) <= 1e-4
+    assert max(distances.values()) <= 5e-4

@@ -304,6 +304,16 @@ def test_narrow_types_leave_alpha_and_the_adapter_wide(tmp_path):
     assert 1e-4 < apart(rough.float(), run(wide, tokens)) < 0.1
 
 
+@pytest.mark.parametrize("forward", ["exact", "two_pass"])
+def test_float64_is_as_good_a_type_as_any(tmp_path, forward):
+    ours = model(WILD)
+    tokens = toys.tokens(2, 12, vocabulary=262)
+    loaded = torch_model(ours, tmp_path / "sst", keep_lora=True, dtype=torch.float64)
+    got = run(loaded, tokens, forward=forward)
+    assert got.dtype == np.float64
+    assert apart(got, ours.logits(tokens, forward=forward)) <= 1e-5
+
+
 @pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen3"])
 @pytest.mark.parametrize("settings", [{"forward": "two_pass"}, {"depth": 3}], ids=str)
 def test_other_families_are_one_more_small_file(tmp_path, preset, settings):

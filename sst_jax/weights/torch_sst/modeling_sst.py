@@ -247,8 +247,9 @@ def attention_mask_of(config, kind, segments, place, seen, dtype):
     if window is not None:
         visible = visible & (distance < window)
     visible = visible & (segments[:, at, None] == segments[:, None, keys])
-    lowest = torch.finfo(dtype).min
-    return torch.where(visible, 0.0, lowest).to(dtype)[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 class StreamModel:
