@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -42,6 +41,7 @@ from sst_jax.training.problems import split_problems
 from sst_jax.training.progress import Clock, Progress
 from sst_jax.training.recipe import Recipe, read_recipe, resolve, with_attention_kernel
 from sst_jax.training.report import RunResult, write_report, write_samples
+from sst_jax.training.resume import restore_state
 from sst_jax.training.run import RunFolder, check_recipe
 from sst_jax.training.step import (
     Batch,
@@ -216,8 +216,7 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch) -> Iterator[Run]:
         iterator = loader.rows(inputs.examples, layout(inputs), seed=recipe.train.seed)
         checkpoints, progress = Checkpoints(workdir, recipe.train.keep), Progress()
         if step := checkpoints.latest_good() or 0:
-            trainable, optimizer_state, saved = checkpoints.restore(step, state.trainable, state.optimizer, iterator)
-            state = sharding.device_put_sharded(TrainState(jnp.int32(step), trainable, optimizer_state))
+            state, saved = restore_state(checkpoints, step, state, iterator, recipe.optimizer.accumulate)
             progress = Progress.from_json(step, saved)
         folder.start_log(step + 1 if step and progress.pending is None else step)
         yield Run(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from sst_jax.errors import InputError
+from sst_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,7 @@ class OptimizerConfig:
     weight_decay         of the adapter, decoupled (arXiv 1711.05101); the blend has none
     clip                 global norm of the gradient of both, to which a larger one is scaled down
     b1, b2               decay rates of Adam's moments
-    accumulate           micro-batches averaged before an update (optax.MultiSteps)
+    accumulate           micro-batches of an update, whose gradient is the mean over the answer tokens of all of them
     """
 
     learning_rate: float = 2e-4
@@ -71,6 +75,88 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         optax.clip_by_global_norm(config.clip),
         optax.partition(transforms, lambda tree: {name: name for name in tree}),
     )
-    if config.accumulate == 1:
-        return optimizer
-    return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer if config.accumulate == 1 else accumulate_by_tokens(optimizer, config.accumulate)
+
+
+class AccumulatorState(NamedTuple):
+    """What `accumulate_by_tokens` keeps between micro-batches."""
+
+    micro_step: jax.Array  # int32 [], micro-batches of the window so far, skipped ones too
+    updates: jax.Array  # int32 [], windows that are over
+    answer_tokens: jax.Array  # float32 [], of the micro-batches in `gradient_sum`
+    gradient_sum: Params  # over answer tokens
+    inner: optax.OptState
+
+
+def accumulate_by_tokens(inner: optax.GradientTransformation, every: int) -> optax.GradientTransformationExtraArgs:
+    """Return an optimizer that updates once in `every` micro-batches, by the mean over all their answer tokens.
+
+    optax.MultiSteps gives each micro-batch the same weight: of rows of unequal length that is another gradient than
+    their batch's. Here an update is the same whole or in pieces. A micro-batch that is not finite leaves a hole in its
+    window and moves no other; a window of nothing but holes makes no update.
+
+    Args:
+        inner: takes the mean gradients.
+        every: micro-batches of a window.
+
+    Returns:
+        An optimizer whose `update` also takes finite, bool [], whether the micro-batch counts, and answer_tokens, int32
+        [], over which its gradient is the mean. Its updates are 0 until the window is over; the state stays finite
+        where they are not.
+    """
+
+    def init(params: Params) -> AccumulatorState:
+        return AccumulatorState(
+            jnp.int32(0), jnp.int32(0), jnp.float32(0), optax.tree.zeros_like(params), inner.init(params)
+        )
+
+    def update(
+        gradient: Params,
+        state: AccumulatorState,
+        params: Params | None = None,
+        *,
+        finite: jax.Array,
+        answer_tokens: jax.Array,
+        **_: object,
+    ) -> tuple[Params, AccumulatorState]:
+        total = state.answer_tokens + jnp.where(finite, answer_tokens, 0)
+        summed = jax.tree.map(
+            lambda so_far, new: so_far + jnp.where(finite, new * answer_tokens, 0.0), state.gradient_sum, gradient
+        )
+        mean = jax.tree.map(lambda tree: tree / jnp.maximum(total, 1), summed)
+        updates, after = inner.update(mean, state.inner, params)
+        over = state.micro_step == every - 1
+        due = over & (total > 0)
+        updates = jax.tree.map(lambda new: jnp.where(due, new, 0.0), updates)
+        taken = due & all_finite(updates)
+        return updates, AccumulatorState(
+            (state.micro_step + 1) % every,
+            state.updates + over,
+            jnp.where(over, 0.0, total),
+            jax.tree.map(lambda tree: jnp.where(over, 0.0, tree), summed),
+            jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, state.inner),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def all_finite(tree: Params) -> jax.Array:
+    """Return whether every number of a tree is finite, bool []."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def as_multi_steps(state: AccumulatorState) -> optax.MultiStepsState:
+    """Return the state that version 0.1.0 kept in place of this one."""
+    return optax.MultiStepsState(state.micro_step, state.updates, state.inner, state.gradient_sum)
+
+
+def from_multi_steps(saved: optax.MultiStepsState, step: int, every: int) -> AccumulatorState:
+    """Return the state of a run at `step` from what version 0.1.0 saved of it.
+
+    Over how many answer tokens its means are was not saved: in the middle of a window they are left out, as skipped
+    micro-batches are.
+    """
+    empty = jax.tree.map(jnp.zeros_like, saved.acc_grads)
+    return AccumulatorState(
+        jnp.int32(step % every), jnp.int32(saved.gradient_step), jnp.float32(0), empty, saved.inner_opt_state
+    )

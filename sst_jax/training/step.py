@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import REMAT, Params, head_table
 from sst_jax.training.loss import answer_losses
+from sst_jax.training.optimizer import AccumulatorState, all_finite
 from sst_jax.types import DeviceArrays, Fraction, Losses, RandomKey
 
+Tree = TypeVar("Tree")
 # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
 Batch = dict[str, jax.Array] | dict[str, np.ndarray]
 
@@ -161,8 +163,7 @@ def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> Fraction
     """Return how far alpha has been warmed up, in [0, 1], counted in updates; None where the config has no warmup."""
     if config.stream is None or not config.stream.alpha_warmup:
         return None
-    accumulating = isinstance(state.optimizer, optax.MultiStepsState)
-    updates = state.optimizer.gradient_step if accumulating else state.step
+    updates = state.optimizer.updates if isinstance(state.optimizer, AccumulatorState) else state.step
     return jnp.minimum(updates / config.stream.alpha_warmup, 1.0)
 
 
@@ -178,7 +179,7 @@ def train_step(
     """Take an optimizer step on the mean loss over the batch's answer tokens.
 
     Where loss, gradient or update is not finite the step is skipped: nothing changes but the count of steps, and
-    metrics["skipped"] is 1.
+    metrics["skipped"] is 1. Of a window of micro-batches the finite ones make the update.
 
     Args:
         config: of the model.
@@ -194,7 +195,8 @@ def train_step(
     """
     alpha_warmup_fraction = alpha_warmup_fraction_at(config, state)
     dropout_key = jax.random.fold_in(key, state.step) if config.adapter.dropout else None
-    count = jnp.maximum(batch["answer_mask"].sum(), 1)
+    answer_tokens = batch["answer_mask"].sum()
+    count = jnp.maximum(answer_tokens, 1)
 
     def mean_loss(trainable: Params) -> Fraction:
         losses = batch_losses(
@@ -209,15 +211,25 @@ def train_step(
         return losses.sum() / count
 
     loss, gradient = jax.value_and_grad(mean_loss)(state.trainable)
-    with jax.named_scope("optimizer"):
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
     norm = optax.tree.norm(gradient)
     # Not optax.apply_if_finite, which looks at the gradient alone, and lets it in after some failures in a row.
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    good &= jnp.stack([jnp.isfinite(update).all() for update in jax.tree.leaves(updates)]).all()
-    trainable, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
-    )
+    with jax.named_scope("optimizer"):
+        if isinstance(state.optimizer, AccumulatorState):
+            updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+                gradient, state.optimizer, state.trainable, finite=good, answer_tokens=answer_tokens
+            )
+            taken = all_finite(updates)
+            good &= taken
+        else:
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+            taken = good = good & all_finite(updates)
+            optimizer_state = _where(taken, optimizer_state, state.optimizer)
+        trainable = _where(taken, optax.apply_updates(state.trainable, updates), state.trainable)
     metrics = {"loss": loss, "gradient_norm": norm, "answer_tokens": count, "skipped": ~good}
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
+
+
+def _where(condition: jax.Array, new: Tree, old: Tree) -> Tree:
+    """Return the one tree or the other."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)

@@ -118,6 +118,17 @@ class Checkpoints:
         iterator.set_state(read_json(place))
         return restored["trainable"], restored["optimizer"], restored["meta"]
 
+    def optimizer_fields(self, step: int) -> set[str]:
+        """Return the names at the top of a step's optimizer state.
+
+        Raises: InputError where the step does not say.
+        """
+        file = self.folder / str(step) / "optimizer" / "_METADATA"
+        try:
+            return {leaf["key_metadata"][0]["key"] for leaf in read_json(file)["tree_metadata"].values()}
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise InputError(f"{file} does not say what it holds") from None
+
     def close(self) -> None:
         self.manager.close()
 

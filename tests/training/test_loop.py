@@ -3,16 +3,21 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from sst_jax.errors import InputError
+from sst_jax.files import sha256
 from sst_jax.inference.model import load
 from sst_jax.training import fit, read_recipe
 from sst_jax.training.loop import Progress
+from sst_jax.training.optimizer import as_multi_steps, make_optimizer
 from sst_jax.training.recipe import read
+from sst_jax.weights.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.optimised  # random bases are known by their bits
 
@@ -70,6 +75,61 @@ def test_a_call_resumes_and_takes_knobs_as_well(trained, tmp_path):
     assert again.heldout_loss == result.heldout_loss
     for one, other in zip(trainables(run), trainables(workdir), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+PIECES = KNOBS | {"optimizer.accumulate": 2, "train.steps": 4, "train.eval_every": 4, "train.keep": 9}
+
+
+@pytest.fixture(scope="module")
+def in_pieces(tmp_path_factory):
+    """A run of two updates of two micro-batches each."""
+    workdir = tmp_path_factory.mktemp("runs") / "pieces"
+    return workdir, fit(read_recipe("tiny", PIECES), workdir)
+
+
+def stopped_at(step, workdir, run):
+    """A copy of a run as if killed after `step` was saved."""
+    shutil.copytree(workdir, run)
+    for later in range(step + 1, 5):
+        shutil.rmtree(run / "checkpoints" / str(later))
+        (run / "manifests" / f"{later}.json").unlink()
+    return run
+
+
+def test_a_run_resumes_in_the_middle_of_an_update_bit_for_bit(in_pieces, tmp_path):
+    workdir, result = in_pieces
+    run = stopped_at(1, workdir, tmp_path / "run")
+    assert fit(read_recipe("tiny", PIECES), run).heldout_loss == result.heldout_loss
+    for one, other in zip(trainables(run), trainables(workdir), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_accumulated_in_0_1_0_resumes(in_pieces, tmp_path, capsys, step):
+    """Between updates to the same numbers; inside one without the micro-batches whose answer tokens it had not kept."""
+    workdir, result = in_pieces
+    run = stopped_at(step, workdir, tmp_path / "run")
+    saved = resave_as_0_1_0(run, step)
+    assert saved.mini_step == step % 2
+    again = fit(read_recipe("tiny", PIECES), run)
+    assert ("1 micro-batches into an update" in capsys.readouterr().out) == (step == 1)
+    assert (again.heldout_loss == result.heldout_loss) == (step == 2)
+    assert again.heldout_after < again.heldout_before
+
+
+def resave_as_0_1_0(run, step):
+    """Write the optimizer of a checkpoint as optax.MultiSteps kept it, and return that."""
+    recipe, checkpoints = read_recipe("tiny", PIECES), Checkpoints(run, 9)
+    trainable = {name: load(run).params[name] for name in ("adapter", "blend")}
+    state = make_optimizer(recipe.optimizer, recipe.train.steps).init(trainable)
+    _, state, _ = checkpoints.restore(step, trainable, state, SimpleNamespace(set_state=lambda place: None))
+    folder = run / "checkpoints" / str(step)
+    shutil.rmtree(folder / "optimizer")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / "optimizer").absolute(), as_multi_steps(state))
+    files = {file.relative_to(folder).as_posix(): sha256(file) for file in folder.rglob("*") if file.is_file()}
+    (run / "manifests" / f"{step}.json").write_text(json.dumps({"sha256": files}))
+    return as_multi_steps(state)
 
 
 def test_bad_input_is_an_error_and_leaves_nothing(tmp_path):

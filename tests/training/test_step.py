@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+from sst_jax.data import loader
+from sst_jax.data.prompts import Example
 from sst_jax.model.state import alpha_summary
 from sst_jax.training import loss
 from sst_jax.training.loss import answer_losses, token_losses
-from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
+from sst_jax.training.optimizer import OptimizerConfig, accumulate_by_tokens, make_optimizer
 from sst_jax.training.step import ForwardConfig, alpha_warmup_fraction_at, batch_losses, init_state, train_step
 from tests.support import toys
 
@@ -143,14 +145,13 @@ def test_a_run_of_steps_compiles_once_learns_and_leaves_the_base_alone(forward):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate):
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
     """One token's embedding is not a number; the others come through as if the batch with it had not been."""
     config = toys.config({}, backbone=toys.LLAMA)  # its head is not its embedding
     params = toys.params(config)
     poisoned = params["base"]["embed"]["embedding"].at[7].set(jnp.nan)
     base = {**params["base"], "embed": {"embedding": poisoned}}
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, accumulate=accumulate), 10)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
     step = jax.jit(functools.partial(train_step, config, ForwardConfig("two_pass"), optimizer))
     good = [{**batch, "tokens": np.where(batch["tokens"] == 7, 8, batch["tokens"])} for batch in batches(4)]
     bad = {**good[0], "tokens": np.full_like(good[0]["tokens"], 7)}
@@ -202,23 +203,90 @@ def test_weight_decay_does_not_touch_the_blend():
     assert (np.asarray(updates["adapter"]["a"]) < 0).all()
 
 
-def test_accumulated_micro_batches_make_the_step_of_their_mean():
-    config = toys.config({})
-    params = toys.params(config)
-    whole = OptimizerConfig(warmup_steps=0)
-    settings = ForwardConfig("two_pass")
-    one, two = list(batches(2))
-    joined = {name: np.concatenate([one[name], two[name]]) for name in one}
-    results = []
-    for optimizer_config, sequence in ((whole, [joined]), (OptimizerConfig(warmup_steps=0, accumulate=2), [one, two])):
-        optimizer = make_optimizer(optimizer_config, 10 * len(sequence))
+def uneven_rows(packed):
+    """A batch of eight rows whose documents have answers of 1 to 20 tokens."""
+    rng = np.random.default_rng(5)
+    examples = []
+    for number in range(24 if packed else 8):
+        ids = toys.tokens(int(rng.integers(4, 9 if packed else 24)), seed=number)
+        learned = np.arange(len(ids)) >= rng.integers(1, len(ids))
+        examples.append(Example(tokens=ids, answer_mask=learned, id=str(number)))
+    batch = next(loader.rows(examples, loader.Layout(24, 8, packed), seed=3))
+    counts = batch["answer_mask"].sum(1)
+    assert counts.max() > 2 * counts.min()
+    return batch
+
+
+@pytest.mark.parametrize(("pieces", "packed"), [(4, True), (4, False), (8, False)])
+def test_an_update_on_the_same_rows_is_the_same_whole_or_in_pieces(pieces, packed, float64):
+    config = toys.config({}, toys.SHALLOW)
+    params, whole = toys.params(config, "float64"), uneven_rows(packed)
+    forward = ForwardConfig("plain", dtype="float64")
+
+    def taken(optimizer, sequence):
         state = init_state(trainable(params), optimizer)
-        step = jax.jit(functools.partial(train_step, config, settings, optimizer))
+        step = jax.jit(functools.partial(train_step, config, forward, optimizer))
         for batch in sequence:
-            state, _ = step(state, params["base"], batch, jax.random.key(0))
-        results.append(state.trainable)
-    for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=2e-6)
+            before, (state, _) = state.trainable, step(state, params["base"], batch, jax.random.key(0))
+            if batch is not sequence[-1]:
+                jax.tree.map(np.testing.assert_array_equal, state.trainable, before)
+        return jax.tree.map(np.subtract, trainable(params), state.trainable)  # with sgd(1.0): the gradient
+
+    split = [dict(zip(whole, parts, strict=True)) for parts in zip(
+        *(np.split(array, pieces) for array in whole.values()), strict=True)]  # fmt: skip
+    expected = taken(optax.sgd(1.0), [whole])
+    got = taken(accumulate_by_tokens(optax.sgd(1.0), pieces), split)
+    scale = optax.tree.norm(expected)
+    assert optax.tree.norm(jax.tree.map(np.subtract, got, expected)) < 1e-9 * scale
+    even = taken(optax.MultiSteps(optax.sgd(1.0), pieces).gradient_transformation(), split)
+    assert optax.tree.norm(jax.tree.map(np.subtract, even, expected)) > 1e-2 * scale  # what equal weights would give
+
+
+@pytest.mark.parametrize("hole", [0, 2])
+def test_a_skipped_micro_batch_shifts_no_window(hole):
+    """The update is that of the window's other rows, the next window's stays its own; all holes change nothing."""
+    config = toys.config({}, toys.SHALLOW)
+    params = toys.params(config)
+    whole = uneven_rows(packed=False)
+    pieces = [{name: array[start : start + 2] for name, array in whole.items()} for start in (0, 2, 4, 6)]
+    one, two, three, _ = pieces
+    optimizer = accumulate_by_tokens(optax.adam(1e-2), 3)
+    poison = {"embed": {"embedding": jnp.full_like(params["base"]["embed"]["embedding"], jnp.nan)}}
+
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("plain"), optimizer))
+    state, skipped = init_state(trainable(params), optimizer), []
+    first = [one, two]
+    first.insert(hole, None)
+    for batch in [*first, None, None, None, three, three, three]:
+        base = params["base"] | (poison if batch is None else {})
+        state, metrics = step(state, base, batch or one, jax.random.key(0))
+        skipped.append(bool(metrics["skipped"]))
+    assert skipped == [batch is None for batch in first] + [True] * 3 + [False] * 3
+
+    inner = optax.adam(1e-2)
+    wanted = init_state(trainable(params), inner)
+    plain = jax.jit(functools.partial(train_step, config, ForwardConfig("plain"), inner))
+    for batch in ({name: np.concatenate([one[name], two[name]]) for name in one}, three):
+        wanted, _ = plain(wanted, params["base"], batch, jax.random.key(0))
+    assert (int(state.optimizer.updates), int(state.optimizer.micro_step)) == (3, 0)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.optimizer.inner, wanted.optimizer
+    )
+    assert int(state.optimizer.inner[0].count) == 2
+
+
+def test_an_update_of_a_window_that_is_not_finite_leaves_the_next_window_whole():
+    config = toys.config({}, toys.SHALLOW)
+    params, (batch,) = toys.params(config), batches(1)
+    optimizer = accumulate_by_tokens(optax.chain(optax.scale(1e38), optax.scale(1e38)), 2)
+    step = jax.jit(functools.partial(train_step, config, ForwardConfig("plain"), optimizer))
+    state, skipped = init_state(trainable(params), optimizer), []
+    for _ in range(2):
+        state, metrics = step(state, params["base"], batch, jax.random.key(0))
+        skipped.append(bool(metrics["skipped"]))
+    assert skipped == [False, True]
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, trainable(params))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.optimizer.gradient_sum))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
