@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sst_jax.errors import InputError
-from sst_jax.types import Json
+from sst_jax.types import Json, JsonValue
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
 
@@ -32,6 +32,11 @@ def read_json(path: Path) -> Json:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def json_bytes(value: JsonValue) -> bytes:
+    """Return what a JSON file holds."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def is_plain_name(name: object) -> bool:

@@ -39,7 +39,8 @@ _LISTS: Mapping[str, tuple[type, ...]] = {
     "tokens": (str,), "merges": (str,), "scores": (int, float), "token_type": (int,)
 }  # fmt: skip
 _NUMBERS = (
-    "unknown_token_id", "bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_space_prefix"
+    "unknown_token_id", "bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id", "eom_token_id",
+    "add_bos_token", "add_space_prefix",
 )  # fmt: skip
 
 
@@ -53,6 +54,20 @@ def check_facts(facts: Mapping[str, Any]) -> None:
     for name in _NUMBERS:
         if not isinstance(named[name], int | None):
             raise InputError(f"tokenizer.ggml.{name}={named[name]!r} is no whole number")
+    if not isinstance(facts.get("tokenizer.chat_template"), str | None):
+        raise InputError("tokenizer.chat_template is no text")
+
+
+def ends_from_gguf(facts: Mapping[str, Any], size: int) -> tuple[int, ...]:
+    """Return what ends a turn or a message by `tokenizer.ggml.*`, beside EOS; `size` is the vocabulary's.
+
+    Raises: InputError where such a token is none.
+    """
+    found = {name: facts.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")}
+    for name, index in found.items():
+        if index is not None and not 0 <= index < size:
+            raise InputError(f"GGUF vocabulary of {size} has {name} {index}")
+    return tuple(index for index in found.values() if index is not None)
 
 
 def vocabulary_from_gguf(

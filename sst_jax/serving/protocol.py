@@ -56,6 +56,14 @@ SHARED = {
 }
 COMPLETION = SHARED | {"prompt", "echo", "logprobs"}
 CHAT = SHARED | {"messages", "max_completion_tokens"}
+MESSAGE = ("role", "content", "name", "tool_call_id", "reasoning_content")
+# What a message may say besides, which means as much as leaving it out.
+EMPTY: tuple[tuple[str, JsonValue], ...] = (
+    ("type", "text"),
+    ("annotations", []),
+    ("tool_calls", []),
+    ("refusal", ""),
+)
 STOPS = 16  # stop strings of one request
 
 
@@ -268,20 +276,19 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _message(message: JsonValue, number: int) -> dict[str, str]:
+def _message(message: JsonValue, number: int) -> Json:
     # A client that sends an answer back sends its empty fields too, and lm-evaluation-harness says that text is text.
-    message = message if isinstance(message, dict) else {"": message}
-    given = {key for key, value in message.items() if value is not None}
-    if given - {"role", "content", "name", "type"} or message.get("type") not in (None, "text"):
+    if not isinstance(message, dict):
         raise InputError(f"message {number} must be an object with role and content")
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str) or not isinstance(message.get("role"), str):
-        raise InputError(f"message {number} must have a role and text as its content: nothing else is read")
-    if not _is_unicode(content):
+    given = {key: value for key, value in message.items() if value is not None and (key, value) not in EMPTY}
+    for key, value in given.items():
+        if key not in MESSAGE:
+            raise InputError(f"message {number}: {key} is not supported, only {', '.join(MESSAGE)}")
+        if key != "content" and not isinstance(value, str):
+            raise InputError(f"message {number}: {key} must be text")
+    if not _is_unicode(json.dumps(given, ensure_ascii=False)):
         raise InputError(f"message {number} is no valid Unicode")
-    return {"role": message["role"], "content": content}
+    return given
 
 
 class Writer:

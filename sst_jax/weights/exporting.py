@@ -8,7 +8,6 @@ adapter  a PEFT folder with LoRA's factors, the stream beside it
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.console.progress import bar
-from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.data.generation_config import GENERATION_CONFIG
 from sst_jax.errors import InputError
-from sst_jax.files import read_json
+from sst_jax.files import json_bytes, read_json
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.types import HostFloats, Json, Params
@@ -111,11 +110,12 @@ def _write_model(model: LoadedModel, base: Params, target: Path, options: Export
     dtype = options.dtype or str(provenance.dtype)
     layout = options.layout or ("text" if options.text_only or sst else provenance.layout) or "text"
     tensors, own_config = ({}, {}) if layout == "text" else vision_of(provenance)
-    ends = _token_ids(tokenizer)
-    files = tokenizer.export_files() | {"generation_config.json": (json.dumps(ends, indent=2) + "\n").encode()}
+    generation = tokenizer.generation_config()
+    files = tokenizer.export_files() | {GENERATION_CONFIG: json_bytes(generation)}
     files["README.md"] = _card(model, options, gaps).encode()
     if sst:
         files |= export_format.torch_files(config.backbone)
+        ends = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         own_config = ends | export_format.sst_config(config, provenance, options.keep_lora)
         tensors = export_format.blend_tensors(params["blend"])
         if options.keep_lora:
@@ -148,14 +148,6 @@ def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gap
     files["README.md"] = _card(model, options, gaps).encode()
     peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files)
     return {"dtype": "float32", "base_name": name}
-
-
-def _token_ids(tokenizer: Tokenizer) -> Json:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": sorted(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
 
 
 def merge_base(choice: str, model: LoadedModel) -> tuple[Params, Gaps | None]:

@@ -11,12 +11,10 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,7 +23,6 @@ from lm_eval.tasks import TaskManager
 
 from sst_jax.console.command import folder_for, write_json
 from sst_jax.console.progress import bar
-from sst_jax.data.tokenizer import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN
 from sst_jax.errors import InputError
 from sst_jax.files import digest, read_json
 from sst_jax.inference.model import Model
@@ -36,9 +33,7 @@ from sst_jax.lab.evaluation.evaluation import check_model, identity
 from sst_jax.lab.evaluation.scoring import Scores, score
 from sst_jax.types import Json
 
-BOS = "<bos>"
 BOOTSTRAPS = 1000  # for the few metrics whose standard error the harness finds by resampling
-_MARKS = re.compile("|".join(map(re.escape, (BOS, START_OF_TURN, END_OF_TURN))))
 
 # It would resample in forked processes, and a fork of a process that runs JAX may hang.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -74,31 +69,24 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return ids; BOS in front unless the text begins with it or `add_special_tokens` is False."""
-        tokenizer, end = self.model.tokenizer, 0
-        ids: list[int] = []
-        for mark in _MARKS.finditer(string):
-            index = tokenizer.piece_id(mark[0])
-            if index is not None:
-                ids += [*tokenizer.encode_text(string[end : mark.start()]), index]
-                end = mark.end()
-        ids += tokenizer.encode_text(string[end:])
+        tokenizer = self.model.tokenizer
+        ids = tokenizer.encode_rendered(string)
         wanted = tokenizer.add_bos if add_special_tokens is None else add_special_tokens
         if wanted and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             return [tokenizer.bos_id, *ids]
         return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return CHAT_TEMPLATE if chat_template else ""
+        return self.model.tokenizer.conversation_template.source if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the conversation in Gemma's turns; without `add_generation_prompt` its last turn is left open."""
-        if self.model.tokenizer.piece_id(START_OF_TURN) is None:
-            raise InputError(
-                f"--tasks in the format chat writes Gemma's turns, and this vocabulary lacks {START_OF_TURN}"
-            )
-        template = jinja2.Environment().from_string(CHAT_TEMPLATE)
-        text = template.render(messages=chat_history, bos_token=BOS, add_generation_prompt=add_generation_prompt)
-        return text if add_generation_prompt else text.removesuffix(f"{END_OF_TURN}\n")
+        """Return the conversation in the model's turns; without `add_generation_prompt` its last turn is left open.
+
+        Raises: InputError as `Tokenizer.chat`.
+        """
+        return self.model.tokenizer.render_chat(
+            chat_history, add_generation_prompt, continue_final=not add_generation_prompt
+        )
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any

@@ -8,14 +8,17 @@ import pytest
 
 from sst_jax import evaluate
 from sst_jax.console.command import run
+from sst_jax.data.tokenizer import load_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.weights.huggingface import FolderExtras, write_folder
 from tests.support.problems import gsm8k_lines, write_lines
+from tests.support.template_folders import CONVERSATIONS, TEMPLATES, write_byte_level
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from lm_eval.api.instance import Instance
+from transformers import PreTrainedTokenizerFast
 
 from sst_jax.lab.evaluation import harness
 
@@ -85,6 +88,26 @@ def test_the_chat_template_is_the_exported_one(ours, theirs):
     assert ours.apply_chat_template(opened, False) == theirs.apply_chat_template(opened, False)
     assert ours.chat_template(True) == theirs.chat_template(True)
     assert ours.chat_template(False) == ""
+
+
+def test_a_models_own_template_is_the_harness_backends(ascii_only, ours, theirs, tmp_path):
+    """Text and ids, where the model's turns are not Gemma's."""
+    write_byte_level(tmp_path, TEMPLATES["chatml"])
+    tokenizer = load_tokenizer(tmp_path)
+    mine = harness.HarnessModel(ascii_only)
+    mine.model = Model(ascii_only.config, ascii_only.params, tokenizer)
+    backend = theirs.tokenizer
+    theirs.tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    try:
+        for history in CONVERSATIONS.values():
+            text = mine.apply_chat_template(history)
+            assert text == theirs.apply_chat_template(history)
+            assert mine.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, False)
+            opened = [*history, {"role": "assistant", "content": "The answer is"}]
+            assert mine.apply_chat_template(opened, False) == theirs.apply_chat_template(opened, False)
+        assert mine.chat_template(True) == theirs.chat_template(True) == TEMPLATES["chatml"]
+    finally:
+        theirs.tokenizer = backend
 
 
 def test_log_likelihoods_equal_the_harness_backend(ours, theirs):
