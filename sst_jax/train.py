@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sst_jax.console.command import Parser, run, write_json
+from sst_jax.errors import InputError
 
 
 def parser() -> Parser:
@@ -38,6 +39,13 @@ def parser() -> Parser:
         metavar="M",
         help="write DIR/stall.txt when no step has finished for M minutes; 0: never (default: %(default)g)",
     )
+    parser.add_argument("--base", metavar="MODEL", help="resume on the base at this place, by its digest the same")
+    parser.add_argument(
+        "--allow-changed",
+        action="store_true",
+        help="resume although base, data, tokenizer or chat template are not those that the run began with, and "
+        "record it in DIR/config.json",
+    )
     return parser
 
 
@@ -51,9 +59,11 @@ def main(argv: Sequence[str]) -> None:
     watch, knobs = Watch(args.stop_within, args.stall_minutes), recipe.read(args.config, overrides)
     workdir = Path(args.workdir or f"runs/{Path(args.config.split(':')[0]).stem}")
     if "kind" in knobs:
+        if args.allow_changed or args.base:
+            raise InputError("--allow-changed and --base are for a run on a base, and this recipe trains from scratch")
         result = scratch_study.run(knobs, workdir)
     else:
-        result = loop.fit(knobs, workdir, watch=watch).to_json()
+        result = loop.fit(knobs, workdir, watch=watch, base=args.base, allow_changed=args.allow_changed).to_json()
     if args.json and distributed.is_primary():
         write_json(args.json, result)
 

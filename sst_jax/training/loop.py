@@ -36,6 +36,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
+from sst_jax.training.identity import data_record
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.problems import split_problems
 from sst_jax.training.progress import Clock, Progress
@@ -103,7 +104,14 @@ class Programs(NamedTuple):
     heldout_batches: list[Json]
 
 
-def fit(recipe: Recipe | ConfigDict | str | Path, workdir: str | Path, *, watch: Watch | None = None) -> RunResult:
+def fit(
+    recipe: Recipe | ConfigDict | str | Path,
+    workdir: str | Path,
+    *,
+    watch: Watch | None = None,
+    base: str | Path | None = None,
+    allow_changed: bool = False,
+) -> RunResult:
     """Train a recipe, or resume the run of it that the folder holds, to its last step.
 
     A run that is interrupted and resumed comes to the same numbers bit for bit. Signals are heeded while it trains, see
@@ -113,6 +121,8 @@ def fit(recipe: Recipe | ConfigDict | str | Path, workdir: str | Path, *, watch:
         recipe: a `Recipe`, the knobs of one, or its file as --config takes it.
         workdir: the run folder: new, empty, or one that holds a run of the same recipe.
         watch: deadlines of a run while it trains; None: the defaults of `Watch`.
+        base: where the base of a run that resumes lies now, by its digest the same; None: where the recipe says.
+        allow_changed: whether to resume where base or data are not those that the run began with, and record it.
 
     Returns:
         What the run came to, as DIR/result.json holds it.
@@ -124,8 +134,8 @@ def fit(recipe: Recipe | ConfigDict | str | Path, workdir: str | Path, *, watch:
     recipe, workdir = as_recipe(recipe), Path(workdir)
     initialize_distributed(recipe.mesh)
     with jax.set_mesh(sharding.make_mesh(recipe.mesh)), quiet_non_primary():
-        inputs = check_inputs(recipe, workdir)
-        with open_run(inputs, workdir, watch or Watch()) as run:
+        inputs = check_inputs(recipe, workdir, base)
+        with open_run(inputs, workdir, watch or Watch(), allow_changed) as run:
             programs, progress = compile_programs(run), run.progress
             begin(run, programs)
             forwards, steps, seed = inputs.recipe.forward, recipe.train.steps, recipe.train.seed
@@ -160,20 +170,24 @@ def as_recipe(recipe: Recipe | ConfigDict | str | Path) -> Recipe:
     return resolve(recipe) if isinstance(recipe, ConfigDict) else read_recipe(str(recipe))
 
 
-def check_inputs(recipe: Recipe, workdir: Path) -> Inputs:
+def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) -> Inputs:
     """Read the data and the base of a run, and check everything that can be wrong with them; nothing is written.
 
+    Args: as those of `fit`.
     Raises: InputError naming the knob, the file or the folder.
     """
     mesh, data = jax.sharding.get_mesh(), recipe.data
     sharding.check(mesh, batch_size=data.batch_size)
     check_recipe(workdir, recipe.to_json())
+    if base is not None and not (workdir / "config.json").is_file():
+        raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
     problems, heldout_problems = split_problems(data, recipe.train.seed)
-    source = recipe.model.source
+    source = str(base or recipe.model.source)
     opened = open_model(source, recipe.model.dtype, recipe.model.quantize)
     backbone, tokenizer = opened.config.backbone, opened.tokenizer
     if opened.config.stream is not None or opened.config.adapter.rank:
-        raise InputError(f"model.source={source} already has a stream or adapter: train from its plain base")
+        named = "--base " if base else "model.source="
+        raise InputError(f"{named}{source} already has a stream or adapter: train from its plain base")
     config = recipe.model_config(backbone, tokenizer.bos_id)
     sharding.check(mesh, backbone)
     if not jax.tree.leaves({key: tree for key, tree in decoder.abstract_params(config).items() if key != "base"}):
@@ -198,15 +212,16 @@ def layout(inputs: Inputs) -> loader.Layout:
 
 
 @contextlib.contextmanager
-def open_run(inputs: Inputs, workdir: Path, watch: Watch) -> Iterator[Run]:
+def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = False) -> Iterator[Run]:
     """Take the run folder, and make the state of the newest good checkpoint there, or a fresh one.
 
     Raises: InputError as `RunFolder`.
     """
     recipe, config = inputs.recipe, inputs.config
     base_record = inputs.opened.provenance.base_record()
-    run_config = {"recipe": inputs.record, "model_config": config.to_dict()}
-    folder = RunFolder(workdir, run_config, base_record, writes=is_primary())
+    data = data_record(inputs.examples, inputs.heldout, inputs.opened.tokenizer, recipe.data.format)
+    run_config = {"recipe": inputs.record, "model_config": config.to_dict(), "data": data}
+    folder = RunFolder(workdir, run_config, base_record, writes=is_primary(), allow_changed=allow_changed)
     try:
         key = jax.random.key(recipe.train.seed)
         fresh = jax.jit(lambda key: {k: v for k, v in decoder.init_params(config, key).items() if k != "base"})(key)

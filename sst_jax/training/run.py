@@ -27,9 +27,10 @@ from sst_jax.console.command import write_json
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
 from sst_jax.model.config import ModelConfig
+from sst_jax.training.identity import changes, check_changes
 from sst_jax.training.recipe import RENAMED, RETIRED, default_record
 from sst_jax.types import HostArrays, Json, ReadOnlyJson
-from sst_jax.weights.checkpoint import read_metrics
+from sst_jax.weights.checkpoint import newest_good, read_metrics
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -48,15 +49,17 @@ class RunFolder:
         *,
         writes: bool = True,
         defaults: Json | None = None,
+        allow_changed: bool = False,
     ):
-        """Open a new folder, or one that holds a run of the same config on the same base.
+        """Open a new folder, or one that holds a run of the same config on the same base and data.
 
         Args:
             path: the folder.
-            config: what config.json holds: "recipe", and "model_config" where one model is trained.
+            config: what config.json holds: "recipe", and "model_config" and "data" where one model is trained.
             base: what base.json holds: which weights the run stands on, "path" and "digest" among it.
             writes: whether this process is the one that writes.
             defaults: as `check_recipe` takes them.
+            allow_changed: whether a run goes on where base or data have changed, which config.json then records.
 
         Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
         """
@@ -66,7 +69,9 @@ class RunFolder:
         self._board: SummaryWriter | None = None
         if not writes:
             return
-        check(path, config, base, defaults)
+        differing = check(path, config, base, defaults)
+        if not allow_changed:
+            check_changes(str(path), differing)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
         try:
@@ -79,7 +84,20 @@ class RunFolder:
         if not (path / "config.json").is_file():
             write_json(path / "base.json", base)
             write_json(path / "config.json", config)
+        elif differing:
+            self._record_changes(config, base, differing)
         write_json(path / "environment.json", environment())
+
+    def _record_changes(self, config: Json, base: Json, differing: list[str]) -> None:
+        """Write what a run goes on with, and under "changed" what it had before, and up to which step."""
+        file, base_file = self.path / "config.json", self.path / "base.json"
+        there, before = read_json(file), {"base": read_json(base_file)}
+        before |= {key: there[key] for key in ("data",) if key in there}
+        change = {"step": newest_good(self.path) or 0, "what": differing, "before": before}
+        # The base first: killed in between, the same command comes here again.
+        write_json(base_file, base)
+        kept = {key: config[key] for key in ("data",) if key in there}
+        write_json(file, {**there, **kept, "changed": [*there.get("changed", []), change]})
 
     def start_log(self, step: int) -> None:
         """Open metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote of `step` and later."""
@@ -170,21 +188,26 @@ def _by_dotted_name(tree: ReadOnlyJson, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def check(path: Path, config: Json, base: Json, defaults: Json | None) -> None:
-    """Raise InputError unless `path` is new, empty, or holds a run of the same config on the same base."""
+def check(path: Path, config: Json, base: Json, defaults: Json | None) -> list[str]:
+    """Return in words what of base and data differs from those of the run that a folder holds; of a new one nothing.
+
+    Raises: InputError unless `path` is new, empty, or holds a run of the same config.
+    """
     check_recipe(path, config["recipe"], defaults)
     if not (path / "config.json").is_file():
-        return
+        return []
     there = read_json(path / "config.json")
     if "model_config" in there and "model_config" in config:  # read, so that fields of later versions are there too
         models = [ModelConfig.from_dict(record["model_config"]).to_dict() for record in (there, config)]
         _check_same(path, *({"model_config": json.loads(json.dumps(model))} for model in models))
-    recorded = read_json(path / "base.json")
+    recorded, differing = read_json(path / "base.json"), []
     if recorded.get("digest") != base["digest"]:
-        raise InputError(
-            f"{path} was trained on a base with digest {str(recorded.get('digest'))[:12]} ({recorded.get('path')}); "
-            f"{base['path']} has {base['digest'][:12]}"
+        differing.append(
+            f"base ({recorded.get('path')}, {str(recorded.get('digest'))[:12]} there, {base['path']}, "
+            f"{base['digest'][:12]} now)"
         )
+    data = there.get("data")  # None of version 0.1.0
+    return differing + (changes(data, config.get("data", {})) if isinstance(data, dict) else [])
 
 
 def _check_same(path: Path, there: Json, now: Json) -> None:

@@ -197,7 +197,11 @@ def test_a_run_on_another_base_is_refused(copied, capsys):
     base = json.loads((copied / "base.json").read_text())
     (copied / "base.json").write_text(json.dumps(base | {"digest": "0" * 64}))
     assert train_small(copied) == 2
-    assert "digest" in capsys.readouterr().err
+    assert f"other inputs: base (random:tiny, {'0' * 12} there, random:tiny, " in capsys.readouterr().err
+    assert train_small(copied, "--allow-changed") == 0
+    assert json.loads((copied / "base.json").read_text()) == base
+    (changed,) = json.loads((copied / "config.json").read_text())["changed"]
+    assert (changed["step"], changed["before"]["base"]["digest"]) == (4, "0" * 64)
 
 
 @pytest.mark.parametrize(

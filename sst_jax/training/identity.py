@@ -1,0 +1,83 @@
+"""What a run learns from, as digests: recorded when it begins, compared when it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sst_jax.data.prompts import Example
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+from sst_jax.types import Json
+
+TEMPLATE = "chat_template.jinja"  # beside tokenizer_config.json, which may hold the template itself
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def data_record(examples: Sequence[Example], heldout: Sequence[Example], tokenizer: Tokenizer, format: str) -> Json:
+    """Return what a run's config.json says of its data.
+
+    Args:
+        examples: that are trained on, in their order.
+        heldout: that are kept out.
+        tokenizer: that made them.
+        format: "plain" or "chat", which alone takes the template.
+    """
+    whole, template = tokenizer_digests(tokenizer)
+    return {
+        "training examples": {"count": len(examples), "sha256": examples_digest(examples)},
+        "held-out examples": {"count": len(heldout), "sha256": examples_digest(heldout)},
+        "tokenizer": {"sha256": whole},
+        "chat template": {"sha256": template if format == "chat" else None},
+    }
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """Return the hex SHA-256 over tokens and masks of examples, in their order; their ids do not count."""
+    state = hashlib.sha256()
+    for example in examples:
+        # The length delimits each example, so that tokens cannot move from one to the next unseen.
+        state.update(len(example.tokens).to_bytes(8, "little"))
+        state.update(np.asarray(example.tokens, "<i4").tobytes())
+        state.update(np.packbits(np.asarray(example.answer_mask, bool)).tobytes())
+    return state.hexdigest()
+
+
+def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the hex SHA-256 of a tokenizer's files without its chat template, and of the template."""
+    files = tokenizer.files()
+    template = files.pop(TEMPLATE, b"")
+    if TOKENIZER_CONFIG in files:
+        config = json.loads(files[TOKENIZER_CONFIG])
+        template += json.dumps(config.pop("chat_template", None), sort_keys=True).encode()
+        files[TOKENIZER_CONFIG] = json.dumps(config, sort_keys=True).encode()
+    state = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        state.update(f"{name}\0{len(content)}\0".encode() + content)
+    return state.hexdigest(), hashlib.sha256(template).hexdigest()
+
+
+def changes(recorded: Json, now: Json) -> list[str]:
+    """Return what differs of two records, each in words; a name that either lacks is not compared."""
+    differing = [name for name in now if name in recorded and recorded[name] != now[name]]
+    return [f"{name} ({_shown(recorded[name])} there, {_shown(now[name])} now)" for name in differing]
+
+
+def check_changes(where: str, differing: Sequence[str]) -> None:
+    """Raise InputError where anything differs from what a run recorded of its inputs."""
+    if differing:
+        raise InputError(
+            f"{where} began with other inputs: {'; '.join(differing)}. Put them back, or train in another --workdir; "
+            "--allow-changed goes on with the new ones and records it"
+        )
+
+
+def _shown(record: object) -> str:
+    """Return a record of `data_record` in a few words."""
+    if not isinstance(record, dict):
+        return str(record)
+    count, digest = record.get("count"), str(record.get("sha256"))[:12]
+    return digest if count is None else f"{count:,}, {digest}"

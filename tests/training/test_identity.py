@@ -1,0 +1,160 @@
+"""A run knows its inputs: what has changed when it resumes is named, or gone on with and recorded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sst_jax.data.prompts import Example
+from sst_jax.data.tokenizer import ByteTokenizer
+from sst_jax.errors import InputError
+from sst_jax.training import fit, read_recipe
+from sst_jax.training.identity import changes, data_record, examples_digest, tokenizer_digests
+
+pytestmark = pytest.mark.optimised  # random bases are known by their bits
+
+
+def example(tokens, learned, id="a"):
+    return Example(tokens=np.asarray(tokens, np.int32), answer_mask=np.asarray(learned, bool), id=id)
+
+
+def test_a_digest_is_of_tokens_masks_and_order_alone():
+    one, two = example([1, 2, 3], [0, 0, 1]), example([4, 5], [0, 1])
+    same = examples_digest([one, two])
+    assert examples_digest([one._replace(id="z"), two._replace(tokens=two.tokens.astype(np.int64))]) == same
+    others = [
+        [two, one],
+        [one],
+        [one, two, two],
+        [one._replace(answer_mask=np.array([False, True, True])), two],
+        [one._replace(tokens=np.array([1, 2, 9])), two],
+        [example([1, 2], [0, 0]), example([3, 4, 5], [1, 0, 1])],
+    ]
+    assert len({same, *map(examples_digest, others)}) == 1 + len(others)
+
+
+class Folder(ByteTokenizer):
+    """A tokenizer of a folder's files."""
+
+    def __init__(self, **files):
+        self._files = files
+
+    def files(self):
+        return {name.replace("_json", ".json"): content for name, content in self._files.items()}
+
+
+def test_a_template_is_told_from_the_rest_of_a_tokenizer():
+    config = {"bos_token": "<s>", "chat_template": "{{ a }}"}
+
+    def digests(vocabulary=b"{}", **more):
+        return tokenizer_digests(
+            Folder(tokenizer_json=vocabulary, tokenizer_config_json=json.dumps(config | more).encode())
+        )
+
+    tokenizer, template = digests()
+    again = json.dumps(dict(reversed(config.items())), indent=4).encode()
+    assert tokenizer_digests(Folder(tokenizer_json=b"{}", tokenizer_config_json=again)) == (tokenizer, template)
+    assert digests(chat_template="{{ b }}") == (tokenizer, digests(chat_template="{{ b }}")[1]) != (tokenizer, template)
+    assert digests(bos_token="<b>")[1] == digests(vocabulary=b"[]")[1] == template
+    assert len({tokenizer, digests(bos_token="<b>")[0], digests(vocabulary=b"[]")[0]}) == 3
+
+
+def test_only_chat_minds_the_template():
+    examples = [example([1, 2], [0, 1])]
+    records = {
+        (format, template): data_record(
+            examples, examples, Folder(tokenizer_config_json=json.dumps({"chat_template": template}).encode()), format
+        )
+        for format in ("plain", "chat")
+        for template in "ab"
+    }
+    assert not changes(records["plain", "a"], records["plain", "b"])
+    (named,) = changes(records["chat", "a"], records["chat", "b"])
+    assert named.startswith("chat template (")
+    assert not changes({}, records["chat", "a"])  # what is not recorded is not compared
+
+
+KNOBS = {
+    "model.source": "random:tiny-llama", "train.steps": 2, "train.eval_every": 2, "train.save_every": 1,
+    "train.sample_tokens": 2, "train.keep": 9, "data.name": "gsm8k", "data.heldout": 4, "data.batch_size": 2,
+    "data.length": 128, "data.format": "chat",
+}  # fmt: skip
+
+
+def write_rows(folder, last="It is", count=20):
+    folder.mkdir(exist_ok=True)
+    rows = [{"question": f"What is {n}+1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(count)]
+    rows[7]["answer"] = rows[7]["answer"].replace("It is", last)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(Knobs, the folder) of a run of two steps on a file of twenty rows."""
+    folder = tmp_path_factory.mktemp("identity")
+    write_rows(folder / "data")
+    knobs = KNOBS | {"data.path": str(folder / "data")}
+    fit(read_recipe("tiny", knobs), folder / "run")
+    return knobs, folder / "run"
+
+
+@pytest.fixture
+def stopped(begun, tmp_path):
+    """(Knobs, a copy of that run as if killed after its first step)."""
+    knobs, run = begun
+    run = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "2")
+    (run / "manifests" / "2.json").unlink()
+    yield knobs, run
+    write_rows(Path(knobs["data.path"]))
+
+
+def test_a_run_records_its_data(begun):
+    data = json.loads((begun[1] / "config.json").read_text())["data"]
+    assert {name: part.get("count") for name, part in data.items()} == {
+        "training examples": 16, "held-out examples": 4, "tokenizer": None, "chat template": None,
+    }  # fmt: skip
+    assert all(len(part["sha256"]) == 64 for part in data.values())
+
+
+def test_appended_lines_change_what_is_held_out(stopped):
+    knobs, run = stopped
+    before = (run / "config.json").read_text()
+    write_rows(Path(knobs["data.path"]), count=24)
+    with pytest.raises(InputError, match=r"other inputs: training examples \(16, .* 20, .*; held-out examples \(4, "):
+        fit(read_recipe("tiny", knobs), run)
+    assert (run / "config.json").read_text() == before
+
+
+def test_changed_data_is_refused_by_name_and_gone_on_with_when_told(stopped):
+    knobs, run = stopped
+    before = json.loads((run / "config.json").read_text())
+    write_rows(Path(knobs["data.path"]), last="Yes:")
+    with pytest.raises(InputError) as refused:
+        fit(read_recipe("tiny", knobs), run)
+    assert "training examples (16, " in str(refused.value)
+    assert "--allow-changed" in str(refused.value)
+    assert not any(name in str(refused.value) for name in ("tokenizer", "template", "held-out"))
+    assert json.loads((run / "config.json").read_text()) == before
+    fit(read_recipe("tiny", knobs), run, allow_changed=True)
+    (changed,) = (now := json.loads((run / "config.json").read_text()))["changed"]
+    assert (changed["step"], changed["before"]["data"]) == (1, before["data"])
+    (what,) = changed["what"]
+    assert what.startswith("training examples (16, ")
+    assert now["data"] != before["data"]
+    assert {**now, "data": 0, "changed": 0} == {**before, "data": 0, "changed": 0}
+    fit(read_recipe("tiny", knobs), run)  # the new data are the run's own from then on
+    assert json.loads((run / "config.json").read_text()) == now
+
+
+def test_a_run_that_recorded_no_data_resumes_as_before(stopped):
+    """As 0.1.0 wrote it."""
+    knobs, run = stopped
+    config = json.loads((run / "config.json").read_text())
+    del config["data"]
+    (run / "config.json").write_text(json.dumps(config))
+    write_rows(Path(knobs["data.path"]), last="Yes:")
+    assert fit(read_recipe("tiny", knobs), run).steps == 2
+    assert json.loads((run / "config.json").read_text()) == config
