@@ -32,6 +32,7 @@ def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.analyze", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="any model with a stream")
+    parser.takes_base()
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line, or .jsonl with `prompt` and optionally `text`"
@@ -82,6 +83,7 @@ def approximation_parser() -> Parser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="any model; its stream's options are kept, its alpha is swept")
+    parser.takes_base()
     add("--out", required=True, metavar="DIR", help="result.json and approximation.png go here")
     add("--text", metavar="FILE", help="text to measure on (default: the embedded word problems)")
     add("--alphas", default="0.003,0.01,0.03,0.1,0.3", metavar="A,B,...", help="default: %(default)s")
@@ -131,7 +133,7 @@ def analyze(args: argparse.Namespace) -> Json:
     )
     questions, out = analysis.read_questions(config), folder_for("--out", args.out)  # before the model is read
     probe = None if args.probe is None else halting_probe.load(args.probe)
-    result = analysis.run(model.load(args.model, args.dtype), config, out, questions, probe)
+    result = analysis.run(model.load(args.model, args.dtype, base=args.base), config, out, questions, probe)
     print(f"{findings.summary(result)}\n\npage: {out / 'report.html'}")
     return result
 
@@ -157,7 +159,7 @@ def approximate(args: argparse.Namespace) -> Json:
         dtype=args.dtype,
     )
     out = folder_for("--out", args.out)
-    result = approximation.run(model.load(args.model, "float32"), config, out, Path(args.model).name)
+    result = approximation.run(model.load(args.model, "float32", base=args.base), config, out, Path(args.model).name)
     approximation.print_orders(result)
     print(f"\nfigure: {out / approximation.FIGURE}")
     return result

@@ -22,8 +22,10 @@ def parser() -> Parser:
         dest="source",
         required=True,
         metavar="MODEL",
-        help="a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run",
+        help="a Hugging Face folder, a hub id (owner/name or owner/name@revision), a GGUF file, a converted folder or "
+        "a training run",
     )
+    parser.takes_base()
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder; one that holds anything is refused")
     parser.add_argument(
         "--quantize",
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     from sst_jax.inference.model import Model
     from sst_jax.weights import converting, loading
 
-    started, reference = time.monotonic(), loading.resolve(args.source)
+    started, reference = time.monotonic(), loading.resolve(args.source, args.base)
     dtype, source = args.dtype or reference.dtype, reference.source
     if args.calibrate and source is None:
         raise InputError(
@@ -64,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
         )
     if source is not None:
         options = converting.ConvertOptions(dtype, args.quantize, args.calibrate, args.calibrate_tokens, args.text_only)
-        provenance, backbone = converting.convert_source(source, reference.location, target, options), source.backbone
+        provenance = converting.convert_source(source, reference.location, target, options, reference.revision)
+        backbone = source.backbone
     else:
         model = Model(*reference.open(dtype, args.quantize))
         model.save(target, vision=not args.text_only)

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="folder, hub id, GGUF file or training run")
+    add(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="folder, hub id (owner/name or owner/name@revision), GGUF file or training run",
+    )
+    parser.takes_base()
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task", metavar="NAME", help="one of this project's tasks")
     which.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")
@@ -84,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
             args.allow_overlap,
         )
         read = evaluation.read_task(config)  # what can be wrong with the input shows before the model is read
-        result = evaluation.run(model.load(args.model, args.dtype), config, out, read)
+        result = evaluation.run(model.load(args.model, args.dtype, base=args.base), config, out, read)
         report.print_evaluation(result, out)
     if args.json:
         write_json(args.json, result)
@@ -106,7 +112,7 @@ def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> Jso
     depths = tuple(policy.first for policy in policies)
     config = harness.HarnessConfig(names, depths, args.format, args.limit, args.fewshot, args.batch_size, args.include)
     manager = harness.prepare(config, Path(args.out))
-    result, measured = harness.run(model.load(args.model, args.dtype), config, Path(args.out), manager)
+    result, measured = harness.run(model.load(args.model, args.dtype, base=args.base), config, Path(args.out), manager)
     report.print_harness(measured)
     return result
 

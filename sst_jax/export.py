@@ -34,6 +34,7 @@ MEASURED = 500_000_000  # parameters up to which the logit gap is measured witho
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.export", description=__doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a training run or any other MODEL")
+    parser.takes_base()
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder; one that holds anything is refused")
     parser.add_argument(
         "--format", required=True, choices=("sst", "merged", "adapter"), help="what to write, see above"
@@ -46,7 +47,11 @@ def parser() -> Parser:
         "for, on which LoRA was trained (default: original)",
     )
     parser.add_argument("--keep-lora", action="store_true", help="sst: keep the LoRA factors apart from the weights")
-    parser.add_argument("--base-name", metavar="NAME", help="adapter: base model that PEFT loads (default: the base)")
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="adapter: base model that PEFT loads, such as owner/name or owner/name@revision (default: the base)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
     parser.add_argument(
         "--layout",
@@ -83,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     options = exporting.ExportOptions(**{name: getattr(args, name) for name in names})
     if args.push and not args.dry_run:
         hub.check(args.push, args.force)
-    started, reference = time.monotonic(), loading.resolve(args.source)
+    started, reference = time.monotonic(), loading.resolve(args.source, args.base)
     model = reference.open(reference.dtype, lazy=True)  # narrowed or widened as it is written
     small, source = model.config.backbone.num_params <= MEASURED, model.provenance.to_json()
     result = {"to": str(target), "format": args.format, "source": source}
@@ -95,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     print("\n".join(notes))
     measure = small if args.measure_gap is None else args.measure_gap
     if measure and args.format != "adapter":
-        result["logit_gap"] = gap = exporting.logit_gap(args.source, target, with_stream=args.format == "sst")
+        result["logit_gap"] = gap = exporting.logit_gap(args.source, target, args.format == "sst", args.base)
         print(
             f"logits of the export against the model's on {gap['tokens']} tokens: {gap['relative']:.2e} apart "
             f"(relative norm), top-1 agreement {gap['same_best']:.0%}"

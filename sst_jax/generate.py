@@ -35,7 +35,13 @@ SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "chat")  
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.generate", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder, hub id, GGUF file or training run")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="folder, hub id (owner/name or owner/name@revision), GGUF file or training run",
+    )
+    parser.takes_base()
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="continue TEXT")
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
@@ -92,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         prompts = [record["prompt"] for record in read_prompts(args.prompts)]
 
     policy = policies.parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
-    model = load(args.model, args.dtype)
+    model = load(args.model, args.dtype, base=args.base)
     if isinstance(policy.select_depth, halting_probe.Probe):
         policy.select_depth.check(model)
     try:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.probe", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="fit|apply", parser_class=Parser)
-    add = kinds.add_parser("fit", help="nested cross-validation, and a probe of all items").add_argument
+    fit = kinds.add_parser("fit", help="nested cross-validation, and a probe of all items")
+    fit.takes_base()
+    add = fit.add_argument
     add("--model", required=True, metavar="MODEL", help="the model that the outcomes are of")
     add("--outcomes", required=True, nargs="+", metavar="DIR", help="folders of `evaluate` with answers at both depths")
     add("--out", required=True, metavar="DIR", help="probe.safetensors, probe.png and result.json go here")
@@ -54,7 +56,9 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, help="default: 0")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
-    add = kinds.add_parser("apply", help="print a probe's decision for each prompt").add_argument
+    apply = kinds.add_parser("apply", help="print a probe's decision for each prompt")
+    apply.takes_base()
+    add = apply.add_argument
     add("--model", required=True, metavar="MODEL", help="the model that the probe was fitted on")
     add("--probe", required=True, metavar="FILE", help="probe file written by fit")
     add("--prompts", required=True, metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
@@ -79,7 +83,7 @@ def fit(args: argparse.Namespace) -> Json:
     config = probing.ProbeConfig(tuple(args.outcomes), depths, args.label, args.layer, args.first, settings, args.sweep)
     outcomes = probe_dataset.read(config.outcomes, config.pair)  # before the model is read
     out = folder_for("--out", args.out)
-    result = probing.run(load(args.model, args.dtype), config, out, outcomes)
+    result = probing.run(load(args.model, args.dtype, base=args.base), config, out, outcomes)
     probing.print_scores(result["scores"])
     print(f"\nprobe: {out / probing.PROBE}")
     return result
@@ -92,7 +96,7 @@ def apply(args: argparse.Namespace) -> Json:
 
     prompts = [record["prompt"] for record in read_prompts(args.prompts)]
     probe = halting_probe.load(args.probe)
-    decisions = probing.decide(model.load(args.model, args.dtype), probe, prompts)
+    decisions = probing.decide(model.load(args.model, args.dtype, base=args.base), probe, prompts)
     probing.print_decisions(probe.facts["label"], decisions)
     return {"probe": args.probe, "decisions": decisions}
 

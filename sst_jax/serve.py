@@ -25,7 +25,13 @@ from sst_jax.errors import InputError
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.serve", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder, hub id, GGUF file or training run")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="folder, hub id (owner/name or owner/name@revision), GGUF file or training run",
+    )
+    parser.takes_base()
     parser.add_argument("--name", help="model name for clients (default: MODEL as given)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
@@ -78,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     from sst_jax.inference.session import Request
     from sst_jax.serving import app, protocol, queue
 
-    model, name = load(args.model, args.dtype), args.name or args.model
+    model, name = load(args.model, args.dtype, base=args.base), args.name or args.model
     engine = queue.Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)
     # Compiles before anybody waits for it.
     first = model.tokenizer.eos_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id

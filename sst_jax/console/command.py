@@ -57,6 +57,15 @@ class Parser(argparse.ArgumentParser):
             folder_for("--json", pathlib.Path(file).parent)
         return found
 
+    def takes_base(self) -> None:
+        """Add the flag for another place of the base that a run or an adapter records."""
+        self.add_argument(
+            "--base",
+            metavar="MODEL",
+            help="open a run or an adapter on this folder, file or hub id, where its base lies now; the digest must be "
+            "the recorded one",
+        )
+
     def takes_overrides(self, example: str = "--config.train.steps=200") -> None:
         """Add the knobs of a recipe, which `parse_with_overrides` takes apart from the flags, to the help."""
         self.add_argument("--config.KEY=VALUE", action="store_true", help=f"override a knob of the recipe: {example}")

@@ -26,7 +26,8 @@ from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
 from sst_jax.types import FieldValue, Json, Logits, PyTree, Tokens
 from sst_jax.weights import store
-from sst_jax.weights.loading import open_model, vision_of
+from sst_jax.weights.loading import open_model
+from sst_jax.weights.originals import vision_of
 from sst_jax.weights.provenance import Provenance
 
 Prompt = str | Sequence[int]
@@ -297,19 +298,31 @@ class Model:
         return store.save_base(directory, self.config.to_dict(), self.params, facts, files)
 
 
-def load(model: str | Path, dtype: str | None = None, mesh: Mapping[str, int] | None = None) -> Model:
-    """Open a Hugging Face folder, a hub id, a GGUF file, a converted folder or a training run.
+def load(
+    model: str | Path,
+    dtype: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    *,
+    base: str | Path | None = None,
+) -> Model:
+    """Open a model.
 
-    `dtype`: "float32" or "bfloat16" for the base; None is float32 on a CPU and bfloat16 elsewhere.
-    `mesh`: devices along "data", "fsdp" and "tensor" (see `model/sharding.py`), such as {"tensor": 8}, where one device
-    is too small; axes left out have one.
+    Args:
+        model: a Hugging Face folder, a hub id ("owner/name", "owner/name@revision"), a GGUF file, a converted folder, a
+            training run or an adapter.
+        dtype: "float32" or "bfloat16" for the base; None is float32 on a CPU and bfloat16 elsewhere.
+        mesh: devices along "data", "fsdp" and "tensor" (see `model/sharding.py`), such as {"tensor": 8}, where one
+            device is too small; axes left out have one.
+        base: where the base of a run or an adapter lies now, if not where it records; its digest must be the recorded
+            one.
+
     Raises: InputError naming what is missing, damaged or not supported, or an axis that does not divide the model.
     """
     if mesh is None:
-        return Model(*open_model(model, dtype))
+        return Model(*open_model(model, dtype, base=base))
     devices = sharding.make_mesh(from_mapping(sharding.MeshConfig, {"fsdp": 1, **mesh}))
     with jax.set_mesh(devices):
-        opened = open_model(model, dtype)
+        opened = open_model(model, dtype, base=base)
     sharding.check(devices, opened.config.backbone)
     return Model(*opened)
 

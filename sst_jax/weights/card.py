@@ -10,7 +10,7 @@ from pathlib import Path
 from sst_jax.families.registry import family_of
 from sst_jax.model.config import ModelConfig
 from sst_jax.types import Json
-from sst_jax.weights.provenance import Provenance
+from sst_jax.weights.provenance import Origin, Provenance
 
 PAPER = "https://arxiv.org/abs/2605.00206"
 
@@ -99,7 +99,7 @@ def model_card(
         "## Mechanism",
         _table(("option", "value"), dataclasses.asdict(config.stream).items()) if config.stream else "No stream.",
         "## Base",
-        f"{base}, sha256 `{source.digest}`{_quantised(provenance)}. {merged_onto or ''}",
+        f"{base}{_revision(source)}, sha256 `{source.digest}`{_quantised(provenance)}. {merged_onto or ''}",
         "## Licence",
         terms,
     ]
@@ -107,6 +107,10 @@ def model_card(
     if recipe:
         parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _revision(source: Origin) -> str:
+    return "" if source.revision is None else f" at revision `{source.revision}`"
 
 
 def _quantised(provenance: Provenance) -> str:

@@ -37,7 +37,9 @@ class ConvertOptions:
     text_only: bool = False
 
 
-def convert_source(source: Source, location: str, target: Path, options: ConvertOptions) -> Provenance:
+def convert_source(
+    source: Source, location: str, target: Path, options: ConvertOptions, revision: str | None = None
+) -> Provenance:
     """Convert a foreign checkpoint into a base folder, a tensor at a time.
 
     Args:
@@ -45,6 +47,7 @@ def convert_source(source: Source, location: str, target: Path, options: Convert
         location: how others may refer to it.
         target: the base folder: new or empty.
         options: how it is stored.
+        revision: of a hub id, the commit whose files these are.
 
     Returns:
         Its provenance, as the base folder records it.
@@ -66,6 +69,7 @@ def convert_source(source: Source, location: str, target: Path, options: Convert
         quantize=options.quantize,
         calibration=texts.facts if texts else None,
         vision_config=tower_config or None,
+        revision=revision,
     )
     # Hashing takes as long as converting and needs no more than a core: both at once.
     with ThreadPoolExecutor(1) as pool, bar(None, "converting", unit="tensor") as meter:

@@ -24,8 +24,9 @@ from sst_jax.types import HostFloats, Json, Params
 from sst_jax.weights import export_format, huggingface, peft
 from sst_jax.weights.card import model_card
 from sst_jax.weights.checkpoint import read_metrics
-from sst_jax.weights.loading import LoadedModel, open_model, open_original, vision_of
+from sst_jax.weights.loading import LoadedModel, open_model
 from sst_jax.weights.lora import gap, merge
+from sst_jax.weights.originals import open_original, vision_of
 from sst_jax.weights.provenance import Provenance
 
 FORMATS = ("sst", "merged", "adapter")
@@ -143,11 +144,14 @@ def _write_model(model: LoadedModel, base: Params, target: Path, options: Export
 def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gaps: Gaps | None) -> Json:
     """Write the format adapter: LoRA's factors for PEFT, in float32 as they are trained."""
     config, params, _, provenance = model
-    name = options.base_name or provenance.origin.path
+    name, revision = options.base_name or provenance.origin.path, provenance.origin.revision
+    if options.base_name is not None and options.base_name != provenance.origin.path:
+        named, revision = huggingface.split_revision(options.base_name)
+        name = named if revision else options.base_name
     files = export_format.stream_files(config, params["blend"], provenance)
     files["README.md"] = _card(model, options, gaps).encode()
-    peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files)
-    return {"dtype": "float32", "base_name": name}
+    peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files, revision)
+    return {"dtype": "float32", "base_name": name, **({"revision": revision} if revision else {})}
 
 
 def merge_base(choice: str, model: LoadedModel) -> tuple[Params, Gaps | None]:
@@ -209,27 +213,28 @@ def _notes(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> lis
     return notes
 
 
-def logit_gap(source: str | Path, folder: Path, with_stream: bool) -> Json:
+def logit_gap(source: str | Path, folder: Path, with_stream: bool, base: str | Path | None = None) -> Json:
     """Compare an exported folder, read back, with the model on a fixed text, both in float32.
 
     Args:
         source: the model.
         folder: its export.
         with_stream: whether the exact recurrence is compared; else the plain backbones with LoRA.
+        base: of the model, as `open_model` takes it.
 
     Returns:
         "tokens" compared, "relative" distance of the logits (norm), "largest" difference, and "same_best", the top-1
         agreement in [0, 1].
     """
 
-    def logits(model: str | Path) -> HostFloats:
-        config, params, tokenizer, _ = open_model(model, "float32")
+    def logits(model: str | Path, base: str | Path | None = None) -> HostFloats:
+        config, params, tokenizer, _ = open_model(model, "float32", base=base)
         if not with_stream:
             config, params = dataclasses.replace(config, stream=None), {**params, "blend": {}}
         tokens = jnp.asarray([tokenizer.encode(TEXT)], jnp.int32)
         return np.asarray(rules.logits(config, params, tokens, forward="exact" if with_stream else "plain"))[0]
 
-    ours, theirs = logits(source), logits(folder)  # one after the other: one model in memory at a time
+    ours, theirs = logits(source, base), logits(folder)  # one after the other: one model in memory at a time
     return {
         "tokens": len(ours),
         "relative": float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours)),

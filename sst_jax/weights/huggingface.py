@@ -143,8 +143,18 @@ def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable
     )
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return (hub id, revision) of "owner/name@revision"; None where a name has no revision."""
+    repo_id, _, revision = name.partition("@")
+    return repo_id, revision or None
+
+
 def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
     """Return the local snapshot of a hub repository, downloaded unless a complete one is already cached.
+
+    Args:
+        repo_id: "owner/name".
+        revision: a branch, a tag or a commit; None: what "main" is.
 
     A cached snapshot is used as it is, without a request, so that no token or network is needed twice.
     Only JSON, safetensors and tokenizer files are ever fetched.
@@ -159,7 +169,7 @@ def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
             _weight_files(folder)
         except (errors.LocalEntryNotFoundError, InputError):
             return None
-        return folder if (folder / "config.json").is_file() else None
+        return folder if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")) else None
 
     try:
         if (folder := cached(ALLOW_PATTERNS)) is not None:
@@ -169,7 +179,7 @@ def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
         raise InputError(f"{repo_id!r} is neither a local folder nor a hub id (owner/name)") from error
     except Exception as error:  # the hub's client lets its transport's many exceptions through
         # A snapshot that some other program cached may lack, say, a processor's JSON; with its weights it will do.
-        if (folder := cached(["config.json", "*.safetensors", INDEX])) is not None:
+        if (folder := cached(["config.json", "adapter_config.json", "*.safetensors", INDEX])) is not None:
             return folder
         if isinstance(error, errors.GatedRepoError):
             page = f"https://huggingface.co/{repo_id}"
@@ -178,7 +188,8 @@ def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
             reason = f"(revision {revision or 'main'}) is missing or private: check the id, run `hf auth login`"
         else:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            reason = f"is not cached and cannot be fetched ({first_line}): connect to the network"
+            at = "" if revision is None else f" (revision {revision})"
+            reason = f"is not cached{at} and cannot be fetched ({first_line}): connect to the network"
         raise InputError(f"{repo_id} {reason}, or pass the path of a local folder") from error
 
 

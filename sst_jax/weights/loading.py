@@ -8,6 +8,7 @@ and backbone from headers, and opens the model.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -39,7 +40,16 @@ RUN_FILES = ("config.json", "base.json")
 
 
 class HubId(Reference):
-    """A repository of the Hugging Face hub; it is fetched when more is asked than its name tells."""
+    """A repository of the Hugging Face hub, "owner/name" or "owner/name@revision"; it is fetched when more is asked
+    than its name tells.
+
+    base: as `resolve` takes it.
+    """
+
+    def __init__(self, name: str, base: str | Path | None = None):
+        repository, self.asked = huggingface.split_revision(name)
+        super().__init__(repository)
+        self.name, self.base_name = name, base
 
     @functools.cached_property
     def folder(self) -> Reference:
@@ -49,10 +59,15 @@ class HubId(Reference):
         there is no such folder.
         """
         try:
-            path = huggingface.resolve_hub(self.location)
+            path = huggingface.resolve_hub(self.location, self.asked)
         except InputError as error:
-            raise InputError(f"there is no folder {self.location} here, and as a hub id {error}") from error
-        return _foreign_folder(path, self.location)
+            raise InputError(f"there is no folder {self.name} here, and as a hub id {error}") from error
+        # A snapshot lies in a folder named after its commit.
+        return _foreign_folder(path, self.location, path.name, self.base_name)
+
+    @property
+    def revision(self) -> str | None:  # type: ignore[override]  # read-only here
+        return self.folder.revision
 
     @property
     def dtype(self) -> str:
@@ -80,66 +95,119 @@ class HubId(Reference):
         return self.folder.read(dtype, quantize, lazy)
 
 
-class AdapterFolder(Reference):
-    """A PEFT folder with LoRA over a base that lies elsewhere, and possibly a stream beside."""
+class OnABase(Reference):
+    """What stands on a base that lies elsewhere: an adapter, a training run.
 
-    def __init__(self, path: Path):
+    Attributes:
+      path: its folder.
+      elsewhere: MODEL that is taken for the base; None: what the folder records.
+    """
+
+    what = ""  # it is, in messages
+    record_file = ""  # that says which base
+
+    def __init__(self, path: Path, base: str | Path | None = None):
         super().__init__(str(path.resolve()))
-        self.path = path
+        self.path, self.elsewhere = path, base
 
     @property
-    def base(self) -> Reference:
-        with _naming(f"the base of adapter {self.path}, {peft.base_of(self.path).path},"):
-            return resolve(peft.base_of(self.path).path)
+    @abc.abstractmethod
+    def records(self) -> list[BaseRecord]:
+        """What the folder says of its base: a record for each name that it has, the first one the best.
+
+        Raises: InputError where it says nothing.
+        """
+
+    @functools.cached_property
+    def base(self) -> tuple[Reference, BaseRecord]:
+        """The base, found under the first name that is there, and the record with this name; no weights are read.
+
+        Raises: InputError where none is.
+        """
+        records = self.records
+        if self.elsewhere is not None:
+            records = [records[0]._replace(path=str(self.elsewhere), revision=None)]
+        failures: list[InputError] = []
+        for record in records:
+            for name in names_of(record):
+                try:
+                    return find(name), record
+                except InputError as error:
+                    failures.append(error)
+        first = records[0].path
+        shown = f"{first} (from {self.record_file})" if self.record_file == "base.json" else first
+        advice = "" if self.elsewhere else "; --base names another place of it"
+        raise InputError(f"the base of {self.what} {self.path}, {shown}, cannot be opened: {failures[0]}{advice}")
+
+    def open_base(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        """Return the base.
+
+        Args:
+          dtype: as `Reference.open` takes it.
+          quantize: the storage of its linears, where the folder records none.
+          lazy: as `Reference.open` takes it.
+
+        Raises: InputError where it cannot be opened, or has another digest than the folder records.
+        """
+        reference, recorded = self.base
+        if isinstance(reference, RandomPreset):
+            reference = reference.recorded_as(recorded.digest)
+        with _naming(f"the base of {self.what} {self.path}, {recorded.path},"):
+            opened = reference.open(dtype, recorded.quantize or quantize, lazy=lazy)
+        if recorded.digest is not None:
+            check_base(self.path, self.record_file, recorded, opened.provenance)
+        return opened
+
+
+class AdapterFolder(OnABase):
+    """A PEFT folder with LoRA over a base that lies elsewhere, and possibly a stream beside."""
+
+    what, record_file = "adapter", export_format.STREAM_CONFIG
+
+    @functools.cached_property
+    def records(self) -> list[BaseRecord]:
+        return peft.bases_of(self.path)
 
     @property
     def dtype(self) -> str:
-        return self.base.dtype
+        return self.base[0].dtype
 
     @property
     def backbone(self) -> BackboneConfig:
-        return self.base.backbone
+        return self.base[0].backbone
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
-        recorded = peft.base_of(self.path)
-        with _naming(f"the base of adapter {self.path}, {recorded.path},"):
-            opened = _resolve_recorded(recorded).open(dtype, recorded.quantize or quantize, lazy=lazy)
-        if recorded.digest is not None:
-            check_base(self.path, export_format.STREAM_CONFIG, recorded, opened.provenance)
+        opened = self.open_base(dtype, quantize, lazy)
         bundle = peft.read_folder(self.path, opened.config.backbone)
         params = {"base": opened.params["base"], **sharding.device_put_sharded(bundle.params)}
         provenance = dataclasses.replace(opened.provenance, adapter=self.location, prompt_format=bundle.prompt_format)
         return LoadedModel(bundle.config, params, opened.tokenizer, provenance)
 
 
-class RunFolder(Reference):
+class RunFolder(OnABase):
     """A training run: its latest good checkpoint over its base."""
 
-    def __init__(self, path: Path):
-        super().__init__(str(path.resolve()))
-        self.path = path
+    what, record_file = "run", "base.json"
 
-    @property
-    def recorded(self) -> BaseRecord:
-        """base.json; raises InputError unless it names a path and a digest."""
+    @functools.cached_property
+    def records(self) -> list[BaseRecord]:
         file = self.path / "base.json"
         content = read_json(file)
         for key in ("path", "digest"):
             if content.get(key) is None:
                 raise InputError(f"{file} lacks the key {key}")
-        return BaseRecord.from_json(content, str(file))
+        return [BaseRecord.from_json(content, str(file))]
 
     @property
     def dtype(self) -> str:
-        with _naming(f"the base of run {self.path}, {self.recorded.path} (from base.json),"):
-            return resolve(self.recorded.path).dtype
+        return self.base[0].dtype
 
     @property
     def backbone(self) -> BackboneConfig:
         return ModelConfig.from_dict(read_json(self.path / "config.json").get("model_config", {})).backbone
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
-        path, recorded, content = self.path, self.recorded, read_json(self.path / "config.json")
+        path, content = self.path, read_json(self.path / "config.json")
         recipe, prompt_format = _recipe_of(content, path / "config.json")
         if recipe and "kind" in recipe:
             raise InputError(
@@ -153,12 +221,10 @@ class RunFolder(Reference):
             raise InputError(
                 f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder"
             )
-        with _naming(f"the base of run {path}, {recorded.path} (from base.json),"):
-            opened = _resolve_recorded(recorded).open(dtype, recorded.quantize or "none", lazy=lazy)
-        check_base(path, "base.json", recorded, opened.provenance)
+        opened = self.open_base(dtype, "none", lazy)
         config = ModelConfig.from_dict(content["model_config"])
         if config.backbone != opened.config.backbone:
-            raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {recorded.path}")
+            raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {self.base[1].path}")
         shapes = decoder.abstract_params(config)
         trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})
         provenance = dataclasses.replace(
@@ -186,12 +252,27 @@ def _recipe_of(content: Json, where: Path) -> tuple[Json | None, str | None]:
     return recipe, format
 
 
-def resolve(model: str | Path) -> Reference:
+def resolve(model: str | Path, base: str | Path | None = None) -> Reference:
     """Return what MODEL refers to, without reading weights.
 
-    Raises: InputError where it is none of the things that MODEL may be.
+    Args:
+        model: the name.
+        base: MODEL that a run or an adapter is opened on, in place of the one that it records; its digest must be the
+            recorded one. None: as recorded.
+
+    Raises: InputError where it is none of the things that MODEL may be, or stands on no base that `base` could replace.
     """
-    name = str(model)
+    reference = _resolve(str(model), base)
+    if base is not None and not isinstance(reference, OnABase | HubId):
+        raise _stands_alone(str(model), base)
+    return reference
+
+
+def _stands_alone(model: str, base: str | Path) -> InputError:
+    return InputError(f"--base {base}: {model} is no run and no adapter, and stands on no other base")
+
+
+def _resolve(name: str, base: str | Path | None) -> Reference:
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
         return GgufFile(gguf.package(rest.replace("-", "_")), name)
@@ -206,40 +287,56 @@ def resolve(model: str | Path) -> Reference:
         if store.is_base_folder(path):
             return BaseFolder(path)
         if is_run_folder(path):
-            return RunFolder(path)
-        return _foreign_folder(path)
+            return RunFolder(path, base)
+        return _foreign_folder(path, base=base)
     if is_hub_id(name):
-        return HubId(name)
+        return HubId(name, base)
     raise InputError(f"{name} does not exist: give a folder, a .gguf file, a run folder or a hub id (owner/name)")
 
 
-def _foreign_folder(path: Path, location: str | None = None) -> Reference:
+def _foreign_folder(
+    path: Path, location: str | None = None, revision: str | None = None, base: str | Path | None = None
+) -> Reference:
     if peft.is_adapter_folder(path):
-        return AdapterFolder(path)
+        return AdapterFolder(path, base)
+    if base is not None:
+        raise _stands_alone(location or str(path), base)
     if (path / "config.json").is_file():
-        return HuggingFaceFolder(path, location)
+        return HuggingFaceFolder(path, location, revision)
     raise InputError(
         f"{path} is neither a Hugging Face folder (config.json), an adapter ({peft.CONFIG}), a converted folder "
         f"({store.HEADER}) nor a training run (base.json)"
     )
 
 
-def _resolve_recorded(recorded: BaseRecord) -> Reference:
-    """Return the base that a record means, whichever type it is opened in."""
-    base = resolve(recorded.path)
-    return base.recorded_as(recorded.digest) if isinstance(base, RandomPreset) else base
+def names_of(record: BaseRecord) -> list[str]:
+    """Return the names of a recorded base: a hub id at its revision, and where a digest guards it at any."""
+    if record.revision is None or "@" in record.path or not is_hub_id(record.path) or Path(record.path).is_dir():
+        return [record.path]
+    return [f"{record.path}@{record.revision}", *([record.path] if record.digest is not None else [])]
+
+
+def find(name: str) -> Reference:
+    """Return what a name refers to; of a hub id once its files are there."""
+    reference = resolve(name)
+    return reference.folder if isinstance(reference, HubId) else reference
 
 
 def open_model(
-    model: str | Path, dtype: str | None = None, quantize: str = "none", *, lazy: bool = False
+    model: str | Path,
+    dtype: str | None = None,
+    quantize: str = "none",
+    *,
+    lazy: bool = False,
+    base: str | Path | None = None,
 ) -> LoadedModel:
-    """Open whatever MODEL refers to; the arguments are those of `Reference.open`."""
-    return resolve(model).open(dtype, quantize, lazy=lazy)
+    """Open whatever MODEL refers to; the arguments are those of `resolve` and `Reference.open`."""
+    return resolve(model, base).open(dtype, quantize, lazy=lazy)
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form owner/name."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    """Return whether a name has the form owner/name or owner/name@revision."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\w[\w./+-]*)?", name) is not None
 
 
 def is_run_folder(path: Path) -> bool:
@@ -254,36 +351,6 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what} cannot be opened: {error}") from None
-
-
-def open_original(provenance: Provenance, dtype: str, *, lazy: bool = False) -> LoadedModel:
-    """Return the unquantised weights that a quantised base was made from.
-
-    Raises: InputError when they are gone, or are other ones.
-    """
-    origin, advice = provenance.unquantised, "or choose --merge-base dequantized"
-    if not origin.path:
-        raise InputError(f"{provenance.path} does not say what it was quantised from: {advice.removeprefix('or ')}")
-    try:
-        recorded = BaseRecord(origin.path, origin.digest, None)
-        opened = _resolve_recorded(recorded).open(dtype, lazy=lazy)
-    except InputError as error:
-        raise InputError(f"the original weights of {provenance.path} cannot be opened: {error}; {advice}") from None
-    if origin.digest != opened.provenance.digest:
-        raise InputError(f"{origin.path} is not what {provenance.path} was quantised from: put it back, {advice}")
-    if opened.provenance.quantize != "none":  # a copy of another quantised base
-        return open_original(opened.provenance, dtype, lazy=lazy)
-    return opened
-
-
-def vision_of(provenance: Provenance) -> VisionTower:
-    """Return the vision tower beside a base; empty where there is none.
-
-    Raises: InputError where the base cannot be opened.
-    """
-    if provenance.path is None or provenance.kind not in ("base", "huggingface"):
-        return {}, {}
-    return resolve(provenance.path).vision()
 
 
 def check_base(path: Path, file: str, recorded: BaseRecord, base: Provenance) -> None:

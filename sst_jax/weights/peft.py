@@ -47,8 +47,18 @@ def write_folder(
     base_name: str | None,
     layout: str,
     files: Mapping[str, bytes],
+    revision: str | None = None,
 ) -> None:
-    """Write an adapter, with `files` beside it. `layout` is the base's: where PEFT will find its linears.
+    """Write an adapter, with `files` beside it.
+
+    Args:
+        path: a folder that is new or empty.
+        config: of the model.
+        adapter: its LoRA factors.
+        base_name: what PEFT loads as base.
+        layout: the base's: where PEFT will find its linears.
+        files: by name.
+        revision: of `base_name`, a hub id; None: what "main" is whenever it is loaded.
 
     Raises: InputError when `path` is not empty.
     """
@@ -63,6 +73,7 @@ def write_folder(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": config.adapter.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": config.adapter.dropout,
@@ -81,20 +92,23 @@ def write_folder(
             (folder / name).write_bytes(content)
 
 
-def base_of(folder: Path) -> BaseRecord:
-    """Return the base that an adapter stands on.
+def bases_of(folder: Path) -> list[BaseRecord]:
+    """Return the base that an adapter stands on, under each of its names.
 
-    What stream.json records of our own exports counts before PEFT's base_model_name_or_path.
+    What stream.json records of our own exports counts before PEFT's base_model_name_or_path and revision.
     Raises: InputError where nothing tells.
     """
     file = folder / export_format.STREAM_CONFIG
     recorded = read_json(file).get("base") if file.is_file() else None
-    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    config, where = read_json(folder / CONFIG), folder / CONFIG
     recorded = recorded if isinstance(recorded, Mapping) else {}
-    path = recorded.get("path") or name
-    if not isinstance(path, str) or not path:
-        raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing, so the base is unknown")
-    return BaseRecord.from_json({**recorded, "path": path}, f"{file}: base")
+    found = [BaseRecord.from_json(recorded, f"{file}: base")] if recorded.get("path") else []
+    if name := config.get("base_model_name_or_path"):
+        named = {**recorded, "path": name, "revision": config.get("revision")}
+        found.append(BaseRecord.from_json(named, f"{where}: base_model_name_or_path"))
+    if not found:
+        raise InputError(f"{where}: base_model_name_or_path is missing, so the base is unknown")
+    return found
 
 
 def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamBundle:

@@ -11,19 +11,25 @@ from sst_jax.types import Json
 
 
 class Origin(NamedTuple):
-    """Weights by the kind of their files, path and digest; None where a folder does not say."""
+    """Weights by the kind of their files, path, digest and revision; None where a folder does not say."""
 
     kind: str | None
     path: str | None
     digest: str | None
+    revision: str | None = None  # of a hub id
+
+    def to_json(self) -> Json:
+        """Return the record with the keys of version 0.1.0, and a revision where there is one."""
+        return {name: value for name, value in self._asdict().items() if name != "revision" or value is not None}
 
 
 class BaseRecord(NamedTuple):
-    """The base that a run or an adapter was trained on; digest and quantize are None where that is not recorded."""
+    """The base that a run or an adapter was trained on; all but the path are None where that is not recorded."""
 
     path: str
     digest: str | None
     quantize: str | None
+    revision: str | None = None  # of a hub id
 
     @classmethod
     def from_json(cls, record: Mapping[str, object], where: str) -> BaseRecord:
@@ -63,6 +69,7 @@ class Provenance:
       adapter: the folder of a PEFT adapter.
       calibration: of a base that was quantised for texts, which ones.
       vision_config: of a base folder with a vision tower, its source's config.json without the text part.
+      revision: of a hub id, the commit whose files were read.
     """
 
     kind: str | None = None
@@ -81,6 +88,7 @@ class Provenance:
     adapter: str | None = None
     calibration: Json | None = None
     vision_config: Json | None = None
+    revision: str | None = None
 
     def to_json(self) -> Json:
         """Return the record that commands write into their results, with the keys of version 0.1.0."""
@@ -88,7 +96,7 @@ class Provenance:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None or field.name in _ALWAYS:
-                record[_KEYS.get(field.name, field.name)] = value._asdict() if isinstance(value, Origin) else value
+                record[_KEYS.get(field.name, field.name)] = value.to_json() if isinstance(value, Origin) else value
         return record
 
     @classmethod
@@ -114,8 +122,8 @@ class Provenance:
 
     @property
     def identity(self) -> Origin:
-        """Kind, path and digest of the base itself."""
-        return Origin(self.kind, self.path, self.digest)
+        """Kind, path, digest and revision of the base itself."""
+        return Origin(self.kind, self.path, self.digest, self.revision)
 
     @property
     def origin(self) -> Origin:
@@ -131,22 +139,27 @@ class Provenance:
 
     def base_record(self) -> Json:
         """Return base.json of a run folder."""
-        return {name: getattr(self, name) for name in ("path", "digest", "dtype", "kind", "quantize")}
+        return self._record("path", "digest", "dtype", "kind", "quantize")
 
     def export_record(self) -> Json:
         """Return which base an export stands on, as stream.json and config.json have it."""
-        return {name: getattr(self, name) for name in ("path", "digest", "kind", "quantize")}
+        return self._record("path", "digest", "kind", "quantize")
 
     def conversion_record(self) -> Json:
         """Return the facts in the header of a base folder that a foreign checkpoint is converted into."""
-        names = ("kind", "path", "layout", "quantize", "calibration", "vision_config", "digest")
+        names = ("kind", "path", "layout", "quantize", "calibration", "vision_config", "digest", "revision")
         record = {name: getattr(self, name) for name in names}
         return {name: value for name, value in record.items() if value is not None or name == "layout"}
 
     def header_record(self) -> Json:
         """Return the facts in the header of a base folder that a model is saved to, without a vision tower's."""
         kept = {_KEYS.get(name, name): getattr(self, name) for name in ("layout", "run", "step", "prompt_format")}
-        return {**self.unquantised._asdict(), **kept}  # a copy of a quantised base comes from where that did
+        return {**self.unquantised.to_json(), **kept}  # a copy of a quantised base comes from where that did
+
+    def _record(self, *names: str) -> Json:
+        """Return fields by name, and the revision where there is one."""
+        revision = {} if self.revision is None else {"revision": self.revision}
+        return {**{name: getattr(self, name) for name in names}, **revision}
 
 
 def _origin(record: object, where: str) -> Origin:

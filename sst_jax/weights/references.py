@@ -50,7 +50,10 @@ class Reference(abc.ABC):
 
     Attributes:
       location: how others may refer to the same: an absolute path, or a name that means the same everywhere.
+      revision: of a repository of the hub, the commit whose files these are; None of what has none.
     """
+
+    revision: str | None = None
 
     def __init__(self, location: str):
         self.location = location
@@ -173,9 +176,10 @@ class GgufFile(Reference):
 class HuggingFaceFolder(Reference):
     """A folder that transformers loads: a plain checkpoint, or an export of ours with its stream and adapter."""
 
-    def __init__(self, path: Path, location: str | None = None):
+    def __init__(self, path: Path, location: str | None = None, revision: str | None = None):
         super().__init__(location or str(path.resolve()))
         self.path = path
+        self.revision = revision
 
     @functools.cached_property
     def weights(self) -> Source:
@@ -199,9 +203,9 @@ class HuggingFaceFolder(Reference):
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         if not export_format.carries(self.path):
-            return _from_source(self.weights, dtype, self.location, quantize, lazy)
+            return self._read_backbone(dtype, quantize, lazy)
         bundle = export_format.read_carried(self.weights)
-        opened = _from_source(self.weights, dtype, self.location, quantize, lazy)
+        opened = self._read_backbone(dtype, quantize, lazy)
         provenance = dataclasses.replace(
             opened.provenance,
             carries="sst" if export_format.is_sst_folder(self.path) else "stream",
@@ -209,6 +213,10 @@ class HuggingFaceFolder(Reference):
         )
         params = {**opened.params, **sharding.device_put_sharded(bundle.params)}
         return LoadedModel(bundle.config, params, opened.tokenizer, provenance)
+
+    def _read_backbone(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
+        opened = _from_source(self.weights, dtype, self.location, quantize, lazy)
+        return opened._replace(provenance=dataclasses.replace(opened.provenance, revision=self.revision))
 
 
 class BaseFolder(Reference):
@@ -255,7 +263,8 @@ class BaseFolder(Reference):
             path=self.location,
             digest=sha256(self.path / store.MANIFEST),
             dtype=dtype,
-            source=Origin(converted.kind, converted.path, converted.digest),
+            source=Origin(converted.kind, converted.path, converted.digest, converted.revision),
+            revision=None,
             stored=None,
         )
         return LoadedModel(ModelConfig.from_dict(config), params, load_tokenizer(self.path), provenance)

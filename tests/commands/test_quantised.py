@@ -155,7 +155,7 @@ def test_a_copy_of_a_quantised_base_is_merged_onto_the_first_original(folders, t
 
 
 def test_the_original_of_a_chain_of_quantised_bases(folders):
-    from sst_jax.weights.loading import open_original
+    from sst_jax.weights.originals import open_original
 
     provenance = sst_jax.load(folders / "nf4").provenance
     assert provenance.stored == "nf4"
