@@ -210,8 +210,14 @@ def read_stream(folder: Path, backbone: BackboneConfig) -> tuple[StreamConfig | 
     return stream, blend, prompts
 
 
-def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -> Params:
+def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path, *, sparse: bool = False) -> Params:
     """Return the tree "adapter", stacked over layers, from LoRA's factors by key (KEY.lora_A.weight, in any layout).
+
+    Args:
+        factors: in PyTorch's orientation.
+        config: with the adapter's rank and linears.
+        where: that errors name.
+        sparse: whether a layer may lack both factors of a linear, which are then zeros.
 
     Raises: InputError naming a key that is unknown, missing or of another shape than the config's.
     """
@@ -228,6 +234,12 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path) -
             raise InputError(f"{tensor.file}: unknown key {tensor.name}")
         stacks = found.setdefault(name, {side: [None] * config.backbone.num_layers for side in ("lora_a", "lora_b")})
         stacks[f"lora_{match['side'].lower()}"][entry.layer] = tensor.read().astype(np.float32, copy=False).T
+    for name, sides in found.items() if sparse else ():
+        inputs, outputs = config.backbone.linear_shapes[name]
+        for layer in range(config.backbone.num_layers):
+            if sides["lora_a"][layer] is None and sides["lora_b"][layer] is None:
+                sides["lora_a"][layer] = np.zeros((inputs, config.adapter.rank), np.float32)
+                sides["lora_b"][layer] = np.zeros((config.adapter.rank, outputs), np.float32)
     missing = [name for name in wanted if name not in found]
     missing += [name for name, sides in found.items() for stack in sides.values() if any(x is None for x in stack)]
     if missing:

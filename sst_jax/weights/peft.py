@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,20 +14,23 @@ from sst_jax.errors import InputError
 from sst_jax.families import registry
 from sst_jax.files import read_json, staged_folder
 from sst_jax.model.config import LINEARS, AdapterConfig, BackboneConfig, ModelConfig
-from sst_jax.types import Params
-from sst_jax.weights import export_format, huggingface
+from sst_jax.types import Json, Params
+from sst_jax.weights import export_format, huggingface, key_map, lora
 from sst_jax.weights.provenance import BaseRecord
+from sst_jax.weights.source import Tensor
 
+log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper around the model
 
 # Ways to begin an adapter that change the weights of its base too, whenever PEFT loads it.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
-# What adapter_config.json may say without any effect on the numbers; every other field must be unset.
-_HARMLESS = {
+# What adapter_config.json may say, as it is read here or has no effect on the numbers; every other field must be unset.
+_READ = {
     "auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "task_type", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "init_lora_weights", "megatron_core", "qalora_group_size", "bias", "ensure_weight_tying",
+    "use_rslora", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 
 
@@ -37,7 +41,9 @@ def _modules(backbone: BackboneConfig) -> dict[str, str]:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Return whether a folder holds an adapter and no model: trainers put the base's config.json beside it."""
+    whole = [name for name in ("model.safetensors", huggingface.INDEX) if (folder / name).is_file()]
+    return (folder / CONFIG).is_file() and not ((folder / "config.json").is_file() and whole)
 
 
 def write_folder(
@@ -114,15 +120,45 @@ def bases_of(folder: Path) -> list[BaseRecord]:
 def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamBundle:
     """Read an adapter and, where stream.json lies beside it, its stream; `backbone` is its base's.
 
+    Layers and linears that have no factors are left as they are, and so is a vision tower that has some.
+
     Raises: InputError naming the file and the field, key or version at fault.
     """
-    where = folder / CONFIG
+    where, file = folder / CONFIG, folder / WEIGHTS
     config = read_json(where)
+    _check_supported(config, where)
+    factors, modules = _factors(file), _modules(backbone)
+    held = [name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)]
+    if not held:
+        raise InputError(f"{file} holds no LoRA factors of {', '.join(modules.values())}")
+    adapter = AdapterConfig(
+        rank=cast(Any, config.get("r")),  # checked by AdapterConfig
+        alpha=cast(Any, config.get("lora_alpha")),
+        dropout=config.get("lora_dropout", 0.0),
+        targets=tuple(sorted(held, key=lambda name: _place(config.get("target_modules"), modules[name]))),
+    )
+    if config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        adapter, factors = lora.at_one_scale(factors, lora.Scales.from_config(adapter, config, str(where)), adapter)
+    stream, prompts = None, None
+    blend: Params = {}
+    if (folder / export_format.STREAM_CONFIG).is_file():
+        stream, blend, prompts = export_format.read_stream(folder, backbone)
+    found = ModelConfig(backbone, stream, adapter)
+    read = export_format.read_lora(factors, found, file, sparse=True)
+    return export_format.StreamBundle(found, {"adapter": read, "blend": blend}, prompts)
+
+
+def _check_supported(config: Json, where: Path) -> None:
+    """Raise InputError, naming the field, where adapter_config.json describes more than LoRA's factors can say."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type={config.get('peft_type')!r} is unsupported; known is 'LORA'")
     for name, value in config.items():
-        if (name not in _HARMLESS and value) or (name == "bias" and value != "none"):
-            raise InputError(f"{where}: {name}={value!r} is unsupported")
+        if (name not in _READ and value) or (name == "bias" and value != "none"):
+            shown = str(value) if len(str(value)) < 80 else f"{str(value)[:80]}..."
+            raise InputError(
+                f"{where}: {name}={shown if not isinstance(value, str) else repr(value)} is unsupported: merge the "
+                "adapter into its base in PEFT (merge_and_unload), and open that"
+            )
     begun = config.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(_CHANGE_THE_BASE):
         raise InputError(
@@ -132,30 +168,24 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamB
     targets = config.get("target_modules")
     if not all(isinstance(name, str) for name in (targets if isinstance(targets, list) else [targets or ""])):
         raise InputError(f"{where}: target_modules={targets!r} must be names of modules, or a pattern")
-    file = folder / WEIGHTS
+
+
+def _factors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file by key without PEFT's prefix, but for those of a vision tower."""
     if not file.is_file():
         raise InputError(f"{file} is missing (pickled .bin adapters are never opened)")
-    factors = {}
+    factors, skipped = {}, 0
     for tensor in huggingface.headers(file):
         if not tensor.name.startswith(PREFIX):
             raise InputError(f"{file}: unknown key {tensor.name}")
-        factors[tensor.name.removeprefix(PREFIX)] = tensor
-    modules = _modules(backbone)
-    held = {name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)}
-    adapter = AdapterConfig(
-        rank=cast(Any, config.get("r")),  # checked by AdapterConfig
-        alpha=cast(Any, config.get("lora_alpha")),
-        dropout=config.get("lora_dropout", 0.0),
-        targets=tuple(sorted(held, key=lambda name: _place(targets, modules[name]))),
-    )
-    stream, prompts = None, None
-    blend: Params = {}
-    if (folder / export_format.STREAM_CONFIG).is_file():
-        stream, blend, prompts = export_format.read_stream(folder, backbone)
-    found = ModelConfig(backbone, stream, adapter)
-    return export_format.StreamBundle(
-        found, {"adapter": export_format.read_lora(factors, found, file), "blend": blend}, prompts
-    )
+        key = tensor.name.removeprefix(PREFIX)
+        if key_map.normalise(key)[0] is None:
+            skipped += 1
+        else:
+            factors[key] = tensor
+    if skipped:
+        log.warning("%s: %d factors of the vision tower are left out, as the tower is", file, skipped)
+    return factors
 
 
 def _place(targets: list[str] | str | None, module: str) -> int:

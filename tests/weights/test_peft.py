@@ -1,6 +1,7 @@
 """Adapter folders: as PEFT reads them, and back."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from sst_jax import convert, export
 from sst_jax.console.command import run
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
-from sst_jax.model.config import AdapterConfig
+from sst_jax.model.config import LINEARS, AdapterConfig
 from sst_jax.weights import peft
 from sst_jax.weights.loading import LoadedModel
 from tests.support import toys
@@ -79,6 +80,75 @@ def test_peft_writes_what_we_read(ours, tmp_path):
     tokens = torch.tensor(toys.tokens(1, 15)).long()
     with torch.no_grad():
         assert apart(back.logits(tokens.numpy()), adapted(tokens).logits) <= 1e-4
+
+
+LAYERS = [f"layers.{layer}.self_attn.{name}_proj" for layer, name in ((0, "q"), (1, "v"), (3, "q"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        ({"use_rslora": True}, 4),
+        ({"rank_pattern": {"q_proj": 2, r"layers\.[01]\.mlp.up_proj": 7}}, 7),
+        ({"alpha_pattern": {"q_proj": 3, "layers.2.mlp.up_proj": 0.5}}, 4),
+        ({"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"up_proj": 1}, "use_rslora": True}, 9),
+        ({"layers_to_transform": [1]}, 4),
+        ({"target_modules": LAYERS, "alpha_pattern": {LAYERS[1]: 0}}, 4),
+    ],
+    ids=["rslora", "ranks", "alphas", "all three", "one layer", "uneven layers"],
+)
+def test_variants_that_are_arithmetic_compute_what_peft_does(ours, tmp_path, options, rank):
+    """And the merged weights are PEFT's, so that exports are too."""
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(ours.provenance.path, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **options}
+    config = theirs.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    adapted = theirs.get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "theirs")  # as trainers save it
+    back = sst_jax.load(tmp_path / "theirs")
+    assert back.config.adapter.rank == rank
+    tokens = torch.tensor(toys.tokens(1, 15)).long()
+    with torch.no_grad():
+        expected = adapted(tokens).logits
+        assert apart(back.logits(tokens.numpy()), expected) <= 1e-5
+        assert apart(back.logits(tokens.numpy()), ours.logits(tokens.numpy(), forward="plain")) > 1e-2
+        again = sst_jax.load(write(back, tmp_path / "again", "adapter"))
+        assert apart(again.logits(tokens.numpy()), expected) <= 1e-5
+    merged = sst_jax.load(write(back, tmp_path / "merged", "merged")).params["base"]["layers"]
+    for name, module in adapted.merge_and_unload().model.layers[1].named_modules():
+        if (short := name.rpartition(".")[2].removesuffix("_proj")) in ("q", "v", "up"):
+            np.testing.assert_allclose(merged[short]["kernel"][1], module.weight.detach().numpy().T, atol=1e-5)
+
+
+def test_factors_of_a_vision_tower_are_skipped_with_a_word(tmp_path, caplog):
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    tiny = multimodal(pytest.importorskip("transformers"), torch, tmp_path)
+    config = theirs.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = theirs.get_peft_model(tiny, config).eval()
+    adapted.base_model.model.config._name_or_path = str(tmp_path / "base")
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "theirs")
+    back = sst_jax.load(tmp_path / "theirs")
+    assert "factors of the vision tower are left out" in caplog.text
+    assert set(back.config.adapter.targets) == set(LINEARS)
+    tokens = torch.tensor(toys.tokens(1, 15)).long()
+    with torch.no_grad():
+        assert apart(back.logits(tokens.numpy()), adapted(tokens).logits) <= 1e-5
+    weights = load_file(tmp_path / "theirs" / peft.WEIGHTS)
+    tower = {name: value for name, value in weights.items() if "vision" in name}
+    assert tower
+    save_file(tower, tmp_path / "theirs" / peft.WEIGHTS)
+    with pytest.raises(InputError, match=r"holds no LoRA factors of self_attn\.q_proj"):
+        sst_jax.load(tmp_path / "theirs")
+
+
+def test_a_folder_with_a_whole_model_beside_an_adapter_is_the_model(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "base" / name, folder)
+    assert not peft.is_adapter_folder(folder)
 
 
 def test_an_adapter_of_a_multimodal_model_leaves_its_vision_tower_alone(tmp_path):
@@ -152,9 +222,12 @@ def test_a_merged_multimodal_model_loads_with_nothing_missing_or_left_over(tmp_p
     ("changed", "message"),
     [
         ({"peft_type": "IA3"}, r"adapter_config\.json: peft_type='IA3'"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"use_rslora": True}, "use_rslora=True"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"use_dora": True}, r"use_dora=True is unsupported: merge the adapter .* \(merge_and_unload\), and open that"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj\.lora_A.* has shape \[3, 36\]; its config says rank 8"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern has 'q_proj': 0, which is malformed"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern=.* must map names"),
+        ({"alpha_pattern": {"(.*)*q": 8}}, "alpha_pattern has .* which is malformed"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern has .* which is malformed"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias='all'"),
         ({"something_new": 3}, "something_new=3"),
