@@ -294,6 +294,17 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
 # ------------------------------------------------------------------------------------------------- byte-level BPE
 
 
+def adds_bos(facts: Mapping[str, Any]) -> bool:
+    """Return whether texts begin with BOS by the facts of a GGUF file; as in llama.cpp where they do not say."""
+    said = facts.get("tokenizer.ggml.add_bos_token")
+    if said is not None:
+        return bool(said)
+    if facts.get("tokenizer.ggml.model", "llama") == "llama":
+        return True
+    splitting = SPLITTINGS.get(str(facts.get("tokenizer.ggml.pre")))
+    return splitting is not None and splitting.add_bos
+
+
 def byte_level_json(facts: Mapping[str, Any]) -> bytes:
     """Return a `tokenizer.json` from the `tokenizer.ggml.*` facts of a GGUF whose model is "gpt2".
 
@@ -309,7 +320,7 @@ def byte_level_json(facts: Mapping[str, Any]) -> bytes:
     for pair in pairs:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
             raise InputError(f"GGUF vocabulary has the merge {' '.join(pair)!r}, which is not of two of its tokens")
-    bos_id = facts.get("tokenizer.ggml.bos_token_id") if facts.get("tokenizer.ggml.add_bos_token") else None
+    bos_id = facts.get("tokenizer.ggml.bos_token_id") if adds_bos(facts) else None
     splitting = SPLITTINGS[pre]
     tokenizer = {
         "version": "1.0",

@@ -131,6 +131,7 @@ class Splitting(NamedTuple):
     pre_tokenizers: list[Json]
     normalizer: Json | None = None
     ignore_merges: bool = False  # whether a word that is a piece is that piece, however merging would spell it
+    add_bos: bool = False  # whether a text begins with BOS where the file does not say
 
 
 class TokenFacts(NamedTuple):

@@ -193,6 +193,12 @@ def read_llama_metadata(metadata: Metadata, fields: Fields) -> Fields:
         ("expert_count", (None, 0), "is unsupported: mixtures of experts are not read"),
         ("rope.dimension_count", (None, head_dim), f"is unsupported: all {head_dim} dimensions of a head are rotated"),
         ("attention.sliding_window", (None, 0), "is unsupported: attention is global here"),
+        (
+            "rope.dimension_count_swa",
+            (None, head_dim),
+            f"is unsupported: all {head_dim} dimensions of a head are rotated",
+        ),
+        ("rope.freq_base_swa", (None,), "is unsupported: attention is global here"),
     ):
         if metadata.scalar(name) not in allowed:
             raise metadata.error(name, problem)

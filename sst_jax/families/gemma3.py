@@ -174,6 +174,9 @@ def _read_metadata(metadata: Metadata, fields: Fields) -> Fields:
         local = [(layer + 1) % pattern != 0 for layer in range(layers)]
     else:
         raise metadata.error("attention.sliding_window_pattern", "is unsupported")
+    for name in ("rope.dimension_count", "rope.dimension_count_swa"):
+        if metadata.scalar(name) not in (None, head_dim):
+            raise metadata.error(name, f"is unsupported: all {head_dim} dimensions of a head are rotated")
     return {
         "num_kv_heads": metadata.number("attention.head_count_kv"),
         "head_dim": head_dim,

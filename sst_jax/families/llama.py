@@ -55,6 +55,23 @@ _DIGITS_ALONE = Splitting(
     ]
 )
 
+_LLAMA3_WORDS = split_words(r"\p{N}{1,3}", ignore_merges=True)._replace(add_bos=True)
+# What llama.cpp cuts by where a file names no way of its own: each pattern cuts what those before it left whole.
+_DEFAULT_WORDS = Splitting(
+    [
+        *(
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in (
+                r"[\p{P}\$\+<=>\^~\|]+",
+                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+                r"\p{N}+",
+                r"[0-9][0-9][0-9]",
+            )
+        ),
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+)
+
 FAMILY = Family(
     name="llama",
     title="Llama",
@@ -76,7 +93,11 @@ FAMILY = Family(
     tokens=TokenFacts(
         turn_ends=("<|im_end|>", "<|eot_id|>"),  # SmolLM's, Llama's
         text_ends=("<|endoftext|>", "<|end_of_text|>"),  # what chat models have beside an EOS that ends a turn
-        splittings={"smollm": _DIGITS_ALONE, "llama-bpe": split_words(r"\p{N}{1,3}", ignore_merges=True)},
+        splittings={
+            "smollm": _DIGITS_ALONE,
+            "default": _DEFAULT_WORDS,
+            **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3_WORDS),
+        },
     ),
     torch=TorchExport("modeling_sst_llama.py", "SSTLlama"),
 )

@@ -36,6 +36,19 @@ _FIELDS = {
     "max_positions": ("context_length", int),
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3's scaling, which no metadata key tells
+# Keys `ARCHITECTURE.rope.KEY` that are read here or by the families, or change no number under linear scaling.
+_ROPE_KEYS = (
+    "dimension_count",
+    "dimension_count_swa",
+    "freq_base",
+    "freq_base_swa",
+    "scale_linear",
+    "scaling.type",
+    "scaling.factor",
+    "scaling.attn_factor",
+    "scaling.original_context_length",
+    "scaling.finetuned",
+)
 _ROWS = 4096  # rows dequantised at a time
 
 
@@ -122,9 +135,7 @@ def backbone_from_metadata(
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if keys.scalar(name):
             raise InputError(f"{where}: metadata key {keys.architecture}.{name} is set; softcapping is unsupported")
-    scaling = keys.scalar("rope.scaling.type", "linear")
-    if scaling not in ("linear", "none"):
-        raise keys.error("rope.scaling.type", "is unsupported; 'linear' is")
+    scale = _rope_scale(keys)
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
     if fields["num_layers"] > MAX_LAYERS:
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
@@ -133,14 +144,33 @@ def backbone_from_metadata(
     if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
     fields |= {"family": family.name, "vocab_size": vocab_size, "tied_head": tied_head}
-    fields["rope_scale_global"] = keys.number("rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0
+    fields["rope_scale_global"] = scale
     if rope_factors is not None:
+        if scale != 1.0:
+            raise InputError(f"{where}: both {_ROPE_FACTORS} and a factor of linear scaling, {scale}, is unsupported")
         fields["rope_llama3"] = family.gguf.rope_llama3
         fields["rope_scale_global"] = _llama3_factor(rope_factors, fields, where)
     try:
         return BackboneConfig(**{**family.block, **fields})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _rope_scale(keys: Metadata) -> float:
+    """Return the factor of linear scaling, after refusing every key of RoPE that is not understood."""
+    prefix = f"{keys.architecture}.rope."
+    for key in keys.pairs:
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and name not in _ROPE_KEYS:
+            raise keys.error(f"rope.{name}", f"is unknown; known are {', '.join(_ROPE_KEYS)}")
+    if keys.scalar("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise keys.error("rope.scaling.attn_factor", "is unsupported")
+    kind = keys.scalar("rope.scaling.type", "linear")
+    if kind not in ("linear", "none"):
+        raise keys.error("rope.scaling.type", "is unsupported; 'linear' is")
+    # Files of 2023 have the second key.
+    name = "rope.scaling.factor" if keys.value("rope.scaling.factor") is not None else "rope.scale_linear"
+    return 1.0 if kind == "none" else keys.number(name, float, 1.0)
 
 
 def _llama3_factor(factors: HostFloats, fields: Json, where: str) -> float:

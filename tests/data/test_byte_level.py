@@ -50,6 +50,22 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 }
+PATTERNS |= dict.fromkeys(("llama3", "llama-v3", "falcon3"), PATTERNS["llama-bpe"])
+# llama.cpp's, each of which cuts what those before it left whole.
+DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+",
+    "[0-9][0-9][0-9]",
+)  # fmt: skip
+
+
+def words(text, pre):
+    """Text cut as `pre` says."""
+    if pre == "smollm":
+        return [word for part in regex.findall(r"\p{N}|[^\p{N}]+", text) for word in regex.findall(PATTERNS[pre], part)]
+    parts = [text]
+    for pattern in DEFAULT if pre == "default" else [PATTERNS[pre]]:
+        parts = [piece for part in parts for piece in regex.split(f"({pattern})", part, flags=regex.V0) if piece]
+    return parts
 
 
 def facts(pre="smollm", **changes):
@@ -72,11 +88,10 @@ def naive_ids(text, pre):
     """Words by the pattern that llama.cpp and the models' own files have, merged pair by pair in MERGES' order."""
     tokens = facts()["tokenizer.ggml.tokens"]
     text = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
-    parts = regex.findall(r"\p{N}|[^\p{N}]+", text) if pre == "smollm" else [text]
     ids = []
-    for word in (word for part in parts for word in regex.findall(PATTERNS[pre], part)):
+    for word in words(text, pre):
         pieces = [SPELL[byte] for byte in word.encode()]
-        if pre == "llama-bpe" and "".join(pieces) in tokens[3:]:
+        if PATTERNS.get(pre) == PATTERNS["llama-bpe"] and "".join(pieces) in tokens[3:]:
             pieces = ["".join(pieces)]
         while len(pieces) > 1:
             rank, at = min(
@@ -122,6 +137,26 @@ def test_bos_goes_in_front_where_the_file_says_so():
     without = HuggingFaceTokenizer.from_gguf_facts(facts(bos_token_id=None))
     assert (without.bos_id, without.add_bos) == (None, False)
     assert without.encode("the") == tokenizer.encode_text("the")
+
+
+@pytest.mark.parametrize(
+    ("pre", "adds"),
+    [
+        ("llama-bpe", True),
+        ("llama3", True),
+        ("llama-v3", True),
+        ("smollm", False),
+        ("qwen2", False),
+        ("default", False),
+    ],
+)
+def test_files_that_do_not_say_begin_with_bos_as_in_llama_cpp(pre, adds):
+    """And what is written of it says so: the tokenizer's files, and an export's ids in transformers."""
+    tokenizer = HuggingFaceTokenizer.from_gguf_facts(facts(pre, add_bos_token=None))
+    assert tokenizer.add_bos is adds
+    assert tokenizer.encode("the") == [0] * adds + tokenizer.encode_text("the")
+    assert json.loads(tokenizer.export_files()["tokenizer_config.json"])["add_bos_token"] is adds
+    assert HuggingFaceTokenizer.from_gguf_facts(facts(pre, add_bos_token=not adds)).add_bos is not adds
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,14 @@ def test_optional_metadata():
 
     assert read(**{"gemma3.rope.freq_base_swa": 20_000.0}).rope_theta_local == 20_000.0
     assert read(**{"gemma3.rope.scaling.type": "none"}).rope_scale_global == 1.0
+    assert read(**{"gemma3.rope.scaling.finetuned": True, "gemma3.rope.scaling.attn_factor": 1.0}).num_layers == 7
+    # What files of 2023 call it, which the newer key goes before, as in llama.cpp.
+    assert read(**{"gemma3.rope.scale_linear": 4.0}).rope_scale_global == BACKBONE.rope_scale_global
+    old = {key: value for key, value in metadata(BACKBONE).items() if ".rope.scaling." not in key}
+    old["gemma3.rope.scale_linear"] = 4.0
+    assert reader.backbone_from_metadata(old, 67).rope_scale_global == 4.0
+    old["gemma3.rope.scaling.type"] = "none"
+    assert reader.backbone_from_metadata(old, 67).rope_scale_global == 1.0
     assert read(**{"gemma3.attention.sliding_window_pattern": 2}).layer_types[:3] == ("local", "global", "local")
     sliding = np.array([True, True, False, True, False, True, True])
     assert read(**{"gemma3.attention.sliding_window_pattern": sliding}).layer_types == tuple(
@@ -147,6 +155,10 @@ def test_optional_metadata():
         ("gemma3.attn_logit_softcapping", 50.0, "attn_logit_softcapping is set"),
         ("gemma3.rope.scaling.type", "yarn", "rope.scaling.type='yarn'"),
         ("gemma3.rope.scaling.factor", 0.0, "rope.scaling.factor=0.0 must be a positive float"),
+        ("gemma3.rope.scaling.yarn_ext_factor", 1.0, "rope.scaling.yarn_ext_factor=1.0 is unknown; known are"),
+        ("gemma3.rope.dimension_sections", [1, 2], r"rope.dimension_sections=\[1, 2\] is unknown"),
+        ("gemma3.rope.scaling.attn_factor", 0.5, "rope.scaling.attn_factor=0.5 is unsupported"),
+        ("gemma3.rope.dimension_count", 4, "rope.dimension_count=4 is unsupported"),
         ("gemma3.attention.value_length", 8, "value_length differ"),
         ("gemma3.attention.sliding_window_pattern", np.ones(3, bool), "sliding_window_pattern="),
         ("gemma3.attention.sliding_window_pattern", 0, "sliding_window_pattern=0"),
