@@ -27,6 +27,7 @@ START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 MARK = "\U0010fffe"  # no character, by Unicode's definition
 TEMPLATE_FILE = "chat_template.jinja"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_GIVEN = ("messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now")
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers, which has templates trim its space
 
 # Gemma's turns, for vocabularies that have their tokens and come without a template.
@@ -106,11 +107,19 @@ class ChatTemplate:
 
     @functools.cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads and does not set."""
-        from jinja2 import meta
+        """What the template reads beside the messages: "enable_thinking", "date_string" and the like."""
+        from jinja2 import meta, nodes
 
         self._compiled  # noqa: B018  # says what is wrong with it
-        return frozenset(meta.find_undeclared_variables(environment(self).parse(self.source)))
+        tree = environment(self).parse(self.source)
+        set_here = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+        defaults = {
+            test.node.name
+            for test in tree.find_all(nodes.Test)
+            if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
+        }
+        read = meta.find_undeclared_variables(tree) - (set_here - defaults)
+        return frozenset(read - {*_GIVEN, *self.specials})
 
     @functools.cached_property
     def _takes_parts(self) -> bool:

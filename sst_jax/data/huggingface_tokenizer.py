@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from sst_jax.data.generation_config import GenerationConfig
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import NAMED, tokenizer_config
 from sst_jax.errors import InputError
-from sst_jax.types import Json
+from sst_jax.types import Json, JsonValue
 
 if TYPE_CHECKING:
     import tokenizers
@@ -55,16 +55,16 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
         if hf.eos_token_id is None or (hf.bos_token_id is None and first != bare):
             raise InputError(f"{folder}: its tokenizer names no eos_token, or puts one in front that is no bos_token")
-        self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
-        self.pad_id = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
+        self.bos_id, self._eos_id = hf.bos_token_id, hf.eos_token_id
+        self.pad_id = self._eos_id if hf.pad_token_id is None else hf.pad_token_id
         # Of the tokens added behind the vocabulary only those that are used (Llama's): Gemma's image token is one, and
         # text models have no row for it.
-        self.vocab_size = max(hf.vocab_size, 1 + max(self.eos_id, self.pad_id, self.bos_id or 0))
+        self.vocab_size = max(hf.vocab_size, 1 + max(self._eos_id, self.pad_id, self.bos_id or 0))
         self.add_bos = first != bare and first == self.bos_id
         self._lock = threading.Lock()
         self._specials = {str(token): index for index, token in hf.added_tokens_decoder.items() if token.special}
         if (template := read_template(folder)) is not None:
-            self.template = ChatTemplate(template, hf.special_tokens_map)
+            self.template = ChatTemplate(template, self._named_specials())
 
     @classmethod
     def from_gguf_facts(cls, facts: Mapping[str, Any]) -> HuggingFaceTokenizer:
@@ -78,9 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if index is not None and not 0 <= index < len(tokens):
                 raise InputError(f"GGUF vocabulary of {len(tokens)} has {name} {index}")
         named = {name: tokens[index] for name, index in ids.items() if index is not None}
-        config = tokenizer_config(
-            named, facts.get("tokenizer.ggml.add_bos_token", False), facts.get("tokenizer.chat_template")
-        )
+        config = tokenizer_config(named, vocabularies.adds_bos(facts), facts.get("tokenizer.chat_template"))
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "tokenizer.json").write_bytes(vocabularies.byte_level_json(facts))
             (Path(folder) / "tokenizer_config.json").write_bytes(config)
@@ -88,11 +86,32 @@ class HuggingFaceTokenizer(Tokenizer):
         made.generation = GenerationConfig(eos_ids=vocabularies.ends_from_gguf(facts, len(tokens)))
         return made
 
+    def ordinary_pieces(self) -> Mapping[str, int]:
+        added = self._tokenizer.added_tokens_decoder
+        return {piece: index for piece, index in self._tokenizer.get_vocab().items() if index not in added}
+
+    def _named_specials(self) -> Mapping[str, JsonValue]:
+        return self._tokenizer.special_tokens_map
+
+    def use_template(self, source: str) -> None:
+        super().use_template(source)
+        self._files |= self._template_files()
+
     @property
     def specials(self) -> Mapping[str, int]:
         return self._specials
 
-    def encode_text(self, text: str) -> list[int]:
+    def piece(self, index: int) -> str:
+        return self._tokenizer.convert_ids_to_tokens(index) or f"<{index}>"
+
+    def _written_ids(self) -> Iterable[int]:
+        template = "" if self.template is None else self.template.source
+        added = self._tokenizer.added_tokens_decoder
+        # Gemma's image token lies behind the table of its text models: nothing but a picture would yield it.
+        written = (index for index, token in added.items() if not token.special or token.content in template)
+        return (*(index for index in range(self._tokenizer.vocab_size) if index not in added), *written)
+
+    def _text_ids(self, text: str) -> list[int]:
         return self._ids(text, split_special_tokens=True)
 
     def _ids(self, text: str, **options: bool) -> list[int]:
@@ -101,7 +120,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_rendered(self, text: str) -> list[int]:
         # As transformers does, where it cannot take a message's text for a control token.
-        return super().encode_rendered(text) if MARK in text else self._ids(text)
+        return super().encode_rendered(text) if MARK in text else self.check_ids(self._ids(text))
 
     @functools.cached_property
     def _written_pattern(self) -> re.Pattern[str]:

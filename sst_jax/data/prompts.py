@@ -5,6 +5,7 @@ Prompt and answer are tokenised apart, so that training sees exactly the prompt 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from sst_jax.data.formats import shown
 from sst_jax.data.problems import Problem
 from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 
 FORMATS = ("plain", "chat")
@@ -75,20 +77,23 @@ def render(problem: Problem, tokenizer: Tokenizer, format: str = "plain") -> Exa
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Return records with the text `prompt`: one for each line of a text file, or the objects of a .jsonl file.
+    """Return records with the text `prompt`: one for each line of a text file, or the objects of a JSON one.
 
     Raises: InputError naming the file and the line.
     """
-    if not Path(path).is_file():
+    file = Path(path)
+    if not file.is_file():
         raise InputError(f"--prompts {path} cannot be read: no such file")
-    if Path(path).suffix == ".jsonl":
-        found = [(where, record) for _, where, record in read_jsonl(Path(path))]
+    if file.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        found = [(where, record) for _, where, record in read_jsonl(file)]
     else:
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts {path} cannot be read: {error}") from None
-        found = [("", {"prompt": line}) for line in lines if line.strip()]
+        found = [(f"{path}, line {number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()]
+        if found and all(_is_object(record["prompt"]) for _, record in found):
+            raise InputError(f"--prompts {path} holds JSON, an object a line: name it {file.stem}.jsonl")
     if not found:
         raise InputError(f"--prompts {path} holds no prompt")
     for where, record in found:
@@ -96,4 +101,12 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
             raise InputError(f"--prompts {where}: not a JSON object")
         if not isinstance(record.get("prompt"), str):
             raise InputError(f"--prompts {where}: the row has {shown(record)}, and needs text under 'prompt'")
+        check_unicode(record, f"--prompts {where}: 'prompt'")
     return [record for _, record in found]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -12,7 +12,7 @@ from pathlib import Path
 from sst_jax.data import vocabulary as vocabularies
 from sst_jax.data.byte_tokenizer import ByteTokenizer
 from sst_jax.data.chat_template import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN, read_template
-from sst_jax.data.generation_config import read_generation_config
+from sst_jax.data.generation_config import GenerationConfig, read_generation_config
 from sst_jax.data.gguf_header import metadata_of
 from sst_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from sst_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -29,6 +29,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "adapter_tokenizer",
     "load_tokenizer",
 ]
 
@@ -59,7 +60,10 @@ def _folder(path: Path) -> Tokenizer:
         if not isinstance(add_bos, bool):
             raise InputError(f"{path / MARKER}: add_bos={add_bos!r} must be true or false")
         if kind == "byte":
-            return ByteTokenizer()
+            made = ByteTokenizer()
+            if (template := read_template(path)) is not None:
+                made.use_template(template)
+            return made
         if kind != "sentencepiece":
             raise InputError(f"{path / MARKER}: unknown kind {kind!r}")
         return _sentencepiece(path, add_bos)
@@ -68,6 +72,42 @@ def _folder(path: Path) -> Tokenizer:
     if (path / "tokenizer.model").is_file():
         return _sentencepiece(path, True)
     raise InputError(f"{path}: holds no tokenizer (none of {MARKER}, tokenizer.json, tokenizer.model)")
+
+
+def adapter_tokenizer(folder: Path, base: Tokenizer) -> Tokenizer:
+    """Return the tokenizer of an adapter: what its folder brings, tokenizer or template alone, comes before its base's.
+
+    Args:
+      folder: of the adapter.
+      base: the base's, which is changed where the folder brings a template alone.
+
+    Raises: InputError as `load_tokenizer`, and where the folder's vocabulary is not that of the base.
+    """
+    if not any((folder / name).is_file() for name in (MARKER, "tokenizer.json", "tokenizer.model")):
+        if (template := read_template(folder)) is not None:
+            base.use_template(template)
+        return base
+    own = load_tokenizer(folder)
+    advice = "an adapter's tokenizer must have its base's vocabulary: take it out of the folder to use the base's"
+    if base.rows is not None and (beyond := set(own.ids_beyond(base.rows)) - set(base.ids_beyond(base.rows))):
+        named = f"{own.piece(min(beyond))!r} has the id {min(beyond)}, and the base's embedding has {base.rows} rows"
+        raise InputError(f"{folder}: its tokenizer does not fit: {named}; {advice}")
+    pieces, known = own.ordinary_pieces(), base.ordinary_pieces()
+    _, moved = min(
+        ((index, piece) for piece, index in pieces.items() if known.get(piece, index) != index), default=(0, None)
+    )
+    if moved is not None or not pieces.keys() & known.keys():
+        named = "no piece is the base's"
+        if moved is not None:
+            named = f"{moved!r} has the id {pieces[moved]}, and {known[moved]} in the base's"
+        raise InputError(f"{folder}: its tokenizer does not fit: {named}; {advice}")
+    if own.template is None:
+        own.template = base.template
+    own.generation = GenerationConfig(
+        {**base.generation.settings, **own.generation.settings},
+        tuple(dict.fromkeys((*own.generation.eos_ids, *base.generation.eos_ids))),
+    )
+    return own
 
 
 def _gguf(path: Path) -> Tokenizer:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sst_jax.data import chat_template
 from sst_jax.data.chat_template import END_OF_TURN, MARK, START_OF_TURN, ChatTemplate, Message
 from sst_jax.data.generation_config import GENERATION_CONFIG, GenerationConfig
+from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 from sst_jax.families.registry import TEXT_ENDS, TURN_ENDS
 from sst_jax.files import json_bytes
@@ -25,18 +27,21 @@ class Tokenizer(abc.ABC):
     bos_id is None where the vocabulary has no BOS; add_bos is False there.
     template is the chat template that came with the vocabulary; None: there was none.
     generation is what the folder says of answers: which tokens end them beside eos, and how to sample.
+    rows are those of the embedding that the ids look up, once `set_rows` has been told; None: not known.
     """
 
     vocab_size: int
     bos_id: int | None
-    eos_id: int
     pad_id: int
+    _eos_id: int
     add_bos: bool = True
     template: ChatTemplate | None = None
     generation: GenerationConfig = NOTHING_SAID
+    rows: int | None = None
+    _has_warned = False
 
     @abc.abstractmethod
-    def encode_text(self, text: str) -> list[int]:
+    def _text_ids(self, text: str) -> list[int]:
         """Return ids of the text alone: no BOS, no control tokens."""
 
     @abc.abstractmethod
@@ -46,6 +51,22 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def piece_id(self, piece: str) -> int | None:
         """Return the id of a whole piece such as "<start_of_turn>", or None."""
+
+    @abc.abstractmethod
+    def piece(self, index: int) -> str:
+        """Return the piece of an id."""
+
+    @abc.abstractmethod
+    def _written_ids(self) -> Iterable[int]:
+        """Return the ids that text, a template or an end may yield; control tokens that nothing writes are left out."""
+
+    @abc.abstractmethod
+    def ordinary_pieces(self) -> Mapping[str, int]:
+        """Return the vocabulary that text is made of, without tokens that were added to it, by piece."""
+
+    @abc.abstractmethod
+    def _named_specials(self) -> Mapping[str, JsonValue]:
+        """Return the special tokens that templates write by name: {"bos_token": "<s>", ...}."""
 
     @property
     @abc.abstractmethod
@@ -62,15 +83,111 @@ class Tokenizer(abc.ABC):
     def export_files(self) -> dict[str, bytes]:
         """Return files from which `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids."""
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Return ids of the text, after BOS if `bos` and the model is one that wants it."""
+    def encode(self, text: str, bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Return ids of the text, after BOS if `bos` and the model is one that wants it.
+
+        parse_special: whether text of a control token, "<|im_start|>", is that token, and not its characters; BOS is
+        not put before a text that begins with it.
+
+        Raises: InputError as `encode_text`.
+        """
         first = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
-        return first + self.encode_text(text)
+        if parse_special:
+            check_unicode(text)
+            ids = self.encode_rendered(text)
+            return ids if first and ids[:1] == first else self.check_ids(first) + ids
+        if not self._has_warned and (found := self._special_pattern.search(text)):
+            self._has_warned = True
+            logging.getLogger(__name__).warning(
+                "a prompt holds %r, which is read as its characters and not as the special token: --chat (chat=True, "
+                "/v1/chat/completions) lays out turns, and --parse-special (parse_special) asks for the token",
+                found[0],
+            )
+        return self.check_ids(first) + self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return ids of the text alone: no BOS, no control tokens.
+
+        Raises: InputError as `check_ids`, and where the text is no valid Unicode.
+        """
+        check_unicode(text)
+        return self.check_ids(self._text_ids(text))
+
+    def check_ids(self, ids: list[int]) -> list[int]:
+        """Return ids that are about to be looked up.
+
+        Raises: InputError naming the token that the model's embedding has no row for.
+        """
+        if self.rows is not None and ids and (index := max(ids)) >= self.rows:
+            raise InputError(
+                f"the token {self.piece(index)!r} has the id {index}, and the model's embedding has {self.rows} rows: "
+                "its tokenizer was extended and the embedding not; take the token out, or resize the embedding"
+            )
+        return ids
+
+    def set_rows(self, rows: int) -> None:
+        """Tell how many rows the embedding beside the tokenizer has, and warn where tokens lie beyond them."""
+        if self.rows == rows:
+            return
+        self.rows = rows
+        if beyond := self.ids_beyond(rows):
+            named = ", ".join(f"{self.piece(index)!r} ({index})" for index in beyond[:3])
+            logging.getLogger(__name__).warning(
+                "the embedding has %d rows, and %d of the tokenizer's tokens lie beyond them (%s%s): what needs one is "
+                "refused",
+                rows,
+                len(beyond),
+                named,
+                ", ..." if len(beyond) > 3 else "",
+            )
+        if self.pad_id >= rows:  # it fills rows up, and any token may
+            self.pad_id = self._eos_id if self._eos_id < rows else 0
+
+    def ids_beyond(self, rows: int) -> list[int]:
+        """Return the ids behind an embedding of `rows`, of those that text, a template or an end may yield."""
+        ends = self.stop_ids | {self._eos_id, self.pad_id, *([] if self.bos_id is None else [self.bos_id])}
+        return sorted(index for index in {*self._written_ids(), *ends} if index >= rows)
+
+    @property
+    def eos_id(self) -> int:
+        """What ends a text.
+
+        Raises: InputError as `check_ids`.
+        """
+        return self.check_ids([self._eos_id])[0]
 
     @property
     def turn_end_id(self) -> int:
-        """What ends a turn of a chat: a piece made for it, or what ends a text."""
-        return next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), self.eos_id)
+        """What ends a turn of a chat: a piece made for it, or what ends a text.
+
+        Raises: InputError as `check_ids`.
+        """
+        found = next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), self._eos_id)
+        return self.check_ids([found])[0]
+
+    def decode_next(self, ids: Sequence[int], preceded: bool) -> str:
+        """Return the text that ids add to one, with the space that `decode` takes off the first word of a text.
+
+        preceded: whether any text stands before them, see `has_text`.
+        """
+        if not preceded:
+            return self.decode(ids)
+        before, text = self._some_text
+        return self.decode([*before, *ids])[len(text) :]
+
+    def has_text(self, ids: Sequence[int]) -> bool:
+        """Return whether ids hold any text, not special tokens alone."""
+        return any(self.decode([index]) for index in reversed(ids))
+
+    @functools.cached_property
+    def _some_text(self) -> tuple[list[int], str]:
+        """Ids that are whole characters, and their text."""
+        for text in "a0.-":
+            ids = self._text_ids(text)
+            if self.decode(ids) == text:
+                return ids, text
+        found = ((index, self.decode([index])) for index in self.ordinary_pieces().values())
+        return next((([index], text) for index, text in found if text.strip("\ufffd")), ([], ""))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -80,7 +197,7 @@ class Tokenizer(abc.ABC):
     @property
     def _own_stop_ids(self) -> frozenset[int]:
         ends = (self.piece_id(piece) for piece in (*TURN_ENDS, *TEXT_ENDS))
-        return frozenset({self.eos_id, *(index for index in ends if index is not None)})
+        return frozenset({self._eos_id, *(index for index in ends if index is not None)})
 
     def generation_config(self) -> Json:
         """Return generation_config.json for an export: the folder's own, with all of `stop_ids`."""
@@ -108,6 +225,14 @@ class Tokenizer(abc.ABC):
         return total.hexdigest()
 
     # ------------------------------------------------------------------------------------------------ conversations
+
+    def use_template(self, source: str) -> None:
+        """Make a chat template the one of this vocabulary."""
+        self.template = ChatTemplate(source, self._named_specials())
+
+    def _template_files(self) -> dict[str, bytes]:
+        """Return the file that `template` is read back from; none where there is none."""
+        return {} if self.template is None else {chat_template.TEMPLATE_FILE: self.template.source.encode()}
 
     def chat(
         self,
@@ -143,7 +268,9 @@ class Tokenizer(abc.ABC):
         continue_final: leave the last message open, so that the model continues it.
         """
         template = self.conversation_template
+        self.check_variables(variables or {})
         conversation = chat_template.checked_messages(messages)
+        check_unicode(conversation)
         if self.template is None:
             chat_template.check_alternating(conversation)
         pattern = self._special_pattern
@@ -151,6 +278,16 @@ class Tokenizer(abc.ABC):
         return template.render(
             marked, add_generation_prompt, chat_template.mark(dict(variables or {}), pattern), continue_final
         )
+
+    def check_variables(self, variables: Mapping[str, JsonValue]) -> None:
+        """Check that the chat template reads the variables.
+
+        Raises: InputError naming one that it does not, and those that it does.
+        """
+        if unknown := sorted(set(variables) - self.conversation_template.variables):
+            known = ", ".join(sorted(self.conversation_template.variables)) or "none"
+            raise InputError(f"the chat template has no variable {unknown[0]!r}; it has {known}")
+        check_unicode(dict(variables), "a variable of the chat template")
 
     @property
     def conversation_template(self) -> ChatTemplate:
@@ -173,7 +310,7 @@ class Tokenizer(abc.ABC):
         for found in self._written_pattern.finditer(text):
             ids += [*self._encode_between(text[end : found.start()], end), self._special_id(found[0])]
             end = found.end()
-        return ids + self._encode_between(text[end:], end)
+        return self.check_ids(ids + self._encode_between(text[end:], end))
 
     @property
     def _written_pattern(self) -> re.Pattern[str]:

@@ -55,6 +55,7 @@ def convert_source(
     Raises: InputError as `Conversion` and `calibrate.read_texts`.
     """
     tokenizer, texts = load_tokenizer(source.path), None
+    tokenizer.set_rows(source.backbone.vocab_size)
     if options.calibrate is not None:
         texts = calibrate.read_texts(options.calibrate, tokenizer, options.calibrate_tokens)
     files = tokenizer.files()

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sst_jax.data.tokenizer import adapter_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES
 from sst_jax.files import read_json
@@ -181,7 +182,7 @@ class AdapterFolder(OnABase):
         bundle = peft.read_folder(self.path, opened.config.backbone)
         params = {"base": opened.params["base"], **sharding.device_put_sharded(bundle.params)}
         provenance = dataclasses.replace(opened.provenance, adapter=self.location, prompt_format=bundle.prompt_format)
-        return LoadedModel(bundle.config, params, opened.tokenizer, provenance)
+        return LoadedModel(bundle.config, params, adapter_tokenizer(self.path, opened.tokenizer), provenance)
 
 
 class RunFolder(OnABase):

@@ -94,6 +94,7 @@ class Reference(abc.ABC):
         """
         storage, dtype = storages.get(quantize), dtype or default_dtype()
         opened = self.read(dtype, quantize, lazy)
+        opened.tokenizer.set_rows(opened.config.backbone.vocab_size)
         config = dataclasses.replace(opened.config, bos_id=opened.tokenizer.bos_id, dtype=dtype)
         opened = opened._replace(config=config)
         base, provenance = opened.params["base"], opened.provenance

@@ -33,12 +33,14 @@ CONVERSATIONS = {
 }
 
 
-def write_byte_level(folder, template, strip=()):
-    """A byte-level vocabulary whose tokens in `strip` swallow the spaces behind them, as Phi's do."""
+def write_byte_level(folder, template, strip=(), more=()):
+    """A byte-level vocabulary whose tokens in `strip` swallow the spaces behind them, as Phi's do; `more`
+    special tokens come last.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({piece: index for index, piece in enumerate([*SPECIALS, *alphabet])}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    _finish(made, folder, template, strip)
+    _finish(made, folder, template, strip, more)
 
 
 def write_metaspace(folder, template, legacy=False):
@@ -56,16 +58,17 @@ def write_metaspace(folder, template, legacy=False):
     _finish(made, folder, template)
 
 
-def _finish(made, folder, template, strip=()):
+def _finish(made, folder, template, strip=(), more=()):
     from tokenizers import AddedToken
 
     made.add_special_tokens([AddedToken(piece, rstrip=piece in strip, normalized=False) for piece in SPECIALS])
     made.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    made.add_special_tokens(list(more))
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder.mkdir(parents=True, exist_ok=True)
     made.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False, "chat_template": template,
+        "clean_up_tokenization_spaces": False, **({} if template is None else {"chat_template": template}),
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -43,6 +43,14 @@ def test_an_adapter_comes_back_with_its_stream_bit_for_bit(ours, tmp_path):
     assert back.provenance.path == ours.provenance.path
 
 
+def test_an_adapters_own_template_is_used(ours, tmp_path):
+    folder = write(ours, tmp_path / "adapter", "adapter")
+    before = sst_jax.load(folder).tokenizer.chat([{"role": "user", "content": "hi"}])
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}[{{ messages[0].role }}] {{ messages[0].content }}")
+    tokenizer = sst_jax.load(folder).tokenizer
+    assert tokenizer.chat([{"role": "user", "content": "hi"}]) == tokenizer.encode("[user] hi") != before
+
+
 @pytest.mark.parametrize("targets", [("down", "q", "v"), ("o",)], ids=str)
 def test_peft_computes_what_we_do_with_the_stream_off(ours, tmp_path, targets):
     torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
