@@ -9,10 +9,14 @@ from sst_jax.types import PositionTokens
 
 
 class IncrementalDetokenizer:
-    """The tokens and text of one row so far; `ended` is None, then "stop" (a stop token or string) or "length"."""
+    """The tokens and text of one row so far; `ended` is None, then "stop" (a stop token or string) or "length".
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    The text is what the tokens add to their prompt: "the" and "▁cat" are "the cat", though "▁cat" alone is "cat".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self._tokenizer, self._stop = tokenizer, [mark for mark in stop if mark]
+        self._preceded = tokenizer.has_text(prompt)
         self.tokens: list[int] = []
         self.depths: list[int] = []  # iterations at the position that each token came from
         self.text = ""
@@ -47,7 +51,8 @@ class IncrementalDetokenizer:
 
     def _decode(self, count: int) -> str:
         stop_ids = self._tokenizer.stop_ids
-        return self._tokenizer.decode([token for token in self.tokens[:count] if token not in stop_ids])
+        ids = [token for token in self.tokens[:count] if token not in stop_ids]
+        return self._tokenizer.decode_next(ids, self._preceded)
 
     def _hit(self, text: str) -> int | None:
         """Return the position of the first stop string."""

@@ -21,8 +21,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sst_jax.errors import InputError
-from sst_jax.serving.protocol import Call, Limits, Refused, Writer, parse, read_chat, read_completion
+from sst_jax.serving.protocol import Call, Limits, Refused, parse, read_chat, read_completion
 from sst_jax.serving.queue import Busy, Closing, Engine, Job
+from sst_jax.serving.responses import Writer
 from sst_jax.types import Json
 
 CLIENT_GONE = 499  # nginx's number; the client has closed the connection and does not read it

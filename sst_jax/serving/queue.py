@@ -104,7 +104,8 @@ class Engine:
                 )
         jobs = []
         for request in requests:
-            job = Job(request, IncrementalDetokenizer(self.model.tokenizer, request.stop), lambda text, reason: None)
+            answer = IncrementalDetokenizer(self.model.tokenizer, request.stop, request.tokens)
+            job = Job(request, answer, lambda text, reason: None)
             job.emit = functools.partial(emit, job)
             jobs.append(job)
         with self._changed:

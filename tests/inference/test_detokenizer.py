@@ -3,10 +3,13 @@
 import itertools
 
 import hypothesis.strategies as st
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 
-from sst_jax.data.tokenizer import ByteTokenizer
+from sst_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from sst_jax.inference.detokenizer import IncrementalDetokenizer
+from tests.data.test_tokenizer import _small_vocabulary
+from tests.support.template_folders import write_metaspace
 
 TOKENIZER = ByteTokenizer()
 CHARACTERS = st.text(st.sampled_from("ab-é漢🙂"), max_size=12)
@@ -23,6 +26,7 @@ def grow(pieces, stop, closing=()):
     return said, answer
 
 
+@settings(deadline=None)
 @given(text=CHARACTERS, cuts=st.lists(st.integers(0, 40)), stop=st.lists(st.text("ab-é", min_size=1, max_size=3)))
 def test_text_does_not_depend_on_how_tokens_come(text, cuts, stop):
     tokens = TOKENIZER.encode_text(text)
@@ -51,3 +55,55 @@ def test_a_stop_token_is_kept_and_not_shown():
     assert answer.tokens[-1] == TOKENIZER.eos_id
     assert answer.text == "ab"
     assert len(answer.depths) == len(answer.tokens) == 3
+
+
+# ------------------------------------------------------------------------------------- vocabularies that drop a space
+
+TEXTS = ["the capital of France is very nice", "x", "a  b ", "é漢🙂 ok", "one\ntwo  three", ""]
+
+
+@pytest.fixture(scope="module", params=["first", "legacy", "gguf"])
+def spaced(request, tmp_path_factory):
+    """Llama-2-style: spaces are "▁", one goes before a text, and decoding takes it off again."""
+    if request.param == "gguf":
+        tokens, scores, types, facts = _small_vocabulary()
+        facts["tokenizer.ggml.add_space_prefix"] = True
+        return SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts)
+    folder = tmp_path_factory.mktemp("spaced")
+    write_metaspace(folder, None, legacy=request.param == "legacy")
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompt_and_answer_are_the_whole_text_wherever_it_is_cut(spaced, text):
+    tokenizer = spaced
+    tokens = tokenizer.encode(text)
+    whole = tokenizer.decode(tokens)
+    assert whole == text
+    for cut in range(len(tokens) + 1):
+        prompt, rest = tokens[:cut], tokens[cut:]
+        if "\ufffd" in tokenizer.decode(prompt):
+            continue  # half a character is in either part none
+        answer, said = IncrementalDetokenizer(tokenizer, prompt=prompt), ""
+        for place, token in enumerate(rest):
+            said += answer.add([token], [1], place == len(rest) - 1)
+        assert tokenizer.decode(prompt) + said == whole, (cut, said)
+        assert said == answer.text
+        assert tokenizer.decode_next(rest, tokenizer.has_text(prompt)) == said
+
+
+def test_special_tokens_are_no_text(spaced):
+    for tokenizer in (spaced, TOKENIZER):
+        assert not tokenizer.has_text([])
+        assert not tokenizer.has_text([tokenizer.bos_id, tokenizer.eos_id])
+        assert tokenizer.has_text([*tokenizer.encode("b"), tokenizer.eos_id])
+    # Behind BOS alone an answer is the beginning of a text.
+    answer, tokens = IncrementalDetokenizer(spaced, prompt=[spaced.bos_id]), spaced.encode_text("ab")
+    assert answer.add(tokens, [1] * len(tokens), True) == "ab"
+
+
+def test_a_stop_string_may_begin_with_the_space(spaced):
+    tokens = spaced.encode_text("b no")
+    answer = IncrementalDetokenizer(spaced, [" no"], spaced.encode("a"))
+    assert "".join(answer.add([token], [1], False) for token in tokens) == " b"
+    assert answer.ended == "stop"

@@ -14,8 +14,9 @@ from sst_jax.inference.policies import flat, parse
 from sst_jax.inference.sampling import Sampling
 from sst_jax.inference.session import Request
 from sst_jax.serving.app import stream_events
-from sst_jax.serving.protocol import Call, Writer
+from sst_jax.serving.protocol import Call
 from sst_jax.serving.queue import Busy, Closing, Engine, answers
+from sst_jax.serving.responses import Writer
 
 ROWS, CAPACITY = 4, 512  # those of the fixture, so that all engines share their programs
 POLICIES = ("1", "4", "first_token:3", "until_stable:0.05:4")

@@ -133,7 +133,7 @@ def tokens(model: Model, ids: np.ndarray, logits: np.ndarray) -> list[Json]:
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
     return [
-        {"token": model.tokenizer.decode([int(each)]), "share": float(weight)}
+        {"token": model.tokenizer.decode_next([int(each)], preceded=True), "share": float(weight)}
         for each, weight in zip(ids[:SHOWN], weights[:SHOWN], strict=True)
     ]
 
