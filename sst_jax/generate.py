@@ -28,9 +28,20 @@ from sst_jax.errors import InputError
 if TYPE_CHECKING:
     from sst_jax.inference.model import Model
     from sst_jax.inference.policies import Policy
-    from sst_jax.types import Json
+    from sst_jax.types import Json, JsonValue
 
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "chat")  # flags that `generate_iter` takes
+# Flags that `generate_iter` takes.
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "stop",
+    "chat",
+    "system",
+    "template_args",
+    "parse_special",
+)
 
 
 def parser() -> Parser:
@@ -43,10 +54,24 @@ def parser() -> Parser:
     )
     parser.takes_base()
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", metavar="TEXT", help="continue TEXT")
+    given.add_argument("--prompt", metavar="TEXT", help="continue TEXT; special tokens in it are characters")
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
     given.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt, with --chat")
+    parser.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        dest="template_args",
+        metavar="NAME=VALUE",
+        help="a variable of the chat template, such as enable_thinking=false; may be repeated",
+    )
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help='read special tokens in a prompt, such as "<|im_start|>", as such (default: as their characters)',
+    )
     parser.add_argument(
         "--format", choices=("plain", "chat"), help="format of --question (default: as trained, else plain)"
     )
@@ -83,16 +108,15 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    for name in ("n", "batch"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.format and args.question is None:
-        raise InputError("--format goes with --question; --chat wraps a prompt in the chat template")
+    read_arguments(args)
 
-    from sst_jax.data.prompts import prompt_tokens, read_prompts
+    from sst_jax.data.prompts import read_prompts
+    from sst_jax.data.unicode import check_unicode
     from sst_jax.inference import halting_probe, policies, session
     from sst_jax.inference.model import load
 
+    for name in ("prompt", "question", "system"):
+        check_unicode(getattr(args, name), f"--{name}")
     prompts = [args.prompt if args.question is None else args.question]
     if args.prompts:
         prompts = [record["prompt"] for record in read_prompts(args.prompts)]
@@ -107,11 +131,52 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--{error} (--model {args.model})") from None
     asked: list[str] | list[list[int]] = prompts
     if args.question is not None:
-        asked = [prompt_tokens(args.question, model.tokenizer, args.format or model.prompt_format)]
+        asked = [question_tokens(args, model)]
     answers, speed = answer_all(args, model, policy, prompts, asked)
     if args.json:
         depth = policy.first if policy.is_flat else policy.name
         write_json(args.json, {"model": args.model, "depth": depth, "tokens_per_second": speed, "answers": answers})
+
+
+def read_arguments(args: argparse.Namespace) -> None:
+    """Check how prompts are asked, and make a dict of --template-arg.
+
+    Raises: InputError naming the flag.
+    """
+    for name in ("n", "batch"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.format and args.question is None:
+        raise InputError("--format goes with --question; --chat wraps a prompt in the chat template")
+    if args.chat and args.parse_special:
+        raise InputError("--parse-special goes with a prompt as it stands, without --chat")
+    if (args.system is not None or args.template_args) and not (args.chat or args.question is not None):
+        raise InputError("--system and --template-arg go with --chat")
+    pairs = [argument.partition("=") for argument in args.template_args]
+    for name, equals, value in pairs:
+        if not name or not equals:
+            raise InputError(f"--template-arg {name}{equals}{value}: write NAME=VALUE")
+    args.template_args = {name: _json_or_text(value) for name, _, value in pairs}
+
+
+def _json_or_text(value: str) -> JsonValue:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def question_tokens(args: argparse.Namespace, model: Model) -> list[int]:
+    """Return the prompt of --question, in the format of the training examples."""
+    from sst_jax.data.prompts import prompt_tokens
+
+    format = args.format or model.prompt_format
+    if args.system is None and not args.template_args:
+        return prompt_tokens(args.question, model.tokenizer, format)
+    if format != "chat":
+        raise InputError("--system and --template-arg go with --chat, or --question in --format chat")
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return model.tokenizer.chat([*system, {"role": "user", "content": args.question}], variables=args.template_args)
 
 
 def answer_all(
@@ -132,6 +197,8 @@ def answer_all(
         for begin in range(0, len(numbers), args.batch):
             batch = range(begin, min(begin + args.batch, len(numbers)))
             settings = {name: getattr(args, name) for name in SETTINGS}
+            if args.question is not None:  # its tokens have them
+                settings |= {"system": None, "template_args": None}
             seeds = [args.seed + row for row in batch]
             for delta in model.generate_iter(
                 [asked[numbers[row]] for row in batch], depth=policy, seed=seeds, **settings

@@ -7,9 +7,10 @@
 
 Routes: /v1/completions (text or token ids; echo and logprobs too), /v1/chat/completions, /v1/models, /health. The extra
 field `depth` is a number or a policy such as "first_token:4" or "until_stable:0.01:4"; a prompt's own logprobs (echo)
-are those of that depth at every position. Requests are batched continuously; an answer is independent of the other
-requests. On Ctrl-C or SIGTERM new requests are refused and running ones finished. There is no authentication:
-listen beyond the loopback only on a network whose users may all use it.
+are those of that depth at every position. `chat_template_kwargs` are variables of the chat template; special tokens in
+a prompt are characters unless `parse_special` is true. Requests are batched continuously; an answer is independent of
+the other requests. On Ctrl-C or SIGTERM new requests are refused and running ones finished. There is no
+authentication: listen beyond the loopback only on a network whose users may all use it.
 """
 
 from __future__ import annotations

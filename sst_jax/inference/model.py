@@ -24,7 +24,7 @@ from sst_jax.inference.session import Request, check_policy, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import ModelConfig, StreamConfig, from_mapping
-from sst_jax.types import FieldValue, Json, Logits, PyTree, Tokens
+from sst_jax.types import FieldValue, Json, JsonValue, Logits, PyTree, Tokens
 from sst_jax.weights import store
 from sst_jax.weights.loading import open_model
 from sst_jax.weights.originals import vision_of
@@ -74,6 +74,32 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | Sequence[int]
     stop: str | Sequence[str]
     chat: bool
+    system: str | None
+    template_args: Mapping[str, JsonValue] | None
+    parse_special: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptReading:
+    """How text becomes a prompt; the fields are arguments of `Model.generate`."""
+
+    chat: bool
+    system: str | None
+    template_args: Mapping[str, JsonValue]
+    parse_special: bool
+
+    def __post_init__(self) -> None:
+        if not self.chat and (self.system is not None or self.template_args):
+            raise InputError("system and template_args are for chat=True")
+        if self.chat and self.parse_special:
+            raise InputError("parse_special is for prompts as they stand, chat=False")
+
+    def tokens(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Return a prompt's ids."""
+        if not self.chat:
+            return tokenizer.encode(text, parse_special=self.parse_special)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return tokenizer.chat([*system, {"role": "user", "content": text}], variables=self.template_args)
 
 
 class Model:
@@ -189,6 +215,9 @@ class Model:
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
         chat: bool = False,
+        system: str | None = None,
+        template_args: Mapping[str, JsonValue] | None = None,
+        parse_special: bool = False,
     ) -> Iterator[TextDelta]:
         """Generate and yield text as it comes; arguments as for `generate`."""
         prompts = _as_list(prompts)
@@ -196,7 +225,8 @@ class Model:
             raise InputError(f"n={n} must be at least 1")
         depths = [depth] * len(prompts) if isinstance(depth, int | np.integer | str | Policy) else list(depth)
         policies = [as_policy(each) for each in _one_each(depths, len(prompts), "depth") for _ in range(n)]
-        tokens = [tuple(prompt) for prompt in (self._prompt(prompt, chat) for prompt in prompts) for _ in range(n)]
+        reading = PromptReading(chat, system, template_args or {}, parse_special)
+        tokens = [tuple(prompt) for prompt in (self._prompt(prompt, reading) for prompt in prompts) for _ in range(n)]
         # Rows of one prompt drawn with one seed would all be the same text; a list of seeds says otherwise.
         seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int | np.integer) else list(seed)
         sampling = Sampling(temperature, top_k, top_p)
@@ -208,7 +238,7 @@ class Model:
             self.config, self.params, requests, stop_ids=self.tokenizer.stop_ids, pad_id=self.tokenizer.pad_id
         )
         marks = [stop] if isinstance(stop, str) else stop
-        answers = [IncrementalDetokenizer(self.tokenizer, marks) for _ in tokens]
+        answers = [IncrementalDetokenizer(self.tokenizer, marks, prompt) for prompt in tokens]
         with self._mesh():
             chunk = next(running)
         while True:
@@ -249,6 +279,10 @@ class Model:
           seed: of sampling; answer number i uses seed + i, or the i-th of a list.
           stop: string or strings that end an answer and are not part of its text.
           chat: wrap each prompt (text) in the chat template's user turn.
+          system: with `chat`, a system message before it.
+          template_args: with `chat`, variables that the template reads, such as {"enable_thinking": False}.
+          parse_special: without `chat`, whether text such as "<|im_start|>" in a prompt is the special token, and not
+            its characters.
 
         Raises: InputError naming the prompt or the argument.
         """
@@ -256,12 +290,10 @@ class Model:
         ended = {delta.index: delta.generation for delta in deltas if delta.generation is not None}
         return [ended[row] for row in sorted(ended)]
 
-    def _prompt(self, prompt: Prompt, chat: bool) -> list[int]:
+    def _prompt(self, prompt: Prompt, reading: PromptReading) -> list[int]:
         if isinstance(prompt, str):
-            if chat:
-                return self.tokenizer.chat([{"role": "user", "content": prompt}])
-            return self.tokenizer.encode(prompt)
-        if chat:
+            prompt = reading.tokens(prompt, self.tokenizer)
+        elif reading.chat:
             raise InputError("chat=True takes prompts as text, not as token ids")
         if not len(prompt):
             raise InputError("a prompt is empty: give at least one token")

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible requests and responses that this server speaks: what is read, what is refused, what is written.
+"""The OpenAI-compatible requests that this server answers: what is read, and what is refused.
 
 A field that is not understood is refused by name, and so is a value that would change the answer and cannot be had:
 an evaluation that silently ran with other settings than it asked for would be worse than none.
@@ -9,18 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-import time
-import uuid
-from collections.abc import Sequence
 from typing import TypeGuard, TypeVar
 
-from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy, as_policy
-from sst_jax.inference.sampling import Sampling, Scores
+from sst_jax.inference.sampling import Sampling
 from sst_jax.inference.session import Request, check_policy
-from sst_jax.serving.queue import TOP, Job
+from sst_jax.serving.queue import TOP
 from sst_jax.types import Json, JsonValue
 
 Number = TypeVar("Number", int, float)
@@ -40,6 +37,32 @@ NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
     "response_format": (None, {"type": "text"}),
     "top_logprobs": (None, 0),
     "metadata": (),
+    "tool_choice": (None, "auto", "none"),
+    "function_call": (None, "auto", "none"),
+    "parallel_tool_calls": (None, True, False),
+    "service_tier": (None, "default", "auto"),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+    # What other servers take, and their clients send.
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "use_beam_search": (None, False),
+    "stop_token_ids": (None, []),
+    "bad_words": (None, []),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "prompt_logprobs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "priority": (None, 0),
 }
 SHARED = {
     "model",
@@ -54,8 +77,8 @@ SHARED = {
     "seed",
     "depth",
 }
-COMPLETION = SHARED | {"prompt", "echo", "logprobs"}
-CHAT = SHARED | {"messages", "max_completion_tokens"}
+COMPLETION = SHARED | {"prompt", "echo", "logprobs", "parse_special"}
+CHAT = SHARED | {"messages", "max_completion_tokens", "chat_template_kwargs"}
 MESSAGE = ("role", "content", "name", "tool_call_id", "reasoning_content")
 # What a message may say besides, which means as much as leaving it out.
 EMPTY: tuple[tuple[str, JsonValue], ...] = (
@@ -64,6 +87,7 @@ EMPTY: tuple[tuple[str, JsonValue], ...] = (
     ("tool_calls", []),
     ("refusal", ""),
 )
+LEAST_P = 1e-9  # of nucleus sampling, which wants a positive one
 STOPS = 16  # stop strings of one request
 
 
@@ -117,11 +141,11 @@ def parse(body: bytes) -> Json:
 def read_completion(body: Json, model: Model, name: str, limits: Limits) -> Call:
     """Return a call of /v1/completions. Raises: Refused."""
     _fields(body, COMPLETION, name)
-    tokenizer, given = model.tokenizer, body.get("prompt")
+    tokenizer, given, special = model.tokenizer, body.get("prompt"), _flag(body, "parse_special")
     if given is None:
         raise Refused(400, "prompt is missing", "prompt")
     several = isinstance(given, list) and bool(given) and not all(_is_int(item) for item in given)
-    prompts = [_tokens(prompt, tokenizer, model) for prompt in (given if several else [given])]
+    prompts = [_tokens(prompt, model, special) for prompt in (given if several else [given])]
     top, echo = _number(body, "logprobs", None, int, 0, TOP), _flag(body, "echo")
     count = _number(body, "max_tokens", 16, int, 0 if echo else 1, limits.new_tokens)
     scored = top is not None
@@ -143,8 +167,16 @@ def read_chat(body: Json, model: Model, name: str, limits: Limits) -> Call:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused(400, "messages must be a list of at least one message", "messages")
+    variables = body.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise Refused(400, "chat_template_kwargs must be an object", "chat_template_kwargs")
     try:
-        tokens = model.tokenizer.chat([_message(message, number) for number, message in enumerate(messages)])
+        model.tokenizer.check_variables(variables)
+    except InputError as error:
+        raise Refused(400, f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
+    try:
+        conversation = [_message(message, number) for number, message in enumerate(messages)]
+        tokens = model.tokenizer.chat(conversation, variables=variables)
     except InputError as error:
         raise Refused(400, str(error), "messages") from None
     room = min(limits.new_tokens, limits.positions - len(tokens))
@@ -178,8 +210,8 @@ def _call(
     try:
         sampling = Sampling(
             _number(body, "temperature", 1.0, float, 0.0, 100.0),
-            _number(body, "top_k", 0, int, 0, 2**31 - 1),
-            _number(body, "top_p", 1.0, float, 0.0, 1.0),
+            max(_number(body, "top_k", 0, int, -1, 2**31 - 1), 0),  # -1: all, as 0
+            max(_number(body, "top_p", 1.0, float, 0.0, 1.0), LEAST_P),  # 0: the top token alone
         )
     except InputError as error:
         raise Refused(400, str(error), "top_p") from None
@@ -190,8 +222,10 @@ def _call(
         for sample in range(n)
     ]
     options = body.get("stream_options") or {}
-    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise Refused(400, "stream_options may hold include_usage only", "stream_options")
+    if options.get("include_obfuscation") not in (None, False):
+        raise Refused(400, "include_obfuscation is not supported other than as False", "stream_options")
     return Call(chat, requests, [], _flag(body, "stream"), _flag(options, "include_usage"))
 
 
@@ -255,11 +289,12 @@ def _policy(body: Json, model: Model, limits: Limits) -> Policy:
     return policy
 
 
-def _tokens(prompt: JsonValue, tokenizer: Tokenizer, model: Model) -> list[int]:
+def _tokens(prompt: JsonValue, model: Model, special: bool) -> list[int]:
     if isinstance(prompt, str):
-        if not _is_unicode(prompt):
-            raise Refused(400, "prompt is no valid Unicode", "prompt")
-        tokens = tokenizer.encode(prompt)
+        try:
+            tokens = model.tokenizer.encode(prompt, parse_special=special)
+        except InputError as error:
+            raise Refused(400, f"prompt: {error}", "prompt") from None
     elif isinstance(prompt, list) and all(_is_int(item) for item in prompt):
         tokens, size = prompt, model.config.backbone.vocab_size
         if any(not 0 <= token < size for token in tokens):
@@ -269,11 +304,6 @@ def _tokens(prompt: JsonValue, tokenizer: Tokenizer, model: Model) -> list[int]:
     if not tokens:
         raise Refused(400, "prompt is empty: give at least one token", "prompt")
     return tokens
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text is free of lone surrogates, which JSON can spell and no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _message(message: JsonValue, number: int) -> Json:
@@ -286,96 +316,5 @@ def _message(message: JsonValue, number: int) -> Json:
             raise InputError(f"message {number}: {key} is not supported, only {', '.join(MESSAGE)}")
         if key != "content" and not isinstance(value, str):
             raise InputError(f"message {number}: {key} must be text")
-    if not _is_unicode(json.dumps(given, ensure_ascii=False)):
-        raise InputError(f"message {number} is no valid Unicode")
+    check_unicode(given, f"message {number}")
     return given
-
-
-class Writer:
-    """Responses to one call."""
-
-    def __init__(self, call: Call, name: str, tokenizer: Tokenizer):
-        self._call, self._name, self._tokenizer = call, name, tokenizer
-        self._id = ("chatcmpl-" if call.chat else "cmpl-") + uuid.uuid4().hex
-        self._created = int(time.time())
-
-    def _wrap(self, kind: str, fields: Json) -> Json:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._name, **fields}
-
-    def whole(self, jobs: Sequence[Job]) -> Json:
-        """Return the response once all jobs have ended."""
-        choices = []
-        for index, job in enumerate(jobs):
-            choice: Json = {"index": index, "finish_reason": job.answer.ended}
-            if self._call.chat:
-                choice["message"] = {"role": "assistant", "content": job.answer.text}
-            else:
-                echoed = self._call.prompts[index] if self._call.echo else ""
-                choice |= {"text": echoed + job.answer.text, "logprobs": self._logprobs(job)}
-            choices.append(choice)
-        kind = "chat.completion" if self._call.chat else "text_completion"
-        return self._wrap(kind, {"choices": choices, "usage": usage(jobs)})
-
-    def begin(self, count: int) -> list[Json]:
-        """Return the first event of a streamed response: in a chat, the role."""
-        opening = {"role": "assistant", "content": ""}
-        return [self._chunk(index, opening, None) for index in range(count)] if self._call.chat else []
-
-    def delta(self, index: int, text: str, reason: str | None) -> list[Json]:
-        """Return the event for new text of one answer, and for the reason of its end."""
-        chunks = []
-        if text:
-            chunks.append(self._chunk(index, {"content": text} if self._call.chat else text, None))
-        if reason:
-            chunks.append(self._chunk(index, {} if self._call.chat else "", reason))
-        return chunks
-
-    def end(self, jobs: Sequence[Job]) -> list[Json]:
-        """Return the last event of a streamed response."""
-        kind = "chat.completion.chunk" if self._call.chat else "text_completion"
-        return [self._wrap(kind, {"choices": [], "usage": usage(jobs)})] if self._call.usage else []
-
-    def _chunk(self, index: int, content: str | dict[str, str], reason: str | None) -> Json:
-        choice: Json = {"index": index, "finish_reason": reason}
-        choice |= {"delta": content} if self._call.chat else {"text": content, "logprobs": None}
-        return self._wrap("chat.completion.chunk" if self._call.chat else "text_completion", {"choices": [choice]})
-
-    def _logprobs(self, job: Job) -> Json | None:
-        """Return OpenAI's four lists over the tokens, the prompt's too where it is echoed: its first token has no
-        score.
-        """
-        if self._call.logprobs is None:
-            return None
-        tokens = list(job.answer.tokens)
-        scores: list[Scores | None] = list(job.scores)
-        if self._call.echo:
-            tokens, scores = [*job.request.tokens, *tokens], [None, *job.prompt_scores, *scores]
-        pieces = [self._tokenizer.decode([token]) for token in tokens]
-        offsets = [0]
-        for piece in pieces[:-1]:
-            offsets.append(offsets[-1] + len(piece))
-        return {
-            "tokens": pieces,
-            "token_logprobs": [None if score is None else float(score.chosen) for score in scores],
-            "top_logprobs": [None if score is None else self._top(score) for score in scores],
-            "text_offset": offsets[: len(pieces)],
-        }
-
-    def _top(self, score: Scores) -> dict[str, float]:
-        """Return the top tokens' scores by their text; of two with equal text, the higher one."""
-        found: dict[str, float] = {}
-        for token, value in zip(score.top_ids[: self._call.logprobs], score.top[: self._call.logprobs], strict=True):
-            found.setdefault(self._tokenizer.decode([int(token)]), float(value))
-        return found
-
-
-def usage(jobs: Sequence[Job]) -> dict[str, int]:
-    """Return token counts, each distinct prompt's once, and the iterations of the stack that the new tokens took."""
-    prompt = sum(len(tokens) for tokens in {job.request.tokens for job in jobs})
-    new = sum(len(job.answer.tokens) for job in jobs)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "iterations": sum(sum(job.answer.depths) for job in jobs),
-    }
