@@ -143,9 +143,13 @@ def _llama_rope(config: JsonObject, max_positions: int, where: str) -> Fields:
     if kind != "default":
         fields["rope_scale_global"] = positive_number(rope, "factor", None, here)
     if kind == "llama3":
-        defaults = (None, None, max_positions)
-        fields["rope_llama3"] = tuple(
-            positive_number(rope, *part, here) for part in zip(_LLAMA3, defaults, strict=True)
+        low, high, length = _LLAMA3
+        # Beside the scaling it goes before the one in it, as in transformers.
+        aside = config.get(length) is not None
+        fields["rope_llama3"] = (
+            positive_number(rope, low, None, here),
+            positive_number(rope, high, None, here),
+            positive_number(config if aside else rope, length, max_positions, where if aside else here),
         )
     return fields
 

@@ -107,6 +107,26 @@ def test_the_hubs_configs_are_the_presets_in_either_style(name):
     assert backbone_from_config(again) == PRESETS[name]
 
 
+@pytest.mark.parametrize("inside", [None, 4096])
+def test_the_original_length_beside_the_scaling_counts_as_in_transformers(inside, tmp_path):
+    """Before the one in it, and where there is none in it."""
+    transformers = pytest.importorskip("transformers")
+    scaling = {key: value for key, value in _LLAMA3.items() if key != "original_max_position_embeddings"}
+    if inside is not None:
+        scaling["original_max_position_embeddings"] = inside
+    config = {**HUB["llama-3.2-1b"], "rope_scaling": scaling, "original_max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs.standardize_rope_params()  # as its models do before they compute frequencies
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 2048
+    assert backbone_from_config(config).rope_llama3 == (1.0, 4.0, 2048)
+    assert backbone_from_config({**config, "original_max_position_embeddings": None}).rope_llama3[2] == (
+        inside or 131_072
+    )
+    with pytest.raises(InputError, match=r"config\.json: original_max_position_embeddings='a'"):
+        backbone_from_config({**config, "original_max_position_embeddings": "a"})
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_written_configs_are_read_back_by_us_and_by_transformers(name):
     config = json.loads(json.dumps(config_json(PRESETS[name], "bfloat16")))
