@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype
 INDEX = "model.safetensors.index.json"
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"]
 
+# RoPE's frequencies, which transformers saved before 4.32 and computes from config.json since.
+_FREQUENCIES = re.compile(r"(^|\.)rotary_emb(_local)?\.(original_)?inv_freq$")
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -129,7 +132,8 @@ def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable
     for key, name in (weight_map or {}).items():
         if key not in held[name]:
             raise InputError(f"{folder / INDEX} says that {name} holds {key}, but it does not")
-    found = [tensor for tensors in by_file.values() for tensor in tensors if ignore is None or not ignore(tensor.name)]
+    found = [tensor for tensors in by_file.values() for tensor in tensors if not _FREQUENCIES.search(tensor.name)]
+    found = [tensor for tensor in found if ignore is None or not ignore(tensor.name)]
     dtypes = {_FLOATS[tensor.dtype] for tensor in found if key_map.normalise(tensor.name)[0] is not None}
     return Source(
         kind="huggingface",

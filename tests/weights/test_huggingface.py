@@ -25,6 +25,7 @@ from sst_jax.weights.huggingface import (
     resolve_hub,
     write_folder,
 )
+from sst_jax.weights.references import NO_TOWER, vision_tensors
 from sst_jax.weights.source import digest, fill_base
 from tests.support import checkpoints
 
@@ -124,6 +125,22 @@ def test_float16_is_read_into_float32(tmp_path):
     assert source.dtype == "float32"
     embedding = fill_base(source, source.dtype)["embed"]["embedding"]
     np.testing.assert_array_equal(embedding, state["model.embed_tokens.weight"].astype(np.float32))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_frequencies_of_rope_are_computed_and_not_read(tmp_path, shards):
+    """transformers before 4.32 saved them, in float32; what they are saved as does not change the model's type."""
+    state, ones = checkpoints.random_state(), np.ones(4, np.float32)
+    names = ("layers.0.self_attn.rotary_emb", "rotary_emb", "rotary_emb_local")
+    buffers = {f"model.{name}.inv_freq": ones for name in names} | {"model.rotary_emb.original_inv_freq": ones}
+    old = open_folder(checkpoints.write_checkpoint(tmp_path / "old", {**state, **buffers}, shards=shards))
+    assert {tensor.name for tensor in old.tensors()} == set(state)
+    assert old.dtype == "bfloat16"
+    assert vision_tensors(old) == NO_TOWER
+    assert fill_base(old, "float32").keys() == {"embed", "final_norm", "layers"}
+    odd = checkpoints.write_checkpoint(tmp_path / "odd", {**state, "model.rotary_emb.scale": ones})
+    with pytest.raises(InputError, match=r"unknown key model\.rotary_emb\.scale"):
+        fill_base(open_folder(odd), "float32")
 
 
 def test_progress_counts_up_to_the_whole(tmp_path):
