@@ -324,9 +324,10 @@ class Model:
         facts = self.provenance.header_record()
         files = self.tokenizer.files()
         if vision and self.provenance.layout not in (None, "text"):
-            tower, config = vision_of(self.provenance)
-            if tower:
-                files, facts["vision_config"] = {**files, store.VISION: save(tower, {"format": "pt"})}, config
+            tower = vision_of(self.provenance)
+            if tower.tensors:
+                files = {**files, store.VISION: save(tower.tensors, {"format": "pt"}), **tower.files}
+                facts["vision_config"] = tower.config
         return store.save_base(directory, self.config.to_dict(), self.params, facts, files)
 
 

@@ -15,7 +15,7 @@ from sst_jax.types import Json
 from sst_jax.weights import calibrate, store
 from sst_jax.weights.conversion import Conversion
 from sst_jax.weights.provenance import Provenance
-from sst_jax.weights.references import vision_tensors
+from sst_jax.weights.references import NO_TOWER, vision_tensors
 from sst_jax.weights.source import Source
 
 
@@ -59,19 +59,19 @@ def convert_source(
     if options.calibrate is not None:
         texts = calibrate.read_texts(options.calibrate, tokenizer, options.calibrate_tokens)
     files = tokenizer.files()
-    tower, tower_config = ({}, {}) if options.text_only else vision_tensors(source)
-    if tower:
-        files[store.VISION] = save(tower, metadata={"format": "pt"})
-        del tower
+    tower = NO_TOWER if options.text_only else vision_tensors(source)
+    if tower.tensors:
+        files |= {store.VISION: save(tower.tensors, metadata={"format": "pt"}), **tower.files}
     known = Provenance(
         source.kind,
         location,
         layout=source.layout,
         quantize=options.quantize,
         calibration=texts.facts if texts else None,
-        vision_config=tower_config or None,
+        vision_config=tower.config or None,
         revision=revision,
     )
+    del tower
     # Hashing takes as long as converting and needs no more than a core: both at once.
     with ThreadPoolExecutor(1) as pool, bar(None, "converting", unit="tensor") as meter:
         identity = pool.submit(digest, source.files)

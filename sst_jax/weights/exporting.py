@@ -28,6 +28,7 @@ from sst_jax.weights.loading import LoadedModel, open_model
 from sst_jax.weights.lora import gap, merge
 from sst_jax.weights.originals import open_original, vision_of
 from sst_jax.weights.provenance import Provenance
+from sst_jax.weights.references import NO_TOWER
 
 FORMATS = ("sst", "merged", "adapter")
 Gaps = dict[str, float]  # relative distances of kernels, "all" among them
@@ -110,9 +111,9 @@ def _write_model(model: LoadedModel, base: Params, target: Path, options: Export
     sst = options.format == "sst"
     dtype = options.dtype or str(provenance.dtype)
     layout = options.layout or ("text" if options.text_only or sst else provenance.layout) or "text"
-    tensors, own_config = ({}, {}) if layout == "text" else vision_of(provenance)
+    tensors, own_config, processor = NO_TOWER if layout == "text" else vision_of(provenance)
     generation = tokenizer.generation_config()
-    files = tokenizer.export_files() | {GENERATION_CONFIG: json_bytes(generation)}
+    files = tokenizer.export_files() | processor | {GENERATION_CONFIG: json_bytes(generation)}
     files["README.md"] = _card(model, options, gaps).encode()
     if sst:
         files |= export_format.torch_files(config.backbone)

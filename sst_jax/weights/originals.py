@@ -5,7 +5,7 @@ from __future__ import annotations
 from sst_jax.errors import InputError
 from sst_jax.weights.loading import find, names_of
 from sst_jax.weights.provenance import BaseRecord, Origin, Provenance
-from sst_jax.weights.references import LoadedModel, RandomPreset, Reference, VisionTower
+from sst_jax.weights.references import NO_TOWER, LoadedModel, RandomPreset, Reference, VisionTower
 
 
 def open_original(provenance: Provenance, dtype: str, *, lazy: bool = False) -> LoadedModel:
@@ -46,5 +46,5 @@ def vision_of(provenance: Provenance) -> VisionTower:
     Raises: InputError where the base cannot be opened.
     """
     if provenance.path is None or provenance.kind not in ("base", "huggingface"):
-        return {}, {}
+        return NO_TOWER
     return _open_origin(provenance.identity).vision()

@@ -33,7 +33,24 @@ from sst_jax.weights import export_format, gguf, key_map, store
 from sst_jax.weights.provenance import Origin, Provenance
 from sst_jax.weights.source import DTYPES, Source, fill_base, lazy_base
 
-VisionTower = tuple[HostArrays, Json]  # its tensors, untouched, and config.json without the text part
+# What transformers needs of a multimodal folder beside the tokenizer's files: how pictures become its input.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+class VisionTower(NamedTuple):
+    """What a multimodal model has beside its text part; all of it is empty where there is none.
+
+    tensors  untouched, by key
+    config   config.json without the text part
+    files    PROCESSOR_FILES, those that there are
+    """
+
+    tensors: HostArrays
+    config: Json
+    files: dict[str, bytes]
+
+
+NO_TOWER = VisionTower({}, {}, {})
 
 
 class LoadedModel(NamedTuple):
@@ -75,7 +92,7 @@ class Reference(abc.ABC):
 
     def vision(self) -> VisionTower:
         """Return the vision tower; empty where there is none."""
-        return {}, {}
+        return NO_TOWER
 
     @abc.abstractmethod
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
@@ -241,9 +258,9 @@ class BaseFolder(Reference):
     def vision(self) -> VisionTower:
         file = self.path / store.VISION
         if not file.is_file():
-            return {}, {}
+            return NO_TOWER
         facts = Provenance.from_json(store.read_header(self.path)["facts"], str(self.path / store.HEADER))
-        return load_file(file), facts.vision_config or {}
+        return VisionTower(load_file(file), facts.vision_config or {}, processor_files(self.path))
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         stacks = store.open_stacks(self.path) if lazy else None
@@ -304,7 +321,14 @@ def _from_source(source: Source, dtype: str, location: str, quantize: str, lazy:
 def vision_tensors(source: Source) -> VisionTower:
     """Return the vision tower of a source; empty where there is none."""
     if source.kind != "huggingface":
-        return {}, {}
+        return NO_TOWER
     towers = [tensor for tensor in source.tensors() if key_map.normalise(tensor.name)[0] is None]
+    if not towers:
+        return NO_TOWER
     config = {key: value for key, value in source.metadata.items() if key != "text_config"}
-    return {tensor.name: tensor.read() for tensor in towers}, config if towers else {}
+    return VisionTower({tensor.name: tensor.read() for tensor in towers}, config, processor_files(source.path))
+
+
+def processor_files(folder: Path) -> dict[str, bytes]:
+    """Return those of PROCESSOR_FILES that a folder holds, by name."""
+    return {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).is_file()}

@@ -154,10 +154,21 @@ def test_the_vision_tower_goes_through_untouched_or_not_at_all(tmp_path, text_on
     source = checkpoints.write_checkpoint(tmp_path / "source", {**state, **tower}, BACKBONE, config)
     for name, content in ByteTokenizer().files().items():
         (source / name).write_bytes(content)
+    # How pictures become its input goes where the tower goes.
+    processors = {"preprocessor_config.json": b'{"size": 28}', "processor_config.json": b'{"image_seq_length": 1}'}
+    for name, content in processors.items():
+        (source / name).write_bytes(content)
     flags = ["--text-only"] if text_only else []
     assert run(convert.main, ["--from", str(source), "--to", str(tmp_path / "base"), *flags]) == 0
     out = ["--to", str(tmp_path / "out"), "--format", "merged", *flags]
     assert run(export.main, ["--from", str(tmp_path / "base"), *out]) == 0
+    assert (
+        run(export.main, ["--from", str(source), "--to", str(tmp_path / "straight"), "--format", "merged", *flags]) == 0
+    )
+    for name, content in processors.items():
+        for folder in ("out", "straight"):
+            file = tmp_path / folder / name
+            assert not file.exists() if text_only else file.read_bytes() == content
     written = load_file(tmp_path / "out" / "model.safetensors")
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
     if text_only:

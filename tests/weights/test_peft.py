@@ -332,6 +332,7 @@ def test_a_multimodal_base_keeps_its_tower_through_every_copy(tmp_path):
     """Saved, converted from what was saved, and exported again: the tower and its type are the first one's."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     multimodal(transformers, torch, tmp_path)
+    (tmp_path / "base" / "preprocessor_config.json").write_text("{}")
     trained_on(sst_jax.load(tmp_path / "base")).save(tmp_path / "saved")
     assert run(convert.main, ["--from", str(tmp_path / "saved"), "--to", str(tmp_path / "copy")]) == 0
     arguments = ["--from", str(tmp_path / "copy"), "--to", str(tmp_path / "out"), "--format", "merged"]
@@ -341,6 +342,7 @@ def test_a_multimodal_base_keeps_its_tower_through_every_copy(tmp_path):
     tower = {name: part for name, part in given.items() if "vision" in name}
     assert tower
     assert all(np.array_equal(written[name], part) for name, part in tower.items())
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vision_config"]["image_size"] == 28
     assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {"bfloat16"}
