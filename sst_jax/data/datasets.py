@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from sst_jax.data import grading, tracking
+from sst_jax.data.documents import Document, Item, Problem, result_only
 from sst_jax.data.formats import ROW_FORMATS, read_row
 from sst_jax.data.grading import Grading
-from sst_jax.data.problems import Item, Problem, WordProblems, result_only
+from sst_jax.data.problems import WordProblems
 from sst_jax.data.records import Record, read_csv, read_hub, read_jsonl
 from sst_jax.errors import InputError
 
@@ -33,6 +34,7 @@ RESULT = "result"  # behind a data set's name: "gsm8k:result" is `result_only` o
 TRAINED = 4096  # generated problems in training, unless a limit says otherwise
 TESTED = 500  # generated problems in a test
 DRAWN = 10 * TESTED  # problems drawn for as many different ones
+GSM8K_HUB, GSM8K_TRAIN = "openai/gsm8k", "train.jsonl"
 SHORT = 12  # tokens for an answer that is a word or a number
 
 
@@ -44,7 +46,7 @@ class Source(Protocol):
     def trains(self) -> bool:
         """Whether it has problems to train on."""
 
-    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Document], Sequence[Document]]:
         """Return (training, held-out) problems, drawn apart by `seed`.
 
         Args:
@@ -86,7 +88,7 @@ class Files:
     def trains(self) -> bool:
         return "train" in self.splits
 
-    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Document], Sequence[Document]]:
         problems = self.problems("train", path, "data.path")
         if len(problems) <= heldout:
             raise InputError(
@@ -99,7 +101,7 @@ class Files:
     def test(self, path: str | None) -> list[Item]:
         return self.read("test", path, "--data")
 
-    def problems(self, split: str, path: str | None, setting: str) -> list[Problem]:
+    def problems(self, split: str, path: str | None, setting: str) -> list[Document]:
         """Return the problems of a split, as `read` does."""
         return [item.problem for item in self.read(split, path, setting)]
 
@@ -162,7 +164,7 @@ class Generated:
     distinct: bool = True
     trains: bool = dataclasses.field(default=True, init=False)
 
-    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Document], Sequence[Document]]:
         return self.make("train", limit or TRAINED, seed), self.make(self.heldout, heldout, seed)
 
     def test(self, path: str | None) -> list[Item]:
@@ -170,7 +172,7 @@ class Generated:
             raise InputError(f"--data {path}: the task {self.name} is generated and takes no data")
         if not self.distinct:
             return [Item(problem) for problem in self.make("test", TESTED, 0)]
-        found: dict[str, Problem] = {}
+        found: dict[str, Document] = {}
         for problem in self.make("test", DRAWN, 0):
             found.setdefault(problem.question, problem)
             if len(found) == TESTED:
@@ -188,7 +190,7 @@ class ResultOnly:
     def trains(self) -> bool:
         return self.whole.trains
 
-    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    def training(self, path: str, heldout: int, limit: int, seed: int) -> tuple[Sequence[Document], Sequence[Document]]:
         training, held = self.whole.training(path, heldout, limit, seed)
         return result_only(training), result_only(held)
 
@@ -213,6 +215,12 @@ class Dataset:
     max_new_tokens: int = 512
     worked: bool = False
     option: Callable[[Dataset, str], Dataset | None] | None = None
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether its problems are made and never read."""
+        whole = self.source.whole if isinstance(self.source, ResultOnly) else self.source
+        return isinstance(whole, Generated)
 
 
 def result_alone(dataset: Dataset, option: str) -> Dataset | None:
@@ -242,8 +250,8 @@ GSM8K = Dataset(
     Files(
         "gsm8k",
         format="gsm8k",
-        hub=("openai/gsm8k", "main"),
-        splits={"train": Split(("train.jsonl",), "train"), "test": Split(("test.jsonl",), "test")},
+        hub=(GSM8K_HUB, "main"),
+        splits={"train": Split((GSM8K_TRAIN,), "train"), "test": Split(("test.jsonl",), "test")},
     ),
     grading.NUMBER,
     worked=True,

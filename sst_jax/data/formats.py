@@ -1,15 +1,19 @@
 """What one row of a file is: one registry of row formats, for training, evaluation and calibration.
 
-text             text
-question_answer  question, answer
-instruction      instruction, output, and an input that may be missing or empty
-gsm8k            question, answer: a worked solution, then "####" and the result
-math             problem, answer: a formula
-gpqa             Question, Correct Answer, Incorrect Answer 1, 2 and 3
-arc              question, choices (the lists text and label), answerKey
+messages           messages: a list of {"role", "content"}, contents as text or text parts
+sharegpt           conversations: a list of {"from", "value"}
+prompt_completion  prompt, completion: texts, or lists of messages
+instruction        instruction, output, and an input that may be missing or empty
+question_answer    question, answer
+text               text
+gsm8k              question, answer: a worked solution, then "####" and the result
+math               problem, answer: a formula
+gpqa               Question, Correct Answer, Incorrect Answer 1, 2 and 3
+arc                question, choices (the lists text and label), answerKey
 
-A format is the keys that its rows have and a function that makes an item of a row. A new one is that function and an
-entry of `ROW_FORMATS`; keys beyond those it wants are ignored. See docs/adding-a-dataset.md.
+The first five are the conventions of TRL, Axolotl and the hub. A format is the keys that its rows have and a function
+that makes an item of a row. A new one is that function and an entry of `ROW_FORMATS`; keys beyond those it wants are
+ignored. See docs/adding-a-dataset.md.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from sst_jax.data.problems import Item, Problem
+from sst_jax.data.documents import Conversation, Item, Message, Pair, Problem
 from sst_jax.data.records import Record
 from sst_jax.errors import InputError
 
 LETTERS = "ABCDEFGHIJ"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "function_response": "tool"}
 SHOWN = 12  # keys of a row that a message names
 
 
@@ -76,15 +82,15 @@ def read_row(format: Format, record: Record, source: str) -> Item:
     return format.item(Row(fields, record.where, source, record.place))
 
 
-def recognise(record: Record) -> Format:
-    """Return the first format of ROW_FORMATS whose keys a record has.
+def recognise(record: Record) -> str:
+    """Return the first format of ROW_FORMATS whose keys a record has, by its name.
 
     Raises: InputError naming the file, the line, the keys seen and those of every format.
     """
     fields = fields_of(record)
-    for format in ROW_FORMATS.values():
+    for name, format in ROW_FORMATS.items():
         if all(key in fields for key in format.keys):
-            return format
+            return name
     known = "; or ".join(dict.fromkeys(shown(format.keys) for format in ROW_FORMATS.values()))
     raise InputError(f"{record.where}: the row has {shown(fields)}, and needs {known}")
 
@@ -112,7 +118,7 @@ def text(row: Row) -> Item:
 
 def question_answer(row: Row) -> Item:
     """Read a question and its answer, which is not looked into."""
-    return Item(Problem(row.id(), row.string("question").strip(), "", row.string("answer").strip()))
+    return Item(Problem(row.id(), row.text("question"), "", row.text("answer")))
 
 
 def instruction(row: Row) -> Item:
@@ -121,6 +127,76 @@ def instruction(row: Row) -> Item:
     if row.fields.get("input") is not None:
         asked = f"{asked}\n\n{row.string('input').strip()}".strip()
     return Item(Problem(row.id(), asked, "", row.text("output")))
+
+
+def prompt_completion(row: Row) -> Item:
+    """Read a prompt and its completion, word for word; where both are messages, the start and the end of a talk."""
+    prompt, completion = row.fields["prompt"], row.fields["completion"]
+    if isinstance(prompt, str) or isinstance(completion, str):
+        if not row.string("completion"):
+            raise InputError(f"{row.where}: field 'completion' is empty")
+        return Item(Pair(row.id(), row.string("prompt"), row.string("completion")))
+    asked, answered = read_messages(row, "prompt"), read_messages(row, "completion")
+    return Item(_conversation(row, (*asked, *answered), len(asked)))
+
+
+def messages(row: Row) -> Item:
+    """Read a conversation; all of its answers are there to be learned."""
+    return Item(_conversation(row, read_messages(row, "messages"), 0))
+
+
+def sharegpt(row: Row) -> Item:
+    """Read a conversation in ShareGPT's form."""
+    turns = row.fields["conversations"]
+    if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise InputError(f"{row.where}: field 'conversations' is not a list of objects")
+    spoken = [
+        {"role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        if "from" in turn
+        else turn
+        for turn in turns
+    ]
+    renamed = row._replace(fields={"conversations": spoken})
+    return Item(_conversation(row, read_messages(renamed, "conversations"), 0))
+
+
+def read_messages(row: Row, key: str) -> tuple[Message, ...]:
+    """Return the messages of a field, their contents as text: text parts are put together.
+
+    Raises: InputError naming the message where it is none, or holds something other than text.
+    """
+    value = row.fields[key]
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise InputError(f"{row.where}: field {key!r} is not a list of messages")
+    return tuple(_message(message, f"{row.where}: {key}[{at}]") for at, message in enumerate(value))
+
+
+def _message(message: object, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is not an object with 'role' and 'content'")
+    if message.get("role") not in ROLES:
+        raise InputError(f"{where} has the role {str(message.get('role'))[:40]!r}, which is none of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(f"{where} has a part that is not text")
+        content = "".join(str(part) for part in parts)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise InputError(f"{where} has no text as its 'content'")
+    # Parquet gives every message the fields of all, with None where it has none.
+    return {**{field: value for field, value in message.items() if value is not None}, "content": content}
+
+
+def _conversation(row: Row, messages: tuple[Message, ...], given: int) -> Conversation:
+    answers = [message for message in messages[given:] if message["role"] == "assistant"]
+    if not answers:
+        raise InputError(f"{row.where}: no message {'of the completion ' if given else ''}is from 'assistant'")
+    if row.fields.get("tools"):
+        raise InputError(f"{row.where}: field 'tools' is not supported: write them into a system message")
+    return Conversation(row.id(), messages, given, str(answers[-1]["content"]))
 
 
 def gsm8k(row: Row) -> Item:
@@ -146,7 +222,7 @@ def gpqa(row: Row) -> Item:
     question = row.text("Question")
     choices = [row.text(name) for name in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
     order = frozen_order(question, choices)
-    return _multiple_choice(row.id("Record ID"), question, [choices[i] for i in order], order.index(0), order)
+    return multiple_choice(row.id("Record ID"), question, [choices[i] for i in order], order.index(0), order)
 
 
 def arc(row: Row) -> Item:
@@ -157,7 +233,7 @@ def arc(row: Row) -> Item:
         raise InputError(f"{row.where}: field 'choices' must hold the lists 'text' (of texts) and 'label'")
     if not isinstance(question, str) or key not in labels or len(texts) != len(labels) or len(texts) > len(LETTERS):
         raise InputError(f"{row.where}: needs a question, as many labels as choices, and an answerKey among the labels")
-    return _multiple_choice(row.id("id"), question, texts, labels.index(key), tuple(range(len(texts))))
+    return multiple_choice(row.id("id"), question, texts, labels.index(key), tuple(range(len(texts))))
 
 
 def frozen_order(question: str, choices: Sequence[str]) -> tuple[int, ...]:
@@ -166,7 +242,16 @@ def frozen_order(question: str, choices: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(range(len(choices)), key=lambda index: (keys[index], index)))
 
 
-def _multiple_choice(identity: str, question: str, choices: Sequence[str], right: int, order: tuple[int, ...]) -> Item:
+def multiple_choice(identity: str, question: str, choices: Sequence[str], right: int, order: tuple[int, ...]) -> Item:
+    """Return the item of a question whose choices are shown by letter.
+
+    Args:
+        identity: of the item.
+        question: what is asked.
+        choices: as they are shown.
+        right: place of the right one.
+        order: the place in the data that each shown choice comes from.
+    """
     lines = [f"({name}) {choice.strip()}" for name, choice in zip(LETTERS, choices, strict=False)]
     asked = (
         "\n".join([question.strip(), *lines])
@@ -177,9 +262,12 @@ def _multiple_choice(identity: str, question: str, choices: Sequence[str], right
 
 # Where rows may be of any format, the first whose keys they have is taken.
 ROW_FORMATS = {
-    "text": Format(("text",), text),
-    "question_answer": Format(("question", "answer"), question_answer),
+    "messages": Format(("messages",), messages),
+    "sharegpt": Format(("conversations",), sharegpt),
+    "prompt_completion": Format(("prompt", "completion"), prompt_completion),
     "instruction": Format(("instruction", "output"), instruction),
+    "question_answer": Format(("question", "answer"), question_answer),
+    "text": Format(("text",), text),
     "gsm8k": Format(("question", "answer"), gsm8k),
     "math": Format(("problem", "answer"), math),
     "gpqa": Format(

@@ -16,7 +16,7 @@ import grain
 import grain.experimental
 import numpy as np
 
-from sst_jax.data.problems import Problem
+from sst_jax.data.documents import Document
 from sst_jax.data.prompts import Example, render
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
@@ -47,16 +47,28 @@ class Layout:
 
 
 def prepare(
-    problems: Iterable[Problem], tokenizer: Tokenizer, length: int, format: str = "plain", overlong: str = "error"
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    length: int,
+    format: str = "plain",
+    overlong: str = "error",
+    learn: str = "assistant",
 ) -> list[Example]:
-    """Tokenise every problem once and check it against the sequence length, before training begins.
+    """Tokenise every document once and check it against the sequence length, before training begins.
 
-    overlong: "error" raises; "drop" leaves examples of more than `length` tokens out and logs how many.
+    Args:
+        documents: what is learned from.
+        tokenizer: of the model.
+        length: positions of a row.
+        format: "plain" or "chat".
+        overlong: "error" raises; "drop" leaves examples of more than `length` tokens out and logs how many.
+        learn: as `prompts.render` takes it.
+
     Raises: InputError naming an over-long example and the length needed, or when no example is left.
     """
     if overlong not in ("error", "drop"):
         raise InputError(f"data.overlong={overlong!r} is not one of 'error', 'drop'")
-    examples = [render(problem, tokenizer, format) for problem in problems]
+    examples = [render(document, tokenizer, format, learn) for document in documents]
     if not examples:
         raise InputError("the dataset is empty")
     kept = [example for example in examples if len(example.tokens) <= length]
@@ -101,15 +113,43 @@ def rows(
 
     Raises: InputError for no examples, an example longer than the layout's rows, or a bad count.
     """
-    length, batch_size = layout.length, layout.batch_size
     _check_positive(epochs=epochs, shard_count=shard_count)
     if not 0 <= shard_index < shard_count:
         raise InputError(f"data.shard_index={shard_index} must be in [0, shard_count={shard_count})")
     if len(examples) < shard_count:
         raise InputError(f"a dataset of {len(examples)} examples cannot feed {shard_count} shard(s)")
-    _check_lengths(examples, length)
-
+    _check_lengths(examples, layout.length)
     documents = grain.MapDataset.source(examples).seed(seed).shuffle()[shard_index::shard_count].repeat(epochs)
+    return _batches(documents, layout, seed)
+
+
+def mixed_rows(
+    sources: Sequence[Sequence[Example]], weights: Sequence[float], layout: Layout, *, seed: int = 0
+) -> grain.DatasetIterator[Batch]:
+    """Return `rows` without end of several sources, drawn from by weight whatever their sizes.
+
+    Args:
+        sources: documents; each source is reshuffled whenever it has been gone through.
+        weights: of the sources; their proportions count.
+        layout: of the batches.
+        seed: alone decides the order.
+
+    Raises: InputError for a source without examples, or an example longer than the layout's rows.
+    """
+    for examples in sources:
+        if not examples:
+            raise InputError("a source of the mixture is empty")
+        _check_lengths(examples, layout.length)
+    each = [
+        grain.MapDataset.source(examples).seed(seed + number).shuffle().repeat(None)
+        for number, examples in enumerate(sources)
+    ]
+    return _batches(grain.MapDataset.mix(each, weights), layout, seed)
+
+
+def _batches(documents: grain.MapDataset, layout: Layout, seed: int) -> grain.DatasetIterator[Batch]:
+    """Return batches of rows that hold the documents in their order."""
+    length, batch_size = layout.length, layout.batch_size
     # All examples are in memory: threads that read ahead would only add cost.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if layout.pack:

@@ -1,4 +1,4 @@
-"""Problems, and word problems from an embedded generator.
+"""Word problems from an embedded generator.
 
 Generated problems are held out twice: the test split has story templates of its own, and numbers whose sum falls in a
 residue class (mod 5) that the training split never uses, so no tuple of numbers is shared. The validation split keeps
@@ -9,42 +9,11 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
+from sst_jax.data.documents import Problem
 from sst_jax.errors import InputError
-
-
-class Problem(NamedTuple):
-    """`question` is "" where nothing is asked; `answer` the worked solution without calculator marks and result line,
-    or "" where only the result is to be written; `result` the number, without commas, the word, or the whole answer.
-    """
-
-    id: str
-    question: str
-    answer: str
-    result: str
-
-
-class Item(NamedTuple):
-    """A problem as it is asked. `order`: for choices, the place in the data that each shown choice comes from."""
-
-    problem: Problem
-    order: tuple[int, ...] = ()
-
-    @property
-    def id(self) -> str:
-        return self.problem.id
-
-    def chance(self, otherwise: float) -> float:
-        """Return the chance that a random answer is right: 1 / choices, or `otherwise` where there are none."""
-        return 1.0 / len(self.order) if self.order else otherwise
-
-
-def result_only(problems: Iterable[Problem]) -> list[Problem]:
-    """Return the same problems without their intermediate steps."""
-    return [problem._replace(answer="") for problem in problems]
-
 
 # -------------------------------------------------------------------------------------------------------- Generated
 

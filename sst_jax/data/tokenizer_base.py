@@ -158,12 +158,33 @@ class Tokenizer(abc.ABC):
 
     @property
     def turn_end_id(self) -> int:
-        """What ends a turn of a chat: a piece made for it, or what ends a text.
+        """What ends a turn of a chat: what the template ends it with, else a piece made for it, else EOS.
 
         Raises: InputError as `check_ids`.
         """
-        found = next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), self._eos_id)
-        return self.check_ids([found])[0]
+        try:
+            return self.turn_end[0][-1]
+        except InputError:  # no template
+            found = next((index for piece in TURN_ENDS if (index := self.piece_id(piece)) is not None), self._eos_id)
+            return self.check_ids([found])[0]
+
+    @property
+    def turn_end(self) -> tuple[list[int], list[int]]:
+        """What ends an assistant's turn, and what the template writes behind it.
+
+        Where the template writes nothing that could stop a generation, EOS ends the turn.
+
+        Raises: InputError as `chat`.
+        """
+        special = set(self.specials.values())
+        tail = self.turn_tail
+        first = next((at for at, index in enumerate(tail) if index in special), None)
+        return ([self.eos_id], []) if first is None else (tail[: first + 1], tail[first + 1 :])
+
+    @property
+    def turn_tail(self) -> list[int]:
+        """What the template writes behind an assistant's words."""
+        return list(_turn_tail(self, self.template))
 
     def decode_next(self, ids: Sequence[int], preceded: bool) -> str:
         """Return the text that ids add to one, with the space that `decode` takes off the first word of a text.
@@ -197,7 +218,11 @@ class Tokenizer(abc.ABC):
     @property
     def _own_stop_ids(self) -> frozenset[int]:
         ends = (self.piece_id(piece) for piece in (*TURN_ENDS, *TEXT_ENDS))
-        return frozenset({self._eos_id, *(index for index in ends if index is not None)})
+        try:
+            own = self.turn_end[0]
+        except InputError:  # no template, or one of another vocabulary
+            own = []
+        return frozenset({self._eos_id, *own[-1:], *(index for index in ends if index is not None)})
 
     def generation_config(self) -> Json:
         """Return generation_config.json for an export: the folder's own, with all of `stop_ids`."""
@@ -335,3 +360,13 @@ class Tokenizer(abc.ABC):
     @functools.cached_property
     def _marked_pattern(self) -> re.Pattern[str]:
         return chat_template.any_of(piece[0] + MARK + piece[1:] for piece in self.specials)
+
+
+ANSWERED = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@functools.lru_cache(maxsize=16)
+def _turn_tail(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
+    """Return `Tokenizer.turn_tail`; `template` is the tokenizer's, which may be given another one."""
+    whole, word = tokenizer.chat(ANSWERED, add_generation_prompt=False), tokenizer.encode_text("b")[-1]
+    return tuple(whole[len(whole) - whole[::-1].index(word) :]) if word in whole else ()

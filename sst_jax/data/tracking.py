@@ -20,7 +20,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sst_jax.data.problems import RESIDUES, SPLITS, Problem
+from sst_jax.data.documents import Problem
+from sst_jax.data.problems import RESIDUES, SPLITS
 from sst_jax.errors import InputError
 
 STEPS = (1, 4)

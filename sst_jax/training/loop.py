@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 
 from sst_jax.console.progress import bar, print_line
 from sst_jax.data import loader
-from sst_jax.data.problems import Problem
 from sst_jax.data.prompts import Example
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.inference.model import Model, count
@@ -38,7 +37,7 @@ from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
 from sst_jax.training.identity import data_record
 from sst_jax.training.optimizer import make_optimizer
-from sst_jax.training.problems import split_problems
+from sst_jax.training.problems import Split, prepare_split, split_problems
 from sst_jax.training.progress import Clock, Progress
 from sst_jax.training.recipe import Recipe, read_recipe, resolve, with_attention_kernel
 from sst_jax.training.report import RunResult, write_report, write_samples
@@ -68,9 +67,21 @@ class Inputs(NamedTuple):
     record: Json  # the recipe as it is recorded
     config: ModelConfig
     opened: LoadedModel
-    examples: list[Example]
+    sources: list[list[Example]]  # one, or as many as data.weights
     heldout: list[Example]
-    sample: Problem  # the held-out problem that is answered at the end
+    split: Split
+
+    @property
+    def examples(self) -> list[Example]:
+        """What is trained on, of all sources."""
+        return [example for examples in self.sources for example in examples]
+
+    def rows(self) -> grain.DatasetIterator:
+        """Return an iterator over the batches that are trained on."""
+        seed, weights = self.recipe.train.seed, self.recipe.data.weights
+        if weights:
+            return loader.mixed_rows(self.sources, weights, layout(self), seed=seed)
+        return loader.rows(self.sources[0], layout(self), seed=seed)
 
 
 @dataclasses.dataclass
@@ -181,7 +192,7 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
     check_recipe(workdir, recipe.to_json())
     if base is not None and not (workdir / "config.json").is_file():
         raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
-    problems, heldout_problems = split_problems(data, recipe.train.seed)
+    split = split_problems(data, recipe.train.seed)
     source = str(base or recipe.model.source)
     opened = open_model(source, recipe.model.dtype, recipe.model.quantize)
     backbone, tokenizer = opened.config.backbone, opened.tokenizer
@@ -199,9 +210,8 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
         recipe.to_json(),
         config,
         opened,
-        loader.prepare(problems, tokenizer, data.length, data.format, data.overlong),
-        loader.prepare(heldout_problems, tokenizer, data.length, data.format, data.overlong),
-        heldout_problems[0],
+        *prepare_split(split, data, tokenizer),
+        split,
     )
 
 
@@ -228,7 +238,7 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = 
         optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
         # Placed as a restored state is, or a resumed run would compile its step anew.
         state = sharding.device_put_sharded(init_state(fresh, optimizer))
-        iterator = loader.rows(inputs.examples, layout(inputs), seed=recipe.train.seed)
+        iterator = inputs.rows()
         checkpoints, progress = Checkpoints(workdir, recipe.train.keep), Progress()
         if step := checkpoints.latest_good() or 0:
             state, saved = restore_state(checkpoints, step, state, iterator, recipe.optimizer.accumulate)
@@ -271,12 +281,14 @@ def begin(run: Run, programs: Programs) -> None:
     Raises: InputError where that is not finite.
     """
     recipe, config, progress = run.inputs.recipe, run.inputs.config, run.progress
+    for seen in run.inputs.split.seen:
+        print_line(seen)
     trainable = run.state.trainable
     print_line(
         f"{Path(recipe.model.source).name}: {config.backbone.num_params / 1e6:,.0f}M frozen parameters, training "
         f"{count(trainable['adapter']):,} of LoRA and {count(trainable['blend']):,} of the stream "
         f"({recipe.forward.forward}, {recipe.model.dtype}) on {len(run.inputs.examples):,} examples of "
-        f"{recipe.data.dataset}; {len(run.inputs.heldout)} held out"
+        f"{run.inputs.split.name}; {len(run.inputs.heldout)} held out"
         + (f"; resuming at step {progress.step}" if progress.step else "")
     )
     if progress.step:
@@ -386,7 +398,7 @@ def finish(run: Run) -> RunResult:
         heldout_after=losses[progress.step],
         skipped=progress.skipped,
         seconds=progress.seconds,
-        samples=write_samples(model, inputs.sample, recipe.data.format, recipe.train.sample_tokens),
+        samples=write_samples(model, inputs.split.heldout[0], recipe.data.format, recipe.train.sample_tokens),
     )
     if is_primary():
         result = write_report(result, run.folder.path, inputs.config)

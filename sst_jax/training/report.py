@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import print_line
-from sst_jax.data.problems import Problem
-from sst_jax.data.prompts import prompt_tokens
+from sst_jax.data.documents import Document
+from sst_jax.data.prompts import asked_tokens
 from sst_jax.inference.model import Model
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.figures import learning_curve
@@ -59,10 +59,10 @@ class RunResult:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-def write_samples(model: Model, problem: Problem, format: str, tokens: int) -> list[Sample]:
+def write_samples(model: Model, problem: Document, format: str, tokens: int) -> list[Sample]:
     """Return the model's answers of at most `tokens` tokens to a problem, at depths 1 and 4 where it has a stream."""
     depths = [1, 4] if model.config.stream else [1]
-    prompt = prompt_tokens(problem.question, model.tokenizer, format)
+    prompt = asked_tokens(problem, model.tokenizer, format)
     answers = model.generate([prompt] * len(depths), depth=depths, max_new_tokens=tokens)
     return [Sample(problem.question, problem.result, answer.depth, answer.text) for answer in answers]
 

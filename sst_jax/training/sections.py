@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 from sst_jax.data import datasets
-from sst_jax.data.prompts import FORMATS
+from sst_jax.data.formats import ROW_FORMATS
+from sst_jax.data.prompts import FORMATS, LEARN
 from sst_jax.errors import InputError
 from sst_jax.model import rules
 from sst_jax.model.config import StreamConfig, from_mapping
@@ -18,6 +19,8 @@ from sst_jax.training.step import ForwardConfig, ForwardSchedule
 from sst_jax.types import Json
 
 DTYPES = ("float32", "bfloat16")
+DEFAULT_PATH = datasets.GSM8K_HUB
+OWN_FORMATS = tuple(name for name in ROW_FORMATS if name not in datasets.DATASETS)
 
 
 def field_defaults(section: type) -> Json:
@@ -95,46 +98,101 @@ class StreamSection:
 class DataConfig:
     """Section `data`: what is learned, and how it is put into rows.
 
-    name        a data set of `data/datasets.py` that has problems to train on, such as "gsm8k", "words" (the embedded
-                word problems) or the stories "boxes:1-4"; or "auto" (gsm8k where a path is given, else words). With
-                ":result" behind gsm8k, words and auto only the result is learned, without the steps.
-    path        a folder with the data set's files, or a hub id
-    length      positions of a row
-    batch_size  rows of a batch
-    pack        whether a row holds several documents
-    format      "plain" or "chat"
-    heldout     examples kept out of training by seed, for the loss before, during and after; of GSM8K they come from
-                the training split, the test split is never read here
-    limit       use at most so many training examples (0: all)
-    overlong    what an example that does not fit a row is: an "error", or left out ("drop")
+    name           a data set of `data/datasets.py` that has problems to train on, such as "gsm8k", "words" (the
+                   embedded word problems) or the stories "boxes:1-4"; or how the rows at `path` are written, a key of
+                   `data/formats.py` such as "messages"; or "auto": what is found there, and without a path words. With
+                   ":result" behind gsm8k, words and auto only the result is learned, without the steps.
+    path           a file (.jsonl, .json, .csv, .parquet), a folder of files, a hub id, or several separated by commas;
+                   for a named data set a folder with its files, or a hub id
+    config         configuration of a hub set ("": the only one)
+    split          of a hub set or a folder, which is trained on
+    columns        other names of keys: "prompt=ask,completion=reply"
+    weights        how often each path is drawn from, beside the others; (): as often as it has rows
+    learn          what of a document is learned: "assistant" (all that the model is to write: completions, answers, a
+                   conversation's assistant turns, whole texts), "last" (of conversations the last such turn alone), or
+                   "all" tokens
+    length         positions of a row
+    batch_size     rows of a batch
+    pack           whether a row holds several documents
+    format         how questions, and prompts without messages, are asked: "plain" or as a "chat"
+    heldout        examples kept out of training by seed, for the loss before, during and after; of GSM8K they come
+                   from the training split, the test split is never read here; of one's own rows at most a tenth
+    heldout_share  the part of one's own rows that is held out; 0: `heldout` says how many
+    heldout_path   one's own held-out rows, a file, a folder or a hub id: then none are taken from `path`
+    limit          use at most so many training examples (0: all)
+    overlong       what an example that does not fit a row is: an "error", or left out ("drop")
     """
 
     name: str = "gsm8k"
-    path: str = "openai/gsm8k"
+    path: str = DEFAULT_PATH
+    config: str = ""
+    split: str = "train"
+    columns: str = ""
+    weights: tuple[float, ...] = ()
+    learn: str = "assistant"
     length: int = 512
     batch_size: int = 8
     pack: bool = True
     format: str = "chat"
     heldout: int = 894
+    heldout_share: float = 0.0
+    heldout_path: str = ""
     limit: int = 0
     overlong: str = "error"
 
     def __post_init__(self) -> None:
         dataset = datasets.find(self.dataset)
-        if dataset is None or not dataset.source.trains:
-            known = ", ".join(map(repr, ("auto", *datasets.names(lambda dataset: dataset.source.trains))))
+        if self.is_own:
+            if not self.path:
+                raise InputError(f"data.name={self.name!r} needs data.path: a file, a folder or a hub id")
+        elif dataset is None or not dataset.source.trains:
+            trains = datasets.names(lambda dataset: dataset.source.trains)
+            known = ", ".join(map(repr, ("auto", *trains, *OWN_FORMATS)))
             raise InputError(f"data.name={self.name!r} is not one of {known}")
+        if not self.is_auto:
+            self._check_used(dataset)
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
         if self.limit < 0:
             raise InputError(f"data.limit={self.limit} must not be negative; 0 is all")
-        if self.format not in FORMATS:
-            raise InputError(f"data.format={self.format!r} is not one of {', '.join(map(repr, FORMATS))}")
+        if not 0.0 <= self.heldout_share < 1.0:
+            raise InputError(f"data.heldout_share={self.heldout_share} must be at least 0 and below 1")
+        if any(weight <= 0 for weight in self.weights):
+            raise InputError(f"data.weights={self.weights} must be positive")
+        for field, values in (("format", FORMATS), ("learn", LEARN)):
+            if getattr(self, field) not in values:
+                raise InputError(f"data.{field}={getattr(self, field)!r} is not one of {', '.join(map(repr, values))}")
+
+    def _check_used(self, dataset: datasets.Dataset | None) -> None:
+        """Raise InputError where a knob is set that this data set never reads."""
+        if isinstance(dataset, datasets.Dataset) and dataset.is_generated and self.path not in ("", DEFAULT_PATH):
+            raise InputError(
+                f"data.path={self.path} is not read: data.name={self.name!r} is generated. To train on what is there, "
+                "set data.name=auto"
+            )
+        if not self.is_own:
+            defaults = field_defaults(DataConfig)
+            for field in ("config", "columns", "weights", "heldout_share", "heldout_path"):
+                if getattr(self, field) != defaults[field]:
+                    raise InputError(
+                        f"data.{field}={getattr(self, field)!r} is for rows of one's own, and not read with "
+                        f"data.name={self.name!r}: set data.name=auto"
+                    )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether what lies at `path` says what it is."""
+        return self.name.partition(":")[0] == "auto" and bool(self.path)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `name` says how rows of one's own are written."""
+        return self.name in OWN_FORMATS
 
     @property
     def dataset(self) -> str:
-        """`name`, with "auto" decided."""
+        """`name`, with "auto" decided as far as it can be without reading."""
         kind, colon, part = self.name.partition(":")
         return ("gsm8k" if self.path else "words") + colon + part if kind == "auto" else self.name
 

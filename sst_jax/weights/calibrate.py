@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.data.formats import read_row, recognise
+from sst_jax.data.formats import ROW_FORMATS, read_row, recognise
 from sst_jax.data.prompts import whole_text
 from sst_jax.data.records import read_jsonl
 from sst_jax.data.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def _texts(file: Path) -> Iterator[str]:
             raise InputError(f"--calibrate {file} cannot be read: {error}") from None
         return
     for record in read_jsonl(file):
-        yield whole_text(read_row(recognise(record), record, file.name).problem)
+        yield whole_text(read_row(ROW_FORMATS[recognise(record)], record, file.name).problem)
 
 
 class _KeepingInputs:

@@ -10,7 +10,7 @@ import regex
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sst_jax.data.problems import Problem
+from sst_jax.data.documents import Problem
 from sst_jax.data.prompts import render
 from sst_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from sst_jax.data.vocabulary import SPLITTINGS

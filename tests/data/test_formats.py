@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sst_jax.data.datasets import DATASETS, Files, find, names
+from sst_jax.data.documents import Conversation, Item, Pair, Problem
 from sst_jax.data.formats import ROW_FORMATS, read_row, recognise
-from sst_jax.data.problems import Item, Problem
 from sst_jax.data.prompts import render, whole_text
 from sst_jax.data.records import Record, read_jsonl
 from sst_jax.data.tokenizer import ByteTokenizer
@@ -14,8 +14,21 @@ from sst_jax.errors import InputError
 from tests.support import guides
 from tests.support.problems import write_lines
 
+TALK = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
 # By format, a row and what is made of it; rows hold keys that no format wants.
 ROWS = {
+    "messages": (
+        {"messages": [{"role": "system", "content": "Be brief."}, *TALK], "source": "x"},
+        Item(Conversation("set/3", ({"role": "system", "content": "Be brief."}, *TALK), 0, "Hello.")),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."}]},
+        Item(Conversation("set/3", tuple(TALK), 0, "Hello.")),
+    ),
+    "prompt_completion": (
+        {"prompt": "1 + 1 =", "completion": " 2\n", "id": 7},
+        Item(Pair("set/3", "1 + 1 =", " 2\n")),
+    ),
     "text": ({"text": " A text.\n", "url": "x"}, Item(Problem("set/3", "", "", " A text.\n"))),
     "question_answer": (
         {"question": " Why? ", "answer": "So.\n#### 7\n"},
@@ -75,6 +88,18 @@ ASKED = [
 ]
 
 
+# Messages that are none, and what is said of them.
+BAD_MESSAGES = [
+    ([], "field 'messages' is not a list of messages"),
+    ("Hi!", "field 'messages' is not a list of messages"),
+    ([*TALK, {"role": "bot", "content": "x"}], r"messages\[2\] has the role 'bot', which is none of system, "),
+    ([*TALK, {"content": "x"}], r"messages\[2\] has the role 'None'"),
+    ([TALK[0], {"role": "assistant"}], r"messages\[1\] has no text as its 'content'"),
+    ([TALK[0], {"role": "assistant", "content": [{"type": "image"}]}], r"messages\[1\] has a part that is not text"),
+    (TALK[:1], "no message is from 'assistant'"),
+]
+
+
 def record(value):
     return Record(3, "a.jsonl, line 4", value)
 
@@ -107,8 +132,47 @@ def test_a_row_without_one_of_the_keys_is_named_with_keys_seen_and_wanted(name):
 def test_a_field_that_is_not_text_is_named(name, bad):
     format, (row, _) = ROW_FORMATS[name], ROWS[name]
     for key in format.keys:
-        with pytest.raises(InputError, match=r"^a\.jsonl, line 4: (field|needs a question)"):
+        with pytest.raises(InputError, match=r"^a\.jsonl, line 4: (field|needs a question|messages\[0\])"):
             read_row(format, record({**row, key: bad}), "set")
+
+
+@pytest.mark.parametrize(("messages", "said"), BAD_MESSAGES)
+def test_messages_that_are_none_are_named(messages, said):
+    with pytest.raises(InputError, match=f"^a.jsonl, line 4: {said}"):
+        read_row(ROW_FORMATS["messages"], record({"messages": messages}), "set")
+
+
+def test_parts_are_put_together_and_what_else_a_message_holds_is_kept():
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
+    tool = {"role": "tool", "content": "3", "name": "f"}
+    rows = {"messages": [TALK[0], call, tool, {"role": "assistant", "content": parts}]}
+    found = read_row(ROW_FORMATS["messages"], record(rows), "set").problem
+    assert found.messages == (
+        TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+        tool,
+        {"role": "assistant", "content": "Hello."},
+    )
+    assert (found.question, found.result, len(found.asked)) == ("Hi!", "Hello.", 3)
+
+
+def test_prompt_and_completion_may_be_messages():
+    row = {
+        "prompt": [*TALK, {"role": "user", "content": "And?"}],
+        "completion": [{"role": "assistant", "content": "No."}],
+    }
+    found = read_row(ROW_FORMATS["prompt_completion"], record(row), "set").problem
+    assert (len(found.messages), found.given, found.question, found.result) == (4, 3, "And?", "No.")
+    with pytest.raises(InputError, match="no message of the completion is from 'assistant'"):
+        read_row(ROW_FORMATS["prompt_completion"], record({**row, "completion": TALK[:1]}), "set")
+    with pytest.raises(InputError, match="field 'completion' is empty"):
+        read_row(ROW_FORMATS["prompt_completion"], record({"prompt": "a", "completion": ""}), "set")
+
+
+def test_tools_are_refused_by_name():
+    with pytest.raises(InputError, match="line 4: field 'tools' is not supported"):
+        read_row(ROW_FORMATS["messages"], record({"messages": TALK, "tools": [{"name": "f"}]}), "set")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +194,7 @@ def test_rows_that_are_no_objects_are_named():
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_a_format_is_recognised_by_its_keys(name):
     row = {key: value for key, value in ROWS[name][0].items() if name == "text" or key != "text"}
-    assert recognise(record(row)).keys == ROW_FORMATS[name].keys
+    assert ROW_FORMATS[recognise(record(row))].keys == ROW_FORMATS[name].keys
 
 
 def test_unknown_rows_are_named_with_the_keys_of_every_format():
@@ -138,7 +202,7 @@ def test_unknown_rows_are_named_with_the_keys_of_every_format():
         recognise(record({"frage": "x", "k" * 100: "y", **dict.fromkeys("abcdefghijklm", "z")}))
     message = str(error.value)
     assert message.startswith(f"a.jsonl, line 4: the row has 'frage', '{'k' * 40}...', 'a', ")
-    assert " and 3 more, and needs 'text'; or 'question', 'answer'; or " in message
+    assert " and 3 more, and needs 'messages'; or 'conversations'; or 'prompt', 'completion'; or " in message
     for format in ROW_FORMATS.values():
         assert ", ".join(map(repr, format.keys)) in message
     with pytest.raises(InputError, match="the row has no keys, and needs"):
@@ -153,7 +217,7 @@ def test_mixed_rows_of_a_named_data_set_are_refused_at_their_line(tmp_path):
 
 def test_the_whole_text_of_a_row(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [ROWS[name][0] for name in ("text", "question_answer")])
-    texts = [whole_text(read_row(recognise(row), row, "a").problem) for row in read_jsonl(file)]
+    texts = [whole_text(read_row(ROW_FORMATS[recognise(row)], row, "a").problem) for row in read_jsonl(file)]
     assert texts == [" A text.\n", "Question: Why?\nAnswer: So.\n#### 7"]
 
 

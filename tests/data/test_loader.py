@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_jax.data.loader import Layout, fixed_batches, prepare, rows
-from sst_jax.data.problems import Problem, word_problems
+from sst_jax.data.documents import Problem
+from sst_jax.data.loader import Layout, fixed_batches, mixed_rows, prepare, rows
+from sst_jax.data.problems import word_problems
 from sst_jax.data.prompts import Example, render
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
@@ -156,6 +157,50 @@ def test_resume_through_an_orbax_checkpoint(tmp_path):
     with ocp.CheckpointManager(tmp_path) as manager:
         restored = manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
     assert all(_same(next(restored["data"]), batch) for batch in expected)
+
+
+def _sources() -> list[list[Example]]:
+    """Three sources of unequal size, whose documents are told apart by their tokens."""
+    documents = _examples(60)
+    return [documents[:5], documents[5:25], documents[25:]]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_mixture_draws_by_weight_whatever_the_sizes(pack):
+    sources, weights = _sources(), (5.0, 1.0, 2.0)
+    batches = itertools.islice(mixed_rows(sources, weights, Layout(32, 4, pack), seed=3), 120)
+    order = _order(batches)
+    ends = (5, 25, 60)
+    drawn = [sum(low <= number < high for number in order) for low, high in zip((0, *ends), ends, strict=False)]
+    assert np.allclose(np.array(drawn) / len(order), np.array(weights) / 8, atol=0.03)
+    assert set(order) == set(range(60))
+    again = list(itertools.islice(mixed_rows(sources, weights, Layout(32, 4, pack), seed=3), 3))
+    other = list(itertools.islice(mixed_rows(sources, weights, Layout(32, 4, pack), seed=4), 3))
+    first = list(itertools.islice(mixed_rows(sources, weights, Layout(32, 4, pack), seed=3), 3))
+    assert all(map(_same, again, first))
+    assert not all(map(_same, other, first))
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), pack=st.booleans(), seed=st.integers(0, 99))
+def test_a_mixture_resumes_exactly_anywhere(data, pack, seed):
+    weights = (1.0, 3.0, 0.5)
+    whole = list(itertools.islice(mixed_rows(_sources(), weights, Layout(32, 2, pack), seed=seed), 14))
+    stop = data.draw(st.integers(0, 13))
+    first = mixed_rows(_sources(), weights, Layout(32, 2, pack), seed=seed)
+    for _ in range(stop):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    rest = mixed_rows(_sources(), weights, Layout(32, 2, pack), seed=seed)
+    rest.set_state(state)
+    assert all(map(_same, itertools.islice(rest, 14 - stop), whole[stop:]))
+
+
+def test_a_mixture_refuses_an_empty_source_and_what_does_not_fit():
+    with pytest.raises(InputError, match="a source of the mixture is empty"):
+        mixed_rows([_examples(3), []], (1.0, 1.0), Layout(32, 2))
+    with pytest.raises(InputError, match=r"needs data\.length="):
+        mixed_rows([_examples(3)], (1.0,), Layout(2, 2))
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -10,8 +10,9 @@ from fractions import Fraction
 import pytest
 
 from sst_jax.data import problems
+from sst_jax.data.documents import Problem
 from sst_jax.data.grading import extract_result
-from sst_jax.data.problems import SPLITS, TEST_TEMPLATES, TRAIN_TEMPLATES, Problem, word_problems
+from sst_jax.data.problems import SPLITS, TEST_TEMPLATES, TRAIN_TEMPLATES, word_problems
 from sst_jax.errors import InputError
 from tests.support.problems import load_gsm8k
 

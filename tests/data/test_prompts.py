@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sst_jax.data.problems import Problem, result_only, word_problems
+from sst_jax.data.documents import Problem, result_only
+from sst_jax.data.problems import word_problems
 from sst_jax.data.prompts import FORMATS, answer_text, prompt_tokens, read_prompts, render
 from sst_jax.data.records import read_csv
 from sst_jax.errors import InputError

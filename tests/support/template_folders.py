@@ -33,12 +33,12 @@ CONVERSATIONS = {
 }
 
 
-def write_byte_level(folder, template, strip=(), more=()):
+def write_byte_level(folder, template, strip=(), more=(), merges=()):
     """A byte-level vocabulary whose tokens in `strip` swallow the spaces behind them, as Phi's do; `more`
     special tokens come last.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({piece: index for index, piece in enumerate([*SPECIALS, *alphabet])}, []))
+    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    made = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, list(merges)))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     _finish(made, folder, template, strip, more)
 

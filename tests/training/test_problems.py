@@ -14,19 +14,20 @@ def data(name, **fields):
 
 @pytest.mark.parametrize("name", ["boxes", "rooms:8", "lamp:5-9"])
 def test_stories_train_and_are_held_out_apart(name):
-    training, heldout = split_problems(data(name, heldout=200), seed=1)
+    found = split_problems(data(name, heldout=200), seed=1)
+    (training,), heldout = found.training, found.heldout
     assert (len(training), len(heldout)) == (TRAINED, 200)
     asked = {problem.question for problem in heldout}
     assert not asked & {training[index].question for index in range(2000)}
-    assert list(heldout) == list(split_problems(data(name, heldout=200), seed=1)[1])
-    assert list(heldout) != list(split_problems(data(name, heldout=200), seed=2)[1])
-    assert len(split_problems(data(name, limit=7), seed=0)[0]) == 7
+    assert list(heldout) == list(split_problems(data(name, heldout=200), seed=1).heldout)
+    assert list(heldout) != list(split_problems(data(name, heldout=200), seed=2).heldout)
+    assert len(split_problems(data(name, limit=7), seed=0).training[0]) == 7
 
 
 @pytest.mark.parametrize("name", ["words", "auto"])
 def test_hidden_steps_change_the_answer_alone(name):
     whole, hidden = (split_problems(data(f"{name}{part}", limit=30), seed=0) for part in ("", ":result"))
-    for problems, results in zip(whole, hidden, strict=True):
+    for problems, results in ((whole.training[0], hidden.training[0]), (whole.heldout, hidden.heldout)):
         assert [problem._replace(answer="") for problem in problems] == list(results)
         assert all(problem.answer for problem in problems)
 

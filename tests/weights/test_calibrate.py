@@ -226,7 +226,7 @@ def test_texts_lie_back_to_back(tmp_path):
         (
             '{"words": 3}',
             (),
-            r"texts.jsonl, line 1: the row has 'words', and needs 'text'; or 'question', ",
+            r"texts.jsonl, line 1: the row has 'words', and needs 'messages'; .*; or 'text'; or ",
         ),
         ('{"text": "short"}', (), r"texts.jsonl holds 6 tokens; a row of 256 is the least"),
         ('{"text": "short"}', ("--calibrate-tokens", "255"), r"--calibrate-tokens 255 must be at least 256"),

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sst_jax.data.problems import Problem, word_problems
-from sst_jax.data.prompts import prompt_tokens, read_prompts, render
+from sst_jax.data.documents import Document
+from sst_jax.data.problems import word_problems
+from sst_jax.data.prompts import asked_tokens, read_prompts, render
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
@@ -28,7 +29,7 @@ class Question(NamedTuple):
     id: str
     prompt: str | None
     follows: str | None = None
-    problem: Problem | None = None
+    problem: Document | None = None
 
 
 def from_file(path: str) -> list[Question]:
@@ -74,7 +75,7 @@ def tokenised(questions: Sequence[Question], model: Model, format: str | None, w
     for question in questions:
         given = None
         if question.problem is not None:
-            prompt = prompt_tokens(question.problem.question, tokenizer, format)
+            prompt = asked_tokens(question.problem, tokenizer, format)
             if worked:
                 given = render(question.problem, tokenizer, format).tokens[len(prompt) :].tolist()
         else:

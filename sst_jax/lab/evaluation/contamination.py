@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-from sst_jax.data.problems import Item, Problem
+from sst_jax.data.documents import Document, Item
 from sst_jax.errors import InputError
 from sst_jax.model.config import from_mapping
 from sst_jax.training.problems import split_problems
@@ -15,7 +16,7 @@ from sst_jax.types import Json
 NGRAM = 13  # words, as in GPT-3's contamination study (arXiv 2005.14165, appendix C)
 
 
-def overlap(training: Iterable[Problem], items: Sequence[Item]) -> Json:
+def overlap(training: Iterable[Document], items: Sequence[Item]) -> Json:
     """Test questions that training holds word for word, and those that share a run of NGRAM words with it."""
     whole, runs, count = set(), set(), 0
     for problem in training:
@@ -49,10 +50,10 @@ def check(recipe: Json | None, items: Sequence[Item], allow: bool) -> Json:
         return {"checked": False, "reason": "not a training run: nothing says what it was trained on"}
     data = from_mapping(DataConfig, recipe["data"])
     try:
-        training, _ = split_problems(data, recipe["train"]["seed"])
+        training = split_problems(data, recipe["train"]["seed"]).training
     except InputError as error:
         return {"checked": False, "reason": f"the training data cannot be read any more: {error}"}
-    found = {"checked": True, **overlap(training, items)}
+    found = {"checked": True, **overlap(itertools.chain(*training), items)}
     same = found["same_question"]
     if same and not allow:
         raise InputError(

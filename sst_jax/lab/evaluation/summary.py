@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sst_jax.data.problems import Item
+from sst_jax.data.documents import Item
 from sst_jax.lab.evaluation.runner import Outcome, by_policy
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, redraw_union, wilson
 from sst_jax.types import Json

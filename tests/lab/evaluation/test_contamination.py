@@ -2,7 +2,7 @@
 
 import pytest
 
-from sst_jax.data.problems import Item, Problem
+from sst_jax.data.documents import Item, Problem
 from sst_jax.errors import InputError
 from sst_jax.lab.evaluation import contamination
 from sst_jax.lab.evaluation.tasks import find

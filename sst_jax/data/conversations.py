@@ -1,0 +1,112 @@
+"""Conversations as a model's chat template writes them, with a mask of what an assistant is to learn.
+
+Learned is what the model itself has to write: of an assistant's turn all from where generation begins up to the token
+that ends the turn, so that generation stops. What the template writes around it, the names of roles and the line break
+after a turn, is not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from sst_jax.data.chat_template import Message
+from sst_jax.data.documents import Conversation
+from sst_jax.data.tokenizer import Tokenizer
+from sst_jax.errors import InputError
+
+ASKED: tuple[Message, ...] = ({"role": "user", "content": "a"},)
+
+
+def asked(document: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids after which the last answer is generated."""
+    return tokenizer.chat(document.asked)
+
+
+def render(document: Conversation, tokenizer: Tokenizer, *, last: bool = False) -> tuple[list[int], list[bool]]:
+    """Return the ids of a conversation and which of them are learned.
+
+    Args:
+        document: the conversation.
+        tokenizer: of the model.
+        last: learn the last answer alone.
+
+    Raises: InputError naming the document, where the template does not take the messages, or writes them so that no
+    turn of the assistant can be told from what stands before it.
+    """
+    answers = [at for at, message in enumerate(document.messages) if message["role"] == "assistant"]
+    learned = [at for at in answers if at >= document.given][-1 if last else 0 :]
+    try:
+        ids = tokenizer.chat(document.messages, add_generation_prompt=False)
+        starts = {at: _start(document.messages, at, ids, tokenizer) for at in learned}
+    except InputError as error:
+        raise InputError(f"{document.id}: {error}") from None
+    if None in starts.values():
+        headers = _occurrences(_header(tokenizer), ids)
+        if len(headers) != len(answers):
+            return _without_joined_space(document, tokenizer, last=last)
+        starts = {at: headers[answers.index(at)] for at in learned}
+    (end, _), mask = tokenizer.turn_end, [False] * len(ids)
+    for at, start in starts.items():
+        assert start is not None
+        stop = _stop(document.messages, at, ids, start, end, tokenizer)
+        mask[start:stop] = [True] * (stop - start)
+    if learned[-1] == len(document.messages) - 1 and not _ends_turns(tokenizer):
+        ids, mask = [*ids, *end], [*mask, *(True for _ in end)]
+    return ids, mask
+
+
+def _ends_turns(tokenizer: Tokenizer) -> bool:
+    """Whether the template writes something behind an answer that can stop a generation."""
+    return not set(tokenizer.specials.values()).isdisjoint(tokenizer.turn_tail)
+
+
+def _header(tokenizer: Tokenizer) -> list[int]:
+    """Return what the template writes in front of an assistant's words."""
+    before, asking = tokenizer.chat(ASKED, add_generation_prompt=False), tokenizer.chat(ASKED)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, asking, strict=False)))
+    return asking[same:]
+
+
+def _start(messages: Sequence[Message], at: int, ids: Sequence[int], tokenizer: Tokenizer) -> int | None:
+    """Return where generation of message `at` would begin; None where the ids do not begin as it would be asked."""
+    if at == 0:  # few templates ask for an answer to nothing
+        return next(iter(_occurrences(_header(tokenizer), ids)), None)
+    asking = tokenizer.chat(messages[:at])
+    return len(asking) if list(ids[: len(asking)]) == asking else None
+
+
+def _stop(
+    messages: Sequence[Message], at: int, ids: Sequence[int], start: int, end: Sequence[int], tokenizer: Tokenizer
+) -> int:
+    """Return where the turn that begins at `start` is over: behind what ends turns, else where its words end."""
+    found = _occurrences(end, ids[start:])
+    if found and _ends_turns(tokenizer):
+        return start + found[0]
+    whole = tokenizer.chat(messages[: at + 1], add_generation_prompt=False)
+    return len(whole) - len(tokenizer.turn_tail) if list(ids[: len(whole)]) == whole else len(ids)
+
+
+def _occurrences(part: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return where `part` ends, each time that it occurs in `ids`."""
+    size = len(part)
+    return [at + size for at in range(len(ids) - size + 1) if size and list(ids[at : at + size]) == list(part)]
+
+
+def _without_joined_space(document: Conversation, tokenizer: Tokenizer, *, last: bool) -> tuple[list[int], list[bool]]:
+    """Return `render` of answers without the white space that they begin with.
+
+    Some tokenizers make one token of it and of the template's last line break, where no generation could begin.
+
+    Raises: InputError where they begin with none.
+    """
+    stripped = tuple(
+        {**message, "content": str(message["content"]).lstrip()} if message["role"] == "assistant" else message
+        for message in document.messages
+    )
+    if stripped == document.messages:
+        raise InputError(
+            f"{document.id}: the chat template rewrites earlier turns, so that it is not clear what is learned: set "
+            "data.learn=last, or give every answer a row of its own"
+        )
+    return render(document._replace(messages=stripped), tokenizer, last=last)

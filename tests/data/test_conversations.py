@@ -1,0 +1,170 @@
+"""Conversations under published templates: which tokens are learned, worked out by hand, and what ends a turn."""
+
+import pytest
+
+from sst_jax.data import conversations
+from sst_jax.data.chat_template import ChatTemplate
+from sst_jax.data.documents import Conversation, Problem
+from sst_jax.data.prompts import asked_tokens, render
+from sst_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from sst_jax.errors import InputError
+from tests.support.template_folders import CONVERSATIONS, TEMPLATES, write_byte_level, write_metaspace
+
+THINK = "<think>\n\n</think>\n\n"
+# Of the conversation "turns" (a, "b 1", c, " d "), what the assistant has to write, read off the templates.
+LEARNED = {
+    "chatml": ["b 1<|im_end|>", " d <|im_end|>"],
+    "gemma3": ["b 1<end_of_turn>", "d<end_of_turn>"],
+    "granite3": ["b 1<|end_of_text|>", " d <|end_of_text|>"],
+    "llama2": [" b 1 </s>", " d </s>"],
+    "llama3": ["b 1<|eot_id|>", "d<|eot_id|>"],
+    "mistral": ["b 1</s>", " d </s>"],
+    "olmo2": ["b 1</s>", " d </s>"],
+    "phi3": ["b 1<|end|>", " d <|end|>"],
+    "qwen2.5": ["b 1<|im_end|>", " d <|im_end|>"],
+    "qwen3": ["b 1<|im_end|>", f"{THINK} d <|im_end|>"],  # the last answer gets a place to think, which it must write
+    "tulu": ["b 1</s>", " d </s>"],
+    "vicuna": [" b 1</s>", " d</s>"],
+    "zephyr": ["b 1</s>", " d </s>"],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = {}
+    for write in (write_byte_level, write_metaspace):
+        folder = tmp_path_factory.mktemp(write.__name__)
+        write(folder, TEMPLATES["chatml"])
+        found[write.__name__] = load_tokenizer(folder)
+    return found
+
+
+@pytest.fixture(params=["write_byte_level", "write_metaspace"])
+def tokenizer(request, folders):
+    return folders[request.param]
+
+
+def use(tokenizer, template):
+    tokenizer.template = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "</s>"})
+    return tokenizer
+
+
+def conversation(name, given=0):
+    messages = CONVERSATIONS[name] if isinstance(name, str) else name
+    return Conversation(str(name), tuple(messages), given, "")
+
+
+def runs(tokenizer, ids, mask):
+    """The learned runs, as texts with their control tokens."""
+    pieces = {index: piece for piece, index in tokenizer.specials.items()}
+    found, before = [], False
+    for index, learned in zip(ids, mask, strict=True):
+        if learned:
+            found += [""] * (not before)
+            found[-1] += pieces.get(index) or tokenizer.decode([index])
+        before = learned
+    return found
+
+
+def spaceless(texts):
+    return [text.replace(" ", "") for text in texts]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answers_and_their_ends_are_learned(tokenizer, template):
+    ids, mask = conversations.render(conversation("turns"), use(tokenizer, TEMPLATES[template]))
+    assert ids == tokenizer.chat(CONVERSATIONS["turns"], add_generation_prompt=False)
+    # Token by token a vocabulary that writes spaces into its pieces drops them: it is compared without.
+    assert spaceless(runs(tokenizer, ids, mask)) == spaceless(LEARNED[template])
+    ends = [index for index, learned, after in zip(ids, mask, [*mask[1:], False], strict=True) if learned > after]
+    assert len(ends) == 2
+    assert set(ends) <= tokenizer.stop_ids
+    _, last = conversations.render(conversation("turns"), tokenizer, last=True)
+    assert spaceless(runs(tokenizer, ids, last)) == spaceless(LEARNED[template][1:])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_what_is_learned_stands_where_generation_would_begin(folders, template, name):
+    """Of every conversation that the template takes; what is asked and what is learned make up its beginning."""
+    tokenizer, talk = use(folders["write_byte_level"], TEMPLATES[template]), conversation(name)
+    answers = [at for at, message in enumerate(talk.messages) if message["role"] == "assistant"]
+    try:
+        whole = tokenizer.chat(talk.messages, add_generation_prompt=False)
+    except InputError:
+        answers = []
+    if not answers:
+        return
+    ids, mask = conversations.render(talk, tokenizer)
+    assert ids == whole
+    assert len(runs(tokenizer, ids, mask)) == len(answers)
+    if answers[0]:
+        asked = asked_tokens(talk, tokenizer, "chat")
+        _, last = conversations.render(talk, tokenizer, last=True)
+        assert last.index(True) == len(asked)
+        assert ids[: len(asked)] == asked
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_question_and_its_answer_are_the_templates_own_conversation(folders, template):
+    tokenizer = use(folders["write_byte_level"], TEMPLATES[template])
+    tokens, mask, _ = render(Problem("p", "How many?", "2 + 2 = 4.", "4"), tokenizer, "chat")
+    talk = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "2 + 2 = 4.\n#### 4"}]
+    expected, learned = conversations.render(Conversation("p", tuple(talk), 0, "4"), tokenizer)
+    if template in ("llama2", "vicuna", "qwen3"):  # these write something in front of the words, and after
+        assert tokens[mask][-1] == expected[len(learned) - 1 - learned[::-1].index(True)]
+    else:
+        assert tokens.tolist() == expected
+        assert mask.tolist() == learned
+
+
+def test_given_messages_are_never_learned(folders):
+    tokenizer = use(folders["write_byte_level"], TEMPLATES["chatml"])
+    ids, mask = conversations.render(conversation("turns", given=3), tokenizer)
+    assert runs(tokenizer, ids, mask) == [" d <|im_end|>"]
+
+
+def test_the_built_in_turns():
+    byte = ByteTokenizer()
+    ids, mask = conversations.render(conversation("turns"), byte)
+    assert runs(byte, ids, mask) == ["b 1<end_of_turn>", "d<end_of_turn>"]
+    assert byte.turn_end == ([byte.piece_id("<end_of_turn>")], byte.encode_text("\n"))
+
+
+BARE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_a_template_that_ends_no_turn_gets_eos_behind_the_last(folders):
+    tokenizer = use(folders["write_byte_level"], BARE)
+    assert tokenizer.turn_end == ([tokenizer.eos_id], [])
+    ids, mask = conversations.render(conversation("turns"), tokenizer)
+    assert ids == [*tokenizer.chat(CONVERSATIONS["turns"], add_generation_prompt=False), tokenizer.eos_id]
+    assert runs(tokenizer, ids, mask) == ["b 1", " d ", "</s>"]
+
+
+def test_space_that_a_vocabulary_joins_to_the_header_is_left_out(tmp_path):
+    """A vocabulary with a piece of two line breaks would begin an answer in the middle of it."""
+    write_byte_level(tmp_path, TEMPLATES["chatml"], merges=[("Ċ", "Ċ")])
+    tokenizer = load_tokenizer(tmp_path)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]
+    ids, mask = conversations.render(conversation(talk), tokenizer)
+    assert runs(tokenizer, ids, mask) == ["b<|im_end|>"]
+    assert ids[: mask.index(True)] == tokenizer.chat(talk[:1])
+
+
+COUNTS = "{% for m in messages %}{{ messages | length }}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_templates_that_rewrite_the_past_are_refused_with_the_way_out(folders):
+    tokenizer = use(folders["write_byte_level"], COUNTS)
+    with pytest.raises(InputError, match=r"turns: the chat template rewrites earlier turns, .*data\.learn=last"):
+        conversations.render(conversation("turns"), tokenizer)
+
+
+def test_what_the_template_refuses_is_named(folders):
+    tokenizer = use(folders["write_byte_level"], TEMPLATES["gemma3"])
+    with pytest.raises(InputError, match=r"^twice: chat needs a template that takes these messages: .*must alternate"):
+        conversations.render(conversation("twice"), tokenizer)
