@@ -37,7 +37,7 @@ def parser() -> Parser:
     given.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line, or .jsonl with `prompt` and optionally `text`"
     )
-    given.add_argument("--task", metavar="NAME", help="the questions of a task of `evaluate`, such as gsm8k or words")
+    given.add_argument("--task", metavar="NAME", help="the questions of a task of `evaluate`, such as gsm8k, or a file")
     add("--out", required=True, metavar="DIR", help="report.html, figures, result.json and what was collected go here")
     add("--depths", default="1,4", metavar="A,B,...", help="the first is compared with the others (default: 1,4)")
     add(
@@ -47,6 +47,7 @@ def parser() -> Parser:
         help="continuation of a task's questions: generated, or the worked answer",
     )
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
+    add("--grade", metavar="G", help="of a file of questions and answers, as `evaluate` takes it")
     add("--limit", type=int, default=50, metavar="N", help="use only the first N prompts (default: 50; 0: all)")
     add(
         "--format",
@@ -117,7 +118,7 @@ def analyze(args: argparse.Namespace) -> Json:
 
     config = analysis.AnalysisConfig(
         prompts=args.prompts,
-        task=args.task,
+        task=args.task if args.grade is None else f"{args.task}:{args.grade}",
         text=args.text,
         data=args.data,
         limit=args.limit,

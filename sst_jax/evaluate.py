@@ -38,11 +38,13 @@ def parser() -> Parser:
     )
     parser.takes_base()
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--task", metavar="NAME", help="one of this project's tasks")
+    which.add_argument("--task", metavar="NAME", help="one of this project's tasks, or a file of questions and answers")
     which.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")
     add("--out", required=True, metavar="DIR", help="outcomes.jsonl and result.json go here")
     add("--depth", default="1", metavar="P,Q", help="policies: 1,4,first_token:4,until_stable:0.01:4,probe:FILE")
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
+    add("--grade", metavar="G", help="of a file: exact, number, choice, math, regex:PATTERN or python:FILE")
+    add("--allow-code", action="store_true", help="let python:FILE run, which defines grade(text, row)")
     add("--limit", type=int, default=0, metavar="N", help="use only the first N items (0: all)")
     add("--format", choices=("plain", "chat"), help="format of prompts (default: as the run was trained, else plain)")
     add(
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} goes with --tasks")
         config = evaluation.EvalConfig(
-            args.task,
+            args.task if args.grade is None else f"{args.task}:{args.grade}",
             args.measure,
             depths,
             args.data,
@@ -88,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
             args.max_new_tokens,
             args.batch_size,
             args.allow_overlap,
+            args.allow_code,
         )
         read = evaluation.read_task(config)  # what can be wrong with the input shows before the model is read
         result = evaluation.run(model.load(args.model, args.dtype, base=args.base), config, out, read)

@@ -7,9 +7,11 @@ accept. A `Grading` puts it together with the form that references are brought t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from sst_jax.data.documents import Item
 
 # A sign glued to a digit or letter is a minus between two terms ("10-12"), not a negative number.
 _NUMBER = r"(?:(?<![\w.)])-)?\$?(?:(?<=\$)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -58,6 +60,29 @@ def first_number(text: str, strict: bool) -> str | None:
     return canonical(found[1]) if found else None
 
 
+def last_number(text: str, strict: bool) -> str | None:
+    """Return the number after "####" or, where there is none, the last one; not strict: the last one anywhere."""
+    found = extract_result(text, strict=True) if strict else None
+    return extract_result(text, strict=False) if found is None else found
+
+
+def exact(text: str, strict: bool) -> str | None:
+    """Return the text without spaces around it; not strict: its first line, without a full stop behind it."""
+    text = text.strip()
+    return (text if strict else text.partition("\n")[0].strip().removesuffix(".")) or None
+
+
+def by_pattern(pattern: re.Pattern[str]) -> Grading:
+    """Return the grading by the last match of a pattern, its first group where it has one; not strict: in any case."""
+    loose = re.compile(pattern.pattern, pattern.flags | re.IGNORECASE)
+
+    def extract(text: str, strict: bool) -> str | None:
+        found = list((pattern if strict else loose).finditer(text))
+        return (found[-1][1] if pattern.groups else found[-1][0]) if found else None
+
+    return Grading(extract)
+
+
 def word(text: str, strict: bool) -> str | None:
     """Return the first word, in lower case; not strict: skipping "in", "on the", "the" or "a"."""
     # "on" alone may be the answer.
@@ -99,21 +124,37 @@ def plain_formula(text: str) -> str:
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 
+class Judge(Protocol):
+    """Says of a text whether it answers an item, by the item's id."""
+
+    rows: dict[str, Mapping[str, object]]  # what it judges by, by item id
+
+    def __call__(self, text: str, identity: str) -> bool: ...
+
+
 class Grading(NamedTuple):
     """How answers of a data set are read.
 
     extract    (text, strict) to an answer comparable with a reference, or None
     canonical  brings a reference to the form that `extract` gives
     checkable  answers are numbers or formulas, on which math-verify can give a second opinion
+    judge      decides where it is given, in the place of a comparison
     """
 
     extract: Callable[[str, bool], str | None]
     canonical: Callable[[str], str] = str
     checkable: bool = False
+    judge: Judge | None = None
+
+    def is_right(self, found: str | None, item: Item, text: str) -> bool:
+        """Whether what `extract` found in a text, an answer to `item`, is right."""
+        return found == item.problem.result if self.judge is None else self.judge(text, item.id)
 
 
 NUMBER = Grading(extract_result, canonical, checkable=True)
 FIRST_NUMBER = Grading(first_number, canonical, checkable=True)
+LAST_NUMBER = Grading(last_number, canonical, checkable=True)
+EXACT = Grading(exact, str.strip)
 WORD = Grading(word)
 LETTER = Grading(letter)
 FORMULA = Grading(formula, plain_formula, checkable=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
-from sst_jax.data.problems import Item
+from sst_jax.data.documents import Item
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.inference.halting_probe import Probe
@@ -35,7 +35,7 @@ IDENTITY = ("kind", "path", "digest", "dtype", "quantize", "run", "step")
 class EvalConfig:
     """What is measured, and how. Greedy and zero-shot.
 
-    task            a name that `tasks.find` knows
+    task            a name that `tasks.find` knows, or a file of one's own and a grade, "FILE:GRADE"
     measure         "answers": texts, read and graded; "loss": of the worked answers, in nats
     policies        depth policies, each a `Policy` or its spelling, such as "4" or "probe:FILE"
     data            folder with the task's file; None: from the hub, or embedded
@@ -44,6 +44,7 @@ class EvalConfig:
     max_new_tokens  room for an answer; None: the task's
     batch_size      items answered together
     allow_overlap   measure a run that was trained on test questions, and record it
+    allow_code      whether a file of the user's may grade: "FILE:python:GRADE.py" as the task
 
     Raises: InputError naming the setting, by the flag of `evaluate` that sets it.
     """
@@ -57,6 +58,7 @@ class EvalConfig:
     max_new_tokens: int | None = None
     batch_size: int = 8
     allow_overlap: bool = False
+    allow_code: bool = False
 
     def __post_init__(self) -> None:
         spelled = tuple(parse(policy, files=True) if isinstance(policy, str) else policy for policy in self.policies)
@@ -93,7 +95,7 @@ def read_task(config: EvalConfig) -> TaskItems:
 
     Raises: InputError where its settings do not go together, or the items cannot be read.
     """
-    task = tasks.find(config.task)
+    task = tasks.find(config.task, config.allow_code)
     if config.measure == "loss" and not task.worked:
         raise InputError(f"--measure loss needs worked answers, which {task.name} has none of")
     if config.measure == "loss" and not all(policy.is_flat for policy in config.parsed):

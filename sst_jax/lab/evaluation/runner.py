@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from sst_jax.console.command import write_json
-from sst_jax.data.problems import Item
-from sst_jax.data.prompts import prompt_tokens, render
+from sst_jax.data.documents import Item
+from sst_jax.data.prompts import asked_tokens, render
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
 from sst_jax.inference.model import Model
@@ -176,7 +176,7 @@ def prompts(model: Model, items: Sequence[Item], format: str, room: int) -> dict
 
     Raises: InputError when the longest leaves less than `room` positions to answer in.
     """
-    found = {item.id: prompt_tokens(item.problem.question, model.tokenizer, format) for item in items}
+    found = {item.id: asked_tokens(item.problem, model.tokenizer, format) for item in items}
     longest, most = max(found, key=lambda name: len(found[name])), model.config.backbone.max_positions
     if len(found[longest]) + room > most:
         raise InputError(
@@ -222,8 +222,8 @@ def answer(
                 "reference": reference,
                 "strict": strict,
                 "flexible": flexible,
-                "correct": strict == reference,
-                "correct_flexible": flexible == reference,
+                "correct": task.grading.is_right(strict, item, text),
+                "correct_flexible": task.grading.is_right(flexible, item, text),
                 "second_opinion": second_opinion(text, reference) if check and task.grading.checkable else None,
             }
         )
@@ -235,7 +235,7 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
     greedy decoding at that depth would have written them token for token.
     """
     started = time.monotonic()
-    examples = [render(item.problem, model.tokenizer, format) for item in batch.items]
+    examples = [render(item.problem, model.tokenizer, format, learn="last") for item in batch.items]
     # The answer is one run of tokens; what follows it, the chat template's newline, is not scored.
     spans = [example.answer_mask.nonzero()[0] for example in examples]
     rows = [example.tokens[: span[-1] + 1].tolist() for example, span in zip(examples, spans, strict=True)]

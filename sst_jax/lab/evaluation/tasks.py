@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
-from sst_jax.data import datasets
+from sst_jax.data import datasets, own_task
 from sst_jax.data.datasets import Source
+from sst_jax.data.documents import Item, words
 from sst_jax.data.grading import Grading
-from sst_jax.data.problems import Item
 from sst_jax.errors import InputError
+
+OWN_TOKENS = 256  # room for an answer to a question of one's own, unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,19 @@ class Task:
         ]
 
 
-def find(name: str) -> Task:
-    """Return the task of that name. Raises: InputError with the known names."""
+def find(name: str, allow_code: bool = False) -> Task:
+    """Return the task of that name, or of a file of one's own, "FILE:GRADE" (`data/own_task.py`).
+
+    Raises: InputError with the known names; for a file, as `own_task.find`.
+    """
+    if own := own_task.find(name, allow_code):
+        return Task(own.name, own, own.grading, OWN_TOKENS, worked=own.grade != "choice")
     found = datasets.find(name)
     if found is None or found.grading is None:
         known = ", ".join(datasets.names(lambda dataset: dataset.grading is not None))
-        raise InputError(f"--task {name} is unknown; tasks are {known}, and --tasks takes the harness's")
+        raise InputError(
+            f"--task {name} is unknown; tasks are {known}, or a file of one's own; --tasks takes the harness's"
+        )
     return Task(found.name, found.source, found.grading, found.max_new_tokens, found.worked)
 
 
@@ -49,5 +58,5 @@ def items_digest(items: Sequence[Item]) -> str:
     """Return the SHA-256 over all items as they are asked; it identifies the test."""
     total = hashlib.sha256()
     for item in items:
-        total.update("\0".join((*item.problem, repr(item.order), "")).encode())
+        total.update("\0".join((*words(item.problem), repr(item.order), "")).encode())
     return total.hexdigest()
