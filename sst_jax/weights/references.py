@@ -94,6 +94,10 @@ class Reference(abc.ABC):
         """Return the vision tower; empty where there is none."""
         return NO_TOWER
 
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer alone, without reading the layers where the format allows it."""
+        return self.open(self.dtype, lazy=True).tokenizer
+
     @abc.abstractmethod
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         """Return the model as `open` does, quantised where that can be done while reading."""
@@ -187,6 +191,9 @@ class GgufFile(Reference):
     def backbone(self) -> BackboneConfig:
         return self.source.backbone
 
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.file)
+
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         return _from_source(self.source, dtype, self.location, quantize, lazy)
 
@@ -218,6 +225,9 @@ class HuggingFaceFolder(Reference):
 
     def vision(self) -> VisionTower:
         return vision_tensors(self.weights)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         if not export_format.carries(self.path):
