@@ -234,14 +234,23 @@ def _added_token(index: int, piece: str, special: bool, normalized: bool = False
     }  # fmt: skip
 
 
+def _escaping(prefix: bool) -> dict[str, Any]:
+    """Return the normaliser that writes spaces as SPACE, and with `prefix` puts one before every text."""
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]} if prefix else spaces
+
+
 def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
     """Return the same vocabulary as a `tokenizer.json`, which gives the same ids in the tokenizers library.
 
     SentencePiece joins the neighbours whose join scores highest; the library wants a ranked list of pairs, so every
     split of every piece into two other pieces is listed, best score first.
     """
-    if vocabulary.add_dummy_prefix:
-        raise InputError("a SentencePiece model that prefixes a space cannot be written as tokenizer.json")
+    prefix = vocabulary.add_dummy_prefix
+    if prefix and USER_DEFINED in vocabulary.types:  # the library would put a space behind each of them too
+        raise InputError(
+            "a SentencePiece model that prefixes a space and has user-defined pieces cannot be a tokenizer.json"
+        )
     ids = {piece: index for index, piece in enumerate(vocabulary.pieces)}
     normal = {piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == NORMAL}
     scores = dict(zip(vocabulary.pieces, vocabulary.scores, strict=True))
@@ -264,7 +273,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE} if escapes else None,
+        "normalizer": _escaping(prefix) if escapes else None,
         "pre_tokenizer": None,
         "post_processor": _template(bos, vocabulary.bos_id),
         "decoder": {
@@ -273,6 +282,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
                 *([{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}] if escapes else []),
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
+                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
             ],
         },
         "model": {
