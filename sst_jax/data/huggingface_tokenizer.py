@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +61,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(hf.vocab_size, 1 + max(self._eos_id, self.pad_id, self.bos_id or 0))
         self.add_bos = first != bare and first == self.bos_id
         self._lock = threading.Lock()
-        self._specials = {str(token): index for index, token in hf.added_tokens_decoder.items() if token.special}
+        self._added = hf.added_tokens_decoder
+        self._specials = {str(token): index for index, token in self._added.items() if token.special}
         if (template := read_template(folder)) is not None:
             self.template = ChatTemplate(template, self._named_specials())
 
@@ -87,7 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return made
 
     def ordinary_pieces(self) -> Mapping[str, int]:
-        added = self._tokenizer.added_tokens_decoder
+        added = self._added
         return {piece: index for piece, index in self._tokenizer.get_vocab().items() if index not in added}
 
     def _named_specials(self) -> Mapping[str, JsonValue]:
@@ -106,7 +106,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _written_ids(self) -> Iterable[int]:
         template = "" if self.template is None else self.template.source
-        added = self._tokenizer.added_tokens_decoder
+        added = self._added
         # Gemma's image token lies behind the table of its text models: nothing but a picture would yield it.
         written = (index for index, token in added.items() if not token.special or token.content in template)
         return (*(index for index in range(self._tokenizer.vocab_size) if index not in added), *written)
@@ -122,18 +122,9 @@ class HuggingFaceTokenizer(Tokenizer):
         # As transformers does, where it cannot take a message's text for a control token.
         return super().encode_rendered(text) if MARK in text else self.check_ids(self._ids(text))
 
-    @functools.cached_property
-    def _written_pattern(self) -> re.Pattern[str]:
-        tokens = sorted(self._tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
-        parts = [
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-            for token in tokens
-            if token.special
-        ]
-        return re.compile("|".join(parts) or "(?!)")
-
-    def _special_id(self, found: str) -> int:
-        return self._specials[found if found in self._specials else found.strip()]
+    def _strips(self, piece: str) -> tuple[bool, bool]:
+        token = self._added[self._specials[piece]]
+        return token.lstrip, token.rstrip
 
     def _encode_between(self, text: str, start: int) -> list[int]:
         if not start or self._continuing is None:

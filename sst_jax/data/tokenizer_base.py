@@ -19,6 +19,7 @@ from sst_jax.files import json_bytes
 from sst_jax.types import Json, JsonValue
 
 NOTHING_SAID = GenerationConfig()
+_SPACES = re.compile(r"\s*")
 
 
 class Tokenizer(abc.ABC):
@@ -332,18 +333,18 @@ class Tokenizer(abc.ABC):
     def encode_rendered(self, text: str) -> list[int]:
         """Return ids of what `render_chat` wrote: control tokens where the template did, no BOS before it."""
         ids, end = [], 0
-        for found in self._written_pattern.finditer(text):
-            ids += [*self._encode_between(text[end : found.start()], end), self._special_id(found[0])]
+        for found in self._special_pattern.finditer(text):
+            lstrip, rstrip = self._strips(found[0])
+            between = text[end : found.start()]
+            ids += [*self._encode_between(between.rstrip() if lstrip else between, end), self.specials[found[0]]]
             end = found.end()
+            if rstrip and (spaces := _SPACES.match(text, end)):
+                end = spaces.end()
         return self.check_ids(ids + self._encode_between(text[end:], end))
 
-    @property
-    def _written_pattern(self) -> re.Pattern[str]:
-        """What finds control tokens in a conversation, with the spaces that belong to them."""
-        return self._special_pattern
-
-    def _special_id(self, found: str) -> int:
-        return self.specials[found]
+    def _strips(self, piece: str) -> tuple[bool, bool]:
+        """Return whether a control token takes the spaces before it, and those behind it."""
+        return False, False
 
     def _encode_between(self, text: str, start: int) -> list[int]:
         """Return ids of what stands between control tokens; `start` is its place in the whole."""

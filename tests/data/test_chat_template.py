@@ -2,10 +2,13 @@
 
 import datetime
 import json
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sst_jax.data.chat_template import MARK, ChatTemplate, checked_messages, read_template
+from sst_jax.data.chat_template import MARK, ChatTemplate, any_of, checked_messages, read_template
 from sst_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from sst_jax.errors import InputError
 from tests.support.template_folders import CONVERSATIONS, SPECIALS, TEMPLATES, write_byte_level, write_metaspace
@@ -64,6 +67,21 @@ def test_a_message_never_yields_control_tokens(vocabularies, vocabulary):
     # Around the message nothing has moved.
     assert ids[ids.index(4) :] == plain[plain.index(4) :]
     assert ids[: len("user") + 2] == plain[: len("user") + 2]
+
+
+@given(st.lists(st.text("ab<|.", min_size=1, max_size=5), max_size=12), st.text("ab<|.", max_size=30))
+@settings(deadline=None)
+def test_control_tokens_are_found_as_the_longest_at_each_place(pieces, text):
+    naive = re.compile("|".join(map(re.escape, sorted(set(pieces), key=len, reverse=True))) or "(?!)")
+    assert any_of(pieces).findall(text) == naive.findall(text)
+
+
+def test_thousands_of_control_tokens_take_no_longer_to_rule_out_than_one():
+    """Gemma's number of them, and 300,000 places where any might begin: minutes, if each were tried at each place."""
+    pattern = any_of(f"<unused{number}>" for number in range(6000))
+    assert pattern.search("<" * 300_000) is None
+    assert pattern.search("<unused12" * 30_000) is None
+    assert any_of("a" * size for size in range(1, 600)).fullmatch("a" * 599)  # too deep a tree
 
 
 def test_roles_and_names_are_no_way_in_either(vocabularies):
