@@ -97,9 +97,9 @@ class Api:
         """Queue a call's requests; what comes of them is put into `events`."""
         loop = asyncio.get_running_loop()
 
-        def emit(job: Job, text: str, reason: str | None) -> None:
+        def emit(job: Job, text: str, reason: str | None, count: int) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the client is gone
-                loop.call_soon_threadsafe(events.put_nowait, (job, text, reason))
+                loop.call_soon_threadsafe(events.put_nowait, (job, text, reason, count))
 
         try:
             return self.engine.submit(call.requests, emit)
@@ -136,12 +136,12 @@ async def stream_events(engine: Engine, writer: Writer, jobs: list[Job], events:
         for chunk in writer.begin(len(jobs)):
             yield _event(chunk)
         while told < len(jobs):
-            job, text, reason = await events.get()
+            job, text, reason, count = await events.get()
             if reason == "error":
                 yield _event(Refused(500, job.error).body())
                 return
             told += reason is not None
-            for chunk in writer.delta(index[id(job)], text, reason):
+            for chunk in writer.delta(index[id(job)], job, text, reason, count):
                 yield _event(chunk)
         for chunk in writer.end(jobs):
             yield _event(chunk)

@@ -78,7 +78,7 @@ SHARED = {
     "depth",
 }
 COMPLETION = SHARED | {"prompt", "echo", "logprobs", "parse_special"}
-CHAT = SHARED | {"messages", "max_completion_tokens", "chat_template_kwargs"}
+CHAT = SHARED | {"messages", "max_completion_tokens", "chat_template_kwargs", "logprobs", "top_logprobs"}
 MESSAGE = ("role", "content", "name", "tool_call_id", "reasoning_content")
 # What a message may say besides, which means as much as leaving it out.
 EMPTY: tuple[tuple[str, JsonValue], ...] = (
@@ -153,17 +153,15 @@ def read_completion(body: Json, model: Model, name: str, limits: Limits) -> Call
     if scored and echo and not policy.is_flat:
         raise Refused(400, "the prompt's logprobs are those of one depth: give depth as a number", "depth")
     call = _call(body, False, prompts, count, policy, limits, scored=scored, prompt_scored=scored and echo)
-    if call.stream and (scored or echo):
-        raise Refused(400, "stream cannot be combined with echo or logprobs", "stream")
+    if call.stream and echo:
+        raise Refused(400, "stream cannot be combined with echo", "stream")
     texts = [tokenizer.decode(request.tokens) for request in call.requests] if echo else []
     return dataclasses.replace(call, logprobs=top, echo=echo, prompts=texts)
 
 
 def read_chat(body: Json, model: Model, name: str, limits: Limits) -> Call:
     """Return a call of /v1/chat/completions. Raises: Refused."""
-    if body.get("logprobs"):
-        raise Refused(400, "logprobs are supported by /v1/completions only", "logprobs")
-    _fields({key: value for key, value in body.items() if key != "logprobs"}, CHAT, name)
+    _fields(body, CHAT, name)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused(400, "messages must be a list of at least one message", "messages")
@@ -182,7 +180,11 @@ def read_chat(body: Json, model: Model, name: str, limits: Limits) -> Call:
     room = min(limits.new_tokens, limits.positions - len(tokens))
     field = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     count = _number(body, field, max(room, 1), int, 1, limits.new_tokens)
-    return _call(body, True, [tokens], count, _policy(body, model, limits), limits)
+    scored, top = _flag(body, "logprobs"), _number(body, "top_logprobs", 0, int, 0, TOP)
+    if top and not scored:
+        raise Refused(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    call = _call(body, True, [tokens], count, _policy(body, model, limits), limits, scored=scored)
+    return dataclasses.replace(call, logprobs=top if scored else None)
 
 
 def _call(

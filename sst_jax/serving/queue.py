@@ -28,17 +28,18 @@ from sst_jax.inference.session import PrefilledPrompt, Request, Session
 from sst_jax.types import HostInts
 
 CHUNK = 8  # tokens between two looks at who has ended and who is waiting
-TOP = 5  # top tokens that come with a score
+TOP = 20  # top tokens that come with a score
 
 
 class Job:
     """A request on its way. `answer` grows; `error` says what went wrong; once `ended`, none of it changes any more.
 
-    emit(text, reason) is called with every piece of new text, and with the last one why no more will come: "stop",
-    "length" or "error". A reader in another thread goes by that: `answer` may be ahead of what it has been told.
+    emit(text, reason, count) is called with every piece of new text and how many tokens there are by then, which do not
+    change any more, and with the last one why no more will come: "stop", "length" or "error". A reader in another
+    thread goes by that: `answer` may be ahead of what it has been told.
     """
 
-    def __init__(self, request: Request, answer: IncrementalDetokenizer, emit: Callable[[str, str | None], None]):
+    def __init__(self, request: Request, answer: IncrementalDetokenizer, emit: Callable[[str, str | None, int], None]):
         self.request, self.answer, self.emit = request, answer, emit
         self.scores: list[Scores] = []  # one a new token
         self.prompt_scores: list[Scores] = []  # one a prompt token but the first
@@ -80,7 +81,7 @@ class Engine:
             stop_ids=model.tokenizer.stop_ids,
             pad_id=model.tokenizer.pad_id,
             chunk=CHUNK,
-            top=TOP,
+            top=min(TOP, model.config.backbone.vocab_size),
         )
         self._queue: collections.deque[Job] = collections.deque()
         self._seated: dict[int, Job] = {}
@@ -91,8 +92,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], emit: Callable[[Job, str, str | None], None]) -> list[Job]:
-        """Queue requests, all or none. `emit(job, text, reason)` is called in the engine's thread, see `Job`.
+    def submit(self, requests: Sequence[Request], emit: Callable[[Job, str, str | None, int], None]) -> list[Job]:
+        """Queue requests, all or none. `emit(job, text, reason, count)` is called in the engine's thread, see `Job`.
 
         Raises: InputError where prompt and answer exceed the capacity; Busy; Closing.
         """
@@ -105,7 +106,7 @@ class Engine:
         jobs = []
         for request in requests:
             answer = IncrementalDetokenizer(self.model.tokenizer, request.stop, request.tokens)
-            job = Job(request, answer, lambda text, reason: None)
+            job = Job(request, answer, lambda text, reason, count: None)
             job.emit = functools.partial(emit, job)
             jobs.append(job)
         with self._changed:
@@ -270,12 +271,12 @@ class Engine:
             self.answered += 1
             self.tokens += len(job.answer.tokens)
             job.ended = True
-        job.emit(text, job.answer.ended)
+        job.emit(text, job.answer.ended, len(job.answer.tokens))
 
     def _fail(self, job: Job, reason: str) -> None:
         job.error = reason
         job.ended = True
-        job.emit("", "error")
+        job.emit("", "error", 0)
 
 
 def answers(engine: Engine, requests: Sequence[Request], seconds: float = 600.0) -> list[Job]:
@@ -285,7 +286,7 @@ def answers(engine: Engine, requests: Sequence[Request], seconds: float = 600.0)
     """
     moved = threading.Condition()
 
-    def emit(job: Job, text: str, reason: str | None) -> None:
+    def emit(job: Job, text: str, reason: str | None, count: int) -> None:
         with moved:
             moved.notify()
 

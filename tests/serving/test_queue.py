@@ -68,7 +68,7 @@ def test_long_prompts_are_filled_in_turns_with_decoding(model):
     long = request(model, 1, tokens=tuple(np.random.default_rng(0).integers(6, 262, 1300).tolist()), max_new_tokens=5)
     short = request(model, 2, max_new_tokens=200)
     told = []
-    jobs = engine.submit([short, long], lambda job, text, reason: told.append((job, len(job.answer.tokens))))
+    jobs = engine.submit([short, long], lambda job, text, reason, count: told.append((job, len(job.answer.tokens))))
     deadline = time.monotonic() + 120
     while not all(job.ended for job in jobs) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -120,7 +120,9 @@ def test_stop_strings_end_a_row(model, engine):
 
 
 def test_cancelled_jobs_free_their_rows(model, engine):
-    jobs = engine.submit([request(model, 9, max_new_tokens=400) for _ in range(4)], lambda job, text, reason: None)
+    jobs = engine.submit(
+        [request(model, 9, max_new_tokens=400) for _ in range(4)], lambda job, text, reason, count: None
+    )
     while engine.load()["running"] < 4:
         time.sleep(0.005)
     engine.cancel(jobs)
@@ -134,7 +136,7 @@ def test_cancelled_jobs_do_not_wait(model):
     """Clients that gave up while all rows were taken leave their places to those that are still there."""
     engine = Engine(model, rows=1, capacity=CAPACITY, waiting=3)
     try:
-        quiet = lambda job, text, reason: None  # noqa: E731
+        quiet = lambda job, text, reason, count: None  # noqa: E731
         running = engine.submit([request(model, 9, max_new_tokens=400)], quiet)
         while engine.load()["running"] < 1:
             time.sleep(0.005)
@@ -149,27 +151,27 @@ def test_cancelled_jobs_do_not_wait(model):
 
 def test_what_does_not_fit_is_refused(model, engine):
     with pytest.raises(InputError, match="512 positions"):
-        engine.submit([request(model, 1, max_new_tokens=600)], lambda job, text, reason: None)
+        engine.submit([request(model, 1, max_new_tokens=600)], lambda job, text, reason, count: None)
 
 
 def test_a_full_queue_and_a_closing_engine_refuse(model):
     engine = Engine(model, rows=ROWS, capacity=CAPACITY, waiting=2)
     with pytest.raises(Busy):
-        engine.submit([request(model, 1)] * 3, lambda job, text, reason: None)
+        engine.submit([request(model, 1)] * 3, lambda job, text, reason, count: None)
     held = threading.Event()
-    jobs = engine.submit([request(model, 1), request(model, 2)], lambda job, text, reason: held.wait(10))
+    jobs = engine.submit([request(model, 1), request(model, 2)], lambda job, text, reason, count: held.wait(10))
     held.set()
     assert engine.close(30)
     assert all(job.answer.ended for job in jobs)
     with pytest.raises(Closing):
-        engine.submit([request(model, 1)], lambda job, text, reason: None)
+        engine.submit([request(model, 1)], lambda job, text, reason, count: None)
 
 
 def test_what_is_not_finished_at_the_deadline_ends_with_an_error(model):
     engine = Engine(model, rows=ROWS, capacity=CAPACITY)
     told = []
     long = request(model, 1, max_new_tokens=450, policy=flat(40))
-    jobs = engine.submit([long] * (ROWS + 2), lambda job, text, reason: told.append(job))
+    jobs = engine.submit([long] * (ROWS + 2), lambda job, text, reason, count: told.append(job))
     assert not engine.close(0.2)
     assert all("shut down" in job.error for job in jobs)
     assert set(told) >= set(jobs)

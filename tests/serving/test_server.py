@@ -170,6 +170,41 @@ def test_without_a_seed_samples_differ(client):
     assert len(texts) > 1
 
 
+def test_log_probabilities_of_chats_and_streams_are_those_of_the_tokens(model, client):
+    """Whole and streamed, of either route, and as many as twenty."""
+    messages = [{"role": "user", "content": "Hi"}]
+    prompt = model.tokenizer.chat(messages)
+    settings = {"max_tokens": 9, "temperature": 0}
+    completed = client.complete(prompt=prompt, logprobs=20, **settings)["choices"][0]["logprobs"]
+    tokens = model.generate([prompt], max_new_tokens=9)[0].tokens
+    logp = np.asarray(jax.nn.log_softmax(model.logits([[*prompt, *tokens]])[0]))[len(prompt) - 1 : -1]
+    body = {"messages": messages, "logprobs": True, "top_logprobs": 20, **settings}
+    status, answer = client.send("POST", "/v1/chat/completions", body)
+    assert status == 200
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert [part["token"] for part in content] == completed["tokens"]
+    for token, part, row in zip(tokens, content, logp, strict=True):
+        assert part["token"] == model.tokenizer.decode_next([token], True)
+        assert part["logprob"] == pytest.approx(row[token], abs=1e-3)
+        assert part["bytes"] == (None if "\ufffd" in part["token"] else list(part["token"].encode()))
+        best = [each["logprob"] for each in part["top_logprobs"]]
+        np.testing.assert_allclose(best, np.sort(row)[::-1][:20], atol=1e-3)
+
+    streamed = client.stream("/v1/chat/completions", **body, model="tiny")
+    choices = [choice for event in streamed for choice in event["choices"]]
+    assert [part for choice in choices if choice["logprobs"] for part in choice["logprobs"]["content"]] == content
+    streamed = client.stream("/v1/completions", prompt=prompt, logprobs=20, **settings)
+    parts = [choice["logprobs"] for event in streamed for choice in event["choices"] if choice["logprobs"]]
+    for name, values in completed.items():
+        assert [value for part in parts for value in part[name]] == values, name
+
+
+def test_a_chat_without_log_probabilities_has_none(client):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "logprobs": False, "top_logprobs": 0}
+    status, answer = client.send("POST", "/v1/chat/completions", body)
+    assert (status, answer["choices"][0]["logprobs"]) == (200, None)
+
+
 def test_a_chat_stream_opens_with_its_role_and_closes_with_a_reason(model, client):
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -231,7 +266,7 @@ def test_models_and_health(client):
         ({"prompt": "x", "stream": "yes"}, 400, "stream"),
         ({"prompt": "x", "stream": True, "echo": True}, 400, "stream"),
         ({"prompt": "x", "stream_options": {"speed": 1}}, 400, "stream_options"),
-        ({"prompt": "x", "logprobs": 6}, 400, "logprobs"),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
         ({"prompt": "x", "depth": 0}, 400, "depth"),
         ({"prompt": "x", "depth": 9}, 400, "depth"),
         ({"prompt": "x", "depth": 1.5}, 400, "depth"),
@@ -292,7 +327,9 @@ def test_half_a_surrogate_pair_is_refused(client, half):
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": [{"role": "user", "content": "x"}], "logprobs": True}, "logprobs"),
+        ({"messages": [{"role": "user", "content": "x"}], "logprobs": 3}, "logprobs"),
+        ({"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs"),
         (
             {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}},
             "response_format",
