@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from sst_jax.errors import InputError
+from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.types import Json, JsonValue
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _CHUNK = 1 << 18  # stays in the cache, between being read and being hashed
 
 
@@ -71,6 +75,49 @@ def digest(files: Iterable[Path], progress: Progress | None = None) -> str:
     return state.hexdigest()
 
 
+def disk_error(error: BaseException) -> str | None:
+    """Return what a disk said that did not take a file, in its own few words; None of any other error.
+
+    Libraries wrap it: TensorStore in a ValueError, safetensors in its own; NumPy has no number for a short write.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return os.strerror(error.errno)
+    text = str(error)
+    found = [os.strerror(number) for number in _DISK_ERRORS if os.strerror(number) in text]
+    if isinstance(error, OSError) and "requested and" in text:
+        found.append(os.strerror(errno.ENOSPC))
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Turn what a disk says while `path` is written into one line, with what to do about it.
+
+    Raises: RunInterrupted in place of an error of the disk; others pass.
+    """
+    try:
+        yield
+    except (InputError, RunInterrupted):
+        raise
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise RunInterrupted(f"{path} cannot be written: {reason}; {advice}") from error
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keep Orbax from logging, over many lines and from its threads, what it raises as well."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _refuse_non_empty(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path} exists and is not a folder; choose another output folder")
@@ -82,17 +129,19 @@ def _refuse_non_empty(path: Path) -> None:
 def staged_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that becomes `path` when the block ends well and disappears otherwise.
 
-    Raises: InputError when `path` exists and is not an empty folder, or cannot be made.
+    Raises: InputError when `path` exists and is not an empty folder, or cannot be made; RunInterrupted when the disk
+    is full.
     """
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     _refuse_non_empty(path)
     stage = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         stage.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
     try:
-        yield stage
+        with writing(path, "nothing is left of it, make room or choose another folder"):
+            yield stage
         _refuse_non_empty(path)  # another process may have filled it meanwhile
         if path.exists():
             path.rmdir()

@@ -25,6 +25,8 @@ else:  # it comes with JAX, which --help does not wait for
 
 Number = TypeVar("Number", int, float)
 
+# Metavars of arguments that are paths, or may be: "~" is expanded in them, also behind "=", where no shell does it.
+PATHS = ("DIR", "FILE", "MODEL", "PROBE", "OUT_A", "OUT_B")
 MODULES = "python -m sst_jax."  # what begins the `prog` of every command's parser
 
 
@@ -56,6 +58,17 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"--json {file} is a folder: give the name of a file")
             folder_for("--json", pathlib.Path(file).parent)
         return found
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does, with "~" expanded in paths."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if action.metavar in PATHS and isinstance(value, str):
+                setattr(found, action.dest, os.path.expanduser(value))
+            elif action.metavar in PATHS and isinstance(value, list):
+                setattr(found, action.dest, [os.path.expanduser(part) for part in value])
+        return found, rest
 
     def takes_base(self) -> None:
         """Add the flag for another place of the base that a run or an adapter records."""
@@ -102,8 +115,15 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains while closing
         return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        from sst_jax.files import disk_error  # it comes with JAX
+
+        reason = disk_error(error) if isinstance(error, OSError) else None
+        if reason is None:
+            traceback.print_exc()
+        else:  # a write that fails half-way does not know its file
+            where = getattr(error, "filename", None) or "what was to be written"
+            print(f"error: {where}: {reason}", file=sys.stderr)
         return 1
     return 0
 
@@ -159,7 +179,7 @@ def new_folder(path: str) -> pathlib.Path:
 
     Raises: InputError when it holds anything: checked before any work, and once more when the output is put there.
     """
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).expanduser()
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"--to {target} is not empty: nothing is overwritten, choose another folder")
     return target

@@ -96,7 +96,7 @@ def load(path: str) -> Probe:
 
     Raises: InputError naming the file and what is missing, damaged or of another shape.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}

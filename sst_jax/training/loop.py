@@ -29,6 +29,7 @@ from sst_jax.console.progress import bar, print_line
 from sst_jax.data import loader
 from sst_jax.data.prompts import Example
 from sst_jax.errors import InputError, RunInterrupted
+from sst_jax.files import writing
 from sst_jax.inference.model import Model, count
 from sst_jax.model import decoder, kernels, sharding
 from sst_jax.model.config import ModelConfig
@@ -142,11 +143,12 @@ def fit(
         InputError: bad input; nothing has been written.
         RunInterrupted: a signal, a full disk or numbers that stay not finite; the message says how to resume.
     """
-    recipe, workdir = as_recipe(recipe), Path(workdir)
+    recipe, workdir = as_recipe(recipe), Path(workdir).expanduser()
     initialize_distributed(recipe.mesh)
     with jax.set_mesh(sharding.make_mesh(recipe.mesh)), quiet_non_primary():
         inputs = check_inputs(recipe, workdir, base)
-        with open_run(inputs, workdir, watch or Watch(), allow_changed) as run:
+        full = writing(workdir, "make room, then the same command resumes")
+        with full, open_run(inputs, workdir, watch or Watch(), allow_changed) as run:
             programs, progress = compile_programs(run), run.progress
             begin(run, programs)
             forwards, steps, seed = inputs.recipe.forward, recipe.train.steps, recipe.train.seed

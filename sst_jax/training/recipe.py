@@ -194,7 +194,7 @@ def find_file(name: str) -> pathlib.Path:
 
     Raises: InputError with the names of those.
     """
-    file = pathlib.Path(name)
+    file = pathlib.Path(name).expanduser()
     if file.is_file():
         return file
     if name.removeprefix("configs/").removesuffix(".py") in recipe_names():

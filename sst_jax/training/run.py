@@ -72,8 +72,11 @@ class RunFolder:
         differing = check(path, config, base, defaults)
         if not allow_changed:
             check_changes(str(path), differing)
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"--workdir {path} cannot be written to: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

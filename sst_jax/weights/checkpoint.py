@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from sst_jax.console.command import write_json
 from sst_jax.errors import InputError, RunInterrupted
-from sst_jax.files import read_json, sha256
+from sst_jax.files import disk_error, quiet_orbax, read_json, sha256
 from sst_jax.model.sharding import sharding_of
 from sst_jax.types import AnyArray, Json, Params
 
@@ -64,7 +64,7 @@ class Checkpoints:
             self._save(step, trainable, optimizer, iterator, meta)
         except (OSError, ValueError) as error:  # ValueError is TensorStore's for all that a disk may say
             shutil.rmtree(self.folder / f"{step}{TORN}", ignore_errors=True)
-            reason = " ".join(str(error).split())[-200:]
+            reason = disk_error(error) or " ".join(str(error).split())[-200:]
             raise RunInterrupted(
                 f"checkpoint {self.folder / str(step)} cannot be written: {reason}\nThe newest good one is "
                 f"{self.latest_good() or 'the beginning'}; make room or repair the disk, then the same command resumes"
@@ -81,8 +81,9 @@ class Checkpoints:
             "meta": ocp.args.JsonSave(meta),
             "data": grain.checkpoint.CheckpointSave(iterator),
         }
-        self.manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self.manager.wait_until_finished()
+        with quiet_orbax():
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self.manager.wait_until_finished()
         if not jax.process_index():  # the first process vouches for what all have written
             files = {name: sha256(file) for name, file in _files(self.folder / str(step))}
             write_json(self.manifests / f"{step}.json", {"sha256": files})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import threading
 from collections import deque
@@ -16,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sst_jax.errors import InputError
-from sst_jax.files import Progress, read_json, sha256
+from sst_jax.files import Progress, quiet_orbax, read_json, sha256, writing
 from sst_jax.model.config import ModelConfig
 from sst_jax.types import HostArray, Json, Params
 from sst_jax.weights import key_map, store
@@ -49,7 +48,7 @@ class Conversion:
 
         Raises: InputError when the target is not empty, or beside it lies the beginning of another conversion.
         """
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).expanduser().absolute()
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise InputError(f"{self.directory} is not empty; choose another output folder, nothing is overwritten")
         self.source, self.dtype, self.quantize, self.texts = source, dtype, quantize, texts
@@ -65,9 +64,13 @@ class Conversion:
                 )
         else:
             shutil.rmtree(self.stage, ignore_errors=True)
-            self.stage.mkdir(parents=True)
-            _placeholders(self.stage / store.PARAMS, self.shapes)
-            (self.stage / _BEGUN).write_text(json.dumps(begun))
+            try:
+                self.stage.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"cannot write {self.directory}: {error.strerror}") from error
+            with writing(self.directory, "make room or choose another folder"):
+                _placeholders(self.stage / store.PARAMS, self.shapes)
+                (self.stage / _BEGUN).write_text(json.dumps(begun))
         self._lock = threading.Lock()
         self._written = _read_record(self.stage / _WRITTEN)
 
@@ -82,8 +85,12 @@ class Conversion:
           files: put beside by name, such as a tokenizer's.
           progress: called with (tensors done, tensors in all).
 
-        Raises: InputError as `converted_tensors` or `calibrated`.
+        Raises: InputError as `converted_tensors` or `calibrated`; RunInterrupted when the disk is full.
         """
+        with writing(self.directory, "make room, and the same command goes on with what is converted already"):
+            return self._run(facts, files or {}, progress)
+
+    def _run(self, facts: Callable[[], Json], files: Mapping[str, bytes], progress: Progress | None) -> Path:
         total = len(
             key_map.bind(self.source.tensors(), self.source.backbone, self.source.kind, self.source.path).tensors
         )
@@ -98,7 +105,7 @@ class Conversion:
                     progress(number, total)
             for future in pending:
                 future.result()
-        return self._finish(facts(), files or {})
+        return self._finish(facts(), files)
 
     def _tensors(self) -> Iterator[ConvertedTensor | None]:
         if self.texts is None:
@@ -166,14 +173,9 @@ def _placeholders(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.d
     tree: Params = {}
     for name, (_, dtype) in shapes.items():
         key_map.set_param(tree, name, np.zeros(1, dtype))
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # that there is nothing to merge without OCDBT, Orbax finds worth a warning
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-            checkpointer.save(folder, tree)
-    finally:
-        logger.setLevel(level)
+    # That there is nothing to merge without OCDBT, Orbax finds worth a warning.
+    with quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(folder, tree)
     for name, (shape, _) in shapes.items():
         array = folder / name.replace("/", ".")
         spec = json.loads((array / ".zarray").read_text())

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from sst_jax.errors import InputError
-from sst_jax.files import is_plain_name, read_json, sha256, staged_folder
+from sst_jax.files import is_plain_name, quiet_orbax, read_json, sha256, staged_folder
 from sst_jax.model.quantization import storages
 from sst_jax.types import AnyArray, HostArray, Json, Params, ReadOnlyJson
 from sst_jax.weights.key_map import set_param
@@ -76,11 +76,11 @@ def save_base(
             if not is_plain_name(name) or name in (HEADER, MANIFEST, PARAMS):
                 raise InputError(f"file {name!r} is not a plain file name, or is the format's own")
             (folder / name).write_bytes(content)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / PARAMS, tree)
         write_header(folder, config, facts, arrays)
         write_manifest(folder, {})
-    return Path(directory)
+    return Path(directory).expanduser()
 
 
 def write_header(folder: Path, config: Json, facts: Json, arrays: Json) -> None:
