@@ -209,6 +209,8 @@ def _notes(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> lis
         notes.append(note)
     if options.format == "sst" and model.provenance.layout not in (None, "text"):
         notes.append("text only: the vision tower stays behind (--format merged takes it along)")
+    if options.format == "adapter" and model.provenance.origin.kind == "gguf" and options.base_name is None:
+        notes.append("PEFT cannot load a GGUF file as base: --base-name names what it was made from")
     if config.stream is not None and options.format != "sst":
         notes.append("the stream is stored separately: stream.safetensors, stream.json")
     return notes
