@@ -7,6 +7,7 @@ sst-jax convert --from model.gguf --to models/base --quantize nf4 --calibrate da
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         end="",
     )
     print(f"{quantized}{texts}\nwritten to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
-    print(f"next: python -m sst_jax.generate --model {target} --prompt 'The capital of France is'")
+    print(f"next: python -m sst_jax.generate --model {shlex.quote(str(target))} --prompt 'The capital of France is'")
     if args.json:
         result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": dtype, "source": provenance.to_json()}
         write_json(args.json, result)

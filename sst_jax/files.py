@@ -19,6 +19,7 @@ from sst_jax.types import Json, JsonValue
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), called now and then
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_POINTER = b"version https://git-lfs.github.com/spec/"  # begins what git has in place of a large file
 _CHUNK = 1 << 18  # stays in the cache, between being read and being hashed
 
 
@@ -28,14 +29,30 @@ def read_json(path: Path) -> Json:
     Raises: InputError, naming the file, when it is missing, malformed or not an object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        check_no_pointer(path, data)
+        content = json.loads(data)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def check_no_pointer(path: Path, data: bytes | None = None) -> None:
+    """Raise InputError where a file, of which `data` are the first bytes, is a Git LFS pointer to what is meant."""
+    if data is None:
+        with path.open("rb") as stream:
+            data = stream.read(len(_POINTER))
+    if data.startswith(_POINTER):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download it "
+            "with `hf download`"
+        )
 
 
 def json_bytes(value: JsonValue) -> bytes:

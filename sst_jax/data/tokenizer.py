@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises: InputError naming the folder when it holds none, or a broken one.
     """
     path = Path(path)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or path.is_file():
         return _gguf(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder to read a tokenizer from")

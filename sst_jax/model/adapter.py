@@ -24,6 +24,9 @@ class AdapterConfig:
         require(whole, f"adapter.rank={self.rank!r} must be an integer >= 0, and below {2**20}")
         check_numbers("adapter", self, "alpha", "dropout")
         for target in self.targets:
+            several = isinstance(target, str) and "," in target
+            spelled = tuple(part.strip() for part in str(target).split(","))
+            require(not several, f'adapter.targets={target!r} is one name: write several as "{spelled!r}"')
             check_one_of("adapter", "targets", target, LINEARS)
         require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout} must be in [0, 1)")
 

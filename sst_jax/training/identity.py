@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sst_jax.data.generation_config import GENERATION_CONFIG
 from sst_jax.data.prompts import Example
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
@@ -49,6 +50,7 @@ def examples_digest(examples: Iterable[Example]) -> str:
 def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:
     """Return the hex SHA-256 of a tokenizer's files without its chat template, and of the template."""
     files = tokenizer.files()
+    files.pop(GENERATION_CONFIG, None)  # which tokens end an answer, examples and masks say
     template = files.pop(TEMPLATE, b"")
     if TOKENIZER_CONFIG in files:
         config = json.loads(files[TOKENIZER_CONFIG])

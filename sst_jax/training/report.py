@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 from sst_jax.console.command import write_json
@@ -90,9 +91,10 @@ def describe(result: RunResult, workdir: Path, *, with_stream: bool) -> str:
     lines += [f"depth {sample.depth}: {sample.answer.strip()}" for sample in result.samples]
     depth = " --depth 4" if with_stream else ""
     question = '"Ann has 3 boxes of 4 pens. How many pens?"'
+    run, merged = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-merged")
     lines += [
         "\nnext:",
-        f"  python -m sst_jax.generate --model {workdir}{depth} --question {question}",
-        f"  python -m sst_jax.export --from {workdir} --to {workdir}-merged --format merged",
+        f"  python -m sst_jax.generate --model {run}{depth} --question {question}",
+        f"  python -m sst_jax.export --from {run} --to {merged} --format merged",
     ]
     return "\n".join(lines)

@@ -72,6 +72,14 @@ def _read(file: Path, offset: int, blocks: tuple[int, ...], shape: tuple[int, ..
     return out.reshape(shape)
 
 
+def is_gguf(file: Path) -> bool:
+    """Return whether a file is GGUF by its name, or by its first bytes: Ollama's have no name that tells."""
+    if file.suffix.lower() == ".gguf":
+        return True
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
 def read_header(file: str | Path) -> tuple[Json, list[Tensor]]:
     """Return (metadata, tensors) of a GGUF file: arrays of numbers as numpy, of strings as lists; no weights are read.
 

@@ -37,7 +37,7 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
     for place, level in levels:
         for name, allowed in family.config.allowed.items():
             if name in level and level[name] not in allowed:
-                raise InputError(f"{place}: {name}={level[name]!r} is unsupported; it must be {allowed[0]!r}")
+                raise _unsupported(place, name, level[name], allowed[0])
     fields = _number_fields(family.config, text, where)
     if fields["num_layers"] > MAX_LAYERS:
         raise InputError(f"{where}: num_hidden_layers={fields['num_layers']} is beyond {MAX_LAYERS}")
@@ -46,6 +46,19 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
         return BackboneConfig(family=family.name, **{**family.block, **fields})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _unsupported(place: str, name: str, value: object, allowed: object) -> InputError:
+    """Return the error of a field that has another value than is known."""
+    if name == "quantization_config":
+        method = value.get("quant_method") if isinstance(value, Mapping) else None
+        shown = "{...}" if method is None else repr(str(method)[:40])
+        return InputError(
+            f"{place}: quantization_config={shown} is unsupported: give the unquantised original, and quantise that "
+            "(convert --quantize nf4, or model.quantize)"
+        )
+    shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+    return InputError(f"{place}: {name}={shown} is unsupported; it must be {allowed!r}")
 
 
 def _number_fields(format: ConfigFormat, config: JsonObject, where: str) -> Json:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sst_jax.errors import InputError
-from sst_jax.files import Progress, is_plain_name, read_json, staged_folder
+from sst_jax.files import Progress, check_no_pointer, is_plain_name, read_json, staged_folder
 from sst_jax.model.config import BackboneConfig
 from sst_jax.types import HostArray, Json, LayerStack, Params
 from sst_jax.weights import key_map
@@ -29,6 +29,7 @@ ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"
 
 # RoPE's frequencies, which transformers saved before 4.32 and computes from config.json since.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb(_local)?\.(original_)?inv_freq$")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # large enough for Git LFS
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -65,6 +66,7 @@ def _check_length(file: Path) -> dict[str, int]:
 
     The header is compared with the size of its file, so that a cut-off download is called by its name.
     """
+    check_no_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -126,6 +128,9 @@ def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable
     config_file = folder / "config.json"
     config = read_json(config_file) if config is None else config
     backbone = backbone_from_config(config, str(config_file))
+    for name in _TOKENIZERS:
+        if (folder / name).is_file():
+            check_no_pointer(folder / name)
     files, weight_map = _weight_files(folder)
     by_file = {file.name: headers(file) for file in files}
     held = {name: {tensor.name for tensor in tensors} for name, tensors in by_file.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 from sst_jax.data.tokenizer import adapter_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES
-from sst_jax.files import read_json
+from sst_jax.files import check_no_pointer, read_json
 from sst_jax.model import decoder, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.types import Json
@@ -281,9 +281,12 @@ def _resolve(name: str, base: str | Path | None) -> Reference:
         return RandomPreset(name)
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix == ".gguf":
+        check_no_pointer(path)
+        if gguf.is_gguf(path):
             return GgufFile(path)
-        raise InputError(f"{path} is a file, but not a .gguf: give the folder that holds it")
+        if path.suffix in (".safetensors", ".json"):
+            raise InputError(f"{path} is one file of a model: give the folder that holds it, {path.parent}")
+        raise InputError(f"{path} is a file, but not a GGUF file: give a .gguf file, or a folder with config.json")
     if path.is_dir():
         if store.is_base_folder(path):
             return BaseFolder(path)
@@ -304,6 +307,8 @@ def _foreign_folder(
         raise _stands_alone(location or str(path), base)
     if (path / "config.json").is_file():
         return HuggingFaceFolder(path, location, revision)
+    if files := sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".gguf"):
+        raise InputError(f"{path} holds GGUF files: give the file, such as {path / files[0]}")
     raise InputError(
         f"{path} is neither a Hugging Face folder (config.json), an adapter ({peft.CONFIG}), a converted folder "
         f"({store.HEADER}) nor a training run (base.json)"

@@ -62,7 +62,7 @@ def test_what_is_none_of_them_is_refused_before_anything_is_read(tmp_path):
     for name, message in (
         (tmp_path / "nowhere", "does not exist: give a folder"),
         (tmp_path / "empty", "is neither a Hugging Face folder"),
-        (tmp_path / "weights.bin", "is a file, but not a .gguf"),
+        (tmp_path / "weights.bin", "is a file, but not a GGUF file"),
         ("random:nothing", "random:nothing is unknown; presets are"),
     ):
         with pytest.raises(InputError, match=message):

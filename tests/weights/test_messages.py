@@ -1,0 +1,100 @@
+"""What is wrong with a name or a file is said in one line that tells what to do instead."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+
+import sst_jax
+from sst_jax.data.tokenizer import load_tokenizer
+from sst_jax.errors import InputError
+from sst_jax.training import read_recipe
+from sst_jax.training.report import RunResult, Sample, describe
+from sst_jax.weights import gguf, loading
+from sst_jax.weights.references import GgufFile
+from tests.support import checkpoints
+from tests.weights.test_gguf import write
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2471645608\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return checkpoints.write_checkpoint(tmp_path / "model", checkpoints.random_state())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_called_one(folder, name):
+    (folder / name).write_text(POINTER)
+    with pytest.raises(InputError, match=rf"/{re.escape(name)} is a Git LFS pointer.*`git lfs pull`"):
+        sst_jax.load(folder)
+
+
+def test_a_git_lfs_pointer_to_a_gguf_is_called_one(tmp_path):
+    (tmp_path / "model.gguf").write_text(POINTER)
+    with pytest.raises(InputError, match=r"model\.gguf is a Git LFS pointer"):
+        loading.resolve(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["M.GGUF", "sha256-2af3b81862c6", "model"])
+def test_a_gguf_file_is_known_by_its_bytes_whatever_its_name(tmp_path, name):
+    pytest.importorskip("gguf")
+    write(tmp_path / "model.gguf").rename(tmp_path / name)
+    reference = loading.resolve(tmp_path / name)
+    assert type(reference) is GgufFile
+    assert reference.backbone == gguf.open_file(tmp_path / name).backbone
+    with pytest.raises(InputError, match=rf"{name}: its metadata lacks"):  # it is looked for in the file
+        load_tokenizer(tmp_path / name)
+
+
+def test_the_file_in_a_folder_of_gguf_is_named(tmp_path):
+    pytest.importorskip("gguf")
+    file = write(tmp_path / "model-Q4_0.gguf")
+    with pytest.raises(InputError, match=rf"{tmp_path} holds GGUF files: give the file, such as {file}"):
+        loading.resolve(tmp_path)
+
+
+def test_one_file_of_a_folder_is_not_the_folder(folder):
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(
+            InputError, match=rf"{name} is one file of a model: give the folder that holds it, {folder}"
+        ):
+            loading.resolve(folder / name)
+    shutil.copy(folder / "model.safetensors", folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="is a file, but not a GGUF file"):
+        loading.resolve(folder / "pytorch_model.bin")
+
+
+def test_quantised_checkpoints_are_refused_with_the_way_out_whatever_their_config_holds(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for method in ("compressed-tensors", None):
+        quantization = {"quant_method": method, "ignore": [f"model.layers.{n}.mlp" for n in range(500)]}
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        with pytest.raises(
+            InputError, match=r"quantization_config=.* is unsupported: give the unquantised original"
+        ) as refused:
+            sst_jax.load(folder)
+        assert len(str(refused.value)) < 400
+        assert ("'compressed-tensors'" in str(refused.value)) == (method is not None)
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_activation": "x" * 5000}))
+    with pytest.raises(InputError, match="hidden_activation=") as refused:
+        sst_jax.load(folder)
+    assert len(str(refused.value)) < 400
+
+
+def test_several_targets_are_spelled_for_who_writes_them_as_one():
+    with pytest.raises(InputError, match=r"adapter.targets='q,v' is one name: write several as \"\('q', 'v'\)\""):
+        read_recipe("tiny", ["--config.adapter.targets=q,v"])
+    assert read_recipe("tiny", ["--config.adapter.targets=('q', 'v')"]).adapter.targets == ("q", "v")
+
+
+def test_printed_commands_take_folders_with_spaces(tmp_path):
+    workdir = tmp_path / "my run's"
+    result = RunResult(1, "plain", "plain", {}, 2.0, 1.0, 0, 1.0, [Sample("q", "e", 1, "a")])
+    commands = [
+        line.split() and shlex.split(line) for line in describe(result, workdir, with_stream=True).splitlines()[-2:]
+    ]
+    assert commands[0][:5] == ["python", "-m", "sst_jax.generate", "--model", str(workdir)]
+    assert commands[1][3:7] == ["--from", str(workdir), "--to", f"{workdir}-merged"]
