@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
 from sst_jax.data.generation_config import GENERATION_CONFIG
 from sst_jax.data.prompts import Example
+from sst_jax.data.template_date import date_of, fix_date, parse_date, reads_date
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
+from sst_jax.files import read_json
+from sst_jax.training.sections import DataConfig
 from sst_jax.types import Json
+from sst_jax.weights.loading import recorded_date
 
 TEMPLATE = "chat_template.jinja"  # beside tokenizer_config.json, which may hold the template itself
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -60,6 +66,25 @@ def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:
     for name, content in sorted(files.items()):
         state.update(f"{name}\0{len(content)}\0".encode() + content)
     return state.hexdigest(), hashlib.sha256(template).hexdigest()
+
+
+def fix_run_date(tokenizer: Tokenizer, data: DataConfig, workdir: Path) -> None:
+    """Have a chat template write the date of a run, on whichever day it resumes.
+
+    That is the date that the run folder records, else the recipe's, else the present. A run of version 0.1.0 recorded
+    none, and its template goes on writing the present.
+    """
+    file = workdir / "config.json"
+    if file.is_file():
+        date = recorded_date(read_json(file), file)
+    else:
+        date = parse_date(data.date, "data.date") if data.date else datetime.now()
+    fix_date(tokenizer, date)
+
+
+def date_record(tokenizer: Tokenizer, format: str) -> Json:
+    """Return what config.json says of the date that examples were made with; nothing where none is in them."""
+    return {"date": date_of(tokenizer)} if format == "chat" and reads_date(tokenizer) else {}
 
 
 def changes(recorded: Json, now: Json) -> list[str]:

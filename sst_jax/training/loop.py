@@ -36,7 +36,7 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
-from sst_jax.training.identity import data_record
+from sst_jax.training.identity import data_record, date_record, fix_run_date
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.problems import Split, prepare_split, split_problems
 from sst_jax.training.progress import Clock, Progress
@@ -207,6 +207,7 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
         raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
     if config.stream is not None and config.stream.initial == "skip_bos" and tokenizer.bos_id is None:
         raise InputError(f"stream.initial='skip_bos': the vocabulary of {source} has no BOS")
+    fix_run_date(tokenizer, data, workdir)
     return Inputs(
         with_attention_kernel(recipe, functools.partial(kernels.here, head_dim=backbone.head_dim)),
         recipe.to_json(),
@@ -232,7 +233,8 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = 
     recipe, config = inputs.recipe, inputs.config
     base_record = inputs.opened.provenance.base_record()
     data = data_record(inputs.examples, inputs.heldout, inputs.opened.tokenizer, recipe.data.format)
-    run_config = {"recipe": inputs.record, "model_config": config.to_dict(), "data": data}
+    date = date_record(inputs.opened.tokenizer, recipe.data.format)
+    run_config = {"recipe": inputs.record, "model_config": config.to_dict(), "data": data, **date}
     folder = RunFolder(workdir, run_config, base_record, writes=is_primary(), allow_changed=allow_changed)
     try:
         key = jax.random.key(recipe.train.seed)

@@ -11,6 +11,7 @@ import dataclasses
 from sst_jax.data import datasets
 from sst_jax.data.formats import ROW_FORMATS
 from sst_jax.data.prompts import FORMATS, LEARN
+from sst_jax.data.template_date import parse_date
 from sst_jax.errors import InputError
 from sst_jax.model import rules
 from sst_jax.model.config import StreamConfig, from_mapping
@@ -121,6 +122,7 @@ class DataConfig:
     heldout_path   one's own held-out rows, a file, a folder or a hub id: then none are taken from `path`
     limit          use at most so many training examples (0: all)
     overlong       what an example that does not fit a row is: an "error", or left out ("drop")
+    date           that a chat template writes which writes one, such as "2026-11-30"; "": when the run begins
     """
 
     name: str = "gsm8k"
@@ -139,6 +141,7 @@ class DataConfig:
     heldout_path: str = ""
     limit: int = 0
     overlong: str = "error"
+    date: str = ""
 
     def __post_init__(self) -> None:
         dataset = datasets.find(self.dataset)
@@ -154,6 +157,8 @@ class DataConfig:
         for field in ("length", "batch_size", "heldout"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
+        if self.date:
+            parse_date(self.date, "data.date")
         if self.limit < 0:
             raise InputError(f"data.limit={self.limit} must not be negative; 0 is all")
         if not 0.0 <= self.heldout_share < 1.0:

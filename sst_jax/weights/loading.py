@@ -14,8 +14,10 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
+from sst_jax.data.template_date import fix_date, parse_date
 from sst_jax.data.tokenizer import adapter_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES
@@ -94,6 +96,17 @@ class HubId(Reference):
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         return self.folder.read(dtype, quantize, lazy)
+
+
+def recorded_date(content: Json, where: Path) -> datetime | None:
+    """Return the date that chat templates wrote for a run, by its config.json; None where it does not say.
+
+    Raises: InputError, beginning with `where`, where it is none.
+    """
+    date = content.get("date")
+    if date is None:
+        return None
+    return parse_date(str(date), f"{where}: date")
 
 
 class OnABase(Reference):
@@ -223,6 +236,7 @@ class RunFolder(OnABase):
                 f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder"
             )
         opened = self.open_base(dtype, "none", lazy)
+        fix_date(opened.tokenizer, recorded_date(content, path / "config.json"))
         config = ModelConfig.from_dict(content["model_config"])
         if config.backbone != opened.config.backbone:
             raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {self.base[1].path}")

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sst_jax.data import chat_template, template_date
+from sst_jax.data.chat_template import CHAT_TEMPLATE, ChatTemplate
 from sst_jax.data.prompts import Example
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from sst_jax.training import fit, read_recipe
+from sst_jax.inference.model import load
+from sst_jax.lab.evaluation.evaluation import fixed_date
+from sst_jax.training import fit, identity, read_recipe
 from sst_jax.training.identity import changes, data_record, examples_digest, tokenizer_digests
 
 pytestmark = pytest.mark.optimised  # random bases are known by their bits
@@ -158,3 +163,77 @@ def test_a_run_that_recorded_no_data_resumes_as_before(stopped):
     write_rows(Path(knobs["data.path"]), last="Yes:")
     assert fit(read_recipe("tiny", knobs), run).steps == 2
     assert json.loads((run / "config.json").read_text()) == config
+
+
+# ---------------------------------------------------------------------------------------------------------- the date
+
+DATED = CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d %b %Y') }}\n")
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A function of a day: from then on it is that day, in a new process as far as templates know."""
+
+    def begin(day):
+        class Then(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(day)
+
+        for module in (chat_template, template_date, identity):
+            monkeypatch.setattr(module, "datetime", Then)
+        monkeypatch.setattr(ByteTokenizer, "template", ChatTemplate(DATED, {"bos_token": "<bos>"}), raising=False)
+
+    return begin
+
+
+def asked(tokenizer):
+    return tokenizer.decode(tokenizer.chat([{"role": "user", "content": "hi"}]))
+
+
+def test_a_run_goes_on_with_the_date_that_it_began_with(on, begun, tmp_path):
+    on("2026-01-02T10:00")
+    write_rows(tmp_path / "data")
+    knobs = begun[0] | {"data.path": str(tmp_path / "data")}
+    whole = fit(read_recipe("tiny", knobs), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["date"] == "2026-01-02T10:00:00"
+    run = shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    shutil.rmtree(run / "checkpoints" / "2")
+    on("2026-01-03T09:00")
+    assert asked(ByteTokenizer()).startswith("03 Jan 2026")
+    assert fit(read_recipe("tiny", knobs), run).heldout_loss == whole.heldout_loss
+    on("2026-01-04T09:00")
+    assert asked(load(run).tokenizer).startswith("02 Jan 2026")  # as it was trained
+    with pytest.raises(InputError, match=r"data\.date: '' there, '2026-01-03' now"):
+        fit(read_recipe("tiny", knobs | {"data.date": "2026-01-03"}), run)
+
+
+def test_a_recipe_sets_the_date(on, tmp_path):
+    on("2026-01-02")
+    recipe, tokenizer = read_recipe("tiny", {"data.date": "2025-12-24"}), ByteTokenizer()
+    identity.fix_run_date(tokenizer, recipe.data, tmp_path)
+    assert asked(tokenizer).startswith("24 Dec 2025")
+    assert identity.date_record(tokenizer, "chat") == {"date": "2025-12-24T00:00:00"}
+    assert identity.date_record(tokenizer, "plain") == {}
+    (tmp_path / "config.json").write_text("{}")  # of 0.1.0
+    identity.fix_run_date(tokenizer, recipe.data, tmp_path)
+    assert asked(tokenizer).startswith("02 Jan 2026")
+    (tmp_path / "config.json").write_text('{"date": "yesterday"}')
+    with pytest.raises(InputError, match=r"config\.json: date='yesterday' is no date"):
+        identity.fix_run_date(tokenizer, recipe.data, tmp_path)
+    with pytest.raises(InputError, match=r"data\.date='24\.12\.' is no date: write it as"):
+        read_recipe("tiny", {"data.date": "24.12."})
+
+
+def test_an_evaluation_goes_on_with_its_date(on, tmp_path):
+    on("2026-01-02")
+    assert fixed_date(ByteTokenizer(), tmp_path, "plain") == {}
+    date = fixed_date(ByteTokenizer(), tmp_path, "chat")
+    assert date == {"date": "2026-01-02T00:00:00"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(date))
+    on("2026-01-03")
+    tokenizer = ByteTokenizer()
+    assert fixed_date(tokenizer, tmp_path, "chat") == date
+    assert asked(tokenizer).startswith("02 Jan 2026")
+    (tmp_path / "evaluation.json").write_text("{}")  # of 0.1.0
+    assert fixed_date(tokenizer, tmp_path, "chat") == {}

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
 from sst_jax.data.documents import Item
+from sst_jax.data.template_date import date_of, fix_date, parse_date, reads_date
+from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.inference.halting_probe import Probe
@@ -139,6 +141,22 @@ def identity(model: Model) -> Json:
     return {name: getattr(model.provenance, name) for name in IDENTITY}
 
 
+def fixed_date(tokenizer: Tokenizer, out: Path, format: str) -> Json:
+    """Return the date that a chat template writes into the prompts, for evaluation.json, and have it write this one.
+
+    That is the date of an evaluation that resumes, of the run that trained the model, or the present.
+    """
+    file = out / runner.HEADER
+    if format != "chat" or not reads_date(tokenizer):
+        return {}
+    there = read_json(file) if file.is_file() else None
+    if there is not None and there.get("date") is None:  # of version 0.1.0
+        return {}
+    text = date_of(tokenizer) if there is None else str(there["date"])
+    fix_date(tokenizer, parse_date(text, f"{file}: date"))
+    return {"date": text}
+
+
 def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = None) -> Json:
     """Evaluate a model into a folder; resume what an earlier call with the same settings left there.
 
@@ -162,6 +180,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
     room = (config.max_new_tokens or task.max_new_tokens) if answering else 0
     # A base model writes the next question after its answer; the harness stops GSM8K at the same word.
     stop = ["Question:"] if answering and format == "plain" else []
+    date = fixed_date(model.tokenizer, out, format)
     prompt = runner.prompts(model, items, format, room)
     header = {
         **settings(config, items),
@@ -171,6 +190,7 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
         "max_new_tokens": room,
         "first_prompt": model.tokenizer.decode(prompt[items[0].id]),
         "first_prompt_tokens": prompt[items[0].id],
+        **date,
         "second_opinion_by": second_opinion_by() if answering and task.grading.checkable else None,
         "environment": environment(),
     }
