@@ -122,7 +122,9 @@ def resave_as_0_1_0(run, step):
     recipe, checkpoints = read_recipe("tiny", PIECES), Checkpoints(run, 9)
     trainable = {name: load(run).params[name] for name in ("adapter", "blend")}
     state = make_optimizer(recipe.optimizer, recipe.train.steps).init(trainable)
-    _, state, _ = checkpoints.restore(step, trainable, state, SimpleNamespace(set_state=lambda place: None))
+    _, state, _ = checkpoints.restore(
+        step, trainable, state, SimpleNamespace(get_state=dict, set_state=lambda place: None)
+    )
     folder = run / "checkpoints" / str(step)
     shutil.rmtree(folder / "optimizer")
     with ocp.StandardCheckpointer() as checkpointer:
