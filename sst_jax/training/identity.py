@@ -24,18 +24,20 @@ TEMPLATE = "chat_template.jinja"  # beside tokenizer_config.json, which may hold
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def data_record(examples: Sequence[Example], heldout: Sequence[Example], tokenizer: Tokenizer, format: str) -> Json:
+def data_record(
+    sources: Sequence[Sequence[Example]], heldout: Sequence[Example], tokenizer: Tokenizer, format: str
+) -> Json:
     """Return what a run's config.json says of its data.
 
     Args:
-        examples: that are trained on, in their order.
+        sources: examples that are trained on, in their order.
         heldout: that are kept out.
         tokenizer: that made them.
         format: "plain" or "chat", which alone takes the template.
     """
     whole, template = tokenizer_digests(tokenizer)
     return {
-        "training examples": {"count": len(examples), "sha256": examples_digest(examples)},
+        "training examples": {"count": sum(map(len, sources)), "sha256": sources_digest(sources)},
         "held-out examples": {"count": len(heldout), "sha256": examples_digest(heldout)},
         "tokenizer": {"sha256": whole},
         "chat template": {"sha256": template if format == "chat" else None},
@@ -51,6 +53,12 @@ def examples_digest(examples: Iterable[Example]) -> str:
         state.update(np.asarray(example.tokens, "<i4").tobytes())
         state.update(np.packbits(np.asarray(example.answer_mask, bool)).tobytes())
     return state.hexdigest()
+
+
+def sources_digest(sources: Sequence[Sequence[Example]]) -> str:
+    """Return the hex SHA-256 of sources that are drawn from by weights; of one alone that of its examples."""
+    digests = [examples_digest(source) for source in sources]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -3,9 +3,9 @@
     from sst_jax.training import fit
     fit("configs/tiny.py", "runs/tiny")
 
-`check_inputs` finds what is wrong before anything long is computed, `open_run` takes the folder and its newest good
-checkpoint, `compile_programs` says what is compiled, the loop in `fit` trains, `after_step` measures, logs and saves
-what is due, `finish` writes down what the run came to.
+`check_inputs` (`inputs.py`) finds what is wrong before anything long is computed, `open_run` takes the folder and its
+newest good checkpoint, `compile_programs` says what is compiled, the loop in `fit` trains, `after_step` measures, logs
+and saves what is due, `finish` writes down what the run came to.
 """
 
 from __future__ import annotations
@@ -27,23 +27,21 @@ from ml_collections import ConfigDict
 
 from sst_jax.console.progress import bar, print_line
 from sst_jax.data import loader
-from sst_jax.data.prompts import Example
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import writing
 from sst_jax.inference.model import Model, count
 from sst_jax.model import decoder, kernels, sharding
-from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
-from sst_jax.training.identity import data_record, date_record, fix_run_date
+from sst_jax.training.identity import data_record, date_record
+from sst_jax.training.inputs import Inputs, check_inputs, layout
 from sst_jax.training.optimizer import make_optimizer
-from sst_jax.training.problems import Split, prepare_split, split_problems
 from sst_jax.training.progress import Clock, Progress
-from sst_jax.training.recipe import Recipe, read_recipe, resolve, with_attention_kernel
+from sst_jax.training.recipe import Recipe, read_recipe, resolve
 from sst_jax.training.report import RunResult, write_report, write_samples
 from sst_jax.training.resume import restore_state
-from sst_jax.training.run import RunFolder, check_recipe
+from sst_jax.training.run import RunFolder
 from sst_jax.training.step import (
     Batch,
     ForwardConfig,
@@ -56,33 +54,8 @@ from sst_jax.training.step import (
 from sst_jax.training.watchdog import StallWatchdog, StopSignals, Watch
 from sst_jax.types import DeviceArrays, HostArrays, Json, Losses, RandomKey
 from sst_jax.weights.checkpoint import Checkpoints
-from sst_jax.weights.loading import LoadedModel, open_model
 
 DROPOUT_BRANCH = 2**31  # folded into the seed's key, which `init_params` splits: a branch that it does not take
-
-
-class Inputs(NamedTuple):
-    """A run's inputs, read and checked."""
-
-    recipe: Recipe  # attention="auto" is decided
-    record: Json  # the recipe as it is recorded
-    config: ModelConfig
-    opened: LoadedModel
-    sources: list[list[Example]]  # one, or as many as data.weights
-    heldout: list[Example]
-    split: Split
-
-    @property
-    def examples(self) -> list[Example]:
-        """What is trained on, of all sources."""
-        return [example for examples in self.sources for example in examples]
-
-    def rows(self) -> grain.DatasetIterator:
-        """Return an iterator over the batches that are trained on."""
-        seed, weights = self.recipe.train.seed, self.recipe.data.weights
-        if weights:
-            return loader.mixed_rows(self.sources, weights, layout(self), seed=seed)
-        return loader.rows(self.sources[0], layout(self), seed=seed)
 
 
 @dataclasses.dataclass
@@ -183,47 +156,6 @@ def as_recipe(recipe: Recipe | ConfigDict | str | Path) -> Recipe:
     return resolve(recipe) if isinstance(recipe, ConfigDict) else read_recipe(str(recipe))
 
 
-def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) -> Inputs:
-    """Read the data and the base of a run, and check everything that can be wrong with them; nothing is written.
-
-    Args: as those of `fit`.
-    Raises: InputError naming the knob, the file or the folder.
-    """
-    mesh, data = jax.sharding.get_mesh(), recipe.data
-    sharding.check(mesh, batch_size=data.batch_size)
-    check_recipe(workdir, recipe.to_json())
-    if base is not None and not (workdir / "config.json").is_file():
-        raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
-    split = split_problems(data, recipe.train.seed)
-    source = str(base or recipe.model.source)
-    opened = open_model(source, recipe.model.dtype, recipe.model.quantize)
-    backbone, tokenizer = opened.config.backbone, opened.tokenizer
-    if opened.config.stream is not None or opened.config.adapter.rank:
-        named = "--base " if base else "model.source="
-        raise InputError(f"{named}{source} already has a stream or adapter: train from its plain base")
-    config = recipe.model_config(backbone, tokenizer.bos_id)
-    sharding.check(mesh, backbone)
-    if not jax.tree.leaves({key: tree for key, tree in decoder.abstract_params(config).items() if key != "base"}):
-        raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
-    if config.stream is not None and config.stream.initial == "skip_bos" and tokenizer.bos_id is None:
-        raise InputError(f"stream.initial='skip_bos': the vocabulary of {source} has no BOS")
-    fix_run_date(tokenizer, data, workdir)
-    return Inputs(
-        with_attention_kernel(recipe, functools.partial(kernels.here, head_dim=backbone.head_dim)),
-        recipe.to_json(),
-        config,
-        opened,
-        *prepare_split(split, data, tokenizer),
-        split,
-    )
-
-
-def layout(inputs: Inputs) -> loader.Layout:
-    """Return how the recipe lays documents into batches."""
-    data = inputs.recipe.data
-    return loader.Layout(data.length, data.batch_size, data.pack, inputs.opened.tokenizer.pad_id)
-
-
 @contextlib.contextmanager
 def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = False) -> Iterator[Run]:
     """Take the run folder, and make the state of the newest good checkpoint there, or a fresh one.
@@ -232,7 +164,7 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = 
     """
     recipe, config = inputs.recipe, inputs.config
     base_record = inputs.opened.provenance.base_record()
-    data = data_record(inputs.examples, inputs.heldout, inputs.opened.tokenizer, recipe.data.format)
+    data = data_record(inputs.sources, inputs.heldout, inputs.opened.tokenizer, recipe.data.format)
     date = date_record(inputs.opened.tokenizer, recipe.data.format)
     run_config = {"recipe": inputs.record, "model_config": config.to_dict(), "data": data, **date}
     folder = RunFolder(workdir, run_config, base_record, writes=is_primary(), allow_changed=allow_changed)

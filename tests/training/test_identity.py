@@ -16,7 +16,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.model import load
 from sst_jax.lab.evaluation.evaluation import fixed_date
 from sst_jax.training import fit, identity, read_recipe
-from sst_jax.training.identity import changes, data_record, examples_digest, tokenizer_digests
+from sst_jax.training.identity import changes, data_record, examples_digest, sources_digest, tokenizer_digests
 
 pytestmark = pytest.mark.optimised  # random bases are known by their bits
 
@@ -38,6 +38,12 @@ def test_a_digest_is_of_tokens_masks_and_order_alone():
         [example([1, 2], [0, 0]), example([3, 4, 5], [1, 0, 1])],
     ]
     assert len({same, *map(examples_digest, others)}) == 1 + len(others)
+
+
+def test_examples_that_move_to_another_source_are_noticed():
+    one, two, three = (example([number], [1]) for number in (1, 2, 3))
+    assert sources_digest([[one, two, three]]) == examples_digest([one, two, three])
+    assert len({sources_digest(sources) for sources in ([[one, two], [three]], [[one], [two, three]])}) == 2
 
 
 class Folder(ByteTokenizer):
@@ -70,7 +76,7 @@ def test_only_chat_minds_the_template():
     examples = [example([1, 2], [0, 1])]
     records = {
         (format, template): data_record(
-            examples, examples, Folder(tokenizer_config_json=json.dumps({"chat_template": template}).encode()), format
+            [examples], examples, Folder(tokenizer_config_json=json.dumps({"chat_template": template}).encode()), format
         )
         for format in ("plain", "chat")
         for template in "ab"

@@ -1,0 +1,87 @@
+"""A run's inputs: data and base, read and checked before anything long is computed or written."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+
+from sst_jax.data import loader
+from sst_jax.data.prompts import Example
+from sst_jax.errors import InputError
+from sst_jax.model import decoder, kernels, sharding
+from sst_jax.model.config import ModelConfig
+from sst_jax.training.identity import fix_run_date
+from sst_jax.training.problems import Split, prepare_split, split_problems
+from sst_jax.training.recipe import Recipe, with_attention_kernel
+from sst_jax.training.run import check_recipe
+from sst_jax.types import Json
+from sst_jax.weights.loading import LoadedModel, open_model
+
+
+class Inputs(NamedTuple):
+    """A run's inputs, read and checked."""
+
+    recipe: Recipe  # attention="auto" is decided
+    record: Json  # the recipe as it is recorded
+    config: ModelConfig
+    opened: LoadedModel
+    sources: list[list[Example]]  # one, or as many as data.weights
+    heldout: list[Example]
+    split: Split
+
+    @property
+    def examples(self) -> list[Example]:
+        """What is trained on, of all sources."""
+        return [example for examples in self.sources for example in examples]
+
+    def rows(self) -> grain.DatasetIterator:
+        """Return an iterator over the batches that are trained on."""
+        seed, weights = self.recipe.train.seed, self.recipe.data.weights
+        if weights:
+            return loader.mixed_rows(self.sources, weights, layout(self), seed=seed)
+        return loader.rows(self.sources[0], layout(self), seed=seed)
+
+
+def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) -> Inputs:
+    """Read the data and the base of a run, and check everything that can be wrong with them; nothing is written.
+
+    Args: as those of `fit`.
+    Raises: InputError naming the knob, the file or the folder.
+    """
+    mesh, data = jax.sharding.get_mesh(), recipe.data
+    sharding.check(mesh, batch_size=data.batch_size)
+    check_recipe(workdir, recipe.to_json())
+    if base is not None and not (workdir / "config.json").is_file():
+        raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
+    split = split_problems(data, recipe.train.seed)
+    source = str(base or recipe.model.source)
+    opened = open_model(source, recipe.model.dtype, recipe.model.quantize)
+    backbone, tokenizer = opened.config.backbone, opened.tokenizer
+    if opened.config.stream is not None or opened.config.adapter.rank:
+        named = "--base " if base else "model.source="
+        raise InputError(f"{named}{source} already has a stream or adapter: train from its plain base")
+    config = recipe.model_config(backbone, tokenizer.bos_id)
+    sharding.check(mesh, backbone)
+    if not jax.tree.leaves({key: tree for key, tree in decoder.abstract_params(config).items() if key != "base"}):
+        raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
+    if config.stream is not None and config.stream.initial == "skip_bos" and tokenizer.bos_id is None:
+        raise InputError(f"stream.initial='skip_bos': the vocabulary of {source} has no BOS")
+    fix_run_date(tokenizer, data, workdir)
+    return Inputs(
+        with_attention_kernel(recipe, functools.partial(kernels.here, head_dim=backbone.head_dim)),
+        recipe.to_json(),
+        config,
+        opened,
+        *prepare_split(split, data, tokenizer),
+        split,
+    )
+
+
+def layout(inputs: Inputs) -> loader.Layout:
+    """Return how the recipe lays documents into batches."""
+    data = inputs.recipe.data
+    return loader.Layout(data.length, data.batch_size, data.pack, inputs.opened.tokenizer.pad_id)
