@@ -56,7 +56,9 @@ def parser() -> Parser:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="continue TEXT; special tokens in it are characters")
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
-    given.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
+    given.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line, or .jsonl, .json, .csv with a field `prompt`"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt, with --chat")
     parser.add_argument(

@@ -16,7 +16,7 @@ import numpy as np
 from sst_jax.data import conversations
 from sst_jax.data.documents import Conversation, Document, Pair, Problem
 from sst_jax.data.formats import shown
-from sst_jax.data.records import read_jsonl
+from sst_jax.data.records import READERS, read_file
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
@@ -140,15 +140,15 @@ def _check_chat(document: Conversation, format: str) -> None:
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Return records with the text `prompt`: one for each line of a text file, or the objects of a JSON one.
+    """Return records with the text `prompt`: one for each line of a text file, or the rows of a data file.
 
     Raises: InputError naming the file and the line.
     """
     file = Path(path)
     if not file.is_file():
         raise InputError(f"--prompts {path} cannot be read: no such file")
-    if file.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        found = [(where, record) for _, where, record in read_jsonl(file)]
+    if file.suffix.lower() in READERS:
+        found = [(where, record) for _, where, record in read_file(file)]
     else:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")

@@ -18,7 +18,7 @@ import numpy as np
 
 from sst_jax.data.formats import ROW_FORMATS, read_row, recognise
 from sst_jax.data.prompts import whole_text
-from sst_jax.data.records import read_jsonl
+from sst_jax.data.records import read_file
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.files import sha256
@@ -32,6 +32,7 @@ from sst_jax.weights.source import ConvertedTensor, Source, converted_tensors, l
 
 ROW = 256  # tokens of a row
 ROWS = 8  # rows that run at once
+JSON_FILES = (".jsonl", ".ndjson", ".json")
 OBSERVED = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}  # who shares inputs
 
 
@@ -67,13 +68,13 @@ def read_texts(path: str | Path, tokenizer: Tokenizer, tokens: int) -> Texts:
 
 
 def _texts(file: Path) -> Iterator[str]:
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() not in JSON_FILES:
         try:
             yield file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--calibrate {file} cannot be read: {error}") from None
         return
-    for record in read_jsonl(file):
+    for record in read_file(file):
         yield whole_text(read_row(ROW_FORMATS[recognise(record)], record, file.name).problem)
 
 

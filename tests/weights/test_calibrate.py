@@ -282,3 +282,15 @@ def test_the_270m_calibrated_is_within_3_percent_of_its_bfloat16(tmp_path):
     print(f"nats a token of other templates: bfloat16 {bfloat16:.4f}, nearest {nearest:.4f}, fitted {fitted:.4f}")
     assert fitted < 1.03 * bfloat16
     assert fitted - bfloat16 < 0.5 * (nearest - bfloat16)
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.json", "a.ndjson", "array.json"])
+def test_rows_under_other_names_are_no_text(tmp_path, name):
+    rows = [{"text": f"text {number} " * 40} for number in range(3)]
+    file, lines = tmp_path / name, tmp_path / "a.jsonl"
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    lines.write_text(content)
+    file.write_text(json.dumps(rows) if name == "array.json" else content)
+    found, expected = (calibrate.read_texts(each, ByteTokenizer(), 1024) for each in (file, lines))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.segment_ids, expected.segment_ids)
