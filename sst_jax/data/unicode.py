@@ -21,7 +21,7 @@ def check_unicode(value: JsonValue, what: str = "the text") -> None:
         for key, part in value.items():
             check_unicode(key, what)
             check_unicode(part, what)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list):
         for part in value:
             check_unicode(part, what)
 

@@ -47,7 +47,7 @@ def test_no_tokenizer_takes_it(tokenizers, half):
 def test_the_place_is_told_in_text_and_in_json():
     with pytest.raises(InputError, match=r"the text is no valid Unicode: character 8, '\\ud83d', is half"):
         check_unicode("the cat \ud83d")
-    for value in ({"a": [1, {"b": "\ud800"}]}, ["x", ("\ud800",)], {"\ud800": None}):
+    for value in ({"a": [1, {"b": "\ud800"}]}, ["x", ["\ud800"]], {"\ud800": None}):
         with pytest.raises(InputError, match=r"line 3 is no valid Unicode: character 0, '\\ud800'"):
             check_unicode(value, "line 3")
     check_unicode({"a": ["\U0001f600", "\ufffe", 1.5, None, True]})
