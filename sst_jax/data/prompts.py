@@ -18,7 +18,6 @@ from sst_jax.data.documents import Conversation, Document, Pair, Problem
 from sst_jax.data.formats import shown
 from sst_jax.data.records import READERS, read_file
 from sst_jax.data.tokenizer import Tokenizer
-from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 
 FORMATS = ("plain", "chat")
@@ -164,7 +163,6 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
             raise InputError(f"--prompts {where}: not a JSON object")
         if not isinstance(record.get("prompt"), str):
             raise InputError(f"--prompts {where}: the row has {shown(record)}, and needs text under 'prompt'")
-        check_unicode(record, f"--prompts {where}: 'prompt'")
     return [record for _, record in found]
 
 

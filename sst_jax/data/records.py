@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 
 HUB_REPOSITORY = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"  # owner/name, or owner/name@revision
@@ -167,6 +168,7 @@ def _parsed(text: bytes, where: str) -> Any:
         raise InputError(f"{where}: not UTF-8 ({error})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
+    check_unicode(value, where)
     return value
 
 

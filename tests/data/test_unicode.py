@@ -10,6 +10,7 @@ from sst_jax import generate
 from sst_jax.console.command import run
 from sst_jax.data.problems import Problem
 from sst_jax.data.prompts import read_prompts, render
+from sst_jax.data.records import read_file
 from sst_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
@@ -56,8 +57,13 @@ def test_the_place_is_told_in_text_and_in_json():
 def test_a_file_of_prompts_is_named_with_its_line(tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "x"}\n' + json.dumps({"prompt": "the cat \ud83d"}) + "\n")
-    with pytest.raises(InputError, match=r"--prompts .*a\.jsonl, line 2: 'prompt' is no valid Unicode"):
-        read_prompts(str(file))
+    for read in (lambda: read_prompts(str(file)), lambda: list(read_file(file))):
+        with pytest.raises(InputError, match=r"a\.jsonl, line 2 is no valid Unicode: character 8, '\\ud83d'"):
+            read()
+    array = tmp_path / "a.json"
+    array.write_text(json.dumps([{"prompt": "x"}, {"prompt": "\ud83d"}], indent=1))
+    with pytest.raises(InputError, match=r"a\.json is no valid Unicode: character 0"):
+        list(read_file(array))
     assert run(generate.main, ["--model", "random:tiny", "--prompts", str(file)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
