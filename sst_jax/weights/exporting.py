@@ -144,12 +144,14 @@ def _write_model(model: LoadedModel, base: Params, target: Path, options: Export
 
 def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gaps: Gaps | None) -> Json:
     """Write the format adapter: LoRA's factors for PEFT, in float32 as they are trained."""
-    config, params, _, provenance = model
+    config, params, tokenizer, provenance = model
     name, revision = options.base_name or provenance.origin.path, provenance.origin.revision
     if options.base_name is not None and options.base_name != provenance.origin.path:
         named, revision = huggingface.split_revision(options.base_name)
         name = named if revision else options.base_name
     files = export_format.stream_files(config, params["blend"], provenance)
+    if tokenizer.from_adapter:  # another adapter's, which its base does not have
+        files |= tokenizer.export_files()
     files["README.md"] = _card(model, options, gaps).encode()
     peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files, revision)
     return {"dtype": "float32", "base_name": name, **({"revision": revision} if revision else {})}

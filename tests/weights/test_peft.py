@@ -49,6 +49,8 @@ def test_an_adapters_own_template_is_used(ours, tmp_path):
     (folder / "chat_template.jinja").write_text("{{ bos_token }}[{{ messages[0].role }}] {{ messages[0].content }}")
     tokenizer = sst_jax.load(folder).tokenizer
     assert tokenizer.chat([{"role": "user", "content": "hi"}]) == tokenizer.encode("[user] hi") != before
+    again = write(sst_jax.load(folder), tmp_path / "again", "adapter")  # which its base could not give it
+    assert sst_jax.load(again).tokenizer.chat([{"role": "user", "content": "hi"}]) == tokenizer.encode("[user] hi")
 
 
 @pytest.mark.parametrize("targets", [("down", "q", "v"), ("o",)], ids=str)
