@@ -19,6 +19,8 @@ from sst_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import MARKER
 from sst_jax.errors import InputError
+from sst_jax.files import read_json
+from sst_jax.types import JsonValue
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -70,7 +72,7 @@ def _folder(path: Path) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return HuggingFaceTokenizer(path)
     if (path / "tokenizer.model").is_file():
-        return _sentencepiece(path, True)
+        return _bare_sentencepiece(path)
     raise InputError(f"{path}: holds no tokenizer (none of {MARKER}, tokenizer.json, tokenizer.model)")
 
 
@@ -124,6 +126,37 @@ def _gguf(path: Path) -> Tokenizer:
         raise InputError(f"{path}: its metadata lacks {error}") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _bare_sentencepiece(folder: Path) -> SentencePieceTokenizer:
+    """Return the tokenizer of a folder of transformers that lacks tokenizer.json.
+
+    Raises: InputError where what its other files add is needed and not in tokenizer.model.
+    """
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    add_bos = config.get("add_bos_token", True)
+    if not isinstance(add_bos, bool | None):
+        raise InputError(f"{file}: add_bos_token={add_bos!r} must be true or false")
+    made = _sentencepiece(folder, add_bos is not False)
+    named = [_content(config.get(f"{name}_token")) for name in ("bos", "eos")]
+    added = config.get("added_tokens_decoder") or {}
+    others = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    template = "" if made.template is None else made.template.source
+    contents = [_content(token) for token in (added.values() if isinstance(added, dict) else ())]
+    for piece in (*named, *(piece for piece in (*contents, *others) if piece and piece in template)):
+        if piece is not None and made.piece_id(piece) is None:
+            raise InputError(
+                f"{folder}: lacks tokenizer.json, and its tokenizer.model the token {piece!r} that it names: save it "
+                "anew in transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+    return made
+
+
+def _content(token: JsonValue) -> str | None:
+    """Return the text of a token as tokenizer_config.json has it; None where there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
 
 
 def _sentencepiece(folder: Path, add_bos: bool) -> SentencePieceTokenizer:

@@ -273,38 +273,6 @@ def test_small_vocabulary_follows_scores_spaces_and_bos(tmp_path):
         assert prefixing.encode("ab") == [2, at["▁ab"]]
 
 
-@PROPERTY
-@given(text=st.text("ab \u00e9<e>/", max_size=12))
-@example(text="")
-@example(text=" ab  b")
-def test_a_model_that_prefixes_a_space_is_exported(prefixing, text):
-    """transformers gives the same ids and text, and so does the export when it is read here."""
-    ours, theirs, again = prefixing
-    ids = ours.encode(text)
-    assert theirs(text, split_special_tokens=True)["input_ids"] == again.encode(text) == ids
-    assert theirs.decode(ids, skip_special_tokens=True) == again.decode(ids) == ours.decode(ids)
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]
-    assert again.chat(messages) == ours.chat(messages)
-
-
-@pytest.fixture(scope="module")
-def prefixing(tmp_path_factory):
-    """(ours, transformers', ours of the export)."""
-    transformers = pytest.importorskip("transformers")
-    tokens, scores, types, facts = _small_vocabulary()
-    facts |= {
-        "tokenizer.ggml.add_space_prefix": True,
-        "tokenizer.chat_template": "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}",
-    }
-    with pytest.raises(InputError, match="prefixes a space and has user-defined pieces cannot be"):
-        SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts).export_files()
-    types[types.index(vocabularies.USER_DEFINED)] = vocabularies.NORMAL
-    tokens[tokens.index("  ")] = "▁b"
-    ours = SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts)
-    folder = _store(ours.export_files(), tmp_path_factory.mktemp("prefixing"))
-    return ours, transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
