@@ -172,9 +172,9 @@ class Block(nnx.Module):
         self.post_ffn_norm = norm(backbone.d_model, backbone.post_norms)
         if stream is not None and stream.alpha is None:
             size = backbone.d_model if stream.granularity == "dimension" else 1
-            self.theta = Blend(jnp.full(size, initial_theta(stream)))
+            self.theta = Blend(jnp.full(size, initial_theta(stream), float))
         if stream is not None and stream.learn_gain:
-            self.gain = Blend(jnp.full(1, stream.gain))
+            self.gain = Blend(jnp.full(1, stream.gain, float))
 
 
 def initial_theta(stream: StreamConfig) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from sst_jax.errors import InputError
 from sst_jax.files import sha256
 from sst_jax.inference.model import load
-from sst_jax.training import fit, read_recipe
+from sst_jax.training import fit, loop, read_recipe
 from sst_jax.training.loop import Progress
 from sst_jax.training.optimizer import as_multi_steps, make_optimizer
 from sst_jax.training.recipe import read
@@ -75,6 +76,23 @@ def test_a_call_resumes_and_takes_knobs_as_well(trained, tmp_path):
     assert again.heldout_loss == result.heldout_loss
     for one, other in zip(trainables(run), trainables(workdir), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_each_program_of_a_run_is_compiled_once(tmp_path, monkeypatch):
+    """A fresh state has the types that a step gives it back in: weakly typed leaves would have it compiled again."""
+    compiled = Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):  # called by JAX where it compiles
+            compiled[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("train_step", "batch_losses"):
+        monkeypatch.setattr(loop, name, counted(name, getattr(loop, name)))
+    fit(read_recipe("tiny", KNOBS | {"stream.learn_gain": True}), tmp_path / "run")
+    assert compiled == {"train_step": 1, "batch_losses": 1}
 
 
 PIECES = KNOBS | {"optimizer.accumulate": 2, "train.steps": 4, "train.eval_every": 4, "train.keep": 9}
