@@ -15,6 +15,7 @@ TINY = [
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_study_goes_seed_by_seed_and_compares_streams_with_controls(tmp_path, capsys):
     workdir = tmp_path / "rooms"
     arguments = [*TINY, "--arms", "exact-range,baseline,compute", "--workdir", str(workdir)]

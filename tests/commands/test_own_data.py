@@ -132,6 +132,7 @@ def test_a_task_of_ones_own_is_scored(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_model_of_forty_rows_of_messages_ends_its_answers_itself(tmp_path):
     """At depth 1 and 4, by what the template ends a turn with."""
     file = write_lines(tmp_path / "talks.jsonl", talks(40))

@@ -218,6 +218,7 @@ def test_an_arm_that_diverged_is_done_nevertheless(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_parity_needs_the_state(tmp_path):
     """One seed: the stream counts on at four times the length it was trained at, the plain model does not."""
     knobs = {"task.name": "parity", "train.seeds": 1, "train.steps": 400, "test.rows": 128, "arms": "stream,plain"}
