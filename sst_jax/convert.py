@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from sst_jax.console.command import Parser, new_folder, run, write_json
+from sst_jax.console.command import Parser, called, new_folder, run, write_json
 from sst_jax.errors import InputError
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         end="",
     )
     print(f"{quantized}{texts}\nwritten to {target}: {size / 1e6:,.0f} MB in {seconds:.1f} s")
-    print(f"next: python -m sst_jax.generate --model {shlex.quote(str(target))} --prompt 'The capital of France is'")
+    print(f"next: {called('generate')} --model {shlex.quote(str(target))} --prompt 'The capital of France is'")
     if args.json:
         result = {"to": str(target), "bytes": size, "seconds": seconds, "dtype": dtype, "source": provenance.to_json()}
         write_json(args.json, result)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import sys
 import tempfile
 import traceback
@@ -94,6 +95,13 @@ class Parser(argparse.ArgumentParser):
             if argument in overrides and "=" not in argument and not following.startswith("-"):
                 raise InputError(f"write {argument}={following}, without a space")
         return self.parse_args([argument for argument in argv if argument not in overrides]), overrides
+
+
+def called(name: str) -> str:
+    """Return how a command is called, so that it runs where it is pasted: as this one was, with this Python."""
+    return (
+        f"{Parser.program}{name}" if Parser.program != MODULES else f"{shlex.quote(sys.executable)} -m sst_jax.{name}"
+    )
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> int:

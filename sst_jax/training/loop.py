@@ -37,7 +37,7 @@ from sst_jax.training.distributed import initialize_distributed, is_primary, qui
 from sst_jax.training.identity import data_record, date_record
 from sst_jax.training.inputs import Inputs, check_inputs, layout
 from sst_jax.training.optimizer import make_optimizer
-from sst_jax.training.progress import Clock, Progress
+from sst_jax.training.progress import Clock, Progress, StepLines
 from sst_jax.training.recipe import Recipe, read_recipe, resolve
 from sst_jax.training.report import RunResult, write_report, write_samples
 from sst_jax.training.resume import restore_state
@@ -125,7 +125,7 @@ def fit(
             programs, progress = compile_programs(run), run.progress
             begin(run, programs)
             forwards, steps, seed = inputs.recipe.forward, recipe.train.steps, recipe.train.seed
-            clock = Clock(progress.seconds)
+            clock, lines = Clock(progress.seconds), StepLines(steps, progress.step)
             with run.stop, run.stalls.watching(), bar(steps, "training", "step", initial=progress.step) as meter:
                 if progress.pending is not None:
                     pending, progress.pending = progress.pending, None
@@ -140,6 +140,7 @@ def fit(
                     progress.step += 1
                     run.stalls.beat()
                     meter.update()
+                    lines.tell(progress.step, metrics["loss"], metrics["tokens_per_second"])
                     meter.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
                     if metrics["skipped"]:
                         note_skip(run, batch)

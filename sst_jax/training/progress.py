@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import sys
 import time
 
+from sst_jax.console.progress import print_line
 from sst_jax.types import Json
 
 
@@ -47,6 +50,33 @@ class Progress:
             saved["skipped"],
             saved["consecutive_skips"] if "consecutive_skips" in saved else saved.get("in_a_row", 0),
             saved.get("pending", saved.get("unfinished")),
+        )
+
+
+class StepLines:
+    """A line now and then on how training goes, for logs: a terminal has a progress bar.
+
+    steps  of the run
+    done   of them, before this process
+    """
+
+    EVERY = 30.0  # seconds between two lines
+
+    def __init__(self, steps: int, done: int):
+        self._steps, self._first = steps, done
+        self._wanted = not sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+
+    def tell(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Say how a step went, unless a line came a moment ago."""
+        now = time.monotonic()
+        if not self._wanted or now - self._last < self.EVERY:
+            return
+        self._last = now
+        left = (now - self._start) / (step - self._first) * (self._steps - step)
+        print_line(
+            f"step {step} of {self._steps}: loss {loss:.4f}, {tokens_per_second:.0f} tokens/s, "
+            f"about {datetime.timedelta(seconds=round(left))} left"
         )
 
 

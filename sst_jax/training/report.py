@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from sst_jax.console.command import write_json
+from sst_jax.console.command import called, write_json
 from sst_jax.console.progress import print_line
 from sst_jax.data.documents import Document
 from sst_jax.data.prompts import asked_tokens
@@ -15,6 +15,8 @@ from sst_jax.inference.model import Model
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.figures import learning_curve
 from sst_jax.types import Json
+
+SHOWN = 300  # characters of a held-out question that is asked again in what comes next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +86,22 @@ def describe(result: RunResult, workdir: Path, *, with_stream: bool) -> str:
     """Return the summary that a person reads: losses, answers, and the commands that come next."""
     before, after = result.heldout_before, result.heldout_after
     lines = [f"\nheld-out loss ({result.heldout_forward}): {before:.4f} -> {after:.4f} in {result.seconds:.0f} s"]
+    best = min(result.heldout_loss, key=lambda step: result.heldout_loss[step])
+    if best != result.steps:
+        kept = workdir / "checkpoints" / str(best)
+        lines[0] += f"; it was lowest at step {best}, {result.heldout_loss[best]:.4f}"
+        lines[0] += f" ({kept})" * kept.is_dir()
     if result.skipped:
         lines.append(f"{result.skipped} of {result.steps} steps were skipped; batches: {workdir / 'bad_batches'}")
     first = result.samples[0]
     lines += [f"learning curve: {result.figure}", f"\nQ: {first.question}\n(expected {first.expected})"]
     lines += [f"depth {sample.depth}: {sample.answer.strip()}" for sample in result.samples]
     depth = " --depth 4" if with_stream else ""
-    question = '"Ann has 3 boxes of 4 pens. How many pens?"'
+    question = shlex.quote(first.question if 0 < len(first.question) <= SHOWN else "How many are 3 boxes of 4 pens?")
     run, merged = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-merged")
     lines += [
         "\nnext:",
-        f"  python -m sst_jax.generate --model {run}{depth} --question {question}",
-        f"  python -m sst_jax.export --from {run} --to {merged} --format merged",
+        f"  {called('generate')} --model {run}{depth} --question {question}",
+        f"  {called('export')} --from {run} --to {merged} --format merged",
     ]
     return "\n".join(lines)
