@@ -18,6 +18,7 @@ from sst_jax.errors import InputError
 
 COMMANDS = (
     "train",
+    "recipe",
     "dataset",
     "generate",
     "serve",

@@ -11,7 +11,13 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA (arXiv 2106.09685) on the named linears: y = x W + (alpha / rank) * dropout(x) A B, A and B in float32."""
+    """LoRA (arXiv 2106.09685) on the named linears: y = x W + (alpha / rank) * dropout(x) A B, A and B in float32.
+
+    rank     columns of A, rows of B; 0 is no adapter
+    alpha    of the factor alpha / rank
+    targets  the linears that get one
+    dropout  share of x that is dropped in training
+    """
 
     rank: int = 16
     alpha: float = 16.0

@@ -70,8 +70,14 @@ _OTHERS: dict[str, Axes] = {
 class MeshConfig:
     """Devices along each axis; -1, on one axis at most, is all that the others leave.
 
-    coordinator, processes, process: HOST:PORT of process 0, how many processes there are and which one this is, where
-    no cluster tells (SLURM, Open MPI, Kubernetes and TPU pods do).
+    Where no cluster tells (SLURM, Open MPI, Kubernetes and TPU pods do), the last three say where the processes are.
+
+    data         devices over which rows are divided
+    fsdp         devices over which rows and parameters are divided
+    tensor       devices over which heads and feed-forward units are divided
+    coordinator  HOST:PORT of process 0
+    processes    how many processes there are
+    process      which one this is, from 0
     """
 
     data: int = 1

@@ -15,10 +15,12 @@ class StreamConfig:
     norm         N in h' = h + alpha * (gain * N(s) - h): "none", "rms" (unit RMS), "match" (s rescaled to h's RMS).
     alpha        None: learned within alpha_range from alpha_init. A number: fixed there, outside the range too.
     alpha_range  alpha = lo + (hi - lo) * sigmoid(theta); (0, 1) is "free".
+    alpha_init   where learned alphas begin.
     alpha_warmup optimizer steps over which alpha rises from the range's lower end, in training alone: held-out losses
                  and decoding use the full alpha. 0 is none.
     granularity  how many alphas: "dimension" (one a layer and dimension), "layer" (one a layer), "scalar" (one).
-    gain         factor on N(s); learn_gain trains it, one a layer, from this value.
+    gain         factor on N(s).
+    learn_gain   whether the gain is trained, one a layer, from that value.
     decay        0: a state is the previous position's. lambda in (0, 1): s_t = lambda s_{t-1} + (1 - lambda) u_t.
     initial      at a document's first position: "none" (no blend), "zero", "own" (RMSNorm of the layer's input, V1),
                  "skip_bos" (as "none", and a BOS leaves no state either).
@@ -32,9 +34,10 @@ class StreamConfig:
     kv           at iteration i > 1 a position's keys and values are computed again ("overwrite") or kept from
                  iteration 1 ("first", V1's frozen cache).
     layers       which layers carry a state; None is all.
-    prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they change by
-                 at most sweep_tolerance of their norm; position by position where sweep_cap sweeps do not suffice) or
-                 "sequential" (position by position).
+    prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they stand
+                 still) or "sequential" (position by position).
+    sweep_tolerance  what sweeps may change states by, in relation to their norm, for these to count as still.
+    sweep_cap    sweeps of a layer; where they do not suffice, it goes position by position.
     """
 
     state: str = "ffn"

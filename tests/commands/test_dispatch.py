@@ -63,7 +63,7 @@ def test_the_version_is_the_packages(capsys):
 @pytest.mark.parametrize(
     ("argv", "culprit"),
     [
-        (["trian"], "there is no command 'trian'; commands are train, dataset, generate"),
+        (["trian"], "there is no command 'trian'; commands are train, recipe, dataset, generate"),
         ([], "a command is missing"),
         (["train"], "--config"),
         (["train", "--config", "nothing"], "the recipes that come with sst_jax are"),
