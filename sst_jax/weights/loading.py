@@ -356,7 +356,8 @@ def open_model(
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form owner/name or owner/name@revision."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\w[\w./+-]*)?", name) is not None
+    # No git revision has two dots in a row; a path that leads out of the cache would.
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", name) is not None
 
 
 def is_run_folder(path: Path) -> bool:

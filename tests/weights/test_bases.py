@@ -58,6 +58,7 @@ def test_a_revision_of_a_hub_id_is_opened_and_recorded(hub):
     [
         ("owner/name", True), ("owner/name@main", True), ("owner/name@refs/pr/3", True), ("owner/name@v1.0-rc", True),
         ("owner/name@", False), ("owner@v1/name", False), ("owner/name@@a", False), ("/owner/name@a", False),
+        ("owner/name@a/../b", False),
     ],
 )  # fmt: skip
 def test_what_a_hub_id_is(name, expected):
