@@ -13,8 +13,11 @@ from sst_jax.errors import InputError
 from sst_jax.training import read_recipe
 from sst_jax.training.report import RunResult, Sample, describe
 from sst_jax.weights import gguf, loading
+from sst_jax.weights.exporting import ExportOptions, export_model
+from sst_jax.weights.loading import LoadedModel
 from sst_jax.weights.references import GgufFile
 from tests.support import checkpoints
+from tests.support.torch_exports import SHALLOW, model
 from tests.weights.test_gguf import write
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2471645608\n"
@@ -98,3 +101,11 @@ def test_printed_commands_take_folders_with_spaces(tmp_path):
     ]
     assert commands[0][:5] == ["python", "-m", "sst_jax.generate", "--model", str(workdir)]
     assert commands[1][3:7] == ["--from", str(workdir), "--to", f"{workdir}-merged"]
+
+
+def test_an_adapter_over_a_gguf_file_says_that_peft_needs_another_base(tmp_path):
+    ours = model(None, SHALLOW, kind="gguf", path="/somewhere/model.gguf")
+    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.provenance)
+    for number, (name, said) in enumerate(((None, True), ("owner/original", False))):
+        notes = export_model(opened, tmp_path / str(number), ExportOptions("adapter", base_name=name))["notes"]
+        assert any("PEFT cannot load a GGUF file as base: --base-name" in note for note in notes) == said
