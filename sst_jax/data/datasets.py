@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,7 @@ class Files:
         """Return what is read, in words, and its records."""
         files, hub_split = self.splits[split]
         wanted, (hub, subset) = " or ".join(files), self.hub
+        path = None if path is None else os.path.expanduser(path)
         if path is None or (not Path(path).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)):
             advice = f"Or give {setting} a folder that holds {wanted}"
             return f"{path or hub} ({hub_split})", read_hub(path or hub, subset, hub_split, advice)

@@ -72,7 +72,8 @@ def test_a_tilde_is_the_home_folder_in_recipes(home):
     rows = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(20)]
     (home / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = read_recipe("tiny", {"data.name": "gsm8k", "data.path": "~/gsm8k", "data.heldout": 2})
-    assert [len(part) for part in split_problems(recipe.data, 0)][:2] == [18, 2]
+    split = split_problems(recipe.data, 0)
+    assert (len(split.training[0]), len(split.heldout)) == (18, 2)
     (home / "mine.py").write_text("from sst_jax.training.recipe import defaults as get_config")
     assert find_file("~/mine.py") == home / "mine.py"
 
