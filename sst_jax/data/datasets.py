@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import random
 import os
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
