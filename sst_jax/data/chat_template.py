@@ -278,8 +278,8 @@ def read_template(folder: Path) -> str | None:
             continue
         value = read_json(folder / name).get("chat_template")
         if isinstance(value, list):  # several by name
-            named = {part.get("name"): part.get("template") for part in value if isinstance(part, Mapping)}
-            value = named.get("default")
+            parts = [part for part in value if isinstance(part, Mapping) and part.get("name") == "default"]
+            value = parts[-1].get("template") if parts else None
         if isinstance(value, str):
             return value
     return None

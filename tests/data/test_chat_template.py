@@ -171,6 +171,9 @@ def test_the_folders_template_is_found_where_transformers_looks(tmp_path):
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "of the config"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
     assert read_template(tmp_path) == "of the config"
+    for odd in (3, {"a": 1}, ["x", {"name": ["y"]}, {"name": "default"}], None):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
+        assert read_template(tmp_path) == "of the processor"
     (tmp_path / "chat_template.jinja").write_text("of its own file")
     assert read_template(tmp_path) == "of its own file"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
