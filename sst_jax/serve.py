@@ -9,8 +9,8 @@ Routes: /v1/completions (text or token ids; echo and logprobs too), /v1/chat/com
 field `depth` is a number or a policy such as "first_token:4" or "until_stable:0.01:4"; a prompt's own logprobs (echo)
 are those of that depth at every position. `chat_template_kwargs` are variables of the chat template; special tokens in
 a prompt are characters unless `parse_special` is true. Requests are batched continuously; an answer is independent of
-the other requests. On Ctrl-C or SIGTERM new requests are refused and running ones finished. There is no
-authentication: listen beyond the loopback only on a network whose users may all use it.
+the other requests. On Ctrl-C or SIGTERM new requests are refused and running ones finished. --api-key asks for a key;
+without one listen beyond the loopback only on a network whose users may all use it. Nothing is encrypted.
 """
 
 from __future__ import annotations
@@ -36,6 +36,19 @@ def parser() -> Parser:
     parser.add_argument("--name", help="model name for clients (default: MODEL as given)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="key that calls need, as OpenAI's clients send it (default: SST_JAX_API_KEY of the environment, which "
+        "other users of the machine cannot read; without either: none)",
+    )
+    parser.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may call from a browser, http://localhost:3000, or * for all; may be repeated",
+    )
     parser.add_argument("--rows", type=int, default=8, help="sequences decoded together (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, default=4096, help="positions of prompt and answer together (default: 4096)"
@@ -77,6 +90,9 @@ def main(argv: Sequence[str]) -> None:
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"serving needs {package}, which is not installed: pip install 'sst-jax[serve]'")
+    from sst_jax.serving.access import access
+
+    allowed = access(args.api_key, args.cors)
     listener = bind(args.host, args.port)
 
     import asyncio
@@ -105,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
             f"serving {name} at http://{where}:{port}/v1, {args.rows} rows of {engine.capacity} positions", flush=True
         )
 
-    server = app.Server(app.make_app(engine, name, limits), engine, args.deadline, announce)
+    server = app.Server(app.make_app(engine, name, limits, allowed), engine, args.deadline, announce)
     asyncio.run(server.serve(sockets=[listener]))
     finished = engine.close(0.0)
     note = "" if finished else "; some were not finished in time"

@@ -21,16 +21,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sst_jax.errors import InputError
+from sst_jax.serving.access import Access
 from sst_jax.serving.protocol import Call, Limits, Refused, parse, read_chat, read_completion
 from sst_jax.serving.queue import Busy, Closing, Engine, Job
 from sst_jax.serving.responses import Writer
 from sst_jax.types import Json
 
+ANYONE = Access()
 CLIENT_GONE = 499  # nginx's number; the client has closed the connection and does not read it
 
 
-def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
-    """Return an ASGI application that answers with `engine` under the model's `name`."""
+def make_app(engine: Engine, name: str, limits: Limits, access: Access = ANYONE) -> Starlette:
+    """Return an ASGI application that answers with `engine` under the model's `name`, to those who have `access`."""
     api = Api(engine, name, limits)
 
     def post(path: str, read: Callable[..., Call]) -> Route:
@@ -44,7 +46,7 @@ def make_app(engine: Engine, name: str, limits: Limits) -> Starlette:
         post("/v1/chat/completions", read_chat),
     ]
     handlers: dict[Any, Any] = {Refused: _refused, InputError: _bad_input, HTTPException: _http, Exception: _broken}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=access.middleware())
 
 
 class Api:

@@ -54,12 +54,13 @@ class Client:
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def start(engine, deadline=20.0, **limits):
+def start(engine, deadline=20.0, access=None, **limits):
     """(client, server, thread) of a server that is up."""
     app = pytest.importorskip("sst_jax.serving.app", reason="the server is an extra: sst-jax[serve]")
     up, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
     given = {"positions": engine.capacity, "new_tokens": engine.capacity, **limits}
-    server = app.Server(app.make_app(engine, "tiny", Limits(**given)), engine, deadline, up.set)
+    made = app.make_app(engine, "tiny", Limits(**given), access or app.ANYONE)
+    server = app.Server(made, engine, deadline, up.set)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     assert up.wait(20)
