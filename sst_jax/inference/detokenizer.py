@@ -16,6 +16,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self._tokenizer, self._stop = tokenizer, [mark for mark in stop if mark]
+        self._stop_ids = tokenizer.stop_ids
         self._preceded = tokenizer.has_text(prompt)
         self.tokens: list[int] = []
         self.depths: list[int] = []  # iterations at the position that each token came from
@@ -31,7 +32,6 @@ class IncrementalDetokenizer:
         pairs = [(int(token), int(depth)) for token, depth in zip(tokens, depths, strict=True) if token >= 0]
         self.tokens += [token for token, _ in pairs]
         self.depths += [depth for _, depth in pairs]
-        stop_ids = self._tokenizer.stop_ids
         text = self._decode(len(self.tokens))
         if self._hit(text) is not None:
             # As if they had come one by one: what a step of decoding computes ahead does not show.
@@ -42,7 +42,7 @@ class IncrementalDetokenizer:
             text = self._decode(size)
             text, self.ended = text[: self._hit(text)], "stop"
         elif last:
-            self.ended = "stop" if self.tokens and self.tokens[-1] in stop_ids else "length"
+            self.ended = "stop" if self.tokens and self.tokens[-1] in self._stop_ids else "length"
         else:
             text = self._settled(text)
         new = text[len(self.text) :]
@@ -50,8 +50,7 @@ class IncrementalDetokenizer:
         return new
 
     def _decode(self, count: int) -> str:
-        stop_ids = self._tokenizer.stop_ids
-        ids = [token for token in self.tokens[:count] if token not in stop_ids]
+        ids = [token for token in self.tokens[:count] if token not in self._stop_ids]
         return self._tokenizer.decode_next(ids, self._preceded)
 
     def _hit(self, text: str) -> int | None:
