@@ -43,6 +43,7 @@ def test_wilson_equals_statsmodels(count, share, confidence):
     assert ends == pytest.approx([low, high], abs=1e-9)
 
 
+@pytest.mark.slow  # to import it takes a quarter of a minute; the definition below is as good a reference
 @settings(deadline=None)
 @given(pvalues)
 def test_holm_equals_statsmodels(values):

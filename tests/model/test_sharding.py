@@ -65,6 +65,7 @@ def test_steps_and_decoding_on_every_axis():
     assert_equal_within(on_eight(*cases), 1e-5)
 
 
+@pytest.mark.slow
 def test_saved_on_eight_is_read_on_one_and_on_two_bit_for_bit():
     cases = ["1,8,1:restored:1,1,1", "1,8,1:restored:1,2,1", "2,2,2:restored:1,1,2", "1,1,1:restored:2,4,1"]
     assert_equal_within(on_eight(*cases), 0.0)

@@ -62,12 +62,12 @@ def fuzz(tmp_path, *arguments):
     return ended, json.loads((tmp_path / "result.json").read_text())
 
 
-def test_two_thousand_mutations(tmp_path):
-    ended, result = fuzz(tmp_path, "--count", "2000")
+def test_six_hundred_mutations(tmp_path):
+    ended, result = fuzz(tmp_path, "--count", "600")
     assert ended.returncode == 0, ended.stdout
-    assert result["cases"] == 2000
-    assert result["loaded"] > 200  # or the mutations never get past the first check
-    assert result["refused"] > 1000
+    assert result["cases"] == 600
+    assert result["loaded"] > 60  # or the mutations never get past the first check
+    assert result["refused"] > 300
 
 
 @pytest.mark.slow

@@ -383,6 +383,7 @@ def test_the_real_270m_is_the_preset(real_file):
     assert source.files == [real_file]
 
 
+@pytest.mark.slow
 def test_the_real_270m_matches_the_librarys_own_reading(real_file):
     """Against GGUF's bytes at offsets that the library's writer-side code computes, dequantised whole."""
     source = reader.open_file(real_file)
