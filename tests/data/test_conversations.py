@@ -14,15 +14,27 @@ THINK = "<think>\n\n</think>\n\n"
 # Of the conversation "turns" (a, "b 1", c, " d "), what the assistant has to write, read off the templates.
 LEARNED = {
     "chatml": ["b 1<|im_end|>", " d <|im_end|>"],
+    "command-r": ["b 1<|END_OF_TURN_TOKEN|>", "d<|END_OF_TURN_TOKEN|>"],
+    "deepseek-llm": [" b 1</s>", "  d </s>"],
+    "exaone3": ["b 1[|endofturn|]", " d [|endofturn|]"],
+    "falcon3": ["b 1</s>", " d </s>"],
+    "gemma2": ["b 1<end_of_turn>", "d<end_of_turn>"],
     "gemma3": ["b 1<end_of_turn>", "d<end_of_turn>"],
     "granite3": ["b 1<|end_of_text|>", " d <|end_of_text|>"],
+    "internlm2": ["b 1<|im_end|>", " d <|im_end|>"],
     "llama2": [" b 1 </s>", " d </s>"],
     "llama3": ["b 1<|eot_id|>", "d<|eot_id|>"],
+    "llama3.2": ["b 1<|eot_id|>", "d<|eot_id|>"],
     "mistral": ["b 1</s>", " d </s>"],
+    "mistral-nemo": [" b 1</s>", "  d </s>"],
     "olmo2": ["b 1</s>", " d </s>"],
+    "openchat": [" b 1<|end_of_turn|>", "  d <|end_of_turn|>"],
     "phi3": ["b 1<|end|>", " d <|end|>"],
+    "phi4": ["b 1<|im_end|>", " d <|im_end|>"],
+    "phi4-mini": ["b 1<|end|>", " d <|end|>"],
     "qwen2.5": ["b 1<|im_end|>", " d <|im_end|>"],
     "qwen3": ["b 1<|im_end|>", f"{THINK} d <|im_end|>"],  # the last answer gets a place to think, which it must write
+    "smollm2": ["b 1<|im_end|>", " d <|im_end|>"],
     "tulu": ["b 1</s>", " d </s>"],
     "vicuna": [" b 1</s>", " d</s>"],
     "zephyr": ["b 1</s>", " d </s>"],
@@ -111,7 +123,8 @@ def test_a_question_and_its_answer_are_the_templates_own_conversation(folders, t
     tokens, mask, _ = render(Problem("p", "How many?", "2 + 2 = 4.", "4"), tokenizer, "chat")
     talk = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "2 + 2 = 4.\n#### 4"}]
     expected, learned = conversations.render(Conversation("p", tuple(talk), 0, "4"), tokenizer)
-    if template in ("llama2", "vicuna", "qwen3"):  # these write something in front of the words, and after
+    if template in ("llama2", "vicuna", "qwen3", "mistral-nemo", "openchat", "deepseek-llm"):
+        # These write something in front of the words, and after.
         assert tokens[mask][-1] == expected[len(learned) - 1 - learned[::-1].index(True)]
     else:
         assert tokens.tolist() == expected

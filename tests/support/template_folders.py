@@ -13,6 +13,7 @@ SPECIALS = [
     "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
     "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>",
+    "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "[|endofturn|]", "<|im_sep|>",
 ]  # fmt: skip
 WORDS = ["<think>", "</think>", "<tool_response>", "</tool_response>"]  # added, but not special
 
