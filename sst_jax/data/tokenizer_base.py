@@ -5,9 +5,11 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from sst_jax.data import chat_template
 from sst_jax.data.chat_template import END_OF_TURN, MARK, START_OF_TURN, ChatTemplate, Message
@@ -179,15 +181,19 @@ class Tokenizer(abc.ABC):
 
         Raises: InputError as `chat`.
         """
-        special = set(self.specials.values())
-        tail = self.turn_tail
-        first = next((at for at, index in enumerate(tail) if index in special), None)
-        return ([self.eos_id], []) if first is None else (tail[: first + 1], tail[first + 1 :])
+        special, tail = set(self.specials.values()), self.turn_tail
+        # At the very end some templates write one more token, which no answer in the middle has.
+        for part in (_turn_tail(self, self.template).every, tail):
+            first = next((at for at, index in enumerate(part) if index in special), None)
+            if first is not None:
+                after = next((at for at in range(first, len(part)) if part[at] not in special), len(part))
+                return tail[:after], tail[after:]
+        return [self.eos_id], []
 
     @property
     def turn_tail(self) -> list[int]:
         """What the template writes behind an assistant's words."""
-        return list(_turn_tail(self, self.template))
+        return list(_turn_tail(self, self.template).last)
 
     def decode_next(self, ids: Sequence[int], preceded: bool) -> str:
         """Return the text that ids add to one, with the space that `decode` takes off the first word of a text.
@@ -366,10 +372,30 @@ class Tokenizer(abc.ABC):
 
 
 ANSWERED = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+ASKED_AGAIN = (*ANSWERED, {"role": "user", "content": "a"})
+
+
+class _Tail(NamedTuple):
+    """What a template writes behind an assistant's words: behind the last ones, and what of it behind every."""
+
+    last: tuple[int, ...]
+    every: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=16)
-def _turn_tail(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
-    """Return `Tokenizer.turn_tail`; `template` is the tokenizer's, which may be given another one."""
+def _turn_tail(tokenizer: Tokenizer, template: ChatTemplate | None) -> _Tail:
+    """Return the tail of a tokenizer's template, which may be exchanged."""
     whole, word = tokenizer.chat(ANSWERED, add_generation_prompt=False), tokenizer.encode_text("b")[-1]
-    return tuple(whole[len(whole) - whole[::-1].index(word) :]) if word in whole else ()
+    if word not in whole:
+        return _Tail((), ())
+    start = len(whole) - whole[::-1].index(word)
+    try:
+        longer = tokenizer.chat(ASKED_AGAIN, add_generation_prompt=False)
+    except InputError:  # nothing can follow an answer
+        longer = whole
+    if word in longer:
+        # Earlier answers may be written otherwise: what is behind their words is compared, not where they stand.
+        follows = longer[len(longer) - longer[::-1].index(word) :]
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole[start:], follows, strict=False))
+        return _Tail(tuple(whole[start:]), tuple(index for index, _ in same))
+    return _Tail(tuple(whole[start:]), ())

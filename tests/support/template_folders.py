@@ -44,7 +44,7 @@ def write_byte_level(folder, template, strip=(), more=(), merges=()):
     _finish(made, folder, template, strip, more)
 
 
-def write_metaspace(folder, template, legacy=False):
+def write_metaspace(folder, template, legacy=False, more=()):
     """A vocabulary that writes spaces as "▁" and puts one before the text: before each of its parts where `legacy`."""
     letters = [chr(code) for code in range(33, 127)] + ["▁"] + [f"<0x{byte:02X}>" for byte in range(256)]
     ids = {piece: index for index, piece in enumerate([*SPECIALS, *letters])}
@@ -56,7 +56,7 @@ def write_metaspace(folder, template, legacy=False):
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    _finish(made, folder, template)
+    _finish(made, folder, template, more=more)
 
 
 def _finish(made, folder, template, strip=(), more=()):
