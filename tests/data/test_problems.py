@@ -78,7 +78,7 @@ def test_gsm8k_source_errors(tmp_path):
     with pytest.raises(InputError, match="no such folder, nor a hub id"):
         load_gsm8k(str(tmp_path / "absent"), "train")
     (tmp_path / "train.jsonl").write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(InputError, match="line 1: not JSON"):
+    with pytest.raises(InputError, match="line 1: not UTF-8"):
         load_gsm8k(str(tmp_path), "train")
 
 
@@ -94,7 +94,7 @@ def test_gsm8k_from_the_hub(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     found = load_gsm8k(split="test")
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": None})]
     assert [problem.id for problem in found] == ["gsm8k/test/0", "gsm8k/test/1"]
     assert found[1].result == "1200"
     with pytest.raises(InputError, match=r"some/gated .*offline.*data\.path.*test\.jsonl"):
