@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
-from sst_jax.types import DeviceArrays, Gram, Kernel, Leaf, LinearInputs, LinearOutputs
+from sst_jax.types import DeviceArrays, Gram, Kernel, LayerStack, Leaf, LinearInputs, LinearOutputs
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -101,7 +101,7 @@ class AsItIs(LinearStorage):
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return leaf["kernel"].astype(dtype)
 
-    def kernel_shape(self, leaf: Leaf) -> tuple[int, ...]:
+    def kernel_shape(self, leaf: Mapping[str, LayerStack]) -> tuple[int, ...]:
         return leaf["kernel"].shape  # a checkpoint that is read a layer at a time has a shape and no dtype
 
     def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
