@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 
+import jax
 import pytest
 
 import sst_jax
@@ -85,11 +86,14 @@ def test_a_tilde_is_the_home_folder_in_recipes(home):
 def no_file_beyond(size):
     """A disk that takes no file beyond `size` bytes: real errors of every library that writes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # or the cache would keep half a program
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
 
 
 @pytest.fixture(scope="module")
