@@ -104,7 +104,7 @@ def test_killed_for_real_and_restarted(finished, tmp_path, sent):
         ("--config.stream.alpha_init=0.5", "stream.alpha_init"),
         ("--config.adapter.targets=('q','w')", "adapter.targets"),
         ("--config.optimizer.learning_rate=-1.0", "optimizer.learning_rate"),
-        ("--config.data.name=math", "data.name"),
+        ("--config.data.name=chess", "data.name"),
         ("--config.data.format=markdown", "data.format"),
         ("--config.data.overlong=error", "data.length"),
         ("--config.data.heldout=0", "data.heldout"),
