@@ -15,6 +15,7 @@ from sst_jax.data.chat_template import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN
 from sst_jax.data.generation_config import GenerationConfig, read_generation_config
 from sst_jax.data.gguf_header import metadata_of
 from sst_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
+from sst_jax.data.no_tokenizer import NoTokenizer
 from sst_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import MARKER
@@ -29,6 +30,7 @@ __all__ = [
     "START_OF_TURN",
     "ByteTokenizer",
     "HuggingFaceTokenizer",
+    "NoTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "adapter_tokenizer",
@@ -36,9 +38,11 @@ __all__ = [
 ]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, required: bool = True) -> Tokenizer:
     """Return the tokenizer of a folder (ours by its marker, else Hugging Face's files, else a `tokenizer.model`) or
     GGUF file.
+
+    required: whether a folder must hold one; else a `NoTokenizer` stands for what is not there.
 
     Raises: InputError naming the folder when it holds none, or a broken one.
     """
@@ -47,9 +51,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _gguf(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder to read a tokenizer from")
-    found = _folder(path)
+    found = NoTokenizer(str(path)) if not required and not holds_tokenizer(path) else _folder(path)
     found.generation = read_generation_config(path)
     return found
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a file of a tokenizer."""
+    return any((folder / name).is_file() for name in (MARKER, "tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def _folder(path: Path) -> Tokenizer:
@@ -66,6 +75,8 @@ def _folder(path: Path) -> Tokenizer:
             if (template := read_template(path)) is not None:
                 made.use_template(template)
             return made
+        if kind == "none":
+            return NoTokenizer(str(path))
         if kind != "sentencepiece":
             raise InputError(f"{path / MARKER}: unknown kind {kind!r}")
         return _sentencepiece(path, add_bos)

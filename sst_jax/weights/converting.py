@@ -54,7 +54,7 @@ def convert_source(
 
     Raises: InputError as `Conversion` and `calibrate.read_texts`.
     """
-    tokenizer, texts = load_tokenizer(source.path), None
+    tokenizer, texts = load_tokenizer(source.path, required=False), None
     tokenizer.set_rows(source.backbone.vocab_size)
     if options.calibrate is not None:
         texts = calibrate.read_texts(options.calibrate, tokenizer, options.calibrate_tokens)

@@ -16,6 +16,7 @@ import numpy as np
 
 from sst_jax.console.progress import bar
 from sst_jax.data.generation_config import GENERATION_CONFIG
+from sst_jax.data.no_tokenizer import NoTokenizer
 from sst_jax.errors import InputError
 from sst_jax.files import json_bytes, read_json
 from sst_jax.model import rules
@@ -236,7 +237,9 @@ def logit_gap(source: str | Path, folder: Path, with_stream: bool, base: str | P
         config, params, tokenizer, _ = open_model(model, "float32", base=base)
         if not with_stream:
             config, params = dataclasses.replace(config, stream=None), {**params, "blend": {}}
-        tokens = jnp.asarray([tokenizer.encode(TEXT)], jnp.int32)
+        bare = isinstance(tokenizer, NoTokenizer)
+        given = range(min(32, config.backbone.vocab_size)) if bare else tokenizer.encode(TEXT)
+        tokens = jnp.asarray([list(given)], jnp.int32)
         return np.asarray(rules.logits(config, params, tokens, forward="exact" if with_stream else "plain"))[0]
 
     ours, theirs = logits(source, base), logits(folder)  # one after the other: one model in memory at a time

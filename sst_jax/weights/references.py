@@ -316,7 +316,7 @@ def _progress(description: str) -> Iterator[Progress]:
 
 
 def _from_source(source: Source, dtype: str, location: str, quantize: str, lazy: bool) -> LoadedModel:
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(source.path, required=False)
     if lazy and quantize == "none":
         base = lazy_base(source)
     else:
