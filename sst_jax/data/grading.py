@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from sst_jax.data.documents import Item
 
@@ -124,6 +124,7 @@ def plain_formula(text: str) -> str:
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Says of a text whether it answers an item, by the item's id."""
 
