@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +32,7 @@ class Inputs(NamedTuple):
     opened: LoadedModel
     sources: list[list[Example]]  # one, or as many as data.weights
     heldout: list[Example]
-    split: Split
-
-    @property
-    def examples(self) -> list[Example]:
-        """What is trained on, of all sources."""
-        return [example for examples in self.sources for example in examples]
+    split: Split  # without what is trained on
 
     def rows(self) -> grain.DatasetIterator:
         """Return an iterator over the batches that are trained on."""
@@ -77,7 +73,7 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
         config,
         opened,
         *prepare_split(split, data, tokenizer),
-        split,
+        dataclasses.replace(split, training=()),  # the examples stay for the run's length, their documents need not
     )
 
 

@@ -224,7 +224,7 @@ def begin(run: Run, programs: Programs) -> None:
     print_line(
         f"{Path(recipe.model.source).name}: {config.backbone.num_params / 1e6:,.0f}M frozen parameters, training "
         f"{count(trainable['adapter']):,} of LoRA and {count(trainable['blend']):,} of the stream "
-        f"({recipe.forward.forward}, {recipe.model.dtype}) on {len(run.inputs.examples):,} examples of "
+        f"({recipe.forward.forward}, {recipe.model.dtype}) on {sum(map(len, run.inputs.sources)):,} examples of "
         f"{run.inputs.split.name}; {len(run.inputs.heldout)} held out"
         + (f"; resuming at step {progress.step}" if progress.step else "")
     )
