@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import os
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -28,7 +27,7 @@ from sst_jax.data.documents import Document, Item, Problem, result_only
 from sst_jax.data.formats import ROW_FORMATS, read_row
 from sst_jax.data.grading import Grading
 from sst_jax.data.problems import WordProblems
-from sst_jax.data.records import Record, read_csv, read_hub, read_jsonl
+from sst_jax.data.records import Record, is_hub_id, read_csv, read_hub, read_jsonl
 from sst_jax.errors import InputError
 
 RESULT = "result"  # behind a data set's name: "gsm8k:result" is `result_only` of it
@@ -134,7 +133,7 @@ class Files:
         files, hub_split = self.splits[split]
         wanted, (hub, subset) = " or ".join(files), self.hub
         path = None if path is None else os.path.expanduser(path)
-        if path is None or (not Path(path).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)):
+        if path is None or (not Path(path).exists() and is_hub_id(path)):
             advice = f"Or give {setting} a folder that holds {wanted}"
             return f"{path or hub} ({hub_split})", read_hub(path or hub, subset, hub_split, advice)
         file = Path(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sst_jax.data.documents import Document, Problem, words
 from sst_jax.data.formats import ROW_FORMATS, fields_of, read_row, recognise, shown
-from sst_jax.data.records import HUB_REPOSITORY, READERS, Record, read_file, read_hub
+from sst_jax.data.records import READERS, Record, is_hub_id, read_file, read_hub
 from sst_jax.errors import InputError
 
 AUTO = "auto"
@@ -83,13 +83,13 @@ class Rows:
         if path.is_dir():
             for file in data_files(path, self.split, self.setting):
                 yield from read_file(file)
-        elif path.exists() or not re.fullmatch(HUB_REPOSITORY, self.path):
-            if not path.exists():
-                raise InputError(f"{self.path} ({self.setting}): no such file or folder, nor a hub id (owner/name)")
+        elif path.exists():
             yield from read_file(path)
-        else:
+        elif is_hub_id(self.path):
             advice = f"Or give {self.setting} a file, or a folder of files"
             yield from read_hub(self.path, self.config or None, self.split, advice)
+        else:
+            raise InputError(f"{self.path} ({self.setting}): no such file or folder, nor a hub id (owner/name)")
 
     def _renamed(self, record: Record) -> Record:
         fields = dict(fields_of(record))

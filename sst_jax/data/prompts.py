@@ -7,7 +7,6 @@ template (`conversations.py`), as the field does.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 from sst_jax.data import conversations
 from sst_jax.data.documents import Conversation, Document, Pair, Problem
 from sst_jax.data.formats import shown
-from sst_jax.data.records import READERS, read_file
+from sst_jax.data.records import READERS, is_object, read_file
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 
@@ -154,7 +153,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts {path} cannot be read: {error}") from None
         found = [(f"{path}, line {number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()]
-        if found and all(_is_object(record["prompt"]) for _, record in found):
+        if found and all(is_object(record["prompt"]) for _, record in found):
             raise InputError(f"--prompts {path} holds JSON, an object a line: name it {file.stem}.jsonl")
     if not found:
         raise InputError(f"--prompts {path} holds no prompt")
@@ -164,10 +163,3 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         if not isinstance(record.get("prompt"), str):
             raise InputError(f"--prompts {where}: the row has {shown(record)}, and needs text under 'prompt'")
     return [record for _, record in found]
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False

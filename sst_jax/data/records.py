@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,19 @@ from typing import Any, NamedTuple
 from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 
-HUB_REPOSITORY = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"  # owner/name, or owner/name@revision
 WRAPPERS = ("data", "rows", "examples", "instances")  # under which a JSON object holds its rows
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form owner/name or owner/name@revision."""
+    # No git revision has two dots in a row; a path that leads out of the cache would.
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", name) is not None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return (hub id, revision) of "owner/name@revision"; None where a name has no revision."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 class Record(NamedTuple):
@@ -59,7 +71,7 @@ def read_json(file: Path) -> Iterator[Record]:
     check_text(file)
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     first, _, rest = content.strip().partition(b"\n")
-    if rest and _is_object(first):
+    if rest and is_object(first):
         yield from read_jsonl(file)  # JSON lines under another name, as many sets of the hub have them
         return
     value = _parsed(content, str(file)) if content.strip() else []
@@ -124,9 +136,9 @@ def read_hub(name: str, config: str | None, split: str, advice: str) -> Iterator
 
     Raises: InputError with `advice`; on gated data it says how to be let in.
     """
-    repository, _, revision = name.partition("@")
+    repository, revision = split_revision(name)
     try:
-        rows = _load(repository, revision or None, config, split)
+        rows = _load(repository, revision, config, split)
     except Exception as error:  # whatever the hub's client raises: offline, gated, missing, an unknown split
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if "gated" in reason:
@@ -172,7 +184,8 @@ def _parsed(text: bytes, where: str) -> Any:
     return value
 
 
-def _is_object(line: bytes) -> bool:
+def is_object(line: str | bytes) -> bool:
+    """Return whether a line is a JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

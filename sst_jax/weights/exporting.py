@@ -17,6 +17,7 @@ import numpy as np
 from sst_jax.console.progress import bar
 from sst_jax.data.generation_config import GENERATION_CONFIG
 from sst_jax.data.no_tokenizer import NoTokenizer
+from sst_jax.data.records import split_revision
 from sst_jax.errors import InputError
 from sst_jax.files import json_bytes, read_json
 from sst_jax.model import rules
@@ -148,7 +149,7 @@ def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gap
     config, params, tokenizer, provenance = model
     name, revision = options.base_name or provenance.origin.path, provenance.origin.revision
     if options.base_name is not None and options.base_name != provenance.origin.path:
-        named, revision = huggingface.split_revision(options.base_name)
+        named, revision = split_revision(options.base_name)
         name = named if revision else options.base_name
     files = export_format.stream_files(config, params["blend"], provenance)
     if tokenizer.from_adapter:  # another adapter's, which its base does not have

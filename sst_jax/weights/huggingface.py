@@ -152,12 +152,6 @@ def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable
     )
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """Return (hub id, revision) of "owner/name@revision"; None where a name has no revision."""
-    repo_id, _, revision = name.partition("@")
-    return repo_id, revision or None
-
-
 def resolve_hub(repo_id: str, revision: str | None = None) -> Path:
     """Return the local snapshot of a hub repository, downloaded unless a complete one is already cached.
 

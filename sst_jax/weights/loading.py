@@ -13,10 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from sst_jax.data.records import is_hub_id, split_revision
 from sst_jax.data.template_date import fix_date, parse_date
 from sst_jax.data.tokenizer import adapter_tokenizer
 from sst_jax.errors import InputError
@@ -50,7 +51,7 @@ class HubId(Reference):
     """
 
     def __init__(self, name: str, base: str | Path | None = None):
-        repository, self.asked = huggingface.split_revision(name)
+        repository, self.asked = split_revision(name)
         super().__init__(repository)
         self.name, self.base_name = name, base
 
@@ -141,17 +142,15 @@ class OnABase(Reference):
         records = self.records
         if self.elsewhere is not None:
             records = [records[0]._replace(path=str(self.elsewhere), revision=None)]
-        failures: list[InputError] = []
-        for record in records:
-            for name in names_of(record):
-                try:
-                    return find(name), record
-                except InputError as error:
-                    failures.append(error)
-        first = records[0].path
-        shown = f"{first} (from {self.record_file})" if self.record_file == "base.json" else first
-        advice = "" if self.elsewhere else "; --base names another place of it"
-        raise InputError(f"the base of {self.what} {self.path}, {shown}, cannot be opened: {failures[0]}{advice}")
+        try:
+            return find_recorded(records)
+        except InputError as error:
+            first = records[0].path
+            shown = f"{first} (from {self.record_file})" if self.record_file == "base.json" else first
+            advice = "" if self.elsewhere else "; --base names another place of it"
+            raise InputError(
+                f"the base of {self.what} {self.path}, {shown}, cannot be opened: {error}{advice}"
+            ) from None
 
     def open_base(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         """Return the base.
@@ -336,6 +335,21 @@ def names_of(record: BaseRecord) -> list[str]:
     return [f"{record.path}@{record.revision}", *([record.path] if record.digest is not None else [])]
 
 
+def find_recorded(records: Sequence[BaseRecord]) -> tuple[Reference, BaseRecord]:
+    """Return what records refer to, under the first of their names that is there, and the record with that name.
+
+    Raises: InputError of the first name, where none is there.
+    """
+    failures: list[InputError] = []
+    for record in records:
+        for name in names_of(record):
+            try:
+                return find(name), record
+            except InputError as error:
+                failures.append(error)
+    raise failures[0]
+
+
 def find(name: str) -> Reference:
     """Return what a name refers to; of a hub id once its files are there."""
     reference = resolve(name)
@@ -352,12 +366,6 @@ def open_model(
 ) -> LoadedModel:
     """Open whatever MODEL refers to; the arguments are those of `resolve` and `Reference.open`."""
     return resolve(model, base).open(dtype, quantize, lazy=lazy)
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form owner/name or owner/name@revision."""
-    # No git revision has two dots in a row; a path that leads out of the cache would.
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", name) is not None
 
 
 def is_run_folder(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sst_jax.errors import InputError
-from sst_jax.weights.loading import find, names_of
+from sst_jax.weights.loading import find_recorded
 from sst_jax.weights.provenance import BaseRecord, Origin, Provenance
 from sst_jax.weights.references import NO_TOWER, LoadedModel, RandomPreset, Reference, VisionTower
 
@@ -29,15 +29,8 @@ def open_original(provenance: Provenance, dtype: str, *, lazy: bool = False) -> 
 
 def _open_origin(origin: Origin) -> Reference:
     """Return what a record of weights refers to, under the first of its names that is there."""
-    record, failures = BaseRecord(str(origin.path), origin.digest, None, origin.revision), []
-    for name in names_of(record):
-        try:
-            found = find(name)
-        except InputError as error:
-            failures.append(error)
-        else:
-            return found.recorded_as(origin.digest) if isinstance(found, RandomPreset) else found
-    raise failures[0]
+    found, _ = find_recorded([BaseRecord(str(origin.path), origin.digest, None, origin.revision)])
+    return found.recorded_as(origin.digest) if isinstance(found, RandomPreset) else found
 
 
 def vision_of(provenance: Provenance) -> VisionTower:
