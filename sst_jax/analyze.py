@@ -31,8 +31,7 @@ FORWARDS = "two_pass,k_pass:3,k_pass:4,local:2,local:3"
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.analyze", description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="any model with a stream")
-    parser.takes_base()
+    parser.takes_model("any model with a stream")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line, or .jsonl with `prompt` and optionally `text`"
@@ -83,8 +82,7 @@ def approximation_parser() -> Parser:
         description="Sweeps alpha, passes, depth, length and forward; measures states, logits, KL and gradients.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="any model; its stream's options are kept, its alpha is swept")
-    parser.takes_base()
+    parser.takes_model("any model; its stream's options are kept, its alpha is swept")
     add("--out", required=True, metavar="DIR", help="result.json and approximation.png go here")
     add("--text", metavar="FILE", help="text to measure on (default: the embedded word problems)")
     add("--alphas", default="0.003,0.01,0.03,0.1,0.3", metavar="A,B,...", help="default: %(default)s")

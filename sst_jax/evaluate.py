@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.evaluate", description=__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="folder, hub id (owner/name or owner/name@revision), GGUF file or training run",
-    )
-    parser.takes_base()
+    parser.takes_model()
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task", metavar="NAME", help="one of this project's tasks, or a file of questions and answers")
     which.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")

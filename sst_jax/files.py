@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sst_jax.errors import InputError, RunInterrupted
@@ -69,6 +69,14 @@ def sha256(path: Path) -> str:
     """Return the hex SHA-256 of one file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def contents_digest(files: Mapping[str, bytes]) -> str:
+    """Return the hex SHA-256 over contents by file name, which name and length delimit."""
+    state = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        state.update(f"{name}\0{len(content)}\0".encode() + content)
+    return state.hexdigest()
 
 
 def digest(files: Iterable[Path], progress: Progress | None = None) -> str:

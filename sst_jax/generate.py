@@ -46,13 +46,7 @@ SETTINGS = (
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.generate", description=__doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="folder, hub id (owner/name or owner/name@revision), GGUF file or training run",
-    )
-    parser.takes_base()
+    parser.takes_model()
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="continue TEXT; special tokens in it are characters")
     given.add_argument("--question", metavar="TEXT", help="ask TEXT in the format of the training examples")
@@ -171,14 +165,14 @@ def _json_or_text(value: str) -> JsonValue:
 def question_tokens(args: argparse.Namespace, model: Model) -> list[int]:
     """Return the prompt of --question, in the format of the training examples."""
     from sst_jax.data.prompts import prompt_tokens
+    from sst_jax.inference.model import PromptReading
 
     format = args.format or model.prompt_format
     if args.system is None and not args.template_args:
         return prompt_tokens(args.question, model.tokenizer, format)
     if format != "chat":
         raise InputError("--system and --template-arg go with --chat, or --question in --format chat")
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return model.tokenizer.chat([*system, {"role": "user", "content": args.question}], variables=args.template_args)
+    return PromptReading(True, args.system, args.template_args, False).tokens(args.question, model.tokenizer)
 
 
 def answer_all(

@@ -29,9 +29,8 @@ def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.probe", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="fit|apply", parser_class=Parser)
     fit = kinds.add_parser("fit", help="nested cross-validation, and a probe of all items")
-    fit.takes_base()
+    fit.takes_model("the model that the outcomes are of")
     add = fit.add_argument
-    add("--model", required=True, metavar="MODEL", help="the model that the outcomes are of")
     add("--outcomes", required=True, nargs="+", metavar="DIR", help="folders of `evaluate` with answers at both depths")
     add("--out", required=True, metavar="DIR", help="probe.safetensors, probe.png and result.json go here")
     add("--depths", default="1,4", metavar="A,B", help="the depths to choose between (default: 1,4)")
@@ -57,9 +56,8 @@ def parser() -> Parser:
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
     apply = kinds.add_parser("apply", help="print a probe's decision for each prompt")
-    apply.takes_base()
+    apply.takes_model("the model that the probe was fitted on")
     add = apply.add_argument
-    add("--model", required=True, metavar="MODEL", help="the model that the probe was fitted on")
     add("--probe", required=True, metavar="FILE", help="probe file written by fit")
     add("--prompts", required=True, metavar="FILE", help="one prompt a line, or .jsonl with a field `prompt` a line")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")

@@ -26,13 +26,7 @@ from sst_jax.errors import InputError
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.serve", description=__doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="folder, hub id (owner/name or owner/name@revision), GGUF file or training run",
-    )
-    parser.takes_base()
+    parser.takes_model()
     parser.add_argument("--name", help="model name for clients (default: MODEL as given)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")

@@ -71,6 +71,13 @@ class Parser(argparse.ArgumentParser):
                 setattr(found, action.dest, [os.path.expanduser(part) for part in value])
         return found, rest
 
+    def takes_model(
+        self, help: str = "folder, hub id (owner/name or owner/name@revision), GGUF file or training run"
+    ) -> None:
+        """Add the flags for the model, and for another place of its base."""
+        self.add_argument("--model", required=True, metavar="MODEL", help=help)
+        self.takes_base()
+
     def takes_base(self) -> None:
         """Add the flag for another place of the base that a run or an adapter records."""
         self.add_argument(

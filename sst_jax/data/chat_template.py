@@ -227,6 +227,12 @@ def _tagged(part: Mapping[str, str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ texts of control tokens
 
 
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many elements two sequences begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def any_of(pieces: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that finds any of the pieces, the longest of those that begin at one place; none: nothing."""
     words = sorted(set(pieces))
@@ -244,10 +250,9 @@ def _tree(words: Sequence[str]) -> str:
     ends, branches = "" in words, []
     for _, group in itertools.groupby((word for word in words if word), key=lambda word: word[0]):
         several = list(group)
-        pairs = zip(several[0], several[-1], strict=False)  # sorted: what these two share, all do
-        shared = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        rest = [word[len(shared) :] for word in several]
-        branches.append(re.escape(shared) + ("" if rest == [""] else _tree(rest)))
+        shared = shared_length(several[0], several[-1])  # sorted: what these two share, all do
+        rest = [word[shared:] for word in several]
+        branches.append(re.escape(several[0][:shared]) + ("" if rest == [""] else _tree(rest)))
     return f"(?:{'|'.join(branches)})" + "?" * ends
 
 

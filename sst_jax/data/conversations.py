@@ -7,10 +7,10 @@ after a turn, is not.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
-from sst_jax.data.chat_template import Message
+from sst_jax.data.chat_template import Message, shared_length
 from sst_jax.data.documents import Conversation
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
@@ -36,11 +36,9 @@ def render(document: Conversation, tokenizer: Tokenizer, *, last: bool = False) 
     """
     answers = [at for at, message in enumerate(document.messages) if message["role"] == "assistant"]
     learned = [at for at in answers if at >= document.given][-1 if last else 0 :]
-    try:
+    with _naming(document):
         ids = tokenizer.chat(document.messages, add_generation_prompt=False)
         starts = {at: _start(document.messages, at, ids, tokenizer) for at in learned}
-    except InputError as error:
-        raise InputError(f"{document.id}: {error}") from None
     if None in starts.values():
         headers = _occurrences(_header(tokenizer), ids)
         if len(headers) != len(answers):
@@ -51,22 +49,32 @@ def render(document: Conversation, tokenizer: Tokenizer, *, last: bool = False) 
     for (at, start), bound in zip(starts.items(), bounds, strict=True):
         assert start is not None
         assert bound is not None
-        stop = start + _stop(document.messages[: at + 1], ids[start:bound], start, tokenizer)
+        with _naming(document):
+            stop = start + _stop(document.messages[: at + 1], ids[start:bound], start, tokenizer)
         mask[start:stop] = [True] * (stop - start)
     if learned[-1] == len(document.messages) - 1 and not _ends_turns(tokenizer):
         ids, mask = [*ids, *end], [*mask, *(True for _ in end)]
     return ids, mask
 
 
+@contextlib.contextmanager
+def _naming(document: Conversation) -> Iterator[None]:
+    """Put a document's id in front of what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{document.id}: {error}") from None
+
+
 def _ends_turns(tokenizer: Tokenizer) -> bool:
     """Whether the template writes something behind an answer that can stop a generation."""
-    return not set(tokenizer.specials.values()).isdisjoint(tokenizer.turn_tail)
+    return not tokenizer.special_ids.isdisjoint(tokenizer.turn_tail)
 
 
 def _header(tokenizer: Tokenizer) -> list[int]:
     """Return what the template writes in front of an assistant's words."""
     before, asking = tokenizer.chat(ASKED, add_generation_prompt=False), tokenizer.chat(ASKED)
-    return asking[_shared(before, asking) :]
+    return asking[shared_length(before, asking) :]
 
 
 def _start(messages: Sequence[Message], at: int, ids: Sequence[int], tokenizer: Tokenizer) -> int | None:
@@ -77,10 +85,10 @@ def _start(messages: Sequence[Message], at: int, ids: Sequence[int], tokenizer: 
     if at == 0:  # few templates ask for an answer to nothing
         return next(iter(_occurrences(_header(tokenizer), ids)), None)
     asking = tokenizer.chat(messages[:at])
-    same = _shared(asking, ids)
+    same = shared_length(asking, ids)
     if same == len(asking):
         return same
-    opened = same > _shared(asking, tokenizer.chat(messages[:at], add_generation_prompt=False))
+    opened = same > shared_length(asking, tokenizer.chat(messages[:at], add_generation_prompt=False))
     return same if opened and tokenizer.decode(asking[same:]).strip() else None
 
 
@@ -95,12 +103,12 @@ def _stop(messages: Sequence[Message], turn: Sequence[int], start: int, tokenize
 
     Raises: InputError where no end can be told.
     """
-    (end, _), special = tokenizer.turn_end, set(tokenizer.specials.values())
+    (end, _), special = tokenizer.turn_end, tokenizer.special_ids
     found = _occurrences(end, turn)
     if found and _ends_turns(tokenizer):
         return found[0]
     alone = tokenizer.chat(messages, add_generation_prompt=False)[start:]
-    same = _shared(alone, turn)
+    same = shared_length(alone, turn)
     if not _ends_turns(tokenizer):
         same = min(same, len(alone) - len(tokenizer.turn_tail))
     elif 0 < same < len(turn) and turn[same] in special and turn[same - 1] not in special:
@@ -108,11 +116,6 @@ def _stop(messages: Sequence[Message], turn: Sequence[int], start: int, tokenize
     if not same:
         raise InputError("the chat template rewrites earlier turns, so that it is not clear where an answer ends")
     return same
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many ids two sequences begin with alike."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _occurrences(part: Sequence[int], ids: Sequence[int]) -> list[int]:

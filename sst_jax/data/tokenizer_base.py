@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
-import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sst_jax.data import chat_template
-from sst_jax.data.chat_template import END_OF_TURN, MARK, START_OF_TURN, ChatTemplate, Message
+from sst_jax.data.chat_template import END_OF_TURN, MARK, START_OF_TURN, ChatTemplate, Message, shared_length
 from sst_jax.data.generation_config import GENERATION_CONFIG, GenerationConfig
 from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 from sst_jax.families.registry import TEXT_ENDS, TURN_ENDS
-from sst_jax.files import json_bytes
+from sst_jax.files import contents_digest, json_bytes
 from sst_jax.types import Json, JsonValue
 
 NOTHING_SAID = GenerationConfig()
@@ -87,6 +85,11 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def export_files(self) -> dict[str, bytes]:
         """Return files from which `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids."""
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the control tokens."""
+        return frozenset(self.specials.values())
 
     def encode(self, text: str, bos: bool = True, parse_special: bool = False) -> list[int]:
         """Return ids of the text, after BOS if `bos` and the model is one that wants it.
@@ -181,7 +184,7 @@ class Tokenizer(abc.ABC):
 
         Raises: InputError as `chat`.
         """
-        special, tail = set(self.specials.values()), self.turn_tail
+        special, tail = self.special_ids, self.turn_tail
         # At the very end some templates write one more token, which no answer in the middle has.
         for part in (_turn_tail(self, self.template).every, tail):
             first = next((at for at, index in enumerate(part) if index in special), None)
@@ -250,13 +253,11 @@ class Tokenizer(abc.ABC):
     @property
     def digest(self) -> str:
         """sha256 over `files()` and the stop ids: equal digests give equal ids and equal ends."""
-        total, files = hashlib.sha256(), self.files()
+        files = self.files()
         files.pop(GENERATION_CONFIG, None)
         if self.stop_ids != self._own_stop_ids:
             files["stop_ids"] = json_bytes(sorted(self.stop_ids))
-        for name, data in sorted(files.items()):
-            total.update(f"{name}\0{len(data)}\0".encode() + data)
-        return total.hexdigest()
+        return contents_digest(files)
 
     # ------------------------------------------------------------------------------------------------ conversations
 
@@ -396,6 +397,6 @@ def _turn_tail(tokenizer: Tokenizer, template: ChatTemplate | None) -> _Tail:
     if word in longer:
         # Earlier answers may be written otherwise: what is behind their words is compared, not where they stand.
         follows = longer[len(longer) - longer[::-1].index(word) :]
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole[start:], follows, strict=False))
-        return _Tail(tuple(whole[start:]), tuple(index for index, _ in same))
+        last = tuple(whole[start:])
+        return _Tail(last, last[: shared_length(last, follows)])
     return _Tail(tuple(whole[start:]), ())

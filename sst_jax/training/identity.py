@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from sst_jax.data.chat_template import TEMPLATE_FILE
 from sst_jax.data.generation_config import GENERATION_CONFIG
 from sst_jax.data.prompts import Example
 from sst_jax.data.template_date import date_of, fix_date, parse_date, reads_date
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
-from sst_jax.files import read_json
+from sst_jax.files import contents_digest, read_json
 from sst_jax.training.sections import DataConfig
 from sst_jax.types import Json
 from sst_jax.weights.loading import recorded_date
 
-TEMPLATE = "chat_template.jinja"  # beside tokenizer_config.json, which may hold the template itself
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -65,15 +65,12 @@ def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:
     """Return the hex SHA-256 of a tokenizer's files without its chat template, and of the template."""
     files = tokenizer.files()
     files.pop(GENERATION_CONFIG, None)  # which tokens end an answer, examples and masks say
-    template = files.pop(TEMPLATE, b"")
+    template = files.pop(TEMPLATE_FILE, b"")  # beside tokenizer_config.json, which may hold the template itself
     if TOKENIZER_CONFIG in files:
         config = json.loads(files[TOKENIZER_CONFIG])
         template += json.dumps(config.pop("chat_template", None), sort_keys=True).encode()
         files[TOKENIZER_CONFIG] = json.dumps(config, sort_keys=True).encode()
-    state = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        state.update(f"{name}\0{len(content)}\0".encode() + content)
-    return state.hexdigest(), hashlib.sha256(template).hexdigest()
+    return contents_digest(files), hashlib.sha256(template).hexdigest()
 
 
 def fix_run_date(tokenizer: Tokenizer, data: DataConfig, workdir: Path) -> None:

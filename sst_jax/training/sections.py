@@ -171,7 +171,7 @@ class DataConfig:
 
     def _check_used(self, dataset: datasets.Dataset | None) -> None:
         """Raise InputError where a knob is set that this data set never reads."""
-        if isinstance(dataset, datasets.Dataset) and dataset.is_generated and self.path not in ("", DEFAULT_PATH):
+        if dataset is not None and dataset.is_generated and self.path not in ("", DEFAULT_PATH):
             raise InputError(
                 f"data.path={self.path} is not read: data.name={self.name!r} is generated. To train on what is there, "
                 "set data.name=auto"
