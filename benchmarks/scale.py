@@ -52,7 +52,7 @@ def hidden_apart(
 
     from sst_jax.model import decoder
     from sst_jax.model.halves import attend
-    from sst_jax.model.rules import next_pass_states, pass_once
+    from sst_jax.model.passes import next_pass_states, pass_once
 
     def one_pass(layer: Any, streams: Any, memory: Any, context: Any) -> Any:
         (x,) = streams

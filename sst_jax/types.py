@@ -30,9 +30,12 @@ KeysValues = Float[Array, "B TI K H"]
 PositionKeys = Float[Array, "B T K H"]  # keys or values that one iteration of each position leaves
 AttentionOutput = Float[Array, "B TI NH"]  # heads side by side, before their projection
 StepMask = Bool[Array, "B TI 1"]
+StepRamp = Float[Array, "B TI 1"]  # a factor of alpha
 Activations = Float[Array, "*B D"]  # of all steps, of one, or of one position
 AnyFloat = Float[Array, "..."]
+AnyInts = Int[AnyArray, "..."]
 AllStates = Float[Array, "L B T I D"]
+AllSteps = Float[Array, "L B TI D"]
 RotaryTable = Float[Array, "B T half"]  # cosines or sines, half = H/2
 Heads = Float[Array, "B T heads H"]
 AttentionMask = Bool[Array, "rows 1 T S"]  # rows: B, B * I or 1

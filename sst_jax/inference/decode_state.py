@@ -15,8 +15,8 @@ from sst_jax.model.attention import KV, CachedStep, attend_cached, ropes
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.halves import attention_residual, feed, project
-from sst_jax.model.rules import recurrent_step
-from sst_jax.model.state import Masks, initial_state
+from sst_jax.model.passes import recurrent_step
+from sst_jax.model.state import Masks, initial_state, ramp_at, read_in, sources_of
 from sst_jax.types import AnyRowBools, AnyRowInts, RowBools, RowHidden, RowInts, RowStates, ScalarInt
 
 
@@ -31,6 +31,13 @@ class DecodeState(NamedTuple):
     sampling_params: SamplingParams
 
 
+class StateIn(NamedTuple):
+    """The states [B, D] of one layer before a step, [L, B, D] of all."""
+
+    own: RowHidden | RowStates  # what a row keeps that does not take the step
+    entering: RowHidden | RowStates  # of the layer whose state enters
+
+
 class StepCarry(NamedTuple):
     """What one iteration at a position hands to the next."""
 
@@ -38,6 +45,7 @@ class StepCarry(NamedTuple):
     active: RowBools  # rows that iterate again
     used: RowInts  # iterations that each row has had
     hidden: RowHidden  # normed, after each row's last iteration
+    first: RowHidden  # normed, after its first
     kv: KV
     state: RowStates | None
 
@@ -77,8 +85,8 @@ def decode_step(
         hidden: [B, D], what that first iteration gave; None with start=0.
 
     Returns:
-        The normed hidden state [B, D] after each row's last iteration, the cache one position further, and the
-        iterations [B] that each row has had at the position.
+        The normed hidden state [B, D] after each row's last iteration, or its first one as `stream.readout` says, the
+        cache one position further, and the iterations [B] that each row has had at the position.
     """
     backbone, stream = config.backbone, config.stream
     position = cache.length - start
@@ -110,7 +118,7 @@ def decode_step(
         step = CachedStep(tables, position, write)
 
         def rule(
-            layer: Layer, residuals: tuple, state_in: RowHidden | None, context: Context
+            layer: Layer, residuals: tuple, state_in: StateIn | None, context: Context
         ) -> tuple[tuple, RowHidden | None]:
             x, kv = residuals
             with jax.named_scope("attention"):
@@ -120,23 +128,29 @@ def decode_step(
             if stream is None or state_in is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None
             masks = layer.stream.masks
-            s = jnp.where(masks.has_state, state_in[:, None], initial_state(stream, x))
+            s = jnp.where(masks.has_state, state_in.entering[:, None], initial_state(stream, x))
             o, state_out = recurrent_step(layer, h, s, masks, context, x.dtype)
-            return (o, kv), jnp.where(active[:, None], state_out[:, 0], state_in)
+            return (o, kv), jnp.where(active[:, None], state_out[:, 0], state_in.own)
 
-        (x, kv), state = decoder.run_layers(params, rule, (embedded, carry.kv), context, carry.state)
+        state_in = None
+        if stream is not None and carry.state is not None:
+            linked = stream.is_linked
+            state_in = StateIn(carry.state, carry.state[sources_of(config)] if linked else carry.state)
+        (x, kv), state = decoder.run_layers(params, rule, (embedded, carry.kv), context, state_in)
         new = decoder.final_norm(config, params, x[:, 0])
         more = wants_more(i + 1, active, new, carry.hidden, state)
-        return StepCarry(i + 1, more, carry.used + active, jnp.where(active[:, None], new, carry.hidden), kv, state)
+        hidden = jnp.where(active[:, None], new, carry.hidden)
+        return StepCarry(i + 1, more, carry.used + active, hidden, jnp.where(i == 0, hidden, carry.first), kv, state)
 
     active = jnp.asarray(depth > start)
     if start and halting is not None:
         active = wants_more(jnp.int32(start), active, hidden, jnp.zeros_like(hidden), cache.state)
-    first = StepCarry(jnp.int32(start), active, jnp.where(depth > 0, start, 0), hidden, cache.kv, cache.state)
+    first = StepCarry(jnp.int32(start), active, jnp.where(depth > 0, start, 0), hidden, hidden, cache.kv, cache.state)
     last = jax.lax.while_loop(lambda carry: jnp.any(carry.active), iterate, first)
     ran = depth > 0
     has_state, length = jnp.where(ran, leaves_state, cache.has_state), jnp.where(ran, position + 1, cache.length)
-    return last.hidden, Cache(last.kv, last.state, has_state, length), last.used
+    given = last.first if stream is not None and stream.readout == "first" else last.hidden
+    return given, Cache(last.kv, last.state, has_state, length), last.used
 
 
 def _leaves_state(config: ModelConfig, token: AnyRowInts) -> RowBools:
@@ -149,5 +163,8 @@ def _leaves_state(config: ModelConfig, token: AnyRowInts) -> RowBools:
 
 def _masks(stream: StreamConfig, iteration: ScalarInt, position: RowInts, has_state: RowBools) -> Masks:
     """Return where states enter an iteration of one position."""
-    is_initial = ~has_state & (iteration == 0) & (position == 0) & (stream.initial in ("zero", "own"))
-    return Masks(has_state[:, None, None], is_initial[:, None, None])
+    reads = jnp.where(iteration == 0, read_in(stream, 0), read_in(stream, 1))
+    begins = stream.initial in ("zero", "own") and read_in(stream, 0)
+    is_initial = ~has_state & (iteration == 0) & (position == 0) & begins
+    ramp = ramp_at(stream, position)[:, None, None] if stream.ramp else None
+    return Masks((has_state & reads)[:, None, None], is_initial[:, None, None], ramp)

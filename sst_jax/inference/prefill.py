@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.kv_cache import Cache, init_cache
-from sst_jax.model import decoder
+from sst_jax.model import decoder, links
 from sst_jax.model.attention import KV, Past, ring_positions
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.rules import Rule, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
+from sst_jax.model.state import read_in
 from sst_jax.types import AnyRowInts, CacheStack, Hidden, PositionKeys, RowHidden, RowInts, Tokens
 
 CHUNK = 512  # positions that are solved together
@@ -136,8 +138,10 @@ def fill_chunk(
     Returns:
         The normed hidden state of each row's last position [B, D], those of all positions [B, T, D], and the caches.
     """
-    stream, batch = config.stream, tokens.shape[0]
+    stream = config.stream
     depth = depth if stream is not None else 1
+    if stream is not None and stream.is_linked:
+        return fill_linked(config, params, tokens, count, cache, hidden, fresh=fresh, depth=depth)
     context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth)
     solve: Rule = plain
     if stream is not None:
@@ -157,17 +161,90 @@ def fill_chunk(
     iterations, left = decoder.run(params, rule, tokens, context, None if fresh else cache.state)
     x = iterations[:, :, 0]
 
-    going = count > 0
+    return extended(config, tokens, count, cache, hidden, x, left)
+
+
+def extended(
+    config: ModelConfig,
+    tokens: Tokens,
+    count: RowInts,
+    cache: Cache,
+    hidden: RowHidden,
+    x: Hidden,
+    left: ChunkOutputs,
+) -> tuple[RowHidden, Hidden, Cache]:
+    """Return what `fill_chunk` does.
+
+    Args:
+      config: of the model.
+      tokens: of the chunk, [B, T].
+      count: how many of a row's positions are real.
+      cache: of the positions before.
+      hidden: what rows with count 0 keep.
+      x: normed hidden states of the chunk's positions [B, T, D].
+      left: what it left in the layers, [L, ...].
+    """
+    stream, going, last = config.stream, count > 0, jnp.maximum(count - 1, 0)
     hidden = jnp.where(going[:, None], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], hidden)
     state = cache.state
     if state is not None and left.state is not None:
         state = jnp.where(going[:, None], left.state, state)
-    source = jnp.ones(batch, bool)
+    source = jnp.ones(tokens.shape[0], bool)
     if stream is not None and stream.initial == "skip_bos" and config.bos_id is not None:
         source = jnp.take_along_axis(jnp.asarray(tokens), last[:, None], axis=1)[:, 0] != config.bos_id
     live = jnp.where(going, source, cache.has_state)
     cache = Cache(update_kv_cache(config, cache, left, count), state, live, cache.length + count)
     return hidden, x, constrain_tree(cache)
+
+
+def fill_linked(
+    config: ModelConfig,
+    params: Params,
+    tokens: Tokens,
+    count: RowInts,
+    cache: Cache,
+    hidden: RowHidden,
+    *,
+    fresh: bool,
+    depth: int,
+) -> tuple[RowHidden, Hidden, Cache]:
+    """Return what `fill_chunk` does for a stream between layers: by passes of the stack, or position by position.
+
+    Passes, `stream.sweep_cap` at most, end once the states stand still; where they do not, or with
+    stream.prefill="sequential", the chunk is decoded. Arguments as for `fill_chunk`.
+    """
+    stream = config.stream
+    assert stream is not None
+
+    def sequential() -> tuple[RowHidden, Hidden, Cache]:
+        def one(carry: tuple[RowHidden, Cache], column: tuple) -> tuple[tuple, RowHidden]:
+            (hidden, cache), (token, place) = carry, column
+            inside = place < count
+            new, cache = decode_step_at_depth(config, params, token, cache, jnp.where(inside, depth, 0))
+            return (jnp.where(inside[:, None], new, hidden), cache), new
+
+        columns = (jnp.asarray(tokens).T, jnp.arange(tokens.shape[1]))
+        (last, after), positions = jax.lax.scan(one, (hidden, cache), columns)
+        return last, jnp.moveaxis(positions, 0, 1), constrain_tree(after)
+
+    if stream.prefill == "sequential":
+        return sequential()
+    context = chunk_context(config, tokens, count, cache, fresh=fresh, depth=depth)
+    last_step = jnp.maximum(count - 1, 0) * depth + depth - 1
+
+    def keep(outputs: links.PassOutputs) -> ChunkOutputs:
+        state = jnp.take_along_axis(outputs.state_out, last_step[:, None, None], axis=1)[:, 0]
+        return ChunkOutputs(outputs.k, outputs.v, state)
+
+    settled = links.fixed_point_stack(
+        params, tokens, context, None if fresh else cache.state, cap=stream.sweep_cap, keep=keep
+    )
+    x = decoder.read_out(config, params, settled.x, depth)[:, :, 0]
+    return jax.lax.cond(
+        settled.converged,
+        lambda: extended(config, tokens, count, cache, hidden, x, settled.outputs),
+        sequential,
+    )
 
 
 def chunk_context(
@@ -188,7 +265,8 @@ def chunk_context(
     if fresh or context.masks is None:
         return context
     # A chunk's first step is entered from the cache, and no document begins there.
-    live = context.masks.has_state.at[:, 0, 0].set(cache.has_state & inside[:, 0])
+    entered = cache.has_state & inside[:, 0] & read_in(context.stream, 0)
+    live = context.masks.has_state.at[:, 0, 0].set(entered)
     begins = context.masks.is_initial.at[:, 0, 0].set(False)
     return dataclasses.replace(context, masks=context.masks._replace(has_state=live, is_initial=begins))
 

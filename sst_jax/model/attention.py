@@ -321,6 +321,59 @@ def _scale(backbone: BackboneConfig) -> float:
     return backbone.query_pre_attn_scalar**-0.5
 
 
+class KeptStep(NamedTuple):
+    """One step of whole rows, the same in all layers.
+
+    ropes        of its position
+    segment_ids  of the whole rows
+    place        the position's, in its row
+    writes       whether later positions see this step's keys and values
+    """
+
+    ropes: Ropes
+    segment_ids: SegmentIds
+    place: ScalarInt
+    writes: ScalarBool
+
+
+def attend_kept(
+    backbone: BackboneConfig, is_global: ScalarBool, qkv: QKV, kept: tuple[PositionKeys, PositionKeys], step: KeptStep
+) -> tuple[AttentionOutput, tuple[PositionKeys, PositionKeys]]:
+    """Attend from one step of every row, [B, 1, ...], over the keys that the positions of the row have left so far.
+
+    Args:
+      backbone: heads, window, scale.
+      is_global: the layer's kind.
+      qkv: of the step, not yet rotated.
+      kept: keys, rotated, and values of all positions; those behind the step are not looked at.
+      step: what all layers share.
+
+    Returns:
+      The output [B, 1, N*H], and what is kept now.
+    """
+    (q, k, v), (keys, values), place = qkv, kept, step.place
+
+    def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
+        return rotate(q, step.ropes.of(kind)), rotate(k, step.ropes.of(kind))
+
+    q, k = by_kind(backbone, is_global, rotated)
+    keys, values = (
+        jnp.where(step.writes, jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, axis=1), old)
+        for old, new in ((keys, k), (values, v))
+    )
+    segments = jnp.asarray(step.segment_ids)
+    distance = place - jnp.arange(segments.shape[1])
+    mine = segments == jax.lax.dynamic_slice_in_dim(segments, place, 1, axis=1)
+
+    def branch(kind: str) -> tuple[jax.Array]:
+        window = _window(backbone, kind, segments.shape[1])
+        within = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        return (attention_once(q, keys, values, mine & within, _scale(backbone)),)
+
+    (out,) = by_kind(backbone, is_global, branch)
+    return out.reshape(*q.shape[:2], -1), (keys, values)
+
+
 def attend_cached(
     backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, step: CachedStep, kv: KV
 ) -> tuple[AttentionOutput, KV]:

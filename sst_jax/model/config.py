@@ -45,11 +45,17 @@ class ModelConfig:
     dtype: str = dataclasses.field(default="float32", repr=False)
 
     def __post_init__(self) -> None:
-        if self.stream is not None and self.stream.layers is not None:
-            for layer in self.stream.layers:
+        if self.stream is None:
+            return
+        named = {
+            "layers": self.stream.layers or (),
+            "links": [layer for link in self.stream.links or () for layer in link],
+        }
+        for field, layers in named.items():
+            for layer in layers:
                 require(
                     0 <= layer < self.backbone.num_layers,
-                    f"stream.layers names layer {layer}; the backbone has layers 0 to {self.backbone.num_layers - 1}",
+                    f"stream.{field} names layer {layer}; the backbone has layers 0 to {self.backbone.num_layers - 1}",
                 )
 
     def to_dict(self) -> dict[str, Any]:

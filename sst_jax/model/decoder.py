@@ -142,7 +142,9 @@ def row_context(
         segment_ids = jnp.ones_like(tokens)
     elif positions is None:
         positions = document_positions(segment_ids)
-    masks = None if config.stream is None else masks_for(config.stream, segment_ids, tokens, depth, config.bos_id)
+    masks = None
+    if config.stream is not None:
+        masks = masks_for(config.stream, segment_ids, tokens, positions, depth, config.bos_id)
     return Context(config, ropes(config.backbone, positions), segment_ids, masks, depth)
 
 
@@ -160,8 +162,8 @@ def layer_facts(config: ModelConfig) -> LayerFacts:
     kinds, stream = config.backbone.layer_types, config.stream
     number = np.arange(len(kinds), dtype=np.int32)
     has_stream = np.ones(len(kinds), bool)
-    if stream is not None and stream.layers is not None:
-        has_stream = np.isin(number, stream.layers)
+    if stream is not None and stream.carriers is not None:
+        has_stream = np.isin(number, stream.carriers)
     return LayerFacts(
         number,
         np.array([kind == "global" for kind in kinds]),
@@ -234,7 +236,7 @@ def run(
       context: of the same rows.
       extras: [L, ...], handed out a layer at a time; None: nothing.
       remat: one of REMAT.
-      every: return each of the I iterations, not the last alone.
+      every: return each of the I iterations, not one alone: the last, or as `stream.readout` says.
 
     Returns:
       Normed hidden states of the last residual stream, [B, T, I, D] or [B, T, 1, D], and what the rule left in each
@@ -243,10 +245,24 @@ def run(
     config, depth = context.config, context.depth
     x = jnp.repeat(embed(config, params, tokens), depth, axis=1)
     residuals, left = run_layers(params, rule, (x,) * context.options.num_residuals, context, extras, remat=remat)
-    iterations = fold(residuals[-1], depth)
+    return read_out(config, params, residuals[-1], depth, every=every), left
+
+
+def read_out(config: ModelConfig, params: Params, x: Hidden, depth: int, *, every: bool = False) -> IteratedHidden:
+    """Return normed hidden states [B, T, 1, D] of the iteration that logits are of, or of `every` one, [B, T, I, D].
+
+    Args:
+      config: its stream says which iteration that is.
+      params: the three trees.
+      x: behind the last layer.
+      depth: iterations I at every position.
+      every: return all.
+    """
+    iterations = fold(x, depth)
     if every:
-        return final_norm(config, params, iterations), left
-    return final_norm(config, params, iterations[:, :, -1])[:, :, None], left
+        return final_norm(config, params, iterations)
+    which = 0 if config.stream is not None and config.stream.readout == "first" else -1
+    return final_norm(config, params, iterations[:, :, which])[:, :, None]
 
 
 def fold(steps: Hidden, depth: int) -> IteratedHidden:
@@ -328,7 +344,8 @@ def unpack(block: Block, facts: LayerFacts, context: Context) -> Layer:
     config, stream = context.config, None
     drop: dict[str, jax.Array] = {}
     if config.stream is not None and context.masks is not None:
-        masks = Masks(*(mask & facts.has_stream for mask in context.masks))
+        has_state, is_initial, ramp = context.masks
+        masks = Masks(has_state & facts.has_stream, is_initial & facts.has_stream, ramp)
         stream = LayerStream(masks, *alpha_and_gain(config.stream, block, context.alpha_warmup_fraction))
     if config.adapter.dropout and context.dropout_key is not None and context.segment_ids is not None:
         rows, rate = context.segment_ids.shape[0], config.adapter.dropout

@@ -1,7 +1,8 @@
 """The two halves of a decoder layer, of which every rule of `model/rules.py` is made.
 
 attend   x  -> h        attention, no state in it
-feed     h, s -> o, f   blend the state in, feed-forward; o enters the next layer, f (or o) updates the layer's state
+feed     h, s -> o, f   blend the state in, feed-forward; o enters the next layer, f (or o) updates the layer's state.
+                        With site="output" the state is blended into o instead
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from jax.typing import DTypeLike
 from sst_jax.model.attention import QKV, Sequences, attend_sequences
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.layers import ACTIVATIONS, to_float32
-from sst_jax.model.state import blend
-from sst_jax.types import AttentionOutput, Hidden, PositionKeys, StepMask
+from sst_jax.model.state import Masks, blend
+from sst_jax.types import AttentionOutput, Hidden, PositionKeys
 
 
 class AttentionResidual(NamedTuple):
@@ -78,7 +79,7 @@ def feed(
     context: Context,
     dtype: DTypeLike,
     s: Hidden | None = None,
-    where: StepMask | None = None,
+    masks: Masks | None = None,
 ) -> tuple[Hidden, Hidden]:
     """Run the feed-forward half, with a state blended in where one enters.
 
@@ -88,20 +89,24 @@ def feed(
       context: what all layers share.
       dtype: of the products and of o.
       s: the state entering each step; None: none enters any.
-      where: the steps that one enters.
+      masks: the steps that one enters; None: none.
 
     Returns:
       o in `dtype` and f in float32 or wider.
     """
     block, activation = layer.block, ACTIVATIONS[context.config.backbone.activation]
 
+    site = None if s is None or masks is None else context.stream.site
+
+    def blended(h: Hidden, s: Hidden | None) -> Hidden:
+        assert s is not None
+        assert masks is not None
+        return blend(context.stream, layer.stream, h, s, masks)
+
     @jax.checkpoint
     def widen(h: AttentionResidual | Hidden, s: Hidden | None) -> tuple[jax.Array, ...]:
         h = residual_after_attention(layer, h)
-        if s is None or where is None:
-            mixed = h
-        else:
-            mixed = blend(context.stream, layer.stream.alpha, layer.stream.gain, h, s, where)
+        mixed = blended(h, s) if site == "ffn" else h
         y = block.pre_ffn_norm(mixed).astype(dtype)
         return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
 
@@ -111,4 +116,5 @@ def feed(
 
     mixed, gate, up = widen(h, s)
     f = block.post_ffn_norm(narrow(gate, up))
-    return (mixed + f).astype(dtype), f
+    o = mixed + f
+    return (blended(o, s) if site == "output" else o).astype(dtype), f

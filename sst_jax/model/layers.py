@@ -178,7 +178,9 @@ class Block(nnx.Module):
 
 
 def initial_theta(stream: StreamConfig) -> float:
-    """Return the theta whose sigmoid, scaled to alpha_range, is `alpha_init`."""
+    """Return the theta whose sigmoid, scaled to alpha_range, is `alpha_init`; that of gate="tanh" is alpha 0."""
+    if stream.gate == "tanh":
+        return 0.0
     lo, hi = stream.alpha_range
     share = (stream.alpha_init - lo) / (hi - lo)
     return math.log(share / (1.0 - share))

@@ -22,24 +22,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
-from sst_jax.model.config import ModelConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, ForwardOptions, Layer, Params, Residuals
-from sst_jax.model.halves import AttentionResidual, attend, feed, residual_after_attention
+from sst_jax.model.halves import attend, feed, residual_after_attention
 from sst_jax.model.layers import to_float32
+from sst_jax.model.links import Solved, scan_stack, stacked_passes
 from sst_jax.model.loops import chunked_scan, fixed_point
-from sst_jax.model.state import (
-    Masks,
-    PassValues,
-    decay_state,
-    initial_state,
-    scan_states,
-    shift_right,
-    state_update,
-)
+from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step
+from sst_jax.model.state import Masks, initial_state, shift_right, state_update
 from sst_jax.types import (
     AllStates,
     Hidden,
@@ -103,47 +96,6 @@ def k_pass(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> 
     return tuple(outputs), LayerOutputs(state_out=state_out)
 
 
-def pass_once(
-    layer: Layer,
-    x: Hidden,
-    h: AttentionResidual | Hidden,
-    s: Hidden | None,
-    context: Context,
-    before: RowHidden | None = None,
-) -> tuple[Hidden, Hidden]:
-    """Run the feed-forward over all steps at once.
-
-    Args:
-      layer: its parameters.
-      x: into the layer.
-      h: after attention.
-      s: the states entering each step; None: none enters any.
-      context: what all layers share.
-      before: the state of rows continued from a cache; None: there are none.
-
-    Returns:
-      o, and the state after every step.
-    """
-    o, f = feed(layer, h, context, x.dtype, s, layer.stream.masks.blends)
-    values = PassValues(x, residual_after_attention(layer, h), f, o)
-    with jax.named_scope("states"):
-        return o, scan_states(context.stream, layer.stream, values, before)
-
-
-@jax.named_scope("states")
-def next_pass_states(layer: Layer, x: Hidden, state_out: Hidden, context: Context) -> Hidden:
-    """Return the states that a pass over x blends in: those of the pass before, shifted by one step.
-
-    Args:
-      layer: its masks.
-      x: into the layer.
-      state_out: the state after every step of the pass before; without its gradient unless `stream.pass1_grad`.
-      context: what all layers share.
-    """
-    kept = state_out if context.stream.pass1_grad else jax.lax.stop_gradient(state_out)
-    return shift_right(context.stream, x, kept, layer.stream.masks)
-
-
 def local(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Attend once; run the feed-forward `passes` times, each blended with the states of the time before."""
     (x,), s = residuals, None
@@ -185,27 +137,6 @@ def exact(
     h, _ = attend(layer, other, context)
     o_other, state_out = pass_once(layer, other, h, states, context)
     return (o, o_other), LayerOutputs(state_out=state_out)
-
-
-def recurrent_step(
-    layer: Layer, h: AttentionResidual | Hidden, s: Hidden, masks: Masks, context: Context, dtype: DTypeLike
-) -> tuple[Hidden, Hidden]:
-    """Run the feed-forward of one step, [B, 1, D]: of `exact`'s scan, and of decoding.
-
-    Args:
-      layer: its parameters; `masks` stands in for the masks of its stream.
-      h: after attention.
-      s: the state that enters the step where `masks` say that one does.
-      masks: of the step.
-      context: what all layers share.
-      dtype: of the products and of o.
-
-    Returns:
-      o in `dtype`, and the state after the step.
-    """
-    o, f = feed(layer, h, context, dtype, s, masks.blends)
-    with jax.named_scope("states"):
-        return o, decay_state(context.stream, s, state_update(context.stream, o, f), masks.blends)
 
 
 def scan_positions(
@@ -323,11 +254,13 @@ class Forward:
     rule        what it does in a layer
     options     the type of its own options, each a field with a default, int or float
     has_state   whether it blends states in, and leaves them
+    across      what it does over the whole stack where states go from layer to layer; None: nothing that would be it
     """
 
     rule: Rule
     options: type[ForwardOptions] = ForwardOptions
     has_state: bool = True
+    across: Callable[..., Solved] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,10 +275,10 @@ class Intervened(ForwardOptions):
 
 FORWARDS: dict[str, Forward] = {
     "plain": Forward(plain, has_state=False),
-    "two_pass": Forward(k_pass, TwoPasses),
-    "k_pass": Forward(k_pass, StackedPasses),
+    "two_pass": Forward(k_pass, TwoPasses, across=stacked_passes),
+    "k_pass": Forward(k_pass, StackedPasses, across=stacked_passes),
     "local": Forward(local, Passes),
-    "exact": Forward(exact),
+    "exact": Forward(exact, across=scan_stack),
 }
 Options = TypeVar("Options", bound=ForwardOptions)
 
@@ -388,6 +321,15 @@ def bind(spelling: str, passes: int = 2, depth: int = 1) -> BoundForward:
     if not forward.has_state and depth != 1:
         raise InputError(f"forward={name!r} has no state, so a second iteration would repeat the first: use depth=1")
     return BoundForward(name, forward, forward.options(**chosen))
+
+
+def check_links(stream: StreamConfig | None, bound: BoundForward) -> None:
+    """Raise InputError where a forward would have to pass states between layers, and cannot."""
+    if stream is not None and stream.is_linked and bound.forward.has_state and bound.forward.across is None:
+        raise InputError(
+            f"forward={bound.name!r} refines states inside a layer, and stream.links={stream.links} carries them from "
+            "layer to layer: use two_pass, k_pass or exact"
+        )
 
 
 def options_of(context: Context, kind: type[Options]) -> Options:
@@ -450,6 +392,10 @@ def hidden(
         recompute=remat != "none",
     )
 
+    check_links(config.stream, bound)
+    if config.stream is not None and config.stream.is_linked and bound.forward.across is not None:
+        return bound.forward.across(params, tokens, context, remat=remat).hidden[:, :, 0]
+
     def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, None]:
         return bound.forward.rule(layer, residuals, extra, context)[0], None  # stacked outputs would be unused
 
@@ -492,6 +438,11 @@ def states(
         raise InputError("states need a stream and a forward other than 'plain'")
     context = decoder.row_context(config, tokens, segment_ids, depth=depth)
     context = dataclasses.replace(context, options=bound.options)
+    check_links(config.stream, bound)
+    if config.stream.is_linked and bound.forward.across is not None:
+        return jax.vmap(lambda steps: decoder.fold(steps, depth))(
+            bound.forward.across(params, tokens, context).state_out
+        )
 
     def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, jax.Array | None]:
         residuals, left = bound.forward.rule(layer, residuals, extra, context)

@@ -21,18 +21,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sst_jax.model.config import StreamConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.layers import Block, to_float32, unit_rms
-from sst_jax.types import Activations, Alpha, AnyFloat, Gain, Hidden, RowHidden, Scalar, SegmentIds, StepMask, Tokens
+from sst_jax.types import (
+    Activations,
+    Alpha,
+    AnyFloat,
+    AnyInts,
+    Gain,
+    Hidden,
+    Positions,
+    RowHidden,
+    Scalar,
+    SegmentIds,
+    StepMask,
+    StepRamp,
+    Tokens,
+)
 
 EPS = 1e-6
 
 
 class Masks(NamedTuple):
-    """Where states enter, bool [B, T*I, 1] each; see the module's docstring."""
+    """Where states enter, bool [B, T*I, 1] each, and how far; see the module's docstring."""
 
     has_state: StepMask
     is_initial: StepMask
+    ramp: StepRamp | None = None  # what alpha is scaled by at every step; None: by nothing
 
     @property
     def blends(self) -> StepMask:
@@ -59,6 +74,9 @@ class PassValues(NamedTuple):
 
 def learned_alpha(stream: StreamConfig, theta: AnyFloat, alpha_warmup_fraction: Scalar | float | None) -> AnyFloat:
     """Return alpha in theta's shape; `alpha_warmup_fraction` as for `alpha_and_gain`."""
+    if stream.gate == "tanh":
+        alpha = jnp.tanh(theta)
+        return alpha if alpha_warmup_fraction is None else alpha * alpha_warmup_fraction
     lo, hi = stream.alpha_range
     alpha = lo + (hi - lo) * jax.nn.sigmoid(theta)
     return alpha if alpha_warmup_fraction is None else lo + (alpha - lo) * alpha_warmup_fraction
@@ -82,26 +100,40 @@ def normalise(stream: StreamConfig, s: Activations, h: Activations) -> Activatio
         return to_float32(s)
     unit = unit_rms(s, EPS)
     return (
-        unit if stream.norm == "rms" else unit * jnp.sqrt(jnp.mean(jnp.square(to_float32(h)), axis=-1, keepdims=True))
+        unit if stream.norm == "rms" else unit * safe_sqrt(jnp.mean(jnp.square(to_float32(h)), axis=-1, keepdims=True))
     )
 
 
-def blend(stream: StreamConfig, alpha: Alpha, gain: Gain, h: Hidden, s: Hidden, where: StepMask) -> Hidden:
+def safe_sqrt(x: AnyFloat) -> AnyFloat:
+    """Return the square root of x >= 0, with gradient 0 where x is 0.
+
+    There the root has none, and what multiplies it with 0 afterwards (a mask, a square's gradient) makes it NaN: so
+    where a padding row's embedding is zero.
+    """
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def blend(stream: StreamConfig, layer: LayerStream, h: Hidden, s: Hidden, masks: Masks) -> Hidden:
     """Return h moved by alpha towards the state where there is one, and h elsewhere.
 
     Args:
       stream: the normalisation N.
-      alpha: how far, per dimension.
-      gain: factor of the normalised state.
-      h: after attention.
+      layer: alpha, how far, and gain, the factor of the normalised state.
+      h: after attention, or what leaves the layer, as `stream.site` says.
       s: the state that enters each step.
-      where: the steps that one enters.
+      masks: the steps that one enters, which need not be those of `layer`.
 
     Returns:
       h' in float32 or wider.
     """
-    h = to_float32(h)
-    return jnp.where(where, h + alpha * (gain * normalise(stream, s, h) - h), h)
+    h, alpha = to_float32(h), ramped(layer.alpha, masks)
+    return jnp.where(masks.blends, h + alpha * (layer.gain * normalise(stream, s, h) - h), h)
+
+
+def ramped(alpha: AnyFloat, masks: Masks) -> AnyFloat:
+    """Return alpha [D] as it is at every step, [B, T*I, D] where it rises with the position."""
+    return alpha if masks.ramp is None else alpha * masks.ramp.astype(alpha.dtype)
 
 
 def state_update(stream: StreamConfig, o: Activations, f: Activations) -> Activations:
@@ -147,7 +179,8 @@ def scan_states(
       before: the state entering the first step of rows continued from a cache; None: there are none.
     """
     x, h, f, o = values
-    masks, alpha, gain = layer
+    masks, gain = layer.masks, layer.gain
+    alpha = ramped(layer.alpha, masks)
     u = state_update(stream, o, f)
     if stream.decay == 0.0 and not stream.linear_carry:
         return u
@@ -188,13 +221,16 @@ def shift_right(
     return jnp.where(masks.has_state, earlier, initial_state(stream, x))
 
 
-def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, depth: int, bos_id: int | None) -> Masks:
+def masks_for(
+    stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, positions: Positions, depth: int, bos_id: int | None
+) -> Masks:
     """Return the masks of whole sequences.
 
     Args:
-      stream: its initial state, and whether a BOS leaves a state.
+      stream: its initial state, whether a BOS leaves a state, which iterations read one, and alpha's ramp.
       segment_ids: 0 is padding.
       tokens: of the same sequences.
+      positions: within each document.
       depth: iterations I at every position.
       bos_id: the BOS token; None: the vocabulary has none.
     """
@@ -205,19 +241,40 @@ def masks_for(stream: StreamConfig, segment_ids: SegmentIds, tokens: Tokens, dep
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     entering = real & (segment_ids == previous) & jnp.pad(source[:, :-1], ((0, 0), (1, 0)))
     # A position's first iteration takes the state of the position before, every later one that of the iteration before.
-    has_state = jnp.stack([entering] + [source] * (depth - 1), axis=-1)
+    first, later = (read_in(stream, iteration) for iteration in (0, 1))
+    has_state = jnp.stack([entering & first] + [source & later] * (depth - 1), axis=-1)
     is_initial = jnp.zeros_like(has_state)
-    if stream.initial in ("zero", "own"):
+    if stream.initial in ("zero", "own") and first:
         is_initial = is_initial.at[..., 0].set(real & ~entering)
-    rows = segment_ids.shape[0]
-    return Masks(has_state.reshape(rows, -1, 1), is_initial.reshape(rows, -1, 1))
+    rows, ramp = segment_ids.shape[0], None
+    if stream.ramp:
+        ramp = jnp.repeat(ramp_at(stream, positions), depth, axis=1)[..., None]
+    return Masks(has_state.reshape(rows, -1, 1), is_initial.reshape(rows, -1, 1), ramp)
+
+
+def read_in(stream: StreamConfig, iteration: int) -> bool:
+    """Return whether a state enters an iteration of a position, 0 or a later one, as `stream.timing` says."""
+    return stream.timing != ("next" if iteration else "same")
+
+
+def ramp_at(stream: StreamConfig, positions: AnyInts) -> AnyFloat:
+    """Return what alpha is scaled by at positions of a document, from 0 at the first."""
+    return jnp.minimum(jnp.asarray(positions, jnp.result_type(float)) / stream.ramp, 1.0)
 
 
 def carriers(stream: StreamConfig, stack: AnyFloat) -> AnyFloat:
     """Return the rows of a stacked blend parameter whose layers carry a state; a row shared by all layers stays."""
-    if stream.layers is None or len(stack) == 1:
+    if stream.carriers is None or len(stack) == 1:
         return stack
-    return stack[np.array(sorted(set(stream.layers)), int)]
+    return stack[np.array(sorted(set(stream.carriers)), int)]
+
+
+def sources_of(config: ModelConfig) -> np.ndarray:
+    """Return for every layer [L] the layer whose state enters it, itself where no link says otherwise."""
+    sources = np.arange(config.backbone.num_layers)
+    for source, destination in (config.stream and config.stream.links) or ():
+        sources[destination] = source
+    return sources
 
 
 def alpha_summary(

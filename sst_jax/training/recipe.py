@@ -147,6 +147,7 @@ def stream_knobs() -> Json:
 def _knobs(section: type) -> Json:
     """Return a section's knobs; those whose default is None get the type that a value would have."""
     optional = {"alpha": config_dict.placeholder(float), "layers": config_dict.placeholder(tuple)}
+    optional["links"] = config_dict.placeholder(tuple)
     return {name: optional[name] if value is None else value for name, value in field_defaults(section).items()}
 
 

@@ -31,6 +31,12 @@ STREAMS = {
     },
     "block-zero": {"alpha_range": (0.0, 1.0), "state": "block", "decay": 0.4, "initial": "zero", "gain": 0.7},
 }  # fmt: skip
+# Between layers: next token and next iteration; and Recirculation, whose logits come from the first iteration.
+STREAMS["link"] = {"alpha_range": (0.0, 1.0), "links": ((5, 2), (3, 0)), "initial": "own"}
+STREAMS["recirculation"] = {
+    "alpha": 0.15, "links": ((5, 2),), "timing": "same", "site": "output", "state": "block", "norm": "match",
+    "ramp": 10, "readout": "first",
+}  # fmt: skip
 for fields in STREAMS.values():
     if fields is not None:
         fields["prefill"] = "sequential"
@@ -71,6 +77,8 @@ def worst_step(config, params, cache, tokens, depth, truth):
         ("match-decay-own", 3),
         ("rms-skip_bos", 3),
         ("block-zero", 3),
+        ("link", 2),
+        ("recirculation", 2),
     ],
 )
 def test_steps_continue_what_exact_computes(name, depth, float64):
@@ -140,6 +148,8 @@ CHUNKED = {**{name: (fields, toys.BACKBONE) for name, fields in STREAMS.items()}
         ("match-decay-own", 1, "sequential"),
         ("rms-skip_bos", 3, "sequential"),
         ("block-zero", 1, "sweeps"),
+        ("link", 1, "sweeps"),
+        ("recirculation", 2, "sweeps"),
     ],
 )
 def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):

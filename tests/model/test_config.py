@@ -23,6 +23,8 @@ residuals = st.builds(
     decay=st.floats(0, 0.99),
     initial=st.sampled_from(["none", "zero", "own", "skip_bos"]),
     layers=st.none() | st.lists(st.integers(0, 17), unique=True).map(tuple),
+    ramp=st.sampled_from([0.0, 10.0]),
+    timing=st.sampled_from(["both", "next", "same"]),
 )
 adapters = st.builds(
     AdapterConfig, rank=st.integers(0, 64), targets=st.lists(st.sampled_from(LINEARS), unique=True).map(tuple)
@@ -64,6 +66,17 @@ def test_a_config_survives_json(name, stream, adapter):
         ({"alpha_warmup": -1}, "stream.alpha_warmup"),
         ({"sweep_tolerance": 0.0}, "stream.sweep_tolerance"),
         ({"sweep_cap": 1}, "stream.sweep_cap"),
+        ({"ramp": -1}, "stream.ramp"),
+        ({"gate": "relu"}, "stream.gate"),
+        ({"timing": "never"}, "stream.timing"),
+        ({"site": "input"}, "stream.site"),
+        ({"readout": "all"}, "stream.readout"),
+        ({"links": ()}, "stream.links is empty"),
+        ({"links": (11, 4)}, "stream.links"),
+        ({"links": ((11, "4"),)}, "stream.links"),
+        ({"links": ((5, 1), (6, 1))}, "two links into layer 1"),
+        ({"links": ((5, 1),), "layers": (1,)}, "links name the layers"),
+        ({"links": ((5, 1),), "decay": 0.5}, "stream.decay"),
     ],
 )
 def test_bad_stream_fields_are_named(fields, culprit):

@@ -147,3 +147,31 @@ def test_pass1_grad_changes_gradients_but_no_values(float64):
     assert largest_difference(other, gradient) > 0.01
     # The blend of the last layer's second pass needs no gradient of pass 1.
     assert np.allclose(other["blend"]["theta"][-1], gradient["blend"]["theta"][-1], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("forward", ["two_pass", "exact"])
+def test_a_zero_embedding_under_padding_has_finite_gradients(forward):
+    """Hugging Face's `padding_idx` makes a row of the embedding zero, and h with it where nothing attends yet.
+
+    norm="match" takes the root of h's mean square there: masked or not, its gradient must not be NaN. The gradients are
+    those of a table whose padding row is another one.
+    """
+    config = toys.config({"alpha_range": (0.0, 1.0), "norm": "match", "initial": "own", "learn_gain": True}, BACKBONE)
+    params, tokens = toys.params(config), toys.tokens(1, 6)
+    tokens[0, :2] = 0
+    segments = np.array([[0, 0, 1, 1, 1, 1]])
+    table = params["base"]["embed"]["embedding"]
+
+    @jax.jit
+    def gradient(padding_row):
+        base = {**params["base"], "embed": {"embedding": table.at[0].set(padding_row)}}
+
+        def loss(trainable):
+            out = hidden(config, {"base": base, **trainable}, tokens, forward=forward, segment_ids=segments)
+            return (out[0, 2:] * WEIGHTS[2:6]).sum()
+
+        return jax.grad(loss)({name: params[name] for name in ("adapter", "blend")})
+
+    at_zero, elsewhere = gradient(jnp.zeros_like(table[0])), gradient(jnp.ones_like(table[0]))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(at_zero))
+    assert largest_difference(at_zero, elsewhere) <= 1e-4

@@ -9,7 +9,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from sst_jax.model import decoder, halves, rules, state
-from sst_jax.types import Hidden, KeysValues, Logits, Positions, Queries, SegmentIds, StepMask, Tokens
+from sst_jax.types import Hidden, KeysValues, Logits, Positions, Queries, SegmentIds, Tokens
 from tests.support import toys
 
 CONFIG = toys.config({"state": "block", "initial": "own", "decay": 0.3})
@@ -54,8 +54,8 @@ def test_the_two_halves_of_a_layer(depth):
         return tuple(halves.project(layer, x, context))
 
     @checked
-    def feed(h: Hidden, s: Hidden, where: StepMask, layer, context) -> tuple[Hidden, Hidden]:
-        return halves.feed(layer, h, context, jnp.bfloat16, s, where)
+    def feed(h: Hidden, s: Hidden, masks: state.Masks, layer, context) -> tuple[Hidden, Hidden]:
+        return halves.feed(layer, h, context, jnp.bfloat16, s, masks)
 
     @checked
     def memories(x: Hidden, h: Hidden, f: Hidden, o: Hidden, layer) -> Hidden:
@@ -70,7 +70,7 @@ def test_the_two_halves_of_a_layer(depth):
         project(x, layer, context)
         summands, _ = halves.attend(layer, x, context)
         h = halves.residual_after_attention(layer, summands)
-        o, f = feed(h, jnp.zeros_like(h), layer.stream.masks.blends, layer, context)
+        o, f = feed(h, jnp.zeros_like(h), layer.stream.masks, layer, context)
         s = move(x, memories(x, h, f, o, layer), layer)
         assert h.dtype == f.dtype == s.dtype == jnp.float32
         assert o.dtype == jnp.bfloat16

@@ -59,12 +59,27 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
             return x
         return x / rms(xp, x, backbone.norm_eps) * (backbone.norm_offset + layers[name]["scale"][layer])
 
-    def alpha_of(layer):
+    def alpha_of(layer, t):
+        risen = min(t / stream.ramp, 1.0) if stream.ramp else 1.0
         if stream.alpha is not None:
-            return stream.alpha
-        lo, hi = stream.alpha_range
+            return risen * stream.alpha
         theta = blend["theta"][0 if stream.granularity == "scalar" else layer]
-        return lo + (hi - lo) / (1.0 + xp.exp(-theta))
+        if stream.gate == "tanh":
+            return risen * xp.tanh(theta)
+        lo, hi = stream.alpha_range
+        return risen * (lo + (hi - lo) / (1.0 + xp.exp(-theta)))
+
+    def source_of(layer):
+        """The layer whose state enters this one; None where none does."""
+        if stream.links is not None:
+            return {into: out for out, into in stream.links}.get(layer)
+        return layer if stream.layers is None or layer in stream.layers else None
+
+    def mixed_with(layer, t, h, s):
+        gain = blend["gain"][layer] if stream.learn_gain else stream.gain
+        normed = s if stream.norm == "none" else s / rms(xp, s)
+        normed = normed * rms(xp, h, 0.0) if stream.norm == "match" else normed
+        return h + alpha_of(layer, t) * (gain * normed - h)
 
     def attention(layer, t, x, write):
         kind = backbone.layer_types[layer]
@@ -98,25 +113,24 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
     def one_iteration(t, i):
         x = params["base"]["embed"]["embedding"][tokens[t]]
         x = x * np.sqrt(backbone.d_model) if backbone.scale_embedding else x
+        before = list(memory)  # what every layer held before this iteration
+        reads = stream is not None and stream.timing in (("both", "next") if i == 0 else ("both", "same"))
         for layer in range(backbone.num_layers):
             h = x + attention(layer, t, x, write=i == 0 or stream is None or stream.kv == "overwrite")
-            if stream is None or (stream.layers is not None and layer not in stream.layers):
+            if stream is None:
                 x = h + feed_forward(layer, h)
                 keep(outputs, (layer, t, i), x)
                 continue
-            s = memory[layer]
-            if s is None and t == 0 and i == 0 and stream.initial in ("zero", "own"):
+            source = source_of(layer)
+            s = before[source] if source is not None and reads else None
+            if source is not None and reads and s is None and t == 0 and i == 0 and stream.initial in ("zero", "own"):
                 s = x / rms(xp, x) if stream.initial == "own" else 0.0 * x
-            mixed = h
-            if s is not None:
-                gain = blend["gain"][layer] if stream.learn_gain else stream.gain
-                normed = s if stream.norm == "none" else s / rms(xp, s)
-                normed = normed * rms(xp, h, 0.0) if stream.norm == "match" else normed
-                mixed = h + alpha_of(layer) * (gain * normed - h)
+            mixed = h if s is None or stream.site == "output" else mixed_with(layer, t, h, s)
             f = feed_forward(layer, mixed)
             o = mixed + f
+            o = o if s is None or stream.site == "ffn" else mixed_with(layer, t, o, s)
             u = f if stream.state == "ffn" else o
-            memory[layer] = u if s is None else stream.decay * s + (1.0 - stream.decay) * u
+            memory[layer] = u if s is None or not stream.decay else stream.decay * s + (1.0 - stream.decay) * u
             keep(memories, (layer, t, i), memory[layer])
             keep(outputs, (layer, t, i), o)
             if stream.initial == "skip_bos" and tokens[t] == bos_id:
@@ -126,8 +140,8 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
 
     rows = []
     for t in range(len(tokens)):
-        for i in range(depths[t]):
-            x = one_iteration(t, i)
+        passes = [one_iteration(t, i) for i in range(depths[t])]
+        x = passes[0 if stream is not None and stream.readout == "first" else -1]
         scale = backbone.norm_offset + params["base"]["final_norm"]["scale"]
         rows.append(x / rms(xp, x, backbone.norm_eps) * scale)
     return xp.stack(rows)

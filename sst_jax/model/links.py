@@ -1,0 +1,242 @@
+"""Streams between layers: what solves the recurrence where a layer's state enters another one (`StreamConfig.links`).
+
+With a source above its destination a position needs the whole stack of the step before, so the recurrence no longer
+falls apart into one of each layer, as the rules of `model/rules.py` have it. What there is in a layer, is here in the
+stack, with the states of all layers and steps [L, B, T*I, D] handed from one run of it to the next:
+
+    stacked_passes      `two_pass` and `k_pass`: the stack without states, then again with those of the time before
+    scan_stack          `exact`: step after step the whole stack, over keys and values of the steps before
+    fixed_point_stack   passes until the states that enter stand still; of S steps S + 1 passes are `exact`
+
+A link from a layer to itself is none of these: it stays inside its layer, as without links.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sst_jax.model import decoder
+from sst_jax.model.attention import KeptStep, Ropes, attend_kept
+from sst_jax.model.decoder import Context, Layer, Params, Residuals
+from sst_jax.model.halves import attend, attention_residual, project
+from sst_jax.model.layers import to_float32
+from sst_jax.model.loops import chunked_scan, fixed_point
+from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step
+from sst_jax.model.state import Masks, initial_state, sources_of, state_update
+from sst_jax.types import (
+    AllSteps,
+    AnyArray,
+    Hidden,
+    IteratedHidden,
+    PositionKeys,
+    RowStates,
+    Scalar,
+    ScalarBool,
+    ScalarInt,
+    Tokens,
+)
+
+CHUNK = 32  # steps of `scan_stack` between checkpoints, at most
+
+
+class Solved(NamedTuple):
+    """What a solver returns: hidden states as `decoder.run` does, and the state after every step of every layer."""
+
+    hidden: IteratedHidden
+    state_out: AllSteps
+
+
+class PassOutputs(NamedTuple):
+    """What a pass leaves in a layer."""
+
+    state_out: Hidden
+    k: PositionKeys
+    v: PositionKeys
+    o: Hidden
+
+
+Intervention = Callable[[AllSteps], AllSteps]  # of the states entering every step of every layer
+
+
+def stacked_passes(
+    params: Params, tokens: Tokens, context: Context, *, remat: str = "none", every: bool = False
+) -> Solved:
+    """Run the stack `context.options.num_residuals` times, each time with the states of the time before.
+
+    Args:
+      params: the three trees.
+      tokens: of whole rows.
+      context: of the same rows.
+      remat: of each layer, one of `decoder.REMAT`.
+      every: as for `decoder.read_out`.
+    """
+    sources = sources_of(context.config)
+    residuals: Residuals = (_embedded(params, tokens, context),)
+
+    def rule(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, Hidden]:
+        (x,) = residuals
+        h, _ = attend(layer, x, context)
+        s = None if earlier is None else next_pass_states(layer, x, earlier, context)
+        o, state_out = pass_once(layer, x, h, s, context)
+        return (o,), state_out
+
+    (o,), state_out = decoder.run_layers(params, rule, residuals, context, None, remat=remat)
+
+    def again(carry: tuple, _: None) -> tuple[tuple, None]:
+        (o,), new = decoder.run_layers(params, rule, residuals, context, carry[1][sources], remat=remat)
+        return (o, new), None
+
+    passes = context.options.num_residuals - 1
+    if passes == 1:
+        (o, state_out), _ = again((o, state_out), None)
+    elif passes:
+        (o, state_out), _ = jax.lax.scan(again, (o, state_out), None, length=passes)
+    return Solved(decoder.read_out(context.config, params, o, context.depth, every=every), state_out)
+
+
+class _Step(NamedTuple):
+    """What is a step's own in `scan_stack`, [B, ...] each."""
+
+    x: AnyArray
+    place: AnyArray  # of its position in the row
+    writes: AnyArray  # whether later positions see its keys
+    segment: AnyArray
+    tables: Ropes
+    masks: Masks
+
+
+def scan_stack(params: Params, tokens: Tokens, context: Context, *, remat: str = "none", every: bool = False) -> Solved:
+    """Run the whole stack step after step, the keys and values of earlier positions beside it; for small models.
+
+    With `context.recompute` a chunk's steps are run again for their gradients, from the keys and states before it.
+
+    Args:
+      params: the three trees.
+      tokens: of whole rows.
+      context: of the same rows.
+      remat: of each layer within a step, one of `decoder.REMAT`.
+      every: as for `decoder.read_out`.
+    """
+    config, stream, depth = context.config, context.stream, context.depth
+    backbone, sources, segments = config.backbone, sources_of(config), context.segment_ids
+    assert segments is not None
+    assert context.masks is not None
+    x = _embedded(params, tokens, context)
+    rows, length = segments.shape
+    layers, heads = backbone.num_layers, (backbone.num_kv_heads, backbone.head_dim)
+    number = jnp.broadcast_to(jnp.arange(length * depth), (rows, length * depth))
+
+    def per_step(part: AnyArray) -> AnyArray:
+        return jnp.repeat(part, depth, axis=1)
+
+    steps = _Step(
+        x,
+        number // depth,
+        (number % depth == 0) | (stream.kv == "overwrite"),
+        per_step(segments),
+        jax.tree.map(per_step, context.ropes),
+        context.masks,
+    )
+
+    def take(carry: tuple, step: _Step) -> tuple[tuple, tuple]:
+        one = jax.tree.map(lambda part: part[:, None], step)
+        kept_step = KeptStep(one.tables, segments, step.place[0], step.writes[0])
+
+        def rule(layer: Layer, residuals: Residuals, extra: tuple, context: Context) -> tuple[Residuals, tuple]:
+            (x,), (k, v, entering) = residuals, extra
+            out, (k, v) = attend_kept(backbone, layer.is_global, project(layer, x, context), (k, v), kept_step)
+            masks = layer.stream.masks
+            s = jnp.where(masks.has_state, entering[:, None], initial_state(stream, x))
+            o, m = recurrent_step(layer, attention_residual(layer, x, out), s, masks, context, x.dtype)
+            return (o,), (k, v, m[:, 0])
+
+        k, v, state = carry
+        residuals: Residuals = (one.x,)
+        here = dataclasses.replace(context, ropes=one.tables, masks=one.masks, segment_ids=one.segment)
+        (o,), carry = decoder.run_layers(params, rule, residuals, here, (k, v, state[sources]), remat=remat)
+        return carry, (o[:, 0], jnp.moveaxis(carry[2], 0, 1))
+
+    kept = jnp.zeros((layers, rows, length, *heads), x.dtype)
+    state = jnp.zeros((layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
+    first = (kept, kept, state)
+    o, states = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
+    return Solved(decoder.read_out(config, params, o, depth, every=every), jnp.moveaxis(states, 2, 0))
+
+
+class Settled(NamedTuple):
+    """What `fixed_point_stack` returns: of the last pass its outputs [L, ...], and the residual stream behind it."""
+
+    x: Hidden
+    outputs: Any
+    passes: ScalarInt
+    converged: ScalarBool
+
+
+def fixed_point_stack(
+    params: Params,
+    tokens: Tokens,
+    context: Context,
+    before: RowStates | None = None,
+    *,
+    cap: int,
+    keep: Callable[[PassOutputs], Any] = lambda outputs: outputs,
+    intervene: Intervention | None = None,
+) -> Settled:
+    """Run passes until the states that enter change by at most `stream.sweep_tolerance`. Not differentiable.
+
+    Args:
+      params: the three trees.
+      tokens: [B, T].
+      context: of the same rows, with a past where they continue from caches.
+      before: the states of rows that continue from caches; None: there are none.
+      cap: passes at most; the first has no states, and of S steps S + 1 passes are exact.
+      keep: what of a layer is stacked, besides its states.
+      intervene: changes the states [L, B, T*I, D] that enter every step before they do; None: nothing.
+    """
+    stream, sources = context.stream, sources_of(context.config)
+    x, masks = _embedded(params, tokens, context), context.masks
+    residuals: Residuals = (x,)
+    assert masks is not None
+
+    def rule(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, tuple]:
+        (x,) = residuals
+        h, (k, v) = attend(layer, x, context)
+        s = None
+        if earlier is not None:
+            s = jnp.where(layer.stream.masks.has_state, earlier, initial_state(stream, x))
+        o, state_out = pass_once(layer, x, h, s, context)
+        return (o,), (state_out, keep(PassOutputs(state_out, k, v, o)))
+
+    def enter(state_out: AllSteps) -> AllSteps:
+        earlier = jnp.pad(state_out[sources, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        if before is not None:
+            earlier = earlier.at[:, :, 0].set(before[sources])
+        return earlier if intervene is None else intervene(earlier)
+
+    def sweep(entering: AllSteps | None) -> tuple[tuple, AllSteps]:
+        (o,), (state_out, kept) = decoder.run_layers(params, rule, residuals, context, entering)
+        return (o, kept), enter(state_out)
+
+    carriers = sorted({destination for _, destination in stream.links or ()})
+
+    def norm(part: AllSteps) -> jax.Array:  # of each row and link
+        part = jnp.where(masks.has_state, to_float32(part[jnp.array(carriers)]), 0.0)
+        return jnp.sqrt(jnp.sum(jnp.square(part), axis=(2, 3)))
+
+    def change(new: AllSteps, old: AllSteps) -> Scalar:
+        return jnp.max(norm(to_float32(new) - to_float32(old)) / jnp.maximum(norm(new), 1e-30))
+
+    outputs, entering = sweep(None)
+    (o, kept), count, converged = fixed_point(
+        sweep, outputs, entering, distance=change, tolerance=stream.sweep_tolerance, cap=cap
+    )
+    return Settled(o, kept, count, converged)
+
+
+def _embedded(params: Params, tokens: Tokens, context: Context) -> Hidden:
+    return jnp.repeat(decoder.embed(context.config, params, tokens), context.depth, axis=1)
