@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from sst_jax.console import compile_cache
 from sst_jax.errors import InputError, RunInterrupted
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ class Parser(argparse.ArgumentParser):
         if prog is not None and prog.startswith(MODULES):
             prog = self.program + prog.removeprefix(MODULES)
         super().__init__(prog, allow_abbrev=False, **kwargs)
+        self.add_argument(
+            "--no-compile-cache",
+            action="store_true",
+            default=argparse.SUPPRESS,  # or a subparser's default would hide the flag before it
+            help=f"neither read nor keep compiled programs (in ~/.cache/sst_jax, or {compile_cache.VARIABLE})",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -54,6 +61,10 @@ class Parser(argparse.ArgumentParser):
         Raises: InputError on bad arguments, or where the file of --json, which is written last, could not be written.
         """
         found = super().parse_args(argv)
+        if getattr(found, "no_compile_cache", False):
+            compile_cache.keep_none()
+        else:
+            compile_cache.keep_programs()
         if file := getattr(found, "json", None):
             if pathlib.Path(file).is_dir():
                 raise InputError(f"--json {file} is a folder: give the name of a file")

@@ -165,11 +165,18 @@ def _batches(documents: grain.MapDataset, layout: Layout, seed: int) -> grain.Da
     return iter(dataset.batch(batch_size, batch_fn=fill).map(functools.partial(_set_padding, pad_id=layout.pad_id)))
 
 
-def fixed_batches(examples: Sequence[Example], layout: Layout) -> list[dict[str, Any]]:
+def fixed_batches(examples: Sequence[Example], layout: Layout, *, even: int | None = None) -> list[dict[str, Any]]:
     """Return all examples once, in their order, as a list of batches; the last is filled with padding.
 
     Each batch has one more entry, "ids": for each row the example ids of its segments 1, 2, ... in order. Where the
     layout packs, a document goes into the first row with room for it.
+
+    Args:
+        examples: to lay out.
+        layout: of the batches.
+        even: make as many batches, but with fewer rows each where that saves padding: a multiple of this number; None:
+            all have `layout.batch_size` rows.
+
     Raises: InputError for no examples or one longer than the layout's rows.
     """
     length, batch_size = layout.length, layout.batch_size
@@ -187,6 +194,9 @@ def fixed_batches(examples: Sequence[Example], layout: Layout) -> list[dict[str,
             room.append(length)
         groups[place].append(example)
         room[place] -= size
+    if even is not None:
+        count = -(-len(groups) // batch_size)
+        batch_size = -(-len(groups) // (count * even)) * even
     groups += [[]] * (-len(groups) % batch_size)
     batches = []
     for start in range(0, len(groups), batch_size):

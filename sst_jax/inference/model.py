@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from safetensors.numpy import save
 
+from sst_jax.console import compile_cache
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.detokenizer import IncrementalDetokenizer
@@ -349,8 +350,11 @@ def load(
         base: where the base of a run or an adapter lies now, if not where it records; its digest must be the recorded
             one.
 
+    Compiled programs are kept in ~/.cache/sst_jax, or as `SST_JAX_CACHE` says (`console/compile_cache.py`).
+
     Raises: InputError naming what is missing, damaged or not supported, or an axis that does not divide the model.
     """
+    compile_cache.keep_programs()
     if mesh is None:
         return Model(*open_model(model, dtype, base=base))
     devices = sharding.make_mesh(from_mapping(sharding.MeshConfig, {"fsdp": 1, **mesh}))

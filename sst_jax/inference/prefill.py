@@ -7,7 +7,6 @@ chunks of all prompts are one program. Lengths are rounded up by `padded`, so th
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.model import decoder, links
 from sst_jax.model.attention import KV, Past, ring_positions
+from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.rules import Rule, exact, fixed_point_states, plain
@@ -110,7 +110,7 @@ class ChunkOutputs(NamedTuple):
     state: RowHidden | None  # after each row's last position
 
 
-@functools.partial(jax.jit, static_argnames=("config", "fresh", "depth"), donate_argnums=(4,))
+@program(static_argnames=("config", "fresh", "depth"), donate_argnums=(4,))
 @jax.named_scope("prefill")
 def fill_chunk(
     config: ModelConfig,

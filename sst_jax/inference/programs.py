@@ -16,6 +16,7 @@ from sst_jax.inference.decode_state import DecodeState, decode_step
 from sst_jax.inference.kv_cache import Cache, map_rows
 from sst_jax.inference.sampling import Scores, sample, score
 from sst_jax.model import decoder
+from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.model.sharding import constrain
@@ -69,7 +70,7 @@ def _sample(
     return state._replace(token=jnp.where(state.done, state.token, token), done=ended, left=left), scores
 
 
-@functools.partial(jax.jit, static_argnames=(*STATIC, "iterated"), donate_argnums=(2,))
+@program(static_argnames=(*STATIC, "iterated"), donate_argnums=(2,))
 def begin(
     config: ModelConfig,
     params: Params,
@@ -106,7 +107,7 @@ def begin(
     return _seen(SampledTokens(columns[0], columns[1], state.done, columns[2]), state)
 
 
-@functools.partial(jax.jit, static_argnames=(*STATIC, "size"), donate_argnums=(2,))
+@program(static_argnames=(*STATIC, "size"), donate_argnums=(2,))
 def decode_chunk(
     config: ModelConfig,
     params: Params,
@@ -174,7 +175,7 @@ def seat(batch: DecodeState, one: DecodeState, row: ScalarInt) -> DecodeState:
     return DecodeState(map_rows(put, batch.cache, one.cache), *rest)
 
 
-@functools.partial(jax.jit, static_argnames=("top",))
+@program(static_argnames=("top",))
 def score_positions(params: Params, hidden: PositionHidden, following: PositionTokens, *, top: int) -> Scores:
     """Score the tokens `following` [T] the positions of hidden [T, D], a block of logits at a time."""
     blocks = hidden.reshape(-1, min(BLOCK, hidden.shape[0]), hidden.shape[1])

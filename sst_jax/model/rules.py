@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
@@ -173,6 +174,11 @@ def scan_positions(
     return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=decoder.KEPT)
 
 
+def sweep_tolerance(stream: StreamConfig, dtype: DTypeLike) -> float:
+    """Return at which change sweeps have converged: below the rounding of the activations' type they never would."""
+    return max(stream.sweep_tolerance, float(jnp.finfo(dtype).eps))
+
+
 def fixed_point_states(
     layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
 ) -> tuple[Residuals, LayerOutputs]:
@@ -204,7 +210,7 @@ def fixed_point_states(
 
     outputs, s = sweep(None)
     (o, state_out), count, converged = fixed_point(
-        sweep, outputs, s, distance=change, tolerance=stream.sweep_tolerance, cap=stream.sweep_cap
+        sweep, outputs, s, distance=change, tolerance=sweep_tolerance(stream, x.dtype), cap=stream.sweep_cap
     )
     o, state_out, count = jax.lax.cond(
         converged,

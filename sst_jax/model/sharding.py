@@ -116,11 +116,20 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:count])
 
 
-def check(mesh: AnyMesh, backbone: BackboneConfig | None = None, batch_size: int | None = None) -> None:
-    """Raise InputError naming a dimension of a model or batch that a mesh axis does not divide."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size is not None and batch_size % rows:
-        raise InputError(f"data.batch_size={batch_size} does not divide by mesh.data x mesh.fsdp = {rows}")
+def rows(mesh: AnyMesh) -> int:
+    """Return the number of parts that a mesh divides a batch's rows into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check(
+    mesh: AnyMesh,
+    backbone: BackboneConfig | None = None,
+    batch_size: int | None = None,
+    knob: str = "data.batch_size",
+) -> None:
+    """Raise InputError naming a dimension of a model or batch (of the recipe's `knob`) that a mesh does not divide."""
+    if batch_size is not None and batch_size % rows(mesh):
+        raise InputError(f"{knob}={batch_size} does not divide by mesh.data x mesh.fsdp = {rows(mesh)}")
     for axis, names in () if backbone is None else (("fsdp", ("d_model",)), ("tensor", ("num_kv_heads", "d_ff"))):
         for name in names:
             size = getattr(backbone, name)

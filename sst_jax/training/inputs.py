@@ -50,6 +50,7 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
     """
     mesh, data = jax.sharding.get_mesh(), recipe.data
     sharding.check(mesh, batch_size=data.batch_size)
+    sharding.check(mesh, batch_size=data.eval_batch_size, knob="data.eval_batch_size")
     check_recipe(workdir, recipe.to_json())
     if base is not None and not (workdir / "config.json").is_file():
         raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
@@ -75,6 +76,14 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
         *prepare_split(split, data, tokenizer),
         dataclasses.replace(split, training=()),  # the examples stay for the run's length, their documents need not
     )
+
+
+def heldout_batches(inputs: Inputs) -> list[Json]:
+    """Return the held-out examples in batches as even as the devices allow."""
+    rows = sharding.rows(jax.sharding.get_mesh())
+    most = -(-inputs.recipe.data.heldout_rows // rows) * rows
+    batches = dataclasses.replace(layout(inputs), batch_size=most)
+    return loader.fixed_batches(inputs.heldout, batches, even=rows)
 
 
 def layout(inputs: Inputs) -> loader.Layout:

@@ -26,16 +26,15 @@ import optax
 from ml_collections import ConfigDict
 
 from sst_jax.console.progress import bar, print_line
-from sst_jax.data import loader
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import writing
 from sst_jax.inference.model import Model, count
-from sst_jax.model import decoder, kernels, sharding
+from sst_jax.model import compiler, decoder, sharding
 from sst_jax.model.decoder import Params
 from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
 from sst_jax.training.identity import data_record, date_record
-from sst_jax.training.inputs import Inputs, check_inputs, layout
+from sst_jax.training.inputs import Inputs, check_inputs, heldout_batches
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.progress import Clock, Progress, StepLines
 from sst_jax.training.recipe import Recipe, read_recipe, resolve
@@ -201,7 +200,7 @@ def compile_programs(run: Run) -> Programs:
     """Return the functions of a run, each compiled at its first call: the step and the held-out losses."""
     config, recipe = run.inputs.config, run.inputs.recipe
     shardings = sharding.shardings(jax.sharding.get_mesh(), run.state)
-    options = kernels.compiler_options(jax.default_backend()) or None
+    options = compiler.compiler_options(compiler.platform()) or None
 
     @functools.cache
     def step(forward: ForwardConfig) -> StepFunction:
@@ -209,7 +208,8 @@ def compile_programs(run: Run) -> Programs:
         return jax.jit(function, donate_argnums=(0,), out_shardings=(shardings, None), compiler_options=options)
 
     losses = functools.partial(batch_losses, config, recipe.heldout_forward)
-    return Programs(step, jax.jit(losses), loader.fixed_batches(run.inputs.heldout, layout(run.inputs)))
+    evaluate = jax.jit(losses, compiler_options=options)
+    return Programs(step, evaluate, heldout_batches(run.inputs))
 
 
 def begin(run: Run, programs: Programs) -> None:

@@ -19,6 +19,7 @@ from sst_jax.model.quantization import storages
 from sst_jax.training.step import ForwardConfig, ForwardSchedule
 from sst_jax.types import Json
 
+HELDOUT_ROWS = 32  # of a held-out batch, where a recipe does not say: the weights are read once for all of them
 DTYPES = ("float32", "bfloat16")
 DEFAULT_PATH = datasets.GSM8K_HUB
 OWN_FORMATS = tuple(name for name in ROW_FORMATS if name not in datasets.DATASETS)
@@ -114,6 +115,8 @@ class DataConfig:
                    "all" tokens
     length         positions of a row
     batch_size     rows of a batch
+    eval_batch_size  rows of a held-out batch, at most; 0: batch_size, or 32 where that is less, as "exact" reads all
+                   weights at every position, for one row as for many
     pack           whether a row holds several documents
     format         how questions, and prompts without messages, are asked: "plain" or as a "chat"
     heldout        examples kept out of training by seed, for the loss before, during and after; of GSM8K they come
@@ -134,6 +137,7 @@ class DataConfig:
     learn: str = "assistant"
     length: int = 512
     batch_size: int = 8
+    eval_batch_size: int = 0
     pack: bool = True
     format: str = "chat"
     heldout: int = 894
@@ -159,6 +163,8 @@ class DataConfig:
                 raise InputError(f"data.{field}={getattr(self, field)} must be at least 1")
         if self.date:
             parse_date(self.date, "data.date")
+        if self.eval_batch_size < 0:
+            raise InputError(f"data.eval_batch_size={self.eval_batch_size} must not be negative; 0 chooses")
         if self.limit < 0:
             raise InputError(f"data.limit={self.limit} must not be negative; 0 is all")
         if not 0.0 <= self.heldout_share < 1.0:
@@ -184,6 +190,11 @@ class DataConfig:
                         f"data.{field}={getattr(self, field)!r} is for rows of one's own, and not read with "
                         f"data.name={self.name!r}: set data.name=auto"
                     )
+
+    @property
+    def heldout_rows(self) -> int:
+        """Rows of a held-out batch, at most."""
+        return self.eval_batch_size or max(self.batch_size, HELDOUT_ROWS)
 
     @property
     def is_auto(self) -> bool:

@@ -235,6 +235,15 @@ def test_pad_id_fills_padding_and_nothing_else():
 # ----------------------------------------------------------------------------------------------------- fixed batches
 
 
+@pytest.mark.parametrize(
+    ("most", "even", "rows"), [(32, 1, [23]), (8, 1, [8] * 3), (20, 2, [12] * 2), (16, 8, [16] * 2)]
+)
+def test_even_batches_hold_as_little_padding_as_their_number_allows(most, even, rows):
+    batches = fixed_batches(_examples(23), Layout(50, most, pack=False), even=even)
+    assert [len(batch["tokens"]) for batch in batches] == rows
+    assert sum(len(ids) for batch in batches for ids in batch["ids"]) == 23
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_fixed_batches(pack):
     examples = _examples(23)

@@ -91,6 +91,8 @@ def test_splash_has_the_gradients_of_xla():
         (("cpu", None), 256, "bfloat16", "xla"),
         (("gpu", (9, 0)), 256, "bfloat16", "cudnn"),
         (("gpu", (12, 0)), 128, "bfloat16", "cudnn"),
+        (("gpu", (12, 0)), 256, "bfloat16", "xla"),
+        (("gpu", (10, 0)), 256, "bfloat16", "cudnn"),
         (("gpu", (8, 9)), 256, "bfloat16", "xla"),
         (("gpu", (8, 9)), 128, "bfloat16", "cudnn"),
         (("gpu", None), 256, "bfloat16", "xla"),

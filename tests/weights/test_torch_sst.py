@@ -1,6 +1,7 @@
 """The PyTorch modelling files of an sst export against ours and against the mechanism written plainly (`naive`)."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,16 @@ def test_sweeps_settle_where_single_steps_arrive(tmp_path, fields):
     assert apart(swept, walked) <= 1e-5
     stream |= {"prefill": "sweeps", "sweep_cap": 2}  # too few to settle: the steps are taken after all
     assert np.array_equal(run(loaded, tokens), walked)
+
+
+def test_sweeps_settle_in_bfloat16(tmp_path, monkeypatch):
+    """At a tolerance below the type's rounding they never would, and every layer would take single steps."""
+    loaded = open_torch(write(model({"alpha": 0.2}), tmp_path / "sst"), dtype=torch.bfloat16)
+    mixin = next(kind for kind in type(loaded).__mro__ if kind.__name__ == "StreamForCausalLM")
+    recurrence = sys.modules[mixin.__module__]._Recurrence
+    monkeypatch.setattr(recurrence, "scan_positions", lambda *_: pytest.fail("a layer fell back"))
+    with torch.no_grad():
+        loaded(torch.as_tensor(toys.tokens(2, 60, vocabulary=262)).long())
 
 
 # ---------------------------------------------------------------------------------------- types, families, refusals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from sst_jax.inference.model import Model
 from sst_jax.model import decoder, rules
+from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.types import SegmentIds, Tokens
@@ -58,7 +58,7 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
     return [Scores(*pair) for pair in zip(*parts, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "depth"))
+@program(static_argnames=("config", "depth"))
 def _score(
     config: ModelConfig,
     params: Params,

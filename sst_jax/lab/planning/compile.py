@@ -19,7 +19,7 @@ from sst_jax.inference import decode_state, kv_cache
 from sst_jax.lab.planning.collectives import sent
 from sst_jax.lab.planning.count import Work, count
 from sst_jax.lab.planning.targets import Target, config_text
-from sst_jax.model import decoder, kernels, sharding
+from sst_jax.model import compiler, decoder, kernels, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import MeshConfig
@@ -76,16 +76,18 @@ def devices_of(target: Target) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def described(target: Target) -> Iterator[None]:
-    """Let JAX's check of cuDNN attention's head dims ask the described card, where it would ask the local device."""
+    """Let what asks for the device ask for the described one: our choices, and JAX's check of cuDNN's head dims."""
     name = "check_compute_capability"
     original = getattr(fused_attention_stablehlo, name, None)
     if target.platform != "cuda" or original is None:
-        yield
+        with compiler.compiled_for(target.platform):
+            yield
         return
     allowed = lambda wanted: target.capability >= tuple(int(part) for part in wanted.split("."))  # noqa: E731
     setattr(fused_attention_stablehlo, name, allowed)
     try:
-        yield
+        with compiler.compiled_for(target.platform):
+            yield
     finally:
         setattr(fused_attention_stablehlo, name, original)
 
@@ -238,7 +240,7 @@ def plan_step(target: Target, mesh: jax.sharding.Mesh, program: Program) -> Plan
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), described(target):
             lowered = jax.jit(program.step, **options).trace(*abstract).lower()
-            compiled = lowered.compile(compiler_options=kernels.compiler_options(target.platform))
+            compiled = lowered.compile(compiler_options=compiler.compiler_options(target.platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLarge(str(error).splitlines()[0]) from None

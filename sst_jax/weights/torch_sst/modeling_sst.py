@@ -497,13 +497,14 @@ class _Recurrence:
         def size(part):  # of each row, so that a short one is not lost beside a long one
             return torch.where(live, part.float(), 0.0).square().sum((1, 2)).sqrt()
 
+        tolerance = max(stream.sweep_tolerance, torch.finfo(x.dtype).eps)  # nothing settles below its type's rounding
         o, state_out = self.pass_once(x, h, None, before)
         s = self.shift_right(x, state_out, before)
         for _ in range(stream.sweep_cap - 1):
             o, state_out = self.pass_once(x, h, s, before)
             entering = self.shift_right(x, state_out, before)
             change = (size(entering.float() - s.float()) / size(entering).clamp(min=1e-30)).max()
-            if change <= stream.sweep_tolerance:
+            if change <= tolerance:
                 return o, state_out[:, -1]
             s = entering
         return self.scan_positions(x, h, before)
