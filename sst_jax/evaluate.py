@@ -3,12 +3,14 @@
   sst-jax evaluate --model runs/27b --task gsm8k --depth 1,2,3,4 --out runs/27b/gsm8k
   sst-jax evaluate --model runs/27b --task gpqa_diamond --data DIR --depth 1,2,3,4 --out runs/27b/gpqa
   sst-jax evaluate --model runs/270m --task gsm8k --data DIR --measure loss --out runs/270m/loss
+  sst-jax evaluate --model runs/27b --task text --data book.txt --depth 1,2 --out runs/27b/text
   sst-jax evaluate --model runs/27b --tasks arc_easy,hellaswag --depth 1,4 --out runs/27b/harness
 
 Zero-shot and greedy. The same command on the same folder resumes. --task takes this project's tasks:
-gsm8k, gpqa_diamond, arc_challenge, math_500, words; gsm8k:result and words:result for models that write no steps; and
-the stories boxes, shelves, rooms, chain, lamp and clock, as rooms:8. --tasks takes the names of lm-evaluation-harness
-(extra `eval`).
+gsm8k, gpqa_diamond, arc_challenge, math_500, words; gsm8k:result and words:result for models that write no steps;
+the stories boxes, shelves, rooms, chain, lamp and clock, as rooms:8; and text, perplexity over windows of --data FILE
+(plain text, or .jsonl with a "text" a line), whose settings a --protocol FILE can fix beforehand. --tasks takes the
+names of lm-evaluation-harness (extra `eval`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ def parser() -> Parser:
     add("--out", required=True, metavar="DIR", help="outcomes.jsonl and result.json go here")
     add("--depth", default="1", metavar="P,Q", help="policies: 1,4,first_token:4,until_stable:0.01:4,probe:FILE")
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
+    add("--protocol", metavar="FILE", help="settings and windows of --task text, fixed beforehand; see docs/links.md")
+    add("--window", type=int, metavar="T", help="tokens of a window of --task text (default: 512)")
     add("--grade", metavar="G", help="of a file: exact, number, choice, math, regex:PATTERN or python:FILE")
     add("--allow-code", action="store_true", help="let python:FILE run, which defines grade(text, row)")
     add("--limit", type=int, default=0, metavar="N", help="use only the first N items (0: all)")
@@ -68,8 +72,13 @@ def main(argv: Sequence[str]) -> None:
     from sst_jax.lab.evaluation import evaluation, report
 
     out, depths = Path(args.out), tuple(policies.parse_list(args.depth, files=True))
+    for flag in ("protocol", "window"):
+        if getattr(args, flag) is not None and args.task != "text":
+            raise InputError(f"--{flag} goes with --task text")
     if args.tasks:
         result = through_harness(args, depths)
+    elif args.task == "text":
+        result = over_texts(args, depths)
     else:
         for flag in ("fewshot", "include"):
             if getattr(args, flag) is not None:
@@ -91,6 +100,34 @@ def main(argv: Sequence[str]) -> None:
         report.print_evaluation(result, out)
     if args.json:
         write_json(args.json, result)
+
+
+def over_texts(args: argparse.Namespace, policies: Sequence[Policy]) -> Json:
+    """Measure perplexity over windows of texts."""
+    for flag in ("grade", "format", "max_new_tokens", "fewshot", "include"):
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag.replace('_', '-')} is not for --task text")
+    if args.protocol is not None:
+        usual = {"data": None, "depth": "1", "window": None, "limit": 0, "batch_size": 8}
+        for flag, default in usual.items():
+            if getattr(args, flag) != default:
+                raise InputError(f"--{flag.replace('_', '-')} is fixed by --protocol {args.protocol}")
+    elif args.data is None:
+        raise InputError("--task text needs --data FILE (plain text, or .jsonl with a text a line), or --protocol FILE")
+    elif not all(policy.is_flat for policy in policies):
+        raise InputError(f"--depth {args.depth}: a known text is scored at flat depths, such as 1,2,4")
+    from sst_jax.inference import model
+    from sst_jax.lab.evaluation import protocol, text, text_summary
+
+    if args.protocol is not None:
+        fixed = protocol.read_protocol(args.protocol)
+    else:
+        depths = [policy.first for policy in policies]
+        fixed = protocol.of_depths(args.data, depths, args.window or 512, args.limit, args.batch_size)
+    text.read_documents(fixed.data)  # what can be wrong with it shows before the model is read
+    result = text.run(model.load(args.model, args.dtype, base=args.base), fixed, Path(args.out))
+    text_summary.print_text(result)
+    return result
 
 
 def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> Json:

@@ -92,6 +92,7 @@ FlatTokens = Int[AnyArray, "M"]
 FlatIndex = Int[Array, "rows"]  # positions of a block of the loss
 BlockHidden = Float[Array, "rows D"]
 BlockLosses = Float[Array, "rows"]
+BlockMask = Bool[Array, "rows"]
 FlatMask = Bool[AnyArray, "M"]
 FlatLosses = Float[Array, "M"]
 HeadTable = Float[Array, "V D"]

@@ -105,12 +105,32 @@ class _Step(NamedTuple):
     x: AnyArray
     place: AnyArray  # of its position in the row
     writes: AnyArray  # whether later positions see its keys
+    number: AnyArray
     segment: AnyArray
     tables: Ropes
     masks: Masks
 
 
-def scan_stack(params: Params, tokens: Tokens, context: Context, *, remat: str = "none", every: bool = False) -> Solved:
+class StepIntervention(NamedTuple):
+    """What enters a step instead of its states.
+
+    memo     what it knows at first
+    change   (memo, the states [L, B, D] that would enter, the step's number) -> (memo, the states that do)
+    """
+
+    memo: Any
+    change: Callable[[Any, RowStates, ScalarInt], tuple[Any, RowStates]]
+
+
+def scan_stack(
+    params: Params,
+    tokens: Tokens,
+    context: Context,
+    *,
+    remat: str = "none",
+    every: bool = False,
+    intervene: StepIntervention | None = None,
+) -> Solved:
     """Run the whole stack step after step, the keys and values of earlier positions beside it; for small models.
 
     With `context.recompute` a chunk's steps are run again for their gradients, from the keys and states before it.
@@ -121,6 +141,7 @@ def scan_stack(params: Params, tokens: Tokens, context: Context, *, remat: str =
       context: of the same rows.
       remat: of each layer within a step, one of `decoder.REMAT`.
       every: as for `decoder.read_out`.
+      intervene: what enters every step instead of its states; None: these.
     """
     config, stream, depth = context.config, context.stream, context.depth
     backbone, sources, segments = config.backbone, sources_of(config), context.segment_ids
@@ -138,6 +159,7 @@ def scan_stack(params: Params, tokens: Tokens, context: Context, *, remat: str =
         x,
         number // depth,
         (number % depth == 0) | (stream.kv == "overwrite"),
+        number,
         per_step(segments),
         jax.tree.map(per_step, context.ropes),
         context.masks,
@@ -155,15 +177,18 @@ def scan_stack(params: Params, tokens: Tokens, context: Context, *, remat: str =
             o, m = recurrent_step(layer, attention_residual(layer, x, out), s, masks, context, x.dtype)
             return (o,), (k, v, m[:, 0])
 
-        k, v, state = carry
+        k, v, state, memo = carry
+        entering = state[sources]
+        if intervene is not None:
+            memo, entering = intervene.change(memo, entering, step.number[0])
         residuals: Residuals = (one.x,)
         here = dataclasses.replace(context, ropes=one.tables, masks=one.masks, segment_ids=one.segment)
-        (o,), carry = decoder.run_layers(params, rule, residuals, here, (k, v, state[sources]), remat=remat)
-        return carry, (o[:, 0], jnp.moveaxis(carry[2], 0, 1))
+        (o,), (k, v, state) = decoder.run_layers(params, rule, residuals, here, (k, v, entering), remat=remat)
+        return (k, v, state, memo), (o[:, 0], jnp.moveaxis(state, 0, 1))
 
     kept = jnp.zeros((layers, rows, length, *heads), x.dtype)
     state = jnp.zeros((layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
-    first = (kept, kept, state)
+    first = (kept, kept, state, None if intervene is None else intervene.memo)
     o, states = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
     return Solved(decoder.read_out(config, params, o, depth, every=every), jnp.moveaxis(states, 2, 0))
 

@@ -19,7 +19,7 @@ from sst_jax.console.figure import Axes, new_figure
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
 from sst_jax.lab.evaluation.runner import HEADER, RESULT, Outcome, by_policy, read_outcomes
-from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
+from sst_jax.lab.statistics import bootstrap_mean, clustered_mean, finite, holm, mcnemar, t_mean
 from sst_jax.types import Json
 
 # What must agree, or the items are not the same test; all else that differs is shown.
@@ -56,6 +56,8 @@ def read_side(folders: Sequence[str | Path]) -> Side:
             raise InputError(f"{path}: the evaluation is not finished; the command that began it resumes it")
         headers.append(read_json(path / HEADER))
         results.append(read_json(path / RESULT))
+        if "choose" in results[-1].get("stages", {}):
+            raise InputError(f"{path} chose a setting on half of its documents: its result.json holds its comparisons")
         outcomes.append(dict(by_policy(read_outcomes(path))))
         check_same(paths[0], headers[0], path, headers[-1])
         if headers[-1]["policies"] != headers[0]["policies"]:
@@ -180,6 +182,11 @@ def compare_losses(a: Side, b: Side, policy: str, other: str) -> Json:
     differences = np.array([[x["loss"] - y["loss"] for x, y in rows] for rows in seeds]) / length
     better = int((differences.mean(axis=0) < 0).sum())
     record = {"A": policy, "B": other, **over_items_and_seeds(differences), "items_better_in_A": better}
+    if all("document" in x for x, _ in seeds[0]):  # windows of one text are no independent items
+        totals: dict[int, list[float]] = {}
+        for (x, _), value in zip(seeds[0], differences.mean(axis=0), strict=True):
+            totals.setdefault(x["document"], []).append(float(value))
+        record["over_documents"] = finite(clustered_mean([np.array(values) for values in totals.values()]))
     if all("greedy" in outcome for rows in seeds for pair in rows for outcome in pair):  # older evaluations lack it
         greedy = np.array([[int(x["greedy"]) - int(y["greedy"]) for x, y in rows] for rows in seeds])
         record["greedy"] = {**over_items_and_seeds(greedy), "seeds": discordant(greedy)}

@@ -14,7 +14,7 @@ from sst_jax.model import decoder, rules
 from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.types import SegmentIds, Tokens
+from sst_jax.types import BlockLosses, BlockMask, FlatIndex, Hidden, SegmentIds, Tokens
 
 BUCKET = 64  # rows are padded to multiples of this, so that few shapes are compiled
 CHUNK = 64  # positions whose logits exist at one time
@@ -69,6 +69,18 @@ def _score(
     depth: int,
 ) -> tuple[jax.Array, jax.Array]:
     hidden = rules.hidden(config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids)
+    return token_scores(params, hidden, tokens, places)
+
+
+def token_scores(params: Params, hidden: Hidden, tokens: Tokens, places: FlatIndex) -> tuple[BlockLosses, BlockMask]:
+    """Return the log-probability of the token that follows each place, and whether it is the top-1 token.
+
+    Args:
+        params: the three trees.
+        hidden: normed, [B, T, D].
+        tokens: [B, T].
+        places: flat places in [B, T], a multiple of CHUNK; so many positions have their logits in memory together.
+    """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
 
     def some(part: jax.Array) -> tuple[jax.Array, jax.Array]:
