@@ -6,9 +6,8 @@ unless told otherwise.
     bash launch/gpu.sh        --config configs/sst.py --config.model.source=models/27b-nf4 --workdir runs/27b
     sst-jax train   --config configs/sst.py:size=1b --workdir runs/1b
 
-Sizes: 270m, 1b, 4b, 12b, 27b of Gemma 3; smollm2-135m, -360m, -1.7b; llama-3.2-1b, -3b, llama-3.1-8b; qwen3-0.6b,
--1.7b, -4b, -8b; qwen2.5-0.5b, -1.5b, -3b, -7b, -14b, -32b, -72b. Gemma's and Llama's weights are gated: accept the
-licence on the hub and run `hf auth login` first.
+Sizes are the keys of SIZES below. Gemma's and Llama's weights are gated: accept the licence on the hub and run
+`hf auth login` first.
 
 Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithmetic and 80% of its bandwidth):
 
@@ -46,8 +45,11 @@ SIZES = {
     "llama-3.2-1b": ("meta-llama/Llama-3.2-1B-Instruct", 16, 2),
     "llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", 8, 4),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", 4, 8),
+    "llama-3.1-70b": ("meta-llama/Llama-3.1-70B-Instruct", 1, 32),
+    "llama-3.3-70b": ("meta-llama/Llama-3.3-70B-Instruct", 1, 32),
     "qwen3-0.6b": ("Qwen/Qwen3-0.6B", 16, 2), "qwen3-1.7b": ("Qwen/Qwen3-1.7B", 16, 2),
     "qwen3-4b": ("Qwen/Qwen3-4B", 8, 4), "qwen3-8b": ("Qwen/Qwen3-8B", 4, 8),
+    "qwen3-14b": ("Qwen/Qwen3-14B", 4, 8), "qwen3-32b": ("Qwen/Qwen3-32B", 1, 32),
     "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", 16, 2), "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", 16, 2),
     "qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", 8, 4), "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", 4, 8),
     "qwen2.5-14b": ("Qwen/Qwen2.5-14B-Instruct", 4, 8), "qwen2.5-32b": ("Qwen/Qwen2.5-32B-Instruct", 1, 32),

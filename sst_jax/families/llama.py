@@ -45,6 +45,8 @@ PRESETS = {
     "llama-3.2-1b": _preset(16, 2048, 8192, 32, 8, 64, rope_scale_global=32.0, **_LLAMA3),
     "llama-3.2-3b": _preset(28, 3072, 8192, 24, 8, 128, rope_scale_global=32.0, **_LLAMA3),
     "llama-3.1-8b": _preset(32, 4096, 14_336, 32, 8, 128, rope_scale_global=8.0, tied_head=False, **_LLAMA3),
+    "llama-3.1-70b": _preset(80, 8192, 28_672, 64, 8, 128, rope_scale_global=8.0, tied_head=False, **_LLAMA3),
+    "llama-3.3-70b": _preset(80, 8192, 28_672, 64, 8, 128, rope_scale_global=8.0, tied_head=False, **_LLAMA3),
     "tiny-llama": _preset(4, 64, 128, 4, 2, 16, **TINY),
 }
 

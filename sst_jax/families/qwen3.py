@@ -40,6 +40,8 @@ PRESETS = {
     "qwen3-1.7b": _preset(28, 2048, 6144, 16, 8, 128),
     "qwen3-4b": _preset(36, 2560, 9728, 32, 8, 128),
     "qwen3-8b": _preset(36, 4096, 12_288, 32, 8, 128, tied_head=False),
+    "qwen3-14b": _preset(40, 5120, 17_408, 40, 8, 128, tied_head=False),
+    "qwen3-32b": _preset(64, 5120, 25_600, 64, 8, 128, tied_head=False),
     "tiny-qwen3": _preset(4, 64, 128, 4, 2, 16, tied_head=False, **TINY),
 }
 

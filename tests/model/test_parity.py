@@ -239,6 +239,9 @@ def test_block_is_a_module_whose_variables_fall_into_three_trees():
         ("qwen3-1.7b", 1721),
         ("qwen3-4b", 4022),
         ("qwen3-8b", 8191),
+        ("qwen3-14b", 14_768),
+        ("qwen3-32b", 32_762),
+        ("llama-3.3-70b", 70_554),
     ],
 )
 def test_presets_have_the_published_size(name, millions):
