@@ -11,7 +11,7 @@ from sst_jax.inference.kv_cache import Cache
 from sst_jax.inference.policies import DepthBudget, Halting, StepSeen, halted
 from sst_jax.inference.sampling import SamplingParams
 from sst_jax.model import decoder
-from sst_jax.model.attention import KV, CachedStep, attend_cached, ropes
+from sst_jax.model.attention import KV, CachedStep, attend_cached, ropes, ropes_of_layer
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.halves import attention_residual, feed, project
@@ -123,7 +123,8 @@ def decode_step(
             x, kv = residuals
             with jax.named_scope("attention"):
                 qkv = project(layer, x, context)
-                out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, qkv, step, kv)
+                here = step._replace(ropes=ropes_of_layer(tables, layer.rotates))
+                out, kv = attend_cached(backbone, layer.is_global, layer.cache_index, qkv, here, kv)
                 h = attention_residual(layer, x, out)
             if stream is None or state_in is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None

@@ -106,10 +106,10 @@ def check_request(config: ModelConfig, request: Request, number: int = 0) -> Non
         raise InputError(f"prompt {number} is empty: give at least one token")
     if request.max_new_tokens < 1:
         raise InputError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
-    if len(request.tokens) + request.max_new_tokens > config.backbone.max_positions:
+    if len(request.tokens) + request.max_new_tokens > config.backbone.position_limit:
         raise InputError(
             f"a prompt of {len(request.tokens)} tokens and {request.max_new_tokens} new ones exceed the backbone's "
-            f"{config.backbone.max_positions} positions"
+            f"{config.backbone.position_limit} positions"
         )
     check_policy(config, request.policy, whole_text=request.prompt_scored)
 

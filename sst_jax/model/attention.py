@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sst_jax.errors import InputError
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.kernels import KERNELS, same_document
 from sst_jax.model.layers import rope_frequencies, rope_table, rotate
@@ -45,6 +46,7 @@ class Ropes(NamedTuple):
 
     local: Table
     glob: Table
+    query_scale: RotaryTable | None = None  # [B, T, 1], of a backbone with `query_scaling`
 
     def of(self, kind: str) -> Table:
         """Return the tables of "local" or "global" layers."""
@@ -165,12 +167,44 @@ def attention_once(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float)
 
 
 def ropes(backbone: BackboneConfig, positions: Positions) -> Ropes:
-    """Return the tables for `positions`."""
-    size, scale = backbone.head_dim, backbone.rope_scale_global
+    """Return the tables for `positions`.
+
+    Raises: InputError where the rows are longer than what LongRoPE's short divisors are for.
+    """
+    size, scale = backbone.num_rotated, backbone.rope_scale_global
+    if backbone.rope_short and positions.shape[1] > backbone.position_limit:
+        raise InputError(
+            f"rows of {positions.shape[1]} positions need LongRoPE's long divisors (rope_scaling.long_factor), which "
+            f"are not computed: use rows of at most {backbone.position_limit}"
+        )
     local = rope_frequencies(size, backbone.rope_theta_local, 1.0)
-    glob = rope_frequencies(size, backbone.rope_theta_global, scale, backbone.rope_llama3)
+    glob = rope_frequencies(
+        size, backbone.rope_theta_global, scale, backbone.rope_llama3, backbone.rope_yarn, backbone.rope_short
+    )
     positions = jnp.asarray(positions)
-    return Ropes(rope_table(positions, local), rope_table(positions, glob))
+    tables = Ropes(rope_table(positions, local), rope_table(positions, glob))
+    if backbone.rope_magnitude != 1.0:
+        cos, sin = tables.glob
+        tables = tables._replace(glob=(cos * backbone.rope_magnitude, sin * backbone.rope_magnitude))
+    if backbone.query_scaling is not None:
+        beta, length = backbone.query_scaling
+        wide = positions[..., None].astype(local.dtype)
+        tables = tables._replace(query_scale=1.0 + beta * jnp.log1p(jnp.floor(wide / length)))
+    return tables
+
+
+def ropes_of_layer(tables: Ropes, rotates: ScalarBool | None) -> Ropes:
+    """Return the tables of one layer: no rotation where it has none; `rotates` is None where all layers rotate."""
+    if rotates is None:
+        return tables
+    local, glob = ((jnp.where(rotates, cos, 1.0), jnp.where(rotates, sin, 0.0)) for cos, sin in tables[:2])
+    return tables._replace(local=local, glob=glob)
+
+
+def rotate_queries(q: Heads, table: Table, scale: RotaryTable | None) -> Heads:
+    """Return queries rotated, and multiplied by [B, T, 1] numbers where they are scaled by position."""
+    q = rotate(q, table)
+    return q if scale is None else q * scale[..., None].astype(q.dtype)
 
 
 def by_kind(backbone: BackboneConfig, is_global: ScalarBool, branch: Callable[[str], tuple]) -> tuple:
@@ -215,7 +249,7 @@ def _attend_positions(
     """Attend over sequences of one iteration, by the kernel that has been picked."""
     (q, k, v), segment_ids = qkv, sequences.segment_ids
     table, window, scale = sequences.ropes.of(kind), _window(backbone, kind, q.shape[1]), _scale(backbone)
-    q, k = rotate(q, table), rotate(k, table)
+    q, k = rotate_queries(q, table, sequences.ropes.query_scale), rotate(k, table)
     if sequences.kernel in KERNELS:
         return KERNELS[sequences.kernel](q, k, v, segment_ids, scale, window), k, v
     visible = Visible(k, v, same_document(segment_ids), is_causal=True, window=window)
@@ -227,14 +261,16 @@ def _attend_iterations(
 ) -> tuple[Queries, PositionKeys, PositionKeys]:
     """Attend with the iterations side by side, [B * I, T, heads, H], and over caches where rows have a past."""
     depth, (batch, length) = sequences.depth, sequences.segment_ids.shape
-    cos, sin = (jnp.repeat(part, depth, axis=0) for part in sequences.ropes.of(kind))
+    table, query_scale = jax.tree.map(
+        lambda part: jnp.repeat(part, depth, axis=0), (sequences.ropes.of(kind), sequences.ropes.query_scale)
+    )
 
     def side_by_side(part: jax.Array) -> jax.Array:
         part = jnp.moveaxis(part.reshape(batch, length, depth, *part.shape[2:]), 2, 1)
         return part.reshape(batch * depth, length, *part.shape[3:])
 
     q, k, v = (side_by_side(part) for part in qkv)
-    q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
+    q, k = rotate_queries(q, table, query_scale), rotate(k, table)
     kept = 0 if sequences.keep == "first" else depth - 1
     kept_k, kept_v = (part.reshape(batch, depth, *part.shape[1:])[:, kept] for part in (k, v))
     visible = last_iteration(kept_k, kept_v, sequences, _window(backbone, kind, length))
@@ -400,7 +436,8 @@ def attend_cached(
         return cache.at[cache_index, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
 
     def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
-        return rotate(q, step.ropes.of(kind)), rotate(k, step.ropes.of(kind))
+        table = step.ropes.of(kind)
+        return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
 
     q, k = by_kind(backbone, is_global, rotated)
     local, glob = ~is_global, is_global

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from sst_jax.model.fields import as_tuple, check_numbers, check_one_of, is_finite, require
 
 MAX_LAYERS = 4096  # a file may claim any number; beyond this the claim is nonsense, and tables so long are refused
+
+
+def _later(default: Any) -> Any:
+    """Return a field that version 0.1.0 did not have."""
+    return dataclasses.field(default=default, metadata={"since": "0.2.0"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,19 @@ class BackboneConfig:
     scale_embedding  whether embeddings are multiplied by sqrt(D)
     tied_head        whether the embedding is the output head too
     qkv_bias         whether the linears q, k and v add a bias
+    pre_norms        whether attention's and the feed-forward's inputs are normed
+    qk_norm_whole    whether queries and keys are normed over all heads at once, and not each head alone
+    residual_scale   what attention's and the feed-forward's outputs are multiplied by before they are added
+    embed_multiplier  what embeddings are multiplied by, beside sqrt(D)
+    logit_divisor    what logits are divided by
+    nope_layers      layers whose queries and keys are not rotated
+    rotary_dims      how many of a head's dimensions are rotated, its first ones; None: all
+    rope_yarn        None, or YaRN's (beta_fast, beta_slow, original positions), of global layers
+    rope_short       LongRoPE's divisors of the frequencies of global layers up to rope_original positions, [H/2], or ()
+    rope_long        the same of longer contexts: kept for exports; such contexts are refused
+    rope_original    positions that LongRoPE's short divisors are for
+    rope_magnitude   what cosines and sines of global layers are multiplied by: YaRN's and LongRoPE's attention factor
+    query_scaling    None, or (beta, N): queries are multiplied by 1 + beta * log(1 + floor(position / N))
     """
 
     num_layers: int
@@ -52,34 +71,44 @@ class BackboneConfig:
     scale_embedding: bool = True
     tied_head: bool = True
     qkv_bias: bool = dataclasses.field(default=False, metadata={"since": "0.2.0"})
+    pre_norms: bool = _later(True)
+    qk_norm_whole: bool = _later(False)
+    residual_scale: float = _later(1.0)
+    embed_multiplier: float = _later(1.0)
+    logit_divisor: float = _later(1.0)
+    nope_layers: tuple[int, ...] = _later(())
+    rotary_dims: int | None = _later(None)
+    rope_yarn: tuple[float, float, int] | None = _later(None)
+    rope_short: tuple[float, ...] = _later(())
+    rope_long: tuple[float, ...] = _later(())
+    rope_original: int | None = _later(None)
+    rope_magnitude: float = _later(1.0)
+    query_scaling: tuple[float, int] | None = _later(None)
 
     def __post_init__(self) -> None:
         require(isinstance(self.family, str), f"backbone.family={self.family!r} must be a name")
         check_one_of("backbone", "activation", self.activation, ("gelu_tanh", "silu"))
         whole = ["num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size"]
-        for field in whole + ["window"] * (self.window is not None):
+        optional = ("window", "rotary_dims", "rope_original")
+        for field in whole + [name for name in optional if getattr(self, name) is not None]:
             value = getattr(self, field)
             require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
         require(self.num_layers <= MAX_LAYERS, f"backbone.num_layers={self.num_layers} is beyond {MAX_LAYERS}")
-        for field in ("post_norms", "qk_norm", "scale_embedding", "tied_head", "qkv_bias"):
+        for field in (
+            "post_norms", "qk_norm", "scale_embedding", "tied_head", "qkv_bias", "pre_norms", "qk_norm_whole",
+        ):  # fmt: skip
             check_one_of("backbone", field, getattr(self, field), (True, False))
-        reals = ("query_pre_attn_scalar", "rope_theta_local", "rope_theta_global", "rope_scale_global", "norm_eps")
-        check_numbers("backbone", self, *reals, "max_positions", positive=True)
+        reals = (
+            "query_pre_attn_scalar", "rope_theta_local", "rope_theta_global", "rope_scale_global", "norm_eps",
+            "max_positions", "residual_scale", "embed_multiplier", "logit_divisor", "rope_magnitude",
+        )  # fmt: skip
+        check_numbers("backbone", self, *reals, positive=True)
         check_numbers("backbone", self, "norm_offset")
-        if self.rope_llama3 is not None:
-            as_tuple("backbone", self, "rope_llama3")
-            bands = self.rope_llama3
-            real = all(map(is_finite, bands))
-            require(
-                real and len(bands) == 3 and 0 < bands[0] < bands[1] and bands[2] > 0,
-                f"backbone.rope_llama3={self.rope_llama3!r} must be (low_freq_factor, high_freq_factor, positions) "
-                "with 0 < low < high",
-            )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
-        require(self.head_dim % 2 == 0, f"backbone.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        self._check_rotation()
         if self.layer_types in ((), None):  # None: as a JSON file may say it
             period = 1 if self.window is None else 6
             kinds = tuple("local" if (layer + 1) % period else "global" for layer in range(self.num_layers))
@@ -96,15 +125,79 @@ class BackboneConfig:
             "backbone.window is None, but layer_types has local layers",
         )
 
+    def _check_rotation(self) -> None:
+        """Raise InputError naming the field where what RoPE is told does not fit together."""
+        require(self.head_dim % 2 == 0, f"backbone.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        rotated = self.num_rotated
+        require(
+            rotated % 2 == 0 and rotated <= self.head_dim,
+            f"backbone.rotary_dims={rotated} must be even, and at most head_dim={self.head_dim}",
+        )
+        if self.rope_llama3 is not None:
+            as_tuple("backbone", self, "rope_llama3")
+            bands = self.rope_llama3
+            real = all(map(is_finite, bands))
+            require(
+                real and len(bands) == 3 and 0 < bands[0] < bands[1] and bands[2] > 0,
+                f"backbone.rope_llama3={self.rope_llama3!r} must be (low_freq_factor, high_freq_factor, positions) "
+                "with 0 < low < high",
+            )
+        if self.rope_yarn is not None:
+            as_tuple("backbone", self, "rope_yarn")
+            require(
+                all(map(is_finite, self.rope_yarn)) and len(self.rope_yarn) == 3 and min(self.rope_yarn) > 0,
+                f"backbone.rope_yarn={self.rope_yarn!r} must be (beta_fast, beta_slow, positions), all above 0",
+            )
+        for field in ("nope_layers", "rope_short", "rope_long"):
+            as_tuple("backbone", self, field)
+        require(
+            len(self.rope_short) == len(self.rope_long)
+            and len(self.rope_short) in (0, rotated // 2)
+            and bool(self.rope_short) == (self.rope_original is not None),
+            f"backbone.rope_short and rope_long must have {rotated // 2} numbers each, and rope_original beside them",
+        )
+        require(
+            all(is_finite(number) and number > 0 for number in self.rope_short + self.rope_long),
+            "backbone.rope_short and rope_long must be positive numbers",
+        )
+        require(
+            sum(map(bool, (self.rope_llama3, self.rope_yarn, self.rope_short))) <= 1,
+            "backbone.rope_llama3, rope_yarn and rope_short exclude each other",
+        )
+        require(
+            all(isinstance(layer, int) and 0 <= layer < self.num_layers for layer in self.nope_layers),
+            f"backbone.nope_layers={self.nope_layers!r} must be numbers of layers, 0 to {self.num_layers - 1}",
+        )
+        if self.query_scaling is not None:
+            as_tuple("backbone", self, "query_scaling")
+            require(
+                len(self.query_scaling) == 2 and all(map(is_finite, self.query_scaling)) and self.query_scaling[1] > 0,
+                f"backbone.query_scaling={self.query_scaling!r} must be (beta, positions)",
+            )
+
     @property
     def embed_scale(self) -> float:
-        return math.sqrt(self.d_model) if self.scale_embedding else 1.0
+        return (math.sqrt(self.d_model) if self.scale_embedding else 1.0) * self.embed_multiplier
+
+    @property
+    def num_rotated(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.head_dim if self.rotary_dims is None else self.rotary_dims
+
+    @property
+    def position_limit(self) -> int:
+        """Positions that the block computes as its checkpoint's own code does: all but LongRoPE's long contexts."""
+        return int(self.max_positions if self.rope_original is None else min(self.rope_original, self.max_positions))
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the seven linears of a layer."""
         d, f, q, kv = self.d_model, self.d_ff, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+
+    def qk_norm_size(self, name: str) -> int:
+        """Return the length of the scale of the norm of "q" or "k"."""
+        return self.linear_shapes[name][1] if self.qk_norm_whole else self.head_dim
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -116,6 +209,7 @@ class BackboneConfig:
         """Parameters of the backbone; a tied head counts once."""
         shapes = self.linear_shapes
         linears = sum(i * o for i, o in shapes.values()) + sum(shapes[name][1] for name in self.biased)
-        norms = (2 + 2 * self.post_norms) * self.d_model + 2 * self.qk_norm * self.head_dim
+        heads = self.qk_norm_size("q") + self.qk_norm_size("k")
+        norms = (2 * self.pre_norms + 2 * self.post_norms) * self.d_model + self.qk_norm * heads
         tables = (2 - self.tied_head) * self.vocab_size * self.d_model
         return tables + self.d_model + self.num_layers * (linears + norms)

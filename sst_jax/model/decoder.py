@@ -67,6 +67,7 @@ class Layer(NamedTuple):
     cache_index: ScalarInt  # the layer's place among the layers of its kind
     maybe_stream: LayerStream | None  # None where no stream is
     drop: dict[str, AnyFloat]  # LoRA dropout factors by linear, [B, 1, inputs]
+    rotates: ScalarBool | None = None  # whether queries and keys are rotated; None: as in all layers
 
     @property
     def stream(self) -> LayerStream:
@@ -83,6 +84,7 @@ class LayerFacts(NamedTuple):
     is_global: np.ndarray | jax.Array
     cache_index: np.ndarray | jax.Array
     has_stream: np.ndarray | jax.Array
+    rotates: np.ndarray | jax.Array | None = None  # None: all do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,7 @@ def layer_facts(config: ModelConfig) -> LayerFacts:
         np.array([kind == "global" for kind in kinds]),
         np.array([kinds[:layer].count(kind) for layer, kind in enumerate(kinds)], np.int32),
         has_stream,
+        ~np.isin(number, config.backbone.nope_layers) if config.backbone.nope_layers else None,
     )
 
 
@@ -355,7 +358,8 @@ def unpack(block: Block, facts: LayerFacts, context: Context) -> Layer:
             key = jax.random.fold_in(jax.random.fold_in(context.dropout_key, facts.number), place)
             shape = (rows, 1, config.backbone.linear_shapes[name][0])
             drop[name] = jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
-    return Layer(block, jnp.asarray(facts.is_global), jnp.asarray(facts.cache_index), stream, drop)
+    rotates = None if facts.rotates is None else jnp.asarray(facts.rotates)
+    return Layer(block, jnp.asarray(facts.is_global), jnp.asarray(facts.cache_index), stream, drop, rotates)
 
 
 @jax.named_scope("embed")
@@ -368,9 +372,10 @@ def embed(config: ModelConfig, params: Params, tokens: Tokens) -> Hidden:
 
 @jax.named_scope("final_norm")
 def final_norm(config: ModelConfig, params: Params, x: Activations) -> Activations:
-    """Return the last RMSNorm of x, in x's type."""
-    scale = params["base"]["final_norm"]["scale"]
-    return (unit_rms(x, config.backbone.norm_eps) * (config.backbone.norm_offset + to_float32(scale))).astype(x.dtype)
+    """Return the last RMSNorm of x, in x's type, divided by what the backbone's logits are divided by."""
+    backbone, scale = config.backbone, params["base"]["final_norm"]["scale"]
+    y = unit_rms(x, backbone.norm_eps) * (backbone.norm_offset + to_float32(scale))
+    return (y if backbone.logit_divisor == 1.0 else y / backbone.logit_divisor).astype(x.dtype)
 
 
 def head_table(base: Params) -> HeadTable:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from sst_jax.model.attention import QKV, Sequences, attend_sequences
+from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_layer
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.layers import ACTIVATIONS, to_float32
 from sst_jax.model.state import Masks, blend
@@ -41,9 +41,14 @@ def project(layer: Layer, x: Hidden, context: Context) -> QKV:
             linear(y, layer.drop.get(name)) for name, linear in zip("qkv", (block.q, block.k, block.v), strict=True)
         )
 
+    def normed(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype)
+
     q, k, v = linears(x)
+    if backbone.qk_norm_whole:
+        q, k = normed(q, k)
     q, k, v = (part.reshape(*part.shape[:2], -1, backbone.head_dim) for part in (q, k, v))
-    return QKV(block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype), v)
+    return QKV(q, k, v) if backbone.qk_norm_whole else QKV(*normed(q, k), v)
 
 
 def attention_residual(layer: Layer, x: Hidden, out: AttentionOutput) -> AttentionResidual:
@@ -53,7 +58,14 @@ def attention_residual(layer: Layer, x: Hidden, out: AttentionOutput) -> Attenti
 
 def residual_after_attention(layer: Layer, h: AttentionResidual | Hidden) -> Hidden:
     """Return h summed, in float32 or wider; as it is where it has been summed before."""
-    return to_float32(h.x) + layer.block.post_attn_norm(h.out) if isinstance(h, AttentionResidual) else h
+    if not isinstance(h, AttentionResidual):
+        return h
+    return to_float32(h.x) + scaled(layer, layer.block.post_attn_norm(h.out))
+
+
+def scaled(layer: Layer, out: Hidden) -> Hidden:
+    """Return what a half adds to the residual stream, times the backbone's `residual_scale`."""
+    return out if layer.block.residual_scale == 1.0 else out * layer.block.residual_scale
 
 
 @jax.named_scope("attention")
@@ -66,7 +78,8 @@ def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual
     if context.segment_ids is None:
         raise ValueError("rows are attended over with their segment ids")
     keep = "overwrite" if stream is None else stream.kv
-    sequences = Sequences(context.ropes, context.segment_ids, context.depth, keep, context.attention, context.past)
+    ropes = ropes_of_layer(context.ropes, layer.rotates)
+    sequences = Sequences(ropes, context.segment_ids, context.depth, keep, context.attention, context.past)
     qkv = project(layer, x, context)
     out, kv = attend_sequences(backbone, layer.is_global, layer.cache_index, qkv, sequences)
     return attention_residual(layer, x, out), kv
@@ -115,6 +128,6 @@ def feed(
         return block.down(activation(gate) * up, layer.drop.get("down"))
 
     mixed, gate, up = widen(h, s)
-    f = block.post_ffn_norm(narrow(gate, up))
+    f = scaled(layer, block.post_ffn_norm(narrow(gate, up)))
     o = mixed + f
     return (blended(o, s) if site == "output" else o).astype(dtype), f

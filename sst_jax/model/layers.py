@@ -161,15 +161,18 @@ class Block(nnx.Module):
             rank, shape = adapter.rank if name in adapter.targets else 0, backbone.linear_shapes[name]
             return Linear(shape, rank, adapter.scale, dtype, rngs, bias=name in backbone.biased)
 
-        self.pre_attn_norm = norm(backbone.d_model)
+        self.pre_attn_norm = norm(backbone.d_model, backbone.pre_norms)
         self.q, self.k, self.v = linear("q"), linear("k"), linear("v")
-        self.q_norm = norm(backbone.head_dim, backbone.qk_norm)
-        self.k_norm = norm(backbone.head_dim, backbone.qk_norm)
+        width = {
+            name: backbone.linear_shapes[name][1] if backbone.qk_norm_whole else backbone.head_dim for name in "qk"
+        }
+        self.q_norm, self.k_norm = norm(width["q"], backbone.qk_norm), norm(width["k"], backbone.qk_norm)
         self.o = linear("o")
         self.post_attn_norm = norm(backbone.d_model, backbone.post_norms)
-        self.pre_ffn_norm = norm(backbone.d_model)
+        self.pre_ffn_norm = norm(backbone.d_model, backbone.pre_norms)
         self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
         self.post_ffn_norm = norm(backbone.d_model, backbone.post_norms)
+        self.residual_scale = backbone.residual_scale
         if stream is not None and stream.alpha is None:
             size = backbone.d_model if stream.granularity == "dimension" else 1
             self.theta = Blend(jnp.full(size, initial_theta(stream), float))
@@ -187,22 +190,36 @@ def initial_theta(stream: StreamConfig) -> float:
 
 
 def rope_frequencies(
-    head_dim: int, theta: float, scale: float, llama3: tuple[float, float, int] | None = None
+    head_dim: int,
+    theta: float,
+    scale: float,
+    llama3: tuple[float, float, int] | None = None,
+    yarn: tuple[float, float, int] | None = None,
+    divisors: tuple[float, ...] = (),
 ) -> Frequencies:
     """Return the frequencies of rotary embedding (arXiv 2104.09864), radians a position [H/2].
 
     Args:
-      head_dim: H.
+      head_dim: H, or as many of a head's dimensions as are rotated.
       theta: the base of the exponents.
       scale: divides the frequencies.
       llama3: (low, high, original positions), as `rope_type` "llama3" of transformers: wavelengths below original /
         high stay as they are, those above original / low are scaled, those in between partly. None: all are scaled.
+      yarn: (fast, slow, original positions), as `rope_type` "yarn" (arXiv 2309.00071): frequencies that turn more than
+        `fast` times in the original positions stay, those that turn less than `slow` times are scaled.
+      divisors: of each frequency, LongRoPE's (arXiv 2402.13753), beside the scale.
     """
     # Rounded as PyTorch rounds it, a last bit of the frequency being 5e-5 of a radian at position 500: float32
     # exponents, a correctly rounded power (so from float64), its float32 reciprocal. In 64-bit mode nothing is rounded.
     dtype = jnp.result_type(float)
     exponent = np.arange(0, head_dim, 2, dtype=dtype) / np.asarray(head_dim, dtype)
-    frequency = 1 / np.power(theta, exponent, dtype=np.float64).astype(dtype)
+    power = np.power(theta, exponent, dtype=np.float64).astype(dtype)
+    if divisors:
+        return 1 / (np.asarray(divisors, dtype) * power)
+    frequency = 1 / power
+    if yarn is not None:
+        stays = yarn_share(head_dim, theta, yarn).astype(dtype)
+        return 1 / (np.asarray(scale, dtype) * power) * (1 - stays) + frequency * stays
     scaled = frequency / np.asarray(scale, dtype)
     if llama3 is None:
         return scaled
@@ -214,6 +231,18 @@ def rope_frequencies(
     return np.where(wavelength < original / high, frequency, scaled)
 
 
+def yarn_share(head_dim: int, theta: float, yarn: tuple[float, float, int]) -> Frequencies:
+    """Return how much of each frequency YaRN leaves unscaled, 0 to 1, [H/2]: a ramp over whole dimensions."""
+    fast, slow, original = yarn
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), head_dim - 1)
+    width = np.float32(high - low if high != low else 0.001)
+    return 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)
+
+
 def rope_table(positions: Positions, frequencies: Frequencies) -> tuple[RotaryTable, RotaryTable]:
     """Return cosines and sines of rotary embedding at positions."""
     angle = positions[..., None].astype(frequencies.dtype) * frequencies
@@ -221,10 +250,15 @@ def rope_table(positions: Positions, frequencies: Frequencies) -> tuple[RotaryTa
 
 
 def rotate(x: Heads, table: tuple[RotaryTable, RotaryTable]) -> Heads:
-    """Rotate heads by the angles of `rope_table`; halves are paired as in Hugging Face's `rotate_half`."""
+    """Rotate heads by the angles of `rope_table`; halves are paired as in Hugging Face's `rotate_half`.
+
+    Where the table is of fewer than H/2 angles, the dimensions behind theirs stay as they are.
+    """
     cos, sin = (part[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for part in table)
-    first, second = jnp.split(to_float32(x), 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+    size = cos.shape[-1]
+    first, second = (to_float32(part) for part in (x[..., :size], x[..., size : 2 * size]))
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+    return turned if 2 * size == x.shape[-1] else jnp.concatenate((turned, x[..., 2 * size :]), axis=-1)
 
 
 def embed(backbone: BackboneConfig, embedding: AnyFloat, tokens: Tokens, dtype: DTypeLike) -> Hidden:

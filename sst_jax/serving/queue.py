@@ -71,7 +71,7 @@ class Engine:
 
     def __init__(self, model: Model, *, rows: int = 8, capacity: int = 4096, waiting: int = 256):
         self.model, self.rows, self.waiting = model, rows, waiting
-        self.capacity = min(capacity_for(capacity), model.config.backbone.max_positions)
+        self.capacity = min(capacity_for(capacity), model.config.backbone.position_limit)
         self.answered = self.tokens = 0  # of jobs that have ended well
         self.session = Session(
             model.config,

@@ -156,7 +156,8 @@ def calibrated(
     states = [embed(backbone, table, jnp.asarray(part), jnp.float32) for part in np.split(rows, cuts)]
     batches = [np.split(part, cuts) for part in (texts.tokens, texts.segment_ids)]
     for number, kind in enumerate(backbone.layer_types):
-        config = ModelConfig(dataclasses.replace(backbone, num_layers=1, layer_types=(kind,)))
+        nope = (0,) if number in backbone.nope_layers else ()
+        config = ModelConfig(dataclasses.replace(backbone, num_layers=1, layer_types=(kind,), nope_layers=nope))
         layer = {
             name: {part: jnp.asarray(stack[number], jnp.float32) for part, stack in leaf.items()}
             for name, leaf in layers.items()

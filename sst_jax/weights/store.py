@@ -120,8 +120,12 @@ def open_stacks(directory: str | Path) -> Params | None:
     """
     folder = Path(directory).absolute()
     header = read_header(folder)
-    first = folder / PARAMS / "base.layers.pre_attn_norm.scale" / "0.0"
-    if not first.is_file() or any(not name.startswith("base/") for name in header["arrays"]):
+    names = list(header["arrays"])
+    # Every layer has some norm; which ones is its family's.
+    norm = next((name for name in names if name.startswith("base/layers/") and name.endswith("/scale")), None)
+    if norm is None or not chunk_file(folder / PARAMS, norm, 2, 0).is_file():
+        return None
+    if any(not name.startswith("base/") for name in names):
         return None
     verify(folder)
     tree: Params = {}

@@ -186,7 +186,7 @@ def shape_of(model: Model, texts: Sequence[Text], settings: Settings) -> tuple[i
     """
     if not texts:
         raise InputError("there are no texts to run")
-    longest, most = [0, 0], model.config.backbone.max_positions
+    longest, most = [0, 0], model.config.backbone.position_limit
     for text in texts:
         answer = text.given if text.given is not None else [model.tokenizer.pad_id] * settings.new_tokens
         prefix, inputs, _ = split(model, text, answer)

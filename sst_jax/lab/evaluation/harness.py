@@ -52,7 +52,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         check_policy(model.config, as_policy(depth), whole_text=True)
         self.model, self.depth, self.batch_size = model, depth, batch_size
-        self.max_length = max_length or model.config.backbone.max_positions
+        self.max_length = max_length or model.config.backbone.position_limit
 
     @property
     def eot_token_id(self) -> int:

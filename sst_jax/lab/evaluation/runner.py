@@ -177,7 +177,7 @@ def prompts(model: Model, items: Sequence[Item], format: str, room: int) -> dict
     Raises: InputError when the longest leaves less than `room` positions to answer in.
     """
     found = {item.id: asked_tokens(item.problem, model.tokenizer, format) for item in items}
-    longest, most = max(found, key=lambda name: len(found[name])), model.config.backbone.max_positions
+    longest, most = max(found, key=lambda name: len(found[name])), model.config.backbone.position_limit
     if len(found[longest]) + room > most:
         raise InputError(
             f"{longest} has {len(found[longest])} tokens, which with --max-new-tokens {room} exceed the "
