@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sst_jax.errors import InputError
@@ -122,69 +123,179 @@ LLAMA_ALLOWED: Mapping[str, tuple[Any, ...]] = {
 }
 LLAMA_UNWRITTEN = ("partial_rotary_factor", "quantization_config")
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_YARN = {
+    "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
+}  # fmt: skip
+_KNOWN = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *_LLAMA3}, "yarn": {"factor", *_YARN}}
+THETA = 10_000.0  # where a config says none
 
 
-def _llama_rope(config: JsonObject, max_positions: int, where: str) -> Fields:
-    """Return theta and scaling of the one kind of layer, from either style of config."""
+def rope_object(config: JsonObject, where: str) -> tuple[JsonObject, str]:
+    """Return what a config says of RoPE in either style, "rope_scaling" or "rope_parameters", and where.
+
+    Raises: InputError where it is no object.
+    """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
     if not isinstance(rope, Mapping):
         raise InputError(f"{where}: {name}={rope!r} must be an object")
-    kind, here = rope.get("rope_type", rope.get("type", "default")), f"{where}: {name}"
-    unknown = set(rope) - {"rope_type", "type", "rope_theta", "factor", *_LLAMA3}
+    return rope, f"{where}: {name}"
+
+
+def rope_theta(config: JsonObject, rope: JsonObject, where: str, here: str, default: float = THETA) -> float:
+    """Return the base of RoPE's exponents, from its object or from beside it.
+
+    Args:
+      config: a config.json.
+      rope: its object of RoPE.
+      where: the name of the first in messages.
+      here: of the second.
+      default: transformers' for the model type.
+    """
+    inside = "rope_theta" in rope
+    return positive_number(rope if inside else config, "rope_theta", default, here if inside else where)
+
+
+def rope_scaling_fields(config: JsonObject, rope: JsonObject, max_positions: int, where: str, here: str) -> Fields:
+    """Return the fields of BackboneConfig that an object of RoPE gives, without theta.
+
+    Args:
+      config: a config.json; its original_max_position_embeddings goes before the object's, as in transformers.
+      rope: the object.
+      max_positions: of the config, for an object that does not say how many there were first.
+      where: the name of the config in messages.
+      here: of the object.
+
+    Raises: InputError naming the scaling, or its field, that is not known.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = _KNOWN.get(kind if isinstance(kind, str) else "")
+    unknown = set(rope) - {"rope_type", "type", "rope_theta", "factor", *(_LLAMA3 if kind != "yarn" else ())}
     if rope.get("partial_rotary_factor") in (None, 1):
         unknown -= {"partial_rotary_factor"}
-    if kind not in ("default", "linear", "llama3") or unknown:
+    if known is None or unknown - known:
         raise InputError(
-            f"{here}={rope!r} is unsupported; known are linear and llama3 scaling, of all of a head's dimensions"
+            f"{here}={rope!r} is unsupported; known are linear, llama3 and yarn scaling, of all of a head's dimensions"
         )
-    holder, place = (rope, here) if "rope_theta" in rope else (config, where)
-    fields = {"rope_theta_global": positive_number(holder, "rope_theta", 10_000.0, place)}
-    if kind != "default":
-        fields["rope_scale_global"] = positive_number(rope, "factor", None, here)
+    if kind == "default":
+        return {}
+    fields: Fields = {"rope_scale_global": positive_number(rope, "factor", None, here)}
+    if kind == "linear":
+        return fields
+    name = "original_max_position_embeddings"
+    aside = config.get(name) is not None
+    original = positive_number(config if aside else rope, name, max_positions, where if aside else here)
     if kind == "llama3":
-        low, high, length = _LLAMA3
-        # Beside the scaling it goes before the one in it, as in transformers.
-        aside = config.get(length) is not None
-        fields["rope_llama3"] = (
-            positive_number(rope, low, None, here),
-            positive_number(rope, high, None, here),
-            positive_number(config if aside else rope, length, max_positions, where if aside else here),
-        )
-    return fields
+        bands = (positive_number(rope, factor, None, here) for factor in _LLAMA3[:2])
+        return {**fields, "rope_llama3": (*bands, original)}
+    betas = {name: rope[name] if rope.get(name) else default for name, default in _BETAS.items()}
+    fast, slow = (positive_number(betas, name, None, here) for name in _BETAS)
+    fields["rope_yarn"] = (fast, slow, original)
+    return {**fields, "rope_magnitude": _yarn_magnitude(rope, fields["rope_scale_global"], here)}
 
 
-def read_llama_config(config: JsonObject, fields: Fields, where: str) -> Fields:
-    """Return `ConfigFormat.read` of a decoder with global attention only."""
-    tied, layer_types = config.get("tie_word_embeddings", False), config.get("layer_types")
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def _yarn_magnitude(rope: JsonObject, factor: float, here: str) -> float:
+    """Return YaRN's attention factor: the one that is given, or the paper's of the scaling factor."""
+
+    def of(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return positive_number(rope, "attention_factor", 1.0, here)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        above, below = (of(positive_number(rope, name, 1.0, here)) for name in ("mscale", "mscale_all_dim"))
+        return above / below
+    return of(1.0)
+
+
+def read_tied(config: JsonObject, where: str, default: bool = False) -> bool:
+    """Return whether the head is the embedding.
+
+    Raises: InputError where the field is no truth value.
+    """
+    tied = config.get("tie_word_embeddings", default)
     if not isinstance(tied, bool):
         raise InputError(f"{where}: tie_word_embeddings={tied!r} must be true or false")
+    return tied
+
+
+def read_llama_config(
+    config: JsonObject, fields: Fields, where: str, theta: float = THETA, tied: bool = False
+) -> Fields:
+    """Return `ConfigFormat.read` of a decoder with global attention only.
+
+    Args:
+      config: a config.json.
+      fields: the numbers that have been read.
+      where: its name in messages.
+      theta: of a config without one.
+      tied: whether the head is, of a config that does not say.
+    """
+    layer_types = config.get("layer_types")
     if layer_types is not None and layer_types != ["full_attention"] * fields["num_layers"]:
         raise InputError(f"{where}: layer_types must be full_attention for each of the layers")
-    rope = _llama_rope(config, fields["max_positions"], where)
-    return {"tied_head": tied, "query_pre_attn_scalar": float(fields["head_dim"]), **rope}
+    rope, here = rope_object(config, where)
+    return {
+        "tied_head": read_tied(config, where, tied),
+        "query_pre_attn_scalar": float(fields["head_dim"]),
+        "rope_theta_global": rope_theta(config, rope, where, here, theta),
+        **rope_scaling_fields(config, rope, fields["max_positions"], where, here),
+    }
+
+
+def write_rope_scaling(backbone: BackboneConfig) -> Json | None:
+    """Return config.json's "rope_scaling", of global layers; None where nothing is scaled."""
+    factor = backbone.rope_scale_global
+    if backbone.rope_llama3 is not None:
+        return {"rope_type": "llama3", "factor": factor, **dict(zip(_LLAMA3, backbone.rope_llama3, strict=True))}
+    if backbone.rope_yarn is not None:
+        fast, slow, original = backbone.rope_yarn
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "beta_fast": fast,
+            "beta_slow": slow,
+            "original_max_position_embeddings": original,
+            "attention_factor": backbone.rope_magnitude,
+        }
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
 def write_llama_config(backbone: BackboneConfig) -> Json:
     """Return `ConfigFormat.write` of a decoder with global attention only."""
-    scaling: Json | None = {"rope_type": "linear", "factor": backbone.rope_scale_global}
-    if backbone.rope_llama3 is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": backbone.rope_scale_global,
-            **dict(zip(_LLAMA3, backbone.rope_llama3, strict=True)),
-        }
-    elif backbone.rope_scale_global == 1.0:
-        scaling = None
     return {
         "tie_word_embeddings": backbone.tied_head,
-        "rope_scaling": scaling,
+        "rope_scaling": write_rope_scaling(backbone),
         "rope_theta": backbone.rope_theta_global,
         # The vocabularies differ: generation_config.json, from the tokenizer, says which ids these are.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
+
+
+KINDS = {"sliding_attention": "local", "full_attention": "global"}  # of layers, in config.json and here
+
+
+def window_fields(kinds: Sequence[str], window: int, fields: Fields, where: str) -> Fields:
+    """Return the fields of a decoder whose sliding layers rotate as its global ones would.
+
+    Args:
+      kinds: "local" or "global" of each layer.
+      window: of the local ones.
+      fields: what has been read of RoPE.
+      where: the name of the config in messages.
+
+    Raises: InputError where sliding layers are to be scaled, which they are not here.
+    """
+    if "local" not in kinds:
+        return {"layer_types": tuple(kinds)}
+    if {"rope_scale_global", "rope_llama3", "rope_yarn"} & set(fields):
+        raise InputError(f"{where}: rope_scaling of layers with a sliding window is unsupported")
+    return {"layer_types": tuple(kinds), "window": window, "rope_theta_local": fields["rope_theta_global"]}
 
 
 # ------------------------------------------------------------------------------------------------------------- GGUF

@@ -50,7 +50,7 @@ PRESETS = {
     "tiny-llama": _preset(4, 64, 128, 4, 2, 16, **TINY),
 }
 
-_DIGITS_ALONE = Splitting(
+DIGITS_ALONE = Splitting(
     [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
@@ -96,7 +96,7 @@ FAMILY = Family(
         turn_ends=("<|im_end|>", "<|eot_id|>"),  # SmolLM's, Llama's
         text_ends=("<|endoftext|>", "<|end_of_text|>"),  # what chat models have beside an EOS that ends a turn
         splittings={
-            "smollm": _DIGITS_ALONE,
+            "smollm": DIGITS_ALONE,
             "default": _DEFAULT_WORDS,
             **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3_WORDS),
         },

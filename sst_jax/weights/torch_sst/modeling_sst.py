@@ -189,8 +189,10 @@ class StreamCache(Cache):
 
 
 def layer_kinds(config):
-    """Every layer's attention, "sliding_attention" or "full_attention", which all are where a backbone does not say."""
-    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    """Every layer's attention, "sliding_attention" or "full_attention". A backbone that does not say has the first in
+    all layers where it has a window, else the second."""
+    one = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    return getattr(config, "layer_types", None) or [one] * config.num_hidden_layers
 
 
 @dataclasses.dataclass
@@ -270,6 +272,10 @@ class StreamModel:
         self.stream = StreamParameters(config)
         self.post_init()
 
+    def scale_embeddings(self, x):
+        """What enters the first layer, of embeddings: a backbone that multiplies them in its own model does it here."""
+        return x
+
     def rotations(self, x, position_ids):
         """Cosines and sines for each kind of layer."""
         return dict.fromkeys(layer_kinds(self.config), self.rotary_emb(x, position_ids))
@@ -293,7 +299,7 @@ class StreamModel:
         forward = forward or config.sst.get("forward") or "exact"
         cache = past_key_values if cache is None else cache
         self.check(forward, passes, depth, attention_mask, cache, input_ids, kwargs)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.scale_embeddings(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if use_cache is None:  # without being asked, only where nothing is trained and the forward has one
             use_cache = config.use_cache and forward in ("plain", "exact") and not torch.is_grad_enabled()
         if (use_cache or cache is not None) and forward not in ("plain", "exact"):
@@ -390,8 +396,12 @@ class StreamModel:
 
 
 class StreamLayerMixin:
-    """Mixin before a transformers decoder layer, cut in two halves: `rejoin` ends attention's, `feed_forward` is the
-    other. Here are those of Llama's layout; a backbone with other norms has its own."""
+    """Mixin before a transformers decoder layer, cut in two halves: `attention_input` begins attention's and `rejoin`
+    ends it, `feed_forward` is the other. Here are those of Llama's layout; a backbone with other norms has its own."""
+
+    def attention_input(self, x):
+        """What attention reads of the layer's input."""
+        return self.input_layernorm(x)
 
     def rejoin(self, x, out):
         """h, float32: the residual stream after attention."""
@@ -430,7 +440,7 @@ class StreamLayerMixin:
     def attend(self, x, steps, cache=None):
         kind = layer_kinds(self.self_attn.config)[self.self_attn.layer_idx]
         out, _ = self.self_attn(
-            hidden_states=self.input_layernorm(x),
+            hidden_states=self.attention_input(x),
             position_embeddings=steps.rotations[kind],
             attention_mask=steps.masks[kind],
             **{CACHE: cache},
