@@ -9,7 +9,12 @@ from sst_jax.families import gemma3, llama, qwen2, qwen3
 from sst_jax.families.base import Family, Splitting
 from sst_jax.model.backbone import BackboneConfig
 
-FAMILIES: tuple[Family, ...] = (gemma3.FAMILY, llama.FAMILY, qwen3.FAMILY, qwen2.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    gemma3.FAMILY,
+    llama.FAMILY,
+    qwen3.FAMILY,
+    qwen2.FAMILY,
+)
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 BY_MODEL_TYPE: Mapping[str, Family] = {family.config.model_type: family for family in FAMILIES}

@@ -66,16 +66,15 @@ def member(family, tmp_path_factory):
     return family.tiny, state, written(tmp_path_factory.mktemp(family.name) / "member", family.tiny, state)
 
 
-@pytest.mark.parametrize("length", [40, 530])
-def test_logits_are_those_of_transformers(member, length):
-    """Longer than the window where there is one, and a text of over 500 positions."""
+def test_logits_are_those_of_transformers(member):
+    """Of a text longer than the window, where there is one, and than what RoPE's scalings take for the original."""
     torch = pytest.importorskip("torch", reason="the reference is PyTorch: extra `torch`")
     transformers = pytest.importorskip("transformers")
-    backbone, _, folder = member
+    (backbone, _, folder), length = member, 530
     assert length > (backbone.window or 0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     assert type(theirs).__name__ == BY_NAME[backbone.family].config.architecture
-    tokens = toys.tokens(2, length, vocabulary=backbone.vocab_size)
+    tokens = toys.tokens(1, length, vocabulary=backbone.vocab_size)
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(tokens).long()).logits.numpy()
     base = jax.tree.map(jnp.asarray, fill_base(open_folder(folder), "float32"))
@@ -157,6 +156,11 @@ def gguf_file(file, family, state):
     }  # fmt: skip
     if backbone.window is not None:
         pairs["attention.sliding_window"] = backbone.window
+    if backbone.family == "granite":
+        pairs |= {
+            "attention.scale": backbone.query_pre_attn_scalar**-0.5, "embedding_scale": backbone.embed_multiplier,
+            "residual_scale": backbone.residual_scale, "logit_scale": backbone.logit_divisor,
+        }  # fmt: skip
     writer = gguf.GGUFWriter(file, prefix)
     for key, value in pairs.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{prefix}.{key}", value)
@@ -207,35 +211,56 @@ def ours(family):
     return model(STREAM, family.tiny)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_decoding_token_by_token_is_exact(ours, depth):
+@pytest.fixture(scope="module")
+def written_texts(ours):
+    """Two texts [2, 23], a prompt of 11 continued token by token at depths 1 and 2, and `exact`'s logits by depth."""
     prompt = toys.tokens(11, seed=3, vocabulary=262).tolist()
-    out = ours.generate([prompt], depth=depth, max_new_tokens=12)[0].tokens
-    logits = np.asarray(ours.logits(np.array([[*prompt, *out]]), forward="exact", depth=depth))[0]
-    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == out
+    found = ours.generate([prompt, prompt], depth=[1, 2], max_new_tokens=12)
+    texts = np.array([[*prompt, *one.tokens] for one in found], np.int32)
+    return texts, {depth: np.asarray(ours.logits(texts, forward="exact", depth=depth)) for depth in (1, 2)}
 
 
-def test_the_pytorch_export_gives_our_logits(ours, tmp_path):
+def test_decoding_token_by_token_is_exact(written_texts):
+    texts, logits = written_texts
+    for row, depth in enumerate((1, 2)):
+        assert logits[depth][row, 10:-1].argmax(-1).tolist() == texts[row, 11:].tolist()
+
+
+def test_the_pytorch_export_gives_our_logits(ours, written_texts, tmp_path):
     torch = pytest.importorskip("torch")
-    tokens = toys.tokens(2, 40, vocabulary=262)
+    texts, logits = written_texts
     for keep_lora in (False, True):
         loaded = open_torch(write(ours, tmp_path / f"sst{keep_lora}", "sst", keep_lora=keep_lora))
-        for depth in (1, 2):
+        for depth, expected in logits.items():
             with torch.no_grad():
-                got = loaded(torch.tensor(tokens).long(), depth=depth).logits.numpy()
-            assert apart(got, ours.logits(tokens, forward="exact", depth=depth)) <= 1e-4
+                got = loaded(torch.tensor(texts).long(), depth=depth).logits.numpy()
+            assert apart(got, expected) <= 1e-4
 
 
 def test_the_merged_export_is_transformers_own_class(family, ours, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    tokens = toys.tokens(2, 40, vocabulary=262)
     folder = write(ours, tmp_path / "merged", "merged")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(loaded).__name__ == family.config.architecture
-    with torch.no_grad():
-        got = loaded(torch.tensor(tokens).long()).logits.numpy()
-    assert apart(got, ours.logits(tokens, forward="plain")) <= 1e-4
+    # Its numbers are the reference's, as above; here what counts is that LoRA is in them.
+    merged = {key: torch.from_numpy(np.array(value)) for key, value in merged_weights(ours).items()}
+    state = loaded.state_dict()
+    assert merged.keys() <= state.keys()
+    for key, value in merged.items():
+        torch.testing.assert_close(state[key], value, rtol=0, atol=2e-6)
+
+
+def merged_weights(ours):
+    """Every linear with its LoRA factors in it, by its key on the hub."""
+    scale, base, found = ours.config.adapter.scale, ours.params["base"]["layers"], {}
+    for key, entry in key_map.expected(ours.config.backbone).items():
+        name, _, last = entry.row.path.removeprefix("layers/").partition("/")
+        if last == "kernel":
+            factors = {part: np.asarray(value)[entry.layer] for part, value in ours.params["adapter"][name].items()}
+            kernel = np.asarray(base[name]["kernel"])[entry.layer]
+            found[key] = (kernel + scale * factors["lora_a"] @ factors["lora_b"]).T
+    return found
 
 
 def test_an_adapter_is_read_back_bit_for_bit(family, ours, tmp_path):
