@@ -54,6 +54,10 @@ SIZES = {
     "qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", 8, 4), "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", 4, 8),
     "qwen2.5-14b": ("Qwen/Qwen2.5-14B-Instruct", 4, 8), "qwen2.5-32b": ("Qwen/Qwen2.5-32B-Instruct", 1, 32),
     "qwen2.5-72b": ("Qwen/Qwen2.5-72B-Instruct", 1, 32),
+    "mistral-7b-v0.1": ("mistralai/Mistral-7B-v0.1", 4, 8), "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", 4, 8),
+    "ministral-8b": ("mistralai/Ministral-8B-Instruct-2410", 4, 8),
+    "mistral-nemo": ("mistralai/Mistral-Nemo-Instruct-2407", 4, 8),
+    "mistral-small-24b": ("mistralai/Mistral-Small-24B-Instruct-2501", 1, 32),
 }  # fmt: skip
 
 
