@@ -58,6 +58,7 @@ SIZES = {
     "ministral-8b": ("mistralai/Ministral-8B-Instruct-2410", 4, 8),
     "mistral-nemo": ("mistralai/Mistral-Nemo-Instruct-2407", 4, 8),
     "mistral-small-24b": ("mistralai/Mistral-Small-24B-Instruct-2501", 1, 32),
+    "smollm3-3b": ("HuggingFaceTB/SmolLM3-3B", 8, 4),
 }  # fmt: skip
 
 
