@@ -59,6 +59,8 @@ SIZES = {
     "mistral-nemo": ("mistralai/Mistral-Nemo-Instruct-2407", 4, 8),
     "mistral-small-24b": ("mistralai/Mistral-Small-24B-Instruct-2501", 1, 32),
     "smollm3-3b": ("HuggingFaceTB/SmolLM3-3B", 8, 4),
+    "granite-3.3-2b": ("ibm-granite/granite-3.3-2b-instruct", 8, 4),
+    "granite-3.3-8b": ("ibm-granite/granite-3.3-8b-instruct", 4, 8),
 }  # fmt: skip
 
 

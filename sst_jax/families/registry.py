@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sst_jax.errors import InputError
-from sst_jax.families import gemma3, llama, mistral, qwen2, qwen3, smollm3
+from sst_jax.families import gemma3, granite, llama, mistral, qwen2, qwen3, smollm3
 from sst_jax.families.base import Family, Splitting
 from sst_jax.model.backbone import BackboneConfig
 
@@ -16,6 +16,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen2.FAMILY,
     mistral.FAMILY,
     smollm3.FAMILY,
+    granite.FAMILY,
 )
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
