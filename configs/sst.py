@@ -61,6 +61,10 @@ SIZES = {
     "smollm3-3b": ("HuggingFaceTB/SmolLM3-3B", 8, 4),
     "granite-3.3-2b": ("ibm-granite/granite-3.3-2b-instruct", 8, 4),
     "granite-3.3-8b": ("ibm-granite/granite-3.3-8b-instruct", 4, 8),
+    "olmo-2-0425-1b": ("allenai/OLMo-2-0425-1B-Instruct", 16, 2),
+    "olmo-2-1124-7b": ("allenai/OLMo-2-1124-7B-Instruct", 4, 8),
+    "olmo-2-1124-13b": ("allenai/OLMo-2-1124-13B-Instruct", 4, 8),
+    "olmo-2-0325-32b": ("allenai/OLMo-2-0325-32B-Instruct", 1, 32),
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sst_jax.errors import InputError
-from sst_jax.families import gemma3, granite, llama, mistral, qwen2, qwen3, smollm3
+from sst_jax.families import gemma3, granite, llama, mistral, olmo2, qwen2, qwen3, smollm3
 from sst_jax.families.base import Family, Splitting
 from sst_jax.model.backbone import BackboneConfig
 
@@ -17,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     mistral.FAMILY,
     smollm3.FAMILY,
     granite.FAMILY,
+    olmo2.FAMILY,
 )
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
