@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sst_jax.errors import InputError
-from sst_jax.families import gemma3, granite, llama, mistral, olmo2, qwen2, qwen3, smollm3
+from sst_jax.families import gemma3, granite, llama, mistral, olmo2, olmo3, qwen2, qwen3, smollm3
 from sst_jax.families.base import Family, Splitting
 from sst_jax.model.backbone import BackboneConfig
 
@@ -18,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     smollm3.FAMILY,
     granite.FAMILY,
     olmo2.FAMILY,
+    olmo3.FAMILY,
 )
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
