@@ -66,6 +66,7 @@ SIZES = {
     "olmo-2-1124-13b": ("allenai/OLMo-2-1124-13B-Instruct", 4, 8),
     "olmo-2-0325-32b": ("allenai/OLMo-2-0325-32B-Instruct", 1, 32),
     "olmo-3-1025-7b": ("allenai/Olmo-3-1025-7B", 4, 8), "olmo-3-1125-32b": ("allenai/Olmo-3-1125-32B", 1, 32),
+    "seed-oss-36b": ("ByteDance-Seed/Seed-OSS-36B-Instruct", 1, 32),
 }  # fmt: skip
 
 
