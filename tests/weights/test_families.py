@@ -93,10 +93,9 @@ HUB = {
 def rewritten(config):
     """A config.json as transformers 5 saves it."""
     transformers = pytest.importorskip("transformers")
-    kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config, "qwen2": transformers.Qwen2Config}[
-        config["model_type"]
-    ]
-    return json.loads(kind(**json.loads(json.dumps(config))).to_json_string(use_diff=False))
+    fields = json.loads(json.dumps(config))
+    again = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return json.loads(again.to_json_string(use_diff=False))
 
 
 @pytest.mark.parametrize("name", HUB)
