@@ -37,6 +37,7 @@ AnyInts = Int[AnyArray, "..."]
 AllStates = Float[Array, "L B T I D"]
 AllSteps = Float[Array, "L B TI D"]
 RotaryTable = Float[Array, "B T half"]  # cosines or sines, half = H/2
+QueryScale = Float[Array, "B T 1"]  # what queries at a position are multiplied by
 Heads = Float[Array, "B T heads H"]
 AttentionMask = Bool[Array, "rows 1 T S"]  # rows: B, B * I or 1
 SeenKeys = Bool[Array, "B S"]

@@ -28,6 +28,7 @@ from sst_jax.types import (
     PositionKeys,
     Positions,
     Queries,
+    QueryScale,
     Ring,
     RotaryTable,
     RowBools,
@@ -46,7 +47,7 @@ class Ropes(NamedTuple):
 
     local: Table
     glob: Table
-    query_scale: RotaryTable | None = None  # [B, T, 1], of a backbone with `query_scaling`
+    query_scale: QueryScale | None = None  # of a backbone with `query_scaling`
 
     def of(self, kind: str) -> Table:
         """Return the tables of "local" or "global" layers."""
@@ -201,8 +202,8 @@ def ropes_of_layer(tables: Ropes, rotates: ScalarBool | None) -> Ropes:
     return tables._replace(local=local, glob=glob)
 
 
-def rotate_queries(q: Heads, table: Table, scale: RotaryTable | None) -> Heads:
-    """Return queries rotated, and multiplied by [B, T, 1] numbers where they are scaled by position."""
+def rotate_queries(q: Heads, table: Table, scale: QueryScale | None) -> Heads:
+    """Return queries rotated, and multiplied by their position's number where they are scaled by it."""
     q = rotate(q, table)
     return q if scale is None else q * scale[..., None].astype(q.dtype)
 
@@ -390,7 +391,8 @@ def attend_kept(
     (q, k, v), (keys, values), place = qkv, kept, step.place
 
     def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
-        return rotate(q, step.ropes.of(kind)), rotate(k, step.ropes.of(kind))
+        table = step.ropes.of(kind)
+        return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
 
     q, k = by_kind(backbone, is_global, rotated)
     keys, values = (

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sst_jax.model import decoder
-from sst_jax.model.attention import KeptStep, Ropes, attend_kept
+from sst_jax.model.attention import KeptStep, Ropes, attend_kept, ropes_of_layer
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.halves import attend, attention_residual, project
 from sst_jax.model.layers import to_float32
@@ -171,7 +171,8 @@ def scan_stack(
 
         def rule(layer: Layer, residuals: Residuals, extra: tuple, context: Context) -> tuple[Residuals, tuple]:
             (x,), (k, v, entering) = residuals, extra
-            out, (k, v) = attend_kept(backbone, layer.is_global, project(layer, x, context), (k, v), kept_step)
+            here = kept_step._replace(ropes=ropes_of_layer(one.tables, layer.rotates))
+            out, (k, v) = attend_kept(backbone, layer.is_global, project(layer, x, context), (k, v), here)
             masks = layer.stream.masks
             s = jnp.where(masks.has_state, entering[:, None], initial_state(stream, x))
             o, m = recurrent_step(layer, attention_residual(layer, x, out), s, masks, context, x.dtype)
