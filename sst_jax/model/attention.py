@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sst_jax.errors import InputError
+from sst_jax.model import compiler
 from sst_jax.model.config import BackboneConfig
 from sst_jax.model.kernels import KERNELS, same_document
 from sst_jax.model.layers import rope_frequencies, rope_table, rotate
@@ -38,6 +39,9 @@ from sst_jax.types import (
     SeenKeys,
     SegmentIds,
 )
+
+LAYER_KIND = "layer_kind"  # scope of the branches (local, global), of which a plan counts each as often as it runs
+REDUCED = ("cuda", "rocm", "interpreted")  # platforms where one query is multiplied and added up, without products
 
 Table = tuple[RotaryTable, RotaryTable]
 
@@ -155,6 +159,8 @@ def attention_once(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float)
       seen: which of the keys a row's query sees.
       scale: of the scores.
     """
+    if compiler.platform() in REDUCED:
+        return _reduced(q, k, v, seen, scale)
     if q.dtype == jnp.bfloat16:  # of several rows and heads, for which XLA's CPU backend lacks this product
         return attention(q, Visible(k, v, seen[:, None, None, :]), scale)
     rows, _, heads, size = k.shape
@@ -164,6 +170,23 @@ def attention_once(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float)
     scores = jnp.where(seen[:, None, :, None], scores * scale, jnp.finfo(wide).min)  # [B, K, S, N/K]
     weights = jax.nn.softmax(scores, axis=2).astype(v.dtype)
     out = jax.lax.dot_general(weights, v, (((2,), (1,)), ((0, 1), (0, 2))), preferred_element_type=wide)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _reduced(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float) -> Queries:
+    """Return `attention_once` by multiplying and adding up.
+
+    XLA fuses that with the caches as they lie in memory. For products of one query with [B, S, K, H] it lays them out
+    anew, all of them, in and out of every chunk of tokens.
+    """
+    rows, _, heads, size = k.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(rows, heads, -1, size).astype(wide)
+    scores = (k.astype(wide)[:, :, :, None] * grouped[:, None]).sum(-1) * scale
+    scores = jnp.where(seen[:, :, None, None], scores, jnp.finfo(wide).min)  # [B, S, K, N/K]
+    weights = jax.nn.softmax(scores, axis=1).astype(v.dtype).astype(wide)
+    # One sum for each query of a head: of all at once XLA lays wide values out anew.
+    out = jnp.stack([(v.astype(wide) * weights[..., j, None]).sum(1) for j in range(grouped.shape[2])], axis=2)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -213,7 +236,8 @@ def by_kind(backbone: BackboneConfig, is_global: ScalarBool, branch: Callable[[s
     kinds = sorted(set(backbone.layer_types))
     if len(kinds) == 1:
         return branch(kinds[0])
-    return jax.lax.cond(is_global, lambda: branch("global"), lambda: branch("local"))
+    with jax.named_scope(LAYER_KIND):
+        return jax.lax.cond(is_global, lambda: branch("global"), lambda: branch("local"))
 
 
 def attend_sequences(

@@ -22,13 +22,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from sst_jax.model import compiler
 from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
-from sst_jax.model.sharding import constrain, gather
+from sst_jax.model.sharding import constrain, gather, on_a_mesh
 from sst_jax.model.state import LayerStream, Masks, alpha_and_gain, masks_for
 from sst_jax.types import (
     Activations,
@@ -310,10 +311,11 @@ def run_layers(
             residuals = jax.tree.map(lambda x: constrain(x, "rows", "sequence", None), residuals)
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
         with jax.named_scope("weights"):
-            block = nnx.merge(graphdef, storages.unpack(base, dtype), adapter, blend)
+            block = nnx.merge(graphdef, storages.unpack(base, dtype, stacks, facts.number), adapter, blend)
         return rule(unpack(block, facts, context), residuals, extra, context)
 
-    xs = (params["base"]["layers"], params["adapter"], blend, layer_facts(config), extras)
+    stacks, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
+    xs = (sliced, params["adapter"], blend, layer_facts(config), extras)
     with jax.named_scope("layers"):
         return jax.lax.scan(recomputed(body, remat), residuals, xs)
 

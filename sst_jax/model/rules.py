@@ -48,6 +48,7 @@ from sst_jax.types import (
     Tokens,
 )
 
+SETTLED = "settled"  # scope of the branches (it falls back, it settles) behind sweeps
 CHUNK = 32  # positions of `exact` between checkpoints, at most
 
 
@@ -212,11 +213,12 @@ def fixed_point_states(
     (o, state_out), count, converged = fixed_point(
         sweep, outputs, s, distance=change, tolerance=sweep_tolerance(stream, x.dtype), cap=stream.sweep_cap
     )
-    o, state_out, count = jax.lax.cond(
-        converged,
-        lambda: (o, state_out, count),
-        lambda: (*scan_positions(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
-    )
+    with jax.named_scope(SETTLED):
+        o, state_out, count = jax.lax.cond(
+            converged,
+            lambda: (o, state_out, count),
+            lambda: (*scan_positions(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
+        )
     return (o,), LayerOutputs(*kv, state_out, count)
 
 

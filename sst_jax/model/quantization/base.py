@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
+from sst_jax.model import compiler
 from sst_jax.types import DeviceArrays, Gram, Kernel, LayerStack, Leaf, LinearInputs, LinearOutputs
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -68,6 +69,14 @@ class LinearStorage(abc.ABC):
         """Return x [..., in] times the kernel, [..., out] in x's type."""
         return x @ self.kernel(leaf, x.dtype)
 
+    def reads_stack(self, platform: str) -> bool:
+        """Return whether `stack_product` may read one layer of the stack, on this `compiler.platform`."""
+        return False
+
+    def stack_product(self, x: LinearInputs, linear: StackedLinear) -> LinearOutputs:
+        """Return x [..., in] times the kernel, [..., out] in x's type, from the stack or from the unpacked kernel."""
+        return x @ linear.kernel
+
     def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
         """Return a leaf in another dtype of floats; quantised arrays stay, as their values define the weights."""
         return dict(leaf)
@@ -101,11 +110,38 @@ class AsItIs(LinearStorage):
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return leaf["kernel"].astype(dtype)
 
+    def product(self, x: LinearInputs, leaf: Leaf) -> LinearOutputs:
+        kernel = self.kernel(leaf, x.dtype)
+        rows = math.prod(x.shape[:-1])
+        if rows > 2 or x.dtype != jnp.bfloat16 or compiler.platform() not in ("cuda", "interpreted"):
+            return x @ kernel
+        # A kernel that a scan has sliced is copied before a product, and read where it lies by a multiply-and-reduce.
+        flat, wide = x.reshape(rows, -1).astype(jnp.float32), kernel.astype(jnp.float32)
+        sums = [(row[:, None] * wide).sum(0) for row in flat]
+        return jnp.stack(sums).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
     def kernel_shape(self, leaf: Mapping[str, LayerStack]) -> tuple[int, ...]:
         return leaf["kernel"].shape  # a checkpoint that is read a layer at a time has a shape and no dtype
 
     def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
         return {name: value.astype(dtype) for name, value in leaf.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedLinear:
+    """A linear whose products may read its stack, in the place of its kernel.
+
+    stack    the arrays of all layers, [L, ...]
+    at       the layer, int32 []
+    kernel   unpacked: XLA leaves out what no product reads
+    storage  of both
+    """
+
+    stack: DeviceArrays
+    at: jax.Array
+    kernel: Kernel
+    storage: LinearStorage = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
-from sst_jax.model.quantization.base import BLOCKS, LinearStorage
+from sst_jax.model import compiler
+from sst_jax.model.quantization import nf4_product
+from sst_jax.model.quantization.base import BLOCKS, LinearStorage, StackedLinear
 from sst_jax.types import (
     BlockScales,
     Codes,
@@ -38,6 +40,8 @@ from sst_jax.types import (
     Gram,
     Kernel,
     Leaf,
+    LinearInputs,
+    LinearOutputs,
     PackedCodes,
     UnitCodes,
     UnitWeights,
@@ -196,6 +200,19 @@ def kernel_of(leaf: Leaf, dtype: DTypeLike = jnp.bfloat16) -> Kernel:
     return jax.lax.reduce_precision(value, 8, 7).astype(dtype).reshape(*lead, 2 * half, outputs)
 
 
+def _even_and_odd(leaf: Leaf) -> tuple[jax.Array, jax.Array]:
+    """Return `kernel_of` a leaf [in/2, out], its even and its odd inputs apart, float32 [in/2, out] each."""
+    codes, scales = leaf["codes"], _scales(leaf)[:, None, :]
+    half, outputs = codes.shape
+    levels = jnp.asarray(LEVELS).astype(jnp.bfloat16).astype(jnp.float32)
+
+    def weights(code: jax.Array) -> jax.Array:
+        value = levels.at[code].get(mode="promise_in_bounds").reshape(-1, BLOCK // 2, outputs) * scales
+        return jax.lax.reduce_precision(value, 8, 7).reshape(half, outputs)
+
+    return weights(codes & 15), weights(codes >> 4)
+
+
 class NF4(LinearStorage):
     """NF4, with plain ("nf4") or doubly quantised ("nf4_double") scales."""
 
@@ -214,3 +231,18 @@ class NF4(LinearStorage):
 
     def kernel(self, leaf: Leaf, dtype: DTypeLike) -> Kernel:
         return kernel_of(leaf, dtype)
+
+    def reads_stack(self, platform: str) -> bool:
+        return platform in ("cuda", "interpreted")
+
+    def stack_product(self, x: LinearInputs, linear: StackedLinear) -> LinearOutputs:
+        if not nf4_product.fits(x.shape, linear.kernel.shape[-1], x.dtype):
+            return x @ linear.kernel
+        if x.size == x.shape[-1]:
+            one = {
+                name: jax.lax.dynamic_index_in_dim(linear.stack[name], linear.at, keepdims=False) for name in self.axes
+            }
+            return nf4_product.reduce_product(x, *_even_and_odd(one))
+        stack = tuple(linear.stack[name] for name in self.axes)
+        levels = jnp.asarray(LEVELS).astype(jnp.bfloat16)
+        return nf4_product.kernel_product(x, stack, linear.at, levels, compiler.platform())

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model.quantization import nf4
-from sst_jax.model.quantization.base import AsItIs, LinearStorage, StoredLinear
-from sst_jax.types import DeviceArrays, Kernel, Leaf, LinearInputs, LinearOutputs, Params
+from sst_jax.model.quantization.base import AsItIs, LinearStorage, StackedLinear, StoredLinear
+from sst_jax.types import DeviceArrays, Kernel, Leaf, LinearInputs, LinearOutputs, Params, ScalarInt
 
 AS_IT_IS = AsItIs()
 STORAGES: dict[str, LinearStorage] = {
@@ -103,12 +103,44 @@ def dequantise(layers: Params, dtype: DTypeLike = jnp.bfloat16) -> Params:
     }
 
 
-def unpack(layer: Params, dtype: DTypeLike) -> Params:
-    """Return one layer ready to multiply: every linear a kernel, or of a fused storage a `StoredLinear`."""
+def split_stacks(layers: Params, platform: str) -> tuple[Params, Params]:
+    """Return the linears of a stack of layers whose products read the whole stack on a platform, and all the rest."""
+    stacks, rest = {}, {}
+    for name, leaf in layers.items():
+        storage = storage_of(leaf)
+        if storage is None or not storage.reads_stack(platform):
+            rest[name] = leaf
+            continue
+        stacks[name] = {part: leaf[part] for part in storage.axes}
+        rest[name] = _others(leaf, storage)
+    return stacks, rest
+
+
+def unpack(layer: Params, dtype: DTypeLike, stacks: Params | None = None, at: ScalarInt | None = None) -> Params:
+    """Return one layer ready to multiply.
+
+    Args:
+      layer: its slices.
+      dtype: of kernels.
+      stacks: linears whose arrays are not sliced, as `split_stacks` parts them; None: there are none.
+      at: the layer's number, where there are.
+
+    Returns:
+      The layer with every linear a kernel, of a fused storage a `StoredLinear`, of a stack a `StackedLinear`.
+    """
     unpacked = {}
     for name, leaf in layer.items():
         storage = storage_of(leaf)
-        if storage is not None and storage.fused:
+        if stacks and name in stacks:
+            whole = storage_of(stacks[name])
+            assert whole is not None
+            assert at is not None
+            one = {
+                part: jax.lax.dynamic_index_in_dim(array, at, keepdims=False) for part, array in stacks[name].items()
+            }
+            linear = StackedLinear(stacks[name], at, whole.kernel(one, dtype), whole)
+            unpacked[name] = {**leaf, "kernel": linear}
+        elif storage is not None and storage.fused:
             stored = StoredLinear({part: leaf[part] for part in storage.axes}, storage)
             unpacked[name] = {**_others(leaf, storage), "kernel": stored}
         else:
@@ -116,8 +148,10 @@ def unpack(layer: Params, dtype: DTypeLike) -> Params:
     return unpacked
 
 
-def product(x: LinearInputs, kernel: Kernel | StoredLinear) -> LinearOutputs:
+def product(x: LinearInputs, kernel: Kernel | StoredLinear | StackedLinear) -> LinearOutputs:
     """Return x [..., in] times a kernel [in, out] of any type or storage, [..., out] in x's type."""
+    if isinstance(kernel, StackedLinear):
+        return kernel.storage.stack_product(x, kernel)
     if isinstance(kernel, StoredLinear):
         return kernel.storage.product(x, kernel.leaf)
     return AS_IT_IS.product(x, {"kernel": kernel})

@@ -1,0 +1,149 @@
+"""Products that read four bits a weight, in Pallas' interpreter, against the unpacked kernel; and their uses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sst_jax.families.registry import PRESETS
+from sst_jax.inference.decode_state import decode_step_at_depth
+from sst_jax.inference.prefill import prefill
+from sst_jax.model import compiler, rules
+from sst_jax.model.quantization import nf4, nf4_product, storages
+from sst_jax.model.quantization.base import StackedLinear
+from tests.model.quantization.test_nf4 import BACKBONE
+from tests.support import toys
+
+
+def stacked(inputs, outputs, kind, layers=3, seed=0):
+    weights = jax.random.normal(jax.random.key(seed), (layers, inputs, outputs)) * 0.02
+    return jax.jit(nf4.quantise, static_argnums=1)(weights, kind)
+
+
+def both(x, dy, stack, at, kind):
+    """x W and dy W^T as the kernels compute them, of which no unpacked kernel may be read."""
+
+    @jax.jit
+    def run(x, dy, stack):
+        poison = jnp.full((x.shape[-1], dy.shape[-1]), jnp.nan, x.dtype)
+        linear = StackedLinear(stack, jnp.int32(at), poison, storages.get(kind))
+        y, pull = jax.vjp(lambda x: storages.product(x, linear), x)
+        return y, pull(dy)[0]
+
+    with compiler.compiled_for("interpreted"):
+        return run(x, dy, stack)
+
+
+def check(inputs, outputs, rows, kind):
+    stack = stacked(inputs, outputs, kind)
+    keys = jax.random.split(jax.random.key(rows))
+    x = jax.random.normal(keys[0], (rows, 1, inputs)).astype(jnp.bfloat16)
+    dy = jax.random.normal(keys[1], (rows, 1, outputs)).astype(jnp.bfloat16)
+    one = jax.tree.map(lambda part: part[1], stack)
+    weights = np.asarray(jax.jit(nf4.kernel_of, static_argnums=1)(one, jnp.dtype("float32")), np.float64)
+    for ours, theirs in zip(both(x, dy, stack, 1, kind), (weights, weights.T), strict=True):
+        exact = np.asarray(x if theirs is weights else dy, np.float64) @ theirs
+        assert ours.dtype == jnp.bfloat16
+        assert ours.shape == exact.shape
+        rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
+        unlike = np.asarray(ours, np.float64) != rounded
+        assert unlike.mean() <= 1e-3, unlike.mean()
+        # One unit of rounding, where sums in another order fall on the other side; small sums of large terms move more.
+        size = np.abs(np.asarray(x if theirs is weights else dy, np.float64)) @ np.abs(theirs)
+        assert (np.abs(np.asarray(ours, np.float64) - exact) <= 2**-7 * np.abs(exact) + 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((256, 384), 1), ((640, 256), 5), ((384, 192), 64)], ids=lambda value: str(value)
+)
+def test_equals_the_unpacked_kernel_forward_and_backward(shape, rows, kind):
+    check(*shape, rows, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64])
+@pytest.mark.parametrize("size", ["270m", "qwen2.5-0.5b"])
+def test_equals_it_at_shapes_of_real_models(size, rows, kind):
+    """Of larger ones only the number of programs differs, each of which takes one tile and one block after another."""
+    shapes = PRESETS[size].linear_shapes
+    check(*shapes["k"], rows, kind)
+    check(*shapes["down"], rows, kind)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
+def test_every_linear_of_every_model_has_a_tile(name):
+    for inputs, outputs in PRESETS[name].linear_shapes.values():
+        assert inputs % nf4_product.BLOCK == 0
+        assert nf4_product.columns(outputs) is not None
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A model whose linears all have tiles, in bfloat16."""
+    backbone = dataclasses.replace(
+        BACKBONE, num_layers=2, layer_types=("local", "global"), head_dim=32, num_kv_heads=2, d_ff=128
+    )
+    config = dataclasses.replace(toys.config({"alpha_range": (0.0, 1.0)}, backbone), dtype="bfloat16")
+    params = toys.params(config)
+    base = storages.cast(params["base"], jnp.bfloat16)
+    return config, {**params, "base": {**base, "layers": storages.quantise_layers(base["layers"], "nf4")}}
+
+
+def apart(ours, theirs):
+    ours, theirs = (
+        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
+        for tree in (ours, theirs)
+    )
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def test_the_gradient_of_exact_is_as_far_from_float32_with_them_as_without(toy):
+    config, params = toy
+    tokens = jnp.asarray(toys.tokens(3, 12))
+
+    def gradient(dtype):
+        narrow = dataclasses.replace(config, dtype=dtype)
+
+        def loss(trainable):
+            logits = rules.logits(narrow, {"base": params["base"], **trainable}, tokens, forward="exact")
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1).mean()
+
+        return jax.jit(jax.grad(loss))({name: params[name] for name in ("adapter", "blend")})
+
+    exact, plain = gradient("float32"), gradient("bfloat16")
+    with compiler.compiled_for("interpreted"):
+        assert "pallas_call" in str(jax.make_jaxpr(lambda: gradient("bfloat16"))())
+        fused = gradient("bfloat16")
+    assert apart(fused, exact) <= 1.1 * apart(plain, exact)
+
+
+def test_decoding_comes_to_what_it_comes_to_without(toy):
+    config, params = toy
+    tokens = toys.tokens(3, 9)
+    _, cache = prefill(config, params, tokens, np.full(3, 9), capacity=16)
+
+    def step(cache):
+        token, depth = jnp.asarray(tokens[:, 0]), jnp.full(3, 2)
+        return decode_step_at_depth(config, params, token, cache, depth)[0]
+
+    plain = jax.jit(step)(cache)
+    with compiler.compiled_for("interpreted"):
+        assert str(jax.make_jaxpr(step)(cache)).count("pallas_call[") == 7  # one a linear, in the scan over layers
+        fused = jax.jit(step)(cache)
+    assert apart(fused, plain) < 0.03
+
+
+def test_a_kernel_in_bfloat16_is_read_where_it_lies_by_one_and_two_rows():
+    kernel = jax.random.normal(jax.random.key(0), (96, 40)).astype(jnp.bfloat16)
+    for rows in (1, 2):
+        x = jax.random.normal(jax.random.key(rows), (rows, 1, 96)).astype(jnp.bfloat16)
+        with compiler.compiled_for("interpreted"):
+            assert "dot_general" not in str(jax.make_jaxpr(storages.product)(x, kernel))
+            ours = storages.product(x, kernel)
+        assert ours.shape == (rows, 1, 40)
+        assert apart(ours, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)) < 3e-3
