@@ -67,6 +67,8 @@ SIZES = {
     "olmo-2-0325-32b": ("allenai/OLMo-2-0325-32B-Instruct", 1, 32),
     "olmo-3-1025-7b": ("allenai/Olmo-3-1025-7B", 4, 8), "olmo-3-1125-32b": ("allenai/Olmo-3-1125-32B", 1, 32),
     "seed-oss-36b": ("ByteDance-Seed/Seed-OSS-36B-Instruct", 1, 32),
+    "phi-3-mini-4k": ("microsoft/Phi-3-mini-4k-instruct", 8, 4),
+    "phi-3-medium-4k": ("microsoft/Phi-3-medium-4k-instruct", 4, 8), "phi-4": ("microsoft/phi-4", 4, 8),
 }  # fmt: skip
 
 

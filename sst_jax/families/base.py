@@ -37,6 +37,17 @@ class ParamSpec(NamedTuple):
     transform: str
 
 
+class Fused(NamedTuple):
+    """A tensor of Hugging Face's that holds the outputs of several linears, one behind the other.
+
+    huggingface  its key with {layer}; those of the linears in the table are made up
+    parts        paths in the base tree, in order
+    """
+
+    huggingface: str
+    parts: tuple[str, ...]
+
+
 class Wrapper(NamedTuple):
     """The config.json of a larger model whose text part is a member of the family.
 
@@ -171,6 +182,7 @@ class Family:
     presets     name -> shapes; the one whose name begins with "tiny" has random weights and the byte tokenizer
     hub_prefix  what hub ids have before a preset's name
     params      the arrays of its base tree
+    fused       tensors that hold several linears
     layouts     other spellings of its Hugging Face keys: layout -> what stands there for "model."
     ignored     beginnings of Hugging Face and of GGUF keys that are no part of the decoder
     licence     None where it differs between members
@@ -186,6 +198,7 @@ class Family:
     tokens: TokenFacts
     gguf: GGUFFormat | None = None
     hub_prefix: str = ""
+    fused: tuple[Fused, ...] = ()
     layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     licence: Licence | None = None

@@ -283,17 +283,19 @@ KINDS = {"sliding_attention": "local", "full_attention": "global"}  # of layers,
 def window_fields(kinds: Sequence[str], window: int, fields: Fields, where: str) -> Fields:
     """Return the fields of a decoder whose sliding layers rotate as its global ones would.
 
+    Layers whose window no text fills are global.
+
     Args:
       kinds: "local" or "global" of each layer.
       window: of the local ones.
-      fields: what has been read of RoPE.
+      fields: what has been read, RoPE's among them.
       where: the name of the config in messages.
 
     Raises: InputError where sliding layers are to be scaled, which they are not here.
     """
-    if "local" not in kinds:
-        return {"layer_types": tuple(kinds)}
-    if {"rope_scale_global", "rope_llama3", "rope_yarn"} & set(fields):
+    if "local" not in kinds or window >= fields["max_positions"]:
+        return {"layer_types": ("global",) * len(kinds)}
+    if {"rope_scale_global", "rope_llama3", "rope_yarn", "rope_short"} & set(fields):
         raise InputError(f"{where}: rope_scaling of layers with a sliding window is unsupported")
     return {"layer_types": tuple(kinds), "window": window, "rope_theta_local": fields["rope_theta_global"]}
 

@@ -37,7 +37,7 @@ PRESETS = {
         32, 4096, 14_336, 32, 8, 128, vocab_size=32_768, max_positions=32_768, rope_theta_global=1_000_000.0
     ),
     "ministral-8b": _preset(
-        36, 4096, 12_288, 32, 8, 128, vocab_size=131_072, max_positions=32_768, **_all_local(32_768, 36, 100_000_000.0)
+        36, 4096, 12_288, 32, 8, 128, vocab_size=131_072, max_positions=32_768, rope_theta_global=100_000_000.0
     ),
     "mistral-nemo": _preset(
         40, 5120, 14_336, 32, 8, 128, vocab_size=131_072, max_positions=131_072, rope_theta_global=1_000_000.0
@@ -55,7 +55,7 @@ def _read_config(config: JsonObject, fields: Fields, where: str) -> Fields:
     if window is None:
         return found
     window = positive_number({"sliding_window": window}, "sliding_window", 4096, where)
-    return {**found, **window_fields(["local"] * layers, window, found, where)}
+    return {**found, **window_fields(["local"] * layers, window, {**fields, **found}, where)}
 
 
 def _write_config(backbone: BackboneConfig) -> Json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sst_jax.errors import InputError
-from sst_jax.families import gemma3, granite, llama, mistral, olmo2, olmo3, qwen2, qwen3, seed_oss, smollm3
+from sst_jax.families import gemma3, granite, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3
 from sst_jax.families.base import Family, Splitting
 from sst_jax.model.backbone import BackboneConfig
 
@@ -20,6 +20,7 @@ FAMILIES: tuple[Family, ...] = (
     olmo2.FAMILY,
     olmo3.FAMILY,
     seed_oss.FAMILY,
+    phi3.FAMILY,
 )
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}

@@ -19,6 +19,7 @@ from sst_jax.data.generation_config import GENERATION_CONFIG
 from sst_jax.data.no_tokenizer import NoTokenizer
 from sst_jax.data.records import split_revision
 from sst_jax.errors import InputError
+from sst_jax.families.registry import family_of
 from sst_jax.files import json_bytes, read_json
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
@@ -103,6 +104,13 @@ def _check_model(model: LoadedModel, options: ExportOptions) -> None:
         raise InputError(f"{name} has no stream: export it with --format merged")
     if options.format == "adapter" and not config.adapter.rank:
         raise InputError(f"{name} has no LoRA adapter: export it with --format sst or merged")
+    family = family_of(config.backbone)
+    if family.fused and config.adapter.rank and (options.format == "adapter" or options.keep_lora):
+        apart = "--keep-lora" if options.keep_lora else "--format adapter"
+        raise InputError(
+            f"{name}: {apart} is unsupported for {family.title}, whose checkpoints fuse the linears that LoRA has apart: "
+            "export it with --format sst or merged, LoRA folded in"
+        )
     if options.format == "adapter" and provenance.carries == "sst":
         raise InputError(f"{provenance.path} is an sst export, no base that PEFT can load: export it with --format sst")
 

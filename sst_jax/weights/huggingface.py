@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from sst_jax.model.config import BackboneConfig
 from sst_jax.types import HostArray, Json, LayerStack, Params
 from sst_jax.weights import key_map
 from sst_jax.weights.hub_config import backbone_from_config, config_json
-from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype
+from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype, split_fused
 
 INDEX = "model.safetensors.index.json"
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "chat_template.jinja"]
@@ -139,6 +140,7 @@ def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable
             raise InputError(f"{folder / INDEX} says that {name} holds {key}, but it does not")
     found = [tensor for tensors in by_file.values() for tensor in tensors if not _FREQUENCIES.search(tensor.name)]
     found = [tensor for tensor in found if ignore is None or not ignore(tensor.name)]
+    found = split_fused(found, backbone)
     dtypes = {_FLOATS[tensor.dtype] for tensor in found if key_map.normalise(tensor.name)[0] is not None}
     return Source(
         kind="huggingface",
@@ -237,6 +239,25 @@ def _base_tensors(backbone: BackboneConfig, base: Params, dtype: DTypeLike, layo
         yield PendingTensor(key_map.relayout(entry.key, layout), size, functools.partial(make, slot, entry))
 
 
+def _fused(backbone: BackboneConfig, tensors: Iterator[PendingTensor]) -> Iterator[PendingTensor]:
+    """Yield tensors with the parts of those that hold several linears put together."""
+    whole = {part.key: key for key, parts in key_map.fused_keys(backbone).items() for part in parts}
+    left, held = Counter(whole.values()), defaultdict(list)
+    for tensor in tensors:
+        key = whole.get(tensor.key)
+        if key is None:
+            yield tensor
+            continue
+        held[key].append(tensor)
+        if len(held[key]) == left[key]:
+            parts = held.pop(key)
+            yield PendingTensor(key, sum(part.size for part in parts), functools.partial(_together, parts))
+
+
+def _together(parts: list[PendingTensor]) -> HostArray:
+    return np.concatenate([part.make() for part in parts])
+
+
 def _config_documents(config: Json, extra: Json) -> dict[str, Json]:
     """Return the JSON files of a folder that hold its config, by name; `extra` fields leave the dtype as it is."""
     types = ("dtype", "torch_dtype")
@@ -280,7 +301,7 @@ def write_folder(
     Raises: InputError when `path` is not empty, a slot is missing or misshapen, or an extra name is taken.
     """
     target, layout_config = numpy_dtype(dtype), config_json(backbone, dtype, layout)
-    tensors = list(_base_tensors(backbone, base, target, layout))
+    tensors = list(_fused(backbone, _base_tensors(backbone, base, target, layout)))
     for key, value in extras.tensors.items():
         if any(key == tensor.key for tensor in tensors):
             raise InputError(f"extra tensor {key} would replace one of the base")

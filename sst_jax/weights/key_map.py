@@ -123,6 +123,17 @@ def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Che
     return entries
 
 
+def fused_keys(config: BackboneConfig) -> dict[str, list[CheckpointKey]]:
+    """Return the keys of Hugging Face tensors that hold several linears, with the entries of their parts in order."""
+    family, places = family_of(config), expected(config)
+    by_place = {(entry.row.path, entry.layer): entry for entry in places.values()}
+    return {
+        whole.huggingface.format(layer=layer): [by_place[part, layer] for part in whole.parts]
+        for layer in range(config.num_layers)
+        for whole in family.fused
+    }
+
+
 def normalise(key: str, kind: str = "huggingface") -> tuple[str | None, str | None]:
     """Return (key in the layout "text", layout of the key); the key is None for parts of a vision tower, which are
     skipped.

@@ -127,6 +127,12 @@ def read_folder(folder: Path, backbone: BackboneConfig) -> export_format.StreamB
     where, file = folder / CONFIG, folder / WEIGHTS
     config = read_json(where)
     _check_supported(config, where)
+    family = registry.family_of(backbone)
+    if family.fused:
+        raise InputError(
+            f"{where}: adapters of {family.title} are of fused linears, which are apart here: merge it into its base "
+            "in PEFT (merge_and_unload), and open that"
+        )
     factors, modules = _factors(file), _modules(backbone)
     held = [name for name in LINEARS if any(f".{modules[name]}.lora_" in key for key in factors)]
     if not held:

@@ -33,6 +33,7 @@ __all__ = [
     "lazy_base",
     "numpy_dtype",
     "param_shapes",
+    "split_fused",
 ]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -81,6 +82,35 @@ class Source:
     def tensors(self) -> Iterator[Tensor]:
         """Return the tensors in the order they lie on disk; nothing is read until `Tensor.read`."""
         return iter(self.headers)
+
+
+def split_fused(tensors: list[Tensor], backbone: BackboneConfig) -> list[Tensor]:
+    """Return tensors with those that hold several linears in the place of these replaced by their parts.
+
+    Raises: InputError naming the key that has another shape than its parts together.
+    """
+    whole, found = key_map.fused_keys(backbone), []
+    for tensor in tensors:
+        parts = whole.get(tensor.name)
+        if parts is None:
+            found.append(tensor)
+            continue
+        rows = [part.shape[0] for part in parts]
+        expected = (sum(rows), parts[0].shape[1])
+        if tensor.shape != expected:
+            raise InputError(
+                f"{tensor.file}: key {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)} of this "
+                "config"
+            )
+        ends = np.cumsum(rows).tolist()
+        for part, end in zip(parts, ends, strict=True):
+            read = functools.partial(_rows, tensor.read, end - part.shape[0], end)
+            found.append(tensor._replace(name=part.key, shape=part.shape, read=read))
+    return found
+
+
+def _rows(read: Callable[[], HostArray], start: int, end: int) -> HostArray:
+    return read()[start:end]
 
 
 def param_shapes(

@@ -48,6 +48,9 @@ def drawn(backbone, dtype=np.float32, seed=0):
 
 def written(folder, backbone, state, dtype="float32"):
     folder.mkdir()
+    for whole, parts in key_map.fused_keys(backbone).items():
+        state = {**state, whole: np.concatenate([state[part.key] for part in parts])}
+        state = {key: value for key, value in state.items() if key not in [part.key for part in parts]}
     (folder / "config.json").write_text(json.dumps(config_json(backbone, dtype)))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -229,7 +232,8 @@ def test_decoding_token_by_token_is_exact(written_texts):
 def test_the_pytorch_export_gives_our_logits(ours, written_texts, tmp_path):
     torch = pytest.importorskip("torch")
     texts, logits = written_texts
-    for keep_lora in (False, True):
+    fused = BY_NAME[ours.config.backbone.family].fused
+    for keep_lora in (False,) if fused else (False, True):
         loaded = open_torch(write(ours, tmp_path / f"sst{keep_lora}", "sst", keep_lora=keep_lora))
         for depth, expected in logits.items():
             with torch.no_grad():
@@ -260,10 +264,17 @@ def merged_weights(ours):
             factors = {part: np.asarray(value)[entry.layer] for part, value in ours.params["adapter"][name].items()}
             kernel = np.asarray(base[name]["kernel"])[entry.layer]
             found[key] = (kernel + scale * factors["lora_a"] @ factors["lora_b"]).T
+    for whole, parts in key_map.fused_keys(ours.config.backbone).items():
+        found[whole] = np.concatenate([found.pop(part.key) for part in parts])
     return found
 
 
 def test_an_adapter_is_read_back_bit_for_bit(family, ours, tmp_path):
+    if family.fused:  # PEFT's factors would be of the fused linears
+        for kind, options in (("adapter", {}), ("sst", {"keep_lora": True})):
+            with pytest.raises(InputError, match="fuse the linears that LoRA has apart"):
+                write(ours, tmp_path / kind, kind, **options)
+        return
     found = peft.read_folder(write(ours, tmp_path / "adapter", "adapter"), family.tiny)
     assert found.config.adapter == ours.config.adapter
     assert jax.tree.all(jax.tree.map(np.array_equal, found.params["adapter"], dict(ours.params["adapter"])))

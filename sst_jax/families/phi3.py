@@ -1,0 +1,140 @@
+"""Phi-3 (arXiv 2404.14219), Phi-4 and Phi-4-mini: Llama's layout with fused linears, partial rotation and LongRoPE."""
+
+from __future__ import annotations
+
+import math
+
+from sst_jax.errors import InputError
+from sst_jax.families.base import ConfigFormat, Family, Fields, Fused, JsonObject, TokenFacts, TorchExport
+from sst_jax.families.common import (
+    LLAMA_BLOCK,
+    LLAMA_PARAMS,
+    TINY,
+    global_decoder,
+    positive_number,
+    read_tied,
+    rope_object,
+    rope_theta,
+    shape_fields,
+    window_fields,
+    write_llama_config,
+)
+from sst_jax.model.backbone import BackboneConfig
+from sst_jax.types import FieldValue, Json
+
+
+def _preset(*shape: int, **fields: FieldValue) -> BackboneConfig:
+    """Return a size: num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim."""
+    published = {"vocab_size": 32_064, "norm_eps": 1e-5, "max_positions": 4096, "tied_head": False}
+    return global_decoder("phi3", LLAMA_BLOCK, shape, **{**published, "rope_theta_global": 10_000.0, **fields})
+
+
+def _sliding(layers: int) -> Fields:
+    return {"window": 2047, "layer_types": ("local",) * layers}
+
+
+PRESETS = {
+    "phi-3-mini-4k": _preset(32, 3072, 8192, 32, 32, 96, **_sliding(32)),
+    "phi-3-medium-4k": _preset(40, 5120, 17_920, 40, 10, 128, **_sliding(40)),
+    "phi-4": _preset(
+        40, 5120, 17_920, 40, 10, 128, vocab_size=100_352, max_positions=16_384, rope_theta_global=250_000.0
+    ),
+    "tiny-phi3": _preset(
+        2, 64, 128, 4, 2, 16, rotary_dims=12, rope_original=1024, rope_magnitude=1.125,
+        rope_short=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5), rope_long=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+        **{**TINY, "tied_head": True},
+    ),
+}  # fmt: skip
+
+_LENGTH = "original_max_position_embeddings"
+_LONGROPE = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor", "factor",
+    "attention_factor", _LENGTH,
+}  # fmt: skip
+
+
+def _read_config(config: JsonObject, fields: Fields, where: str) -> Fields:
+    rope, here = rope_object(config, where)
+    layers, window = fields["num_layers"], config.get("sliding_window")
+    holder, place = (rope, here) if "partial_rotary_factor" in rope else (config, where)
+    rotated = int(fields["head_dim"] * positive_number(holder, "partial_rotary_factor", 1.0, place))
+    found: Fields = {
+        "tied_head": read_tied(config, where),
+        "query_pre_attn_scalar": float(fields["head_dim"]),
+        "rope_theta_global": rope_theta(config, rope, where, here),
+        "rotary_dims": None if rotated == fields["head_dim"] else rotated,
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "longrope", "su", "yarn") or set(rope) - _LONGROPE:  # its class takes all three for one
+        raise InputError(f"{here}={rope!r} is unsupported; known is longrope scaling")
+    if kind != "default":
+        found |= _longrope(config, rope, fields["max_positions"], here)
+    if window is None:
+        return found
+    window = positive_number({"sliding_window": window}, "sliding_window", 4096, where)
+    return {**found, **window_fields(["local"] * layers, window, {**fields, **found}, where)}
+
+
+def _longrope(config: JsonObject, rope: JsonObject, max_positions: int, here: str) -> Fields:
+    """Return the fields of BackboneConfig that an object of LongRoPE gives."""
+    original = int(positive_number({_LENGTH: config.get(_LENGTH) or rope.get(_LENGTH)}, _LENGTH, 4096, here))
+    factor = max_positions / original
+    if rope.get("factor") is not None:
+        factor = positive_number(rope, "factor", None, here)
+    magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    divisors = {}
+    for name in ("short_factor", "long_factor"):
+        numbers = rope.get(name)
+        if not isinstance(numbers, list):
+            raise InputError(f"{here}: {name}={numbers!r} must be a list of numbers")
+        divisors[name] = tuple(numbers)
+    return {
+        "rope_short": divisors["short_factor"],
+        "rope_long": divisors["long_factor"],
+        "rope_original": original,
+        "rope_magnitude": positive_number(rope, "attention_factor", magnitude, here)
+        if rope.get("attention_factor") is not None
+        else magnitude,
+    }
+
+
+def _write_config(backbone: BackboneConfig) -> Json:
+    written: Json = {**write_llama_config(backbone), "sliding_window": backbone.window}
+    if backbone.rotary_dims is not None:
+        written["partial_rotary_factor"] = backbone.rotary_dims / backbone.head_dim
+    written[_LENGTH] = backbone.rope_original or backbone.max_positions
+    if backbone.rope_short:
+        written["rope_scaling"] = {
+            "rope_type": "longrope",
+            "short_factor": list(backbone.rope_short),
+            "long_factor": list(backbone.rope_long),
+            "attention_factor": backbone.rope_magnitude,
+        }
+    return written
+
+
+FAMILY = Family(
+    name="phi3",
+    title="Phi",
+    block=LLAMA_BLOCK,
+    presets=PRESETS,
+    params=LLAMA_PARAMS,
+    fused=(
+        Fused(
+            "model.layers.{layer}.self_attn.qkv_proj.weight",
+            ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"),
+        ),
+        Fused("model.layers.{layer}.mlp.gate_up_proj.weight", ("layers/gate/kernel", "layers/up/kernel")),
+    ),
+    config=ConfigFormat(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        fields=shape_fields(32, 3072, 8192, 32, None, None, 32_064, 1e-5, 4096),
+        allowed={"hidden_act": ("silu",), "attention_bias": (False, None), "quantization_config": (None,)},
+        unwritten=("quantization_config",),
+        read=_read_config,
+        write=_write_config,
+    ),
+    tokens=TokenFacts(turn_ends=("<|end|>", "<|im_end|>")),
+    torch=TorchExport("modeling_sst_phi3.py", "SSTPhi3"),
+)
