@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sst_jax.families.base import ConfigFormat, Family, Fields, JsonObject, TokenFacts, TorchExport
+from sst_jax.families.base import ConfigFormat, Family, Fields, JsonObject, TokenFacts, TorchExport, Wrapper
 from sst_jax.families.common import (
     LLAMA_ALLOWED,
     LLAMA_BLOCK,
@@ -62,12 +62,40 @@ def _write_config(backbone: BackboneConfig) -> Json:
     return {**write_llama_config(backbone), "sliding_window": backbone.window}
 
 
+LAYOUTS = {
+    "multimodal": "language_model.model.",  # Mistral3ForConditionalGeneration, as on the hub
+    "multimodal_v5": "model.language_model.",  # the same, as transformers 5 names it in memory
+}
+
+
+def _wrap(text: Json, dtype: str) -> Json:
+    """Return the multimodal config.json around a text config, with the smallest vision tower, of which no weight is in
+    the checkpoint: text is computed exactly, and images mean nothing to such an export.
+    """
+    vision = {
+        "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "head_dim": 8, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+WRAPPER = Wrapper("mistral3", "text_config", _wrap)
+
 FAMILY = Family(
     name="mistral",
     title="Mistral",
     block=LLAMA_BLOCK,
     presets=PRESETS,
     params=LLAMA_PARAMS,
+    layouts=LAYOUTS,
     config=ConfigFormat(
         model_type="mistral",
         architecture="MistralForCausalLM",
@@ -76,6 +104,7 @@ FAMILY = Family(
         unwritten=LLAMA_UNWRITTEN,
         read=_read_config,
         write=_write_config,
+        wrapper=WRAPPER,
     ),
     # Its GGUF files call themselves llama's, and are read as such.
     tokens=TokenFacts(turn_ends=()),

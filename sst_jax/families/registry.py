@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sst_jax.errors import InputError
-from sst_jax.families import gemma3, granite, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3
+from sst_jax.families import (
+    gemma3,
+    granite,
+    llama,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from sst_jax.families.base import Family, Splitting
 from sst_jax.model.backbone import BackboneConfig
 
@@ -14,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     qwen3.FAMILY,
     qwen2.FAMILY,
+    ministral3.FAMILY,
     mistral.FAMILY,
     smollm3.FAMILY,
     granite.FAMILY,
@@ -25,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 BY_MODEL_TYPE: Mapping[str, Family] = {family.config.model_type: family for family in FAMILIES}
+# Of families that share a wrapper the last is meant where its text part names no model type.
 BY_WRAPPER: Mapping[str, Family] = {
     family.config.wrapper.model_type: family for family in FAMILIES if family.config.wrapper is not None
 }

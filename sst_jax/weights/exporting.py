@@ -108,7 +108,7 @@ def _check_model(model: LoadedModel, options: ExportOptions) -> None:
     if family.fused and config.adapter.rank and (options.format == "adapter" or options.keep_lora):
         apart = "--keep-lora" if options.keep_lora else "--format adapter"
         raise InputError(
-            f"{name}: {apart} is unsupported for {family.title}, whose checkpoints fuse the linears that LoRA has apart: "
+            f"{name}: {apart} does not do for {family.title}, whose checkpoints fuse the linears that LoRA has apart; "
             "export it with --format sst or merged, LoRA folded in"
         )
     if options.format == "adapter" and provenance.carries == "sst":

@@ -11,6 +11,25 @@ from sst_jax.families.registry import BY_MODEL_TYPE, BY_WRAPPER, family_of
 from sst_jax.model.config import MAX_LAYERS, BackboneConfig
 from sst_jax.types import Json
 
+_EXPERTS = "mixtures of experts are not computed"
+# What the blocks here lack for model types that people are likely to try.
+_LACKING = {
+    "gemma2": "its attention and its logits are soft-capped",
+    "gemma3n": "its layers read embeddings of their own",
+    "gemma3n_text": "its layers read embeddings of their own",
+    "gemma4": "its global layers have heads of another width, values made of keys, and logits that are soft-capped",
+    "gemma4_text": "its global layers have heads of another width, values made of keys, and soft-capped logits",
+    **dict.fromkeys(
+        (
+            "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "granitemoehybrid", "olmoe", "deepseek_v2",
+            "deepseek_v3", "gpt_oss", "llama4", "llama4_text", "glm4_moe", "mistral4",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "mamba", "mamba2", "falcon_h1", "zamba2", "bamba"),
+                    "its layers have linear recurrences in the place of attention"),
+}  # fmt: skip
+
 
 def backbone_from_config(config: JsonObject, where: str = "config.json") -> BackboneConfig:
     """Read a config.json of transformers 4 or 5, of a known family's model_type or of a larger model around one.
@@ -32,7 +51,8 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
         levels.append((where, text))
     if model_type not in list(BY_MODEL_TYPE):
         known = ", ".join(map(repr, (*BY_MODEL_TYPE, *BY_WRAPPER)))
-        raise InputError(f"{where}: model_type={model_type!r} is unsupported; known are {known}")
+        why = f" ({_LACKING[model_type]})" if isinstance(model_type, str) and model_type in _LACKING else ""
+        raise InputError(f"{where}: model_type={model_type!r} is unsupported{why}; known are {known}")
     family = BY_MODEL_TYPE[model_type]
     for place, level in levels:
         for name, allowed in family.config.allowed.items():

@@ -144,6 +144,29 @@ def test_a_bias_lies_as_its_kernels_outputs_do_and_is_not_quantised(family):
             assert {along[-1] for along in axes} == {"width"}
 
 
+def test_a_multimodal_folder_is_read_for_its_text(family, member, tmp_path):
+    """In both spellings of its keys; transformers finds every key of the text part there."""
+    transformers = pytest.importorskip("transformers")
+    if family.config.wrapper is None:
+        pytest.skip("the family has no multimodal checkpoints")
+    backbone, state, folder = member
+    base = fill_base(open_folder(folder), "float32")
+    for layout in family.layouts:
+        write_folder(tmp_path / layout, backbone, base, "float32", layout)
+        source = open_folder(tmp_path / layout)
+        assert (source.backbone, source.layout) == (backbone, layout)
+        loaded, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path / layout, output_loading_info=True
+        )
+        assert not report["unexpected_keys"]
+        assert all(
+            key.startswith(("model.vision_tower.", "model.multi_modal_projector.")) for key in report["missing_keys"]
+        )
+        theirs = loaded.state_dict()
+        for key, value in state.items():
+            assert np.array_equal(theirs[key_map.relayout(key, "multimodal_v5")].numpy(), value), key
+
+
 # -------------------------------------------------------------------------------------------------------------- GGUF
 
 

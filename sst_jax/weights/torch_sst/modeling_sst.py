@@ -213,6 +213,7 @@ class Steps:
     begins: torch.Tensor
     masks: dict
     rotations: dict
+    positions: torch.Tensor  # [B, S], of each step in its document
     solve: str  # how "exact" solves: "sweeps" or "sequential"
 
     @property
@@ -326,6 +327,7 @@ class StreamModel:
             begins[..., None],
             masks,
             self.rotations(x, position_ids[:, place]),
+            position_ids[:, place],
             "sequential" if torch.is_grad_enabled() else stream.prefill,
         )
         if cache is not None:
@@ -403,6 +405,10 @@ class StreamLayerMixin:
         """What attention reads of the layer's input."""
         return self.input_layernorm(x)
 
+    def attention_arguments(self, steps):
+        """What attention is given beside input, rotations, mask and cache."""
+        return {}
+
     def rejoin(self, x, out):
         """h, float32: the residual stream after attention."""
         return x.float() + out.float()
@@ -444,6 +450,7 @@ class StreamLayerMixin:
             position_embeddings=steps.rotations[kind],
             attention_mask=steps.masks[kind],
             **{CACHE: cache},
+            **self.attention_arguments(steps),
         )
         return self.rejoin(x, out)
 
