@@ -43,7 +43,7 @@ PRESETS = {
     "ministral-3-8b": _preset(34, 4096, 14_336, 32, 8, 128, tied_head=False),
     "ministral-3-14b": _preset(40, 5120, 16_384, 32, 8, 128, tied_head=False, rope_theta_global=1_000_000_000.0),
     "tiny-ministral3": _preset(
-        2, 64, 128, 4, 2, 16, rope_yarn=(32.0, 1.0, 64), query_scaling=(0.1, 64), tied_head=False, **TINY
+        2, 64, 128, 4, 2, 16, rope_yarn=(32.0, 1.0, 16), query_scaling=(0.1, 16), tied_head=False, **TINY
     ),
 }
 
