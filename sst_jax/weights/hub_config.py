@@ -10,6 +10,7 @@ from sst_jax.families.common import positive_number
 from sst_jax.families.registry import BY_MODEL_TYPE, BY_WRAPPER, family_of
 from sst_jax.model.config import MAX_LAYERS, BackboneConfig
 from sst_jax.types import Json
+from sst_jax.weights import prequantised
 
 _EXPERTS = "mixtures of experts are not computed"
 # What the blocks here lack for model types that people are likely to try.
@@ -29,6 +30,12 @@ _LACKING = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "mamba", "mamba2", "falcon_h1", "zamba2", "bamba"),
                     "its layers have linear recurrences in the place of attention"),
 }  # fmt: skip
+# Why other storages are not read.
+_STORAGES = {
+    "gptq": "; gptq's are integers with zero points, in an order of their own",
+    "awq": "; awq's are integers with zero points, packed in an order of their own",
+    "bitsandbytes": ", not its fp4, its 8 bits, or storage in other types than bytes",
+}
 
 
 def backbone_from_config(config: JsonObject, where: str = "config.json") -> BackboneConfig:
@@ -56,6 +63,8 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
     family = BY_MODEL_TYPE[model_type]
     for place, level in levels:
         for name, allowed in family.config.allowed.items():
+            if name == "quantization_config" and prequantised.kind_of(level.get(name)) is not None and level is config:
+                continue
             if name in level and level[name] not in allowed:
                 raise _unsupported(place, name, level[name], allowed[0])
     fields = _number_fields(family.config, text, where)
@@ -75,7 +84,8 @@ def _unsupported(place: str, name: str, value: object, allowed: object) -> Input
         shown = "{...}" if method is None else repr(str(method)[:40])
         return InputError(
             f"{place}: quantization_config={shown} is unsupported: give the unquantised original, and quantise that "
-            "(convert --quantize nf4, or model.quantize)"
+            "(convert --quantize nf4, or model.quantize); read are nf4 of bitsandbytes, and 8-bit floats"
+            f"{_STORAGES.get(str(method), '')}"
         )
     shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
     return InputError(f"{place}: {name}={shown} is unsupported; it must be {allowed!r}")

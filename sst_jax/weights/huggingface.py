@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import Progress, check_no_pointer, is_plain_name, read_json, staged_folder
 from sst_jax.model.config import BackboneConfig
 from sst_jax.types import HostArray, Json, LayerStack, Params
-from sst_jax.weights import key_map
+from sst_jax.weights import key_map, prequantised
 from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.source import DTYPES, Source, Tensor, numpy_dtype, split_fused
 
@@ -59,6 +59,12 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         return files, None
     if files:
         raise InputError(f"{folder} has {len(files)} safetensors files and no {INDEX} to say how they belong together")
+    pickled = next((file for name in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(name))), None)
+    if pickled is not None:
+        raise InputError(
+            f"{folder} has no safetensors weights, and {pickled.name} is a pickle, which can run any program "
+            "(pickled .bin checkpoints are never opened): save it with transformers' save_pretrained, and open that"
+        )
     raise InputError(f"{folder} has no safetensors weights (pickled .bin checkpoints are never opened)")
 
 
@@ -83,16 +89,17 @@ def _check_length(file: Path) -> dict[str, int]:
 def _read(file: Path, name: str, dtype: str, shape: tuple[int, ...], start: int) -> HostArray:
     # Mapped anew for each tensor: the pages of a long-lived map would all count as this process's memory.
     try:
-        if dtype in _FLOATS and 0 not in shape:  # a view of the file, where the library makes a copy
-            return np.memmap(file, np.dtype(_FLOATS[dtype]), "r", start, shape)
+        kind = prequantised.DTYPES.get(dtype) or (np.dtype(_FLOATS[dtype]) if dtype in _FLOATS else None)
+        if kind is not None and shape and 0 not in shape:  # a view of the file, where the library makes a copy
+            return np.memmap(file, kind, "r", start, shape)
         with safe_open(file, framework="numpy") as reader:
             return reader.get_tensor(name)
     except Exception as error:
         raise InputError(f"{file}: cannot read {name}: {error}") from error
 
 
-def headers(file: Path) -> list[Tensor]:
-    """Return the tensors of one safetensors file, header only.
+def headers(file: Path, more: Collection[str] = ()) -> list[Tensor]:
+    """Return the tensors of one safetensors file, header only; `more` are types that do beside floats.
 
     Raises: InputError naming the file, whatever is wrong with it.
     """
@@ -110,7 +117,7 @@ def headers(file: Path) -> list[Tensor]:
     except Exception as error:  # untrusted bytes: the parsers below may raise anything
         raise InputError(f"{file} is not a valid safetensors file: {error}") from error
     for tensor in tensors:
-        if tensor.dtype not in _FLOATS and key_map.normalise(tensor.name)[0] is not None:
+        if tensor.dtype not in (*_FLOATS, *more) and key_map.normalise(tensor.name)[0] is not None:
             raise InputError(f"{file}: key {tensor.name} has dtype {tensor.dtype}; readable are {', '.join(_FLOATS)}")
     return tensors
 
@@ -133,15 +140,16 @@ def open_folder(folder: str | Path, config: Json | None = None, ignore: Callable
         if (folder / name).is_file():
             check_no_pointer(folder / name)
     files, weight_map = _weight_files(folder)
-    by_file = {file.name: headers(file) for file in files}
+    stored = prequantised.kind_of(config.get("quantization_config"))
+    by_file = {file.name: headers(file, prequantised.DTYPES if stored else ()) for file in files}
     held = {name: {tensor.name for tensor in tensors} for name, tensors in by_file.items()}
     for key, name in (weight_map or {}).items():
         if key not in held[name]:
             raise InputError(f"{folder / INDEX} says that {name} holds {key}, but it does not")
     found = [tensor for tensors in by_file.values() for tensor in tensors if not _FREQUENCIES.search(tensor.name)]
     found = [tensor for tensor in found if ignore is None or not ignore(tensor.name)]
-    found = split_fused(found, backbone)
-    dtypes = {_FLOATS[tensor.dtype] for tensor in found if key_map.normalise(tensor.name)[0] is not None}
+    found = split_fused(prequantised.dequantised(found, stored) if stored else found, backbone)
+    dtypes = {_FLOATS.get(tensor.dtype, "float32") for tensor in found if key_map.normalise(tensor.name)[0] is not None}
     return Source(
         kind="huggingface",
         path=folder,

@@ -335,7 +335,7 @@ def vision_tensors(source: Source) -> VisionTower:
     towers = [tensor for tensor in source.tensors() if key_map.normalise(tensor.name)[0] is None]
     if not towers:
         return NO_TOWER
-    config = {key: value for key, value in source.metadata.items() if key != "text_config"}
+    config = {key: value for key, value in source.metadata.items() if key not in ("text_config", "quantization_config")}
     return VisionTower({tensor.name: tensor.read() for tensor in towers}, config, processor_files(source.path))
 
 

@@ -11,9 +11,12 @@ and with double quantisation, where 256 outputs' scales share a range, instead o
     scale_low     float32  [..., in/64, out/256 rounded up]
     scale_step    float32  the same
 
-Blocks lie along the contraction axis, as in qwix, whose codes and scales are the same bit for bit; bitsandbytes cuts
-flat blocks, so its codes differ. A weight takes 4.25 bits, 4.13 with double quantisation. Its value is by definition a
-bfloat16 number, LEVELS[code] * scale rounded once, whatever dtype a program then computes in.
+Blocks lie along the contraction axis, as in qwix, whose codes and scales are the same bit for bit. bitsandbytes cuts
+flat blocks of PyTorch's [out, in]: wherever `in` is a multiple of 64 those are the same blocks, with the same codes but
+at exact ties. It stores them transposed, the first of two in the high half, and scales in float32.
+
+A weight takes 4.25 bits, 4.13 with double quantisation. Its value is by definition a bfloat16 number, LEVELS[code] *
+scale rounded once, whatever dtype a program then computes in.
 
 `quantise` takes for every weight the nearest value. `quantise_for` is given second moments of the linear's inputs, and
 later weights compensate the errors of earlier ones (GPTQ, arXiv 2210.17323); storage and reading are the same.
