@@ -18,22 +18,26 @@ Of a recipe that draws depths or passes the costliest step is compiled, and the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, numbers, run, write_json
 from sst_jax.errors import InputError
 
 
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.plan", description=__doc__)
+    parser.keeps_programs = False
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as configs/sst.py")
     parser.takes_overrides("--config.data.batch_size=4")
     parser.add_argument("--target", default="rtx-pro-6000", metavar="NAME,...", help="see above (default: %(default)s)")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits (powers of two)")
     parser.add_argument("--decode", action="store_true", help="plan decoding a token instead of a train step")
-    parser.add_argument("--rows", type=int, default=1, help="with --decode: sequences decoded together (default: 1)")
+    parser.add_argument(
+        "--rows", default="1", metavar="N,...", help="with --decode: sequences decoded together (default: 1)"
+    )
     parser.add_argument(
         "--capacity", type=int, default=4096, help="with --decode: positions in a cache (default: 4096)"
     )
@@ -53,7 +57,8 @@ def main(argv: Sequence[str]) -> None:
     args, overrides = parser().parse_with_overrides(argv)
     if not 0 < args.efficiency <= 1:
         raise InputError(f"--efficiency {args.efficiency} must be in (0, 1]")
-    for name in ("rows", "capacity", "depth"):
+    rows = numbers("--rows", args.rows, int)
+    for name in ("capacity", "depth"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.search and args.decode:
@@ -70,9 +75,9 @@ def main(argv: Sequence[str]) -> None:
     chosen = [targets.find(name) for name in args.target.split(",")]
     recipe = read_recipe(args.config, overrides)
     backbone = resolve(recipe.model.source).backbone
-    decoding = records.Decoding(args.rows, args.capacity, args.depth) if args.decode else None
+    decodings = [records.Decoding(each, args.capacity, args.depth) for each in rows]
     plans = []
-    for target in chosen:
+    for target, decoding in itertools.product(chosen, decodings if args.decode else [None]):
         if args.search:
             record = records.search(recipe, backbone, target, args.efficiency)
         else:

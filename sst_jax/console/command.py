@@ -35,10 +35,12 @@ MODULES = "python -m sst_jax."  # what begins the `prog` of every command's pars
 class Parser(argparse.ArgumentParser):
     """argparse with readable help, whose errors are `InputError`s.
 
-    program  how commands are called: `sst-jax` sets it where it runs one, so that their help says what was typed
+    program         how commands are called: `sst-jax` sets it where it runs one, so that their help says what was typed
+    keeps_programs  whether what a command compiles is kept; programs for hardware that is not here cannot be
     """
 
     program = MODULES
+    keeps_programs = True
 
     def __init__(self, prog: str | None = None, **kwargs: Any):  # argparse's own, which its subparsers pass on
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -63,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         found = super().parse_args(argv)
         if getattr(found, "no_compile_cache", False):
             compile_cache.keep_none()
-        else:
+        elif self.keeps_programs:
             compile_cache.keep_programs()
         if file := getattr(found, "json", None):
             if pathlib.Path(file).is_dir():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sst_jax.inference.kv_cache import Cache
+from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.inference.policies import DepthBudget, Halting, StepSeen, halted
 from sst_jax.inference.sampling import SamplingParams
 from sst_jax.model import decoder
@@ -17,7 +17,7 @@ from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.halves import attention_residual, feed, project
 from sst_jax.model.passes import recurrent_step
 from sst_jax.model.state import Masks, initial_state, ramp_at, read_in, sources_of
-from sst_jax.types import AnyRowBools, AnyRowInts, RowBools, RowHidden, RowInts, RowStates, ScalarInt
+from sst_jax.types import AnyArray, AnyRowBools, AnyRowInts, RowBools, RowHidden, RowInts, RowStates, ScalarInt
 
 
 class DecodeState(NamedTuple):
@@ -36,6 +36,22 @@ class StateIn(NamedTuple):
 
     own: RowHidden | RowStates  # what a row keeps that does not take the step
     entering: RowHidden | RowStates  # of the layer whose state enters
+
+
+def empty_state(config: ModelConfig, rows: int, capacity: int) -> DecodeState:
+    """Return a batch of rows that have all ended, with caches of `capacity` positions."""
+
+    def zeros(kind: str) -> AnyArray:
+        return jnp.zeros(rows, kind)
+
+    return DecodeState(
+        init_cache(config, rows, capacity),
+        zeros("int32"),
+        ~zeros("bool"),
+        zeros("int32"),
+        DepthBudget(zeros("int32"), zeros("int32"), Halting(zeros("int32"), zeros("float32"))),
+        SamplingParams(zeros("float32"), zeros("int32"), zeros("float32"), zeros("uint32")),
+    )
 
 
 class StepCarry(NamedTuple):

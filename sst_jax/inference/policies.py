@@ -93,13 +93,17 @@ class Halting(NamedTuple):
     threshold: AnyRowFloats
 
 
+READS_LOGITS = "halting_logits"  # scope of the branches (no row has such a rule, one has)
+
+
 def halted(halting: Halting, seen: StepSeen, active: RowBools) -> RowBools:
     """Return which of the rows that are `active` have a rule that ends their iterations here."""
     ended = jnp.zeros_like(active)
     for number, rule in enumerate(HALTING_RULES.values(), 1):
         mine = active & (halting.rule == number)
         if rule.reads_logits:
-            found = jax.lax.cond(jnp.any(mine), lambda rule=rule: rule.halt(seen), lambda: jnp.zeros_like(active))
+            with jax.named_scope(READS_LOGITS):
+                found = jax.lax.cond(jnp.any(mine), lambda rule=rule: rule.halt(seen), lambda: jnp.zeros_like(active))
         else:
             found = rule.halt(seen)
         ended |= mine & found

@@ -13,6 +13,8 @@ import numpy as np
 from sst_jax.errors import InputError
 from sst_jax.types import AnyRowFloats, AnyRowInts, AnyRowSeeds, RowInts, RowLogits, SomeLogits, SomeTokens
 
+DRAWN = "drawn"  # scope of the branches (all rows are greedy, one draws)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -75,7 +77,8 @@ def sample(rows: SamplingParams, logits: RowLogits, position: AnyRowInts) -> Row
         return jnp.where(warm, jax.vmap(jax.random.categorical)(keys, scaled), greedy)
 
     # Sorting and drawing over a vocabulary of 262,144 takes longer than a layer, so only where a row wants it.
-    return jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
+    with jax.named_scope(DRAWN):
+        return jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
 
 
 def _cut(rows: SamplingParams, logits: RowLogits) -> RowLogits:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sst_jax.errors import InputError
-from sst_jax.inference.decode_state import DecodeState
-from sst_jax.inference.kv_cache import Cache, init_cache, map_rows
-from sst_jax.inference.policies import DepthBudget, Halting, Policy, depth_budget, flat, selected_depth
+from sst_jax.inference.decode_state import DecodeState, empty_state
+from sst_jax.inference.kv_cache import Cache, map_rows
+from sst_jax.inference.policies import Policy, depth_budget, flat, selected_depth
 from sst_jax.inference.prefill import capacity_for, padded, prefill, prefill_chunks
 from sst_jax.inference.programs import (
     CHUNK,
@@ -32,10 +32,10 @@ from sst_jax.inference.programs import (
     score_positions,
     seat,
 )
-from sst_jax.inference.sampling import Sampling, SamplingParams, Scores, sampling_params
+from sst_jax.inference.sampling import Sampling, Scores, sampling_params
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
-from sst_jax.types import AnyArray, HostRowBools, HostRowInts, HostTokens, RowHidden
+from sst_jax.types import HostRowBools, HostRowInts, HostTokens, RowHidden
 
 ONCE, GREEDY = flat(1), Sampling()
 
@@ -224,7 +224,11 @@ class Session:
         sampled, state = self._begin([request], cache, hidden, iterated)
         state = self._select(state, [request], iterated)
         row = self.free_rows[0]
-        self._state = seat(self._empty() if self._state is None else self._state, state, np.int32(row))
+        self._state = seat(
+            empty_state(self.config, self.rows, self.capacity) if self._state is None else self._state,
+            state,
+            np.int32(row),
+        )
         self._requests[row] = request
         if request.policy.select_depth is not None and iterated == "none":
             self._unselected.add(row)
@@ -303,21 +307,6 @@ class Session:
         for row, policy in policies.items():
             now[row] = rest[row] = selected_depth(policy, states[:, row])
         return state._replace(depth_budget=state.depth_budget._replace(now=jnp.asarray(now), rest=jnp.asarray(rest)))
-
-    def _empty(self) -> DecodeState:
-        """Return a batch of rows that have all ended."""
-
-        def zeros(kind: str) -> AnyArray:
-            return jnp.zeros(self.rows, kind)
-
-        return DecodeState(
-            init_cache(self.config, self.rows, self.capacity),
-            zeros("int32"),
-            ~zeros("bool"),
-            zeros("int32"),
-            DepthBudget(zeros("int32"), zeros("int32"), Halting(zeros("int32"), zeros("float32"))),
-            SamplingParams(zeros("float32"), zeros("int32"), zeros("float32"), zeros("uint32")),
-        )
 
 
 def generate_tokens(

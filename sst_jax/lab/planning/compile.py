@@ -6,35 +6,33 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from sst_jax.errors import InputError
-from sst_jax.inference import decode_state, kv_cache
+from sst_jax.inference import prefill
+from sst_jax.lab.planning import programs
 from sst_jax.lab.planning.collectives import sent
 from sst_jax.lab.planning.count import Work, count
+from sst_jax.lab.planning.programs import Program, training_step
 from sst_jax.lab.planning.targets import Target, config_text
-from sst_jax.model import compiler, decoder, kernels, sharding
-from sst_jax.model.config import BackboneConfig, ModelConfig
-from sst_jax.model.quantization import storages
+from sst_jax.lab.planning.traffic import Traffic, traffic
+from sst_jax.model import compiler, kernels, sharding
+from sst_jax.model.config import BackboneConfig
 from sst_jax.model.sharding import MeshConfig
-from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.recipe import Recipe, with_attention_kernel
-from sst_jax.training.step import TrainState, init_state, train_step
-from sst_jax.types import Json, Params, PyTree, RowInts
-
-BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
+from sst_jax.types import Json
 
 
 class Plan(NamedTuple):
     """What a compiled program needs, bytes of one device; `work` is that of all devices together.
 
     `kinds` are the arguments' parts by name (padding, which only the compiler knows of, is in none of them).
+    `traffic` is what a device moves and launches in one step, from the optimised HLO; None where that does not say.
     `sent` are the bytes that each device sends to others, by kind of collective; `mesh` the devices along each axis.
     """
 
@@ -47,6 +45,7 @@ class Plan(NamedTuple):
     compile_seconds: float
     sent: dict[str, float]
     mesh: dict[str, int]
+    traffic: Traffic | None = None
 
 
 class TooLarge(RuntimeError):
@@ -109,20 +108,7 @@ def plan_training(recipe: Recipe, backbone: BackboneConfig, target: Target) -> P
         return plan_training(costliest, backbone, target)._replace(work=_average(draws))
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone, recipe.data.batch_size)
-    pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
-    here = with_attention_kernel(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
-    step, arguments = training_step(here, backbone)
-    counted, _ = training_step(with_attention_kernel(recipe, lambda *_: "xla"), backbone)
-
-    def parts(state: TrainState, base: Params, batch: Params, _: jax.Array) -> Parts:
-        return {
-            "base": base,
-            "adapter and stream": state.trainable,
-            "optimizer": state.optimizer,
-            "batch": batch,
-        }
-
-    return plan_step(target, mesh, Program(step, counted, arguments, here.forward.attention, parts))
+    return plan_step(target, mesh, programs.training(_with_kernel(recipe, backbone, target), backbone))
 
 
 def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
@@ -131,20 +117,6 @@ def mesh_on(target: Target, config: MeshConfig) -> jax.sharding.Mesh:
     Raises: InputError as `devices_of`, and where the mesh does not fit them.
     """
     return sharding.make_mesh(config, devices_of(target)[: target.chips])
-
-
-def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
-    """Return the train step of a recipe whose attention kernel is chosen, and its arguments under `jax.eval_shape`."""
-    config, data = recipe.model_config(backbone, BOS), recipe.data
-    optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
-
-    def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
-        whole = {name: jnp.zeros((data.batch_size, data.length), jnp.int32) for name in ROWS}
-        batch = {**whole, "answer_mask": jnp.zeros((data.batch_size, data.length), bool)}
-        return init_state(trainable, optimizer), base, batch, jax.random.key(0)
-
-    return functools.partial(train_step, config, recipe.forward, optimizer), arguments
 
 
 def training_work(recipe: Recipe, backbone: BackboneConfig) -> Work:
@@ -166,67 +138,36 @@ def _average(draws: list[tuple[float, Recipe, Work]]) -> Work:
     return Work([part._replace(times=share * part.times) for share, _, work in draws for part in work.products])
 
 
-ROWS = ("tokens", "segment_ids", "positions")
+def plan_evaluation(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Plan:
+    """Compile the losses of a recipe's held-out batch. Raises: as `plan_training`."""
+    mesh = mesh_on(target, recipe.mesh)
+    rows, _ = programs.heldout_rows(recipe, sharding.rows(mesh))
+    return plan_step(target, mesh, programs.evaluation(_with_kernel(recipe, backbone, target), backbone, rows))
 
 
 def plan_decoding(
     recipe: Recipe, backbone: BackboneConfig, target: Target, rows: int, capacity: int, depth: int
 ) -> Plan:
-    """Compile one decode step of `rows` sequences with caches of `capacity` positions, and count it at `depth`."""
-    config = recipe.model_config(backbone)
+    """Compile the decoding of `rows` sequences with caches of `capacity` positions: a plan of one token at `depth`.
 
-    def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
-        token = jnp.zeros(rows, jnp.int32)
-        return kv_cache.init_cache(config, rows, capacity), {"base": base, **trainable}, token, token
-
-    def step(caches: kv_cache.Cache, params: Params, token: RowInts, depth: RowInts) -> tuple:
-        hidden, caches = decode_state.decode_step_at_depth(config, params, token, caches, depth)
-        return caches, jnp.argmax(decoder.head(params, hidden), axis=-1)
-
+    Raises: as `plan_training`.
+    """
     mesh = mesh_on(target, recipe.mesh)
     sharding.check(mesh, backbone)
-
-    def parts(caches: kv_cache.Cache, params: Params, *_: jax.ShapeDtypeStruct) -> Parts:
-        return {
-            "base": params["base"],
-            "adapter and stream": [params["adapter"], params["blend"]],
-            "caches": caches,
-        }
-
-    return plan_step(target, mesh, Program(step, step, arguments, "xla", parts, trips=depth, flash=False))
+    return plan_step(target, mesh, programs.decoding(recipe, backbone, rows, capacity, depth))
 
 
-def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Params, Params]:
-    """Return base and trainable parameters of a model; call it under `jax.eval_shape`, which allocates neither."""
-    params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
-    base = {**params["base"], "layers": storages.quantise_layers(params["base"]["layers"], quantize)}
-    return base, {"adapter": params["adapter"], "blend": params["blend"]}
+def plan_prefill(recipe: Recipe, backbone: BackboneConfig, target: Target, capacity: int) -> Plan:
+    """Compile the first chunk of a prompt. Raises: as `plan_training`."""
+    mesh = mesh_on(target, recipe.mesh)
+    sharding.check(mesh, backbone)
+    return plan_step(target, mesh, programs.prefilling(recipe, backbone, min(prefill.CHUNK, capacity), capacity))
 
 
-Parts = Mapping[str, PyTree]  # of a program's arguments, by name
-
-
-class Program(NamedTuple):
-    """A step to be planned.
-
-    step           what is compiled
-    counted        what is counted: the same step with XLA's attention, as a kernel's products cannot be seen
-    arguments      gives its arguments, under `jax.eval_shape`
-    attention      the name of its attention kernel
-    parts          splits the arguments into parts by name
-    donated        whether the first argument is given up, and the first of two results takes its place
-    trips, flash   as `count` takes them
-    """
-
-    step: Callable
-    counted: Callable
-    arguments: Callable[[], tuple]
-    attention: str
-    parts: Callable[..., Parts] = lambda *_: {}
-    donated: bool = True
-    trips: int = 1
-    flash: bool = True
+def _with_kernel(recipe: Recipe, backbone: BackboneConfig, target: Target) -> Recipe:
+    """Return the recipe with its attention kernel on a target chosen."""
+    pick = functools.partial(attention_of, target, head_dim=backbone.head_dim)
+    return with_attention_kernel(recipe, lambda attention, dtype: pick(attention, dtype=dtype))
 
 
 def plan_step(target: Target, mesh: jax.sharding.Mesh, program: Program) -> Plan:
@@ -245,7 +186,10 @@ def plan_step(target: Target, mesh: jax.sharding.Mesh, program: Program) -> Plan
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLarge(str(error).splitlines()[0]) from None
         raise
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    moved = None
+    if target.platform == "cuda":  # a TPU's compiler writes other instructions
+        moved = Traffic(*(part / program.turns for part in traffic(text, program.assumed)))
     parts = {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in program.parts(*abstract).items()}
     return Plan(
         memory.argument_size_in_bytes,
@@ -255,8 +199,9 @@ def plan_step(target: Target, mesh: jax.sharding.Mesh, program: Program) -> Plan
         work,
         program.attention,
         time.monotonic() - started,
-        sent(compiled.as_text(), mesh.size),
+        sent(text, mesh.size),
         dict(mesh.shape),
+        moved,
     )
 
 

@@ -19,6 +19,8 @@ from sst_jax.lab.planning.collectives import sent
 from sst_jax.lab.planning.count import count
 from sst_jax.model import sharding
 from sst_jax.model.kernels import KERNELS
+from sst_jax.model.quantization import storages
+from sst_jax.model.quantization.base import StackedLinear
 from sst_jax.model.sharding import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -242,3 +244,64 @@ def test_decoding_reads_the_base_once_an_iteration(tmp_path):
     one, four = (planned(tmp_path, "--decode", "--depth", str(depth)) for depth in (1, 4))
     assert one["fits"]
     assert 3.5 < four["flops"] / one["flops"] < 4.0
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.parametrize(
+    ("quantize", "target", "rows", "gigabytes", "kernels"),
+    [
+        ("nf4", "rtx-pro-6000", 1, 21.0, 4_400),
+        ("nf4", "rtx-pro-6000", 8, 35.0, 5_200),
+        ("none", "h200", 1, 62.0, 4_400),
+    ],
+)
+def test_a_token_of_the_27b_reads_its_weights_once_and_copies_no_caches(
+    tmp_path, quantize, target, rows, gigabytes, kernels
+):
+    knobs = (f"--config.model.quantize={quantize}", "--target", target)
+    record = planned(tmp_path, "--decode", "--rows", str(rows), *knobs)
+    assert record["bytes_moved"] <= gigabytes * 1e9
+    assert record["kernels"] <= kernels
+    assert record["temporaries"] <= 0.3
+    if quantize == "nf4":
+        prefill = record["programs"]["prefill"]
+        assert prefill["bytes_moved"] <= 320e9
+        assert prefill["kernels"] <= 10_000
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.optimised
+def test_held_out_evaluation_of_the_27b_takes_minutes(tmp_path):
+    phases = planned(tmp_path)["phases"]
+    assert phases["evaluation"] / phases["evaluations"] <= 5 * 60
+    assert phases["sum"] == pytest.approx(phases["training"] + phases["evaluation"] + phases["compile"])
+
+
+@needs_cuda
+@pytest.mark.parametrize("target", ["a100-80g", "rtx-4090", "h100", "rtx-pro-6000"])
+def test_the_nf4_product_compiles_for_every_generation(target):
+    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, plain and doubly quantised."""
+    target = targets.find(target)
+    mesh = compiling.mesh_on(target, MeshConfig())
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for kind in ("nf4", "nf4_double"):
+        storage = storages.get(kind)
+
+        def both(x, dy, stack, storage=storage):
+            one = {name: part[1] for name, part in stack.items()}
+            linear = StackedLinear(stack, jnp.int32(1), storage.kernel(one, jnp.bfloat16), storage)
+            y, pull = jax.vjp(lambda x: storages.product(x, linear), x)
+            return y, pull(dy)
+
+        shapes = (
+            jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
+            jax.ShapeDtypeStruct((8, 512), jnp.bfloat16),
+            storage.abstract((2, 256, 512)),
+        )
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), compiling.described(target):
+            text = jax.jit(both).trace(*placed).lower().compile().as_text()
+        assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2

@@ -1,12 +1,16 @@
 """Records of plans, from compiles whose outcome is given."""
 
+import dataclasses
+import math
+
 import pytest
 
 from sst_jax.families.registry import PRESETS
 from sst_jax.lab.planning import compile as compiling
-from sst_jax.lab.planning import records, targets
+from sst_jax.lab.planning import programs, records, targets
 from sst_jax.lab.planning.compile import Plan
-from sst_jax.lab.planning.count import Work
+from sst_jax.lab.planning.count import Product, Work
+from sst_jax.lab.planning.traffic import Traffic
 from sst_jax.training.recipe import read_recipe
 
 GIB = targets.GIB
@@ -41,6 +45,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, gib, largest):
 
 def test_a_record_of_training_counts_tokens_hours_and_what_is_sent(monkeypatch):
     monkeypatch.setattr(compiling, "plan_training", compiled(1.0))
+    monkeypatch.setattr(compiling, "plan_evaluation", compiled(0.5))
     target = targets.find("h100x2")
     record = records.plan_record(RECIPE, BACKBONE, target, 0.4)
     assert record["tokens_per_second"] == 2 * 100 / 0.5
@@ -58,6 +63,7 @@ def test_a_record_of_decoding_counts_caches_and_no_hours(monkeypatch):
     monkeypatch.setattr(
         compiling, "plan_decoding", lambda recipe, backbone, target, *_: compiled(30.0)(recipe, backbone, target)
     )
+    monkeypatch.setattr(compiling, "plan_prefill", lambda *arguments: compiled(1.0)(*arguments[:3]))
     record = records.plan_record(RECIPE, BACKBONE, targets.find("rtx-4090"), 0.4, records.Decoding(3, 64, 2))
     assert record["tokens_per_second"] == 3 / 0.5
     assert "hours" not in record
@@ -65,3 +71,39 @@ def test_a_record_of_decoding_counts_caches_and_no_hours(monkeypatch):
     assert "decoding 3 sequences, 64 positions, depth 2" in text
     assert "does NOT fit" in text
     assert "MiB a sequence: states" in text
+
+
+def test_seconds_are_arithmetic_or_bytes_and_launches_and_phases_have_a_sum(monkeypatch):
+    """As the compiled program has them: 4e12 FLOPs, or 800 GB by 1,000 kernels at 80% of 1 TB/s."""
+    target = dataclasses.replace(targets.find("rtx-4090"), flops=10e12, bandwidth=1e12)
+    work = Work([Product(4e12, 1.0, 1.0)])
+
+    def plan(moved):
+        traffic = Traffic(moved, 1000.0)
+        return lambda *_: Plan(1, {}, 0, 1, work, "xla", 60.0, {}, {}, traffic)
+
+    monkeypatch.setattr(compiling, "plan_training", plan(1.0))
+    monkeypatch.setattr(compiling, "plan_evaluation", plan(800e9))
+    recipe = read_recipe("tiny", {"train.steps": 36, "train.eval_every": 10, "data.heldout": 5})
+    record = records.plan_record(recipe, BACKBONE, target, 0.4)
+    step, evaluation = record["programs"]["train_step"], record["programs"]["evaluation"]
+    assert (step["bytes_moved"], step["kernels"], step["flops"]) == (1.0, 1000.0, 4e12)
+    assert step["seconds"] == pytest.approx(1.0 + 1000 * records.LAUNCH)
+    assert evaluation["seconds"] == pytest.approx(800e9 / 0.8e12 + 1000 * records.LAUNCH)
+    phases = record["phases"]
+    assert phases["training"] == pytest.approx(36 * step["seconds"])
+    assert (phases["evaluations"], phases["batches"]) == (5, 1)  # before, three on the way, and behind the last step
+    assert phases["evaluation"] == pytest.approx(5 * evaluation["seconds"])
+    assert phases["sum"] == pytest.approx(phases["training"] + phases["evaluation"] + 120)
+    text = records.describe(record)
+    assert "800.0 GB moved, 1,000 kernels, a held-out batch" in text
+    assert "5 evaluations of 1 batches" in text
+
+
+def test_held_out_rows_are_as_even_as_the_devices_allow():
+    recipe = read_recipe("tiny", {"data.heldout": 100, "data.length": 1024, "data.batch_size": 2})
+    packed = math.ceil(100 * programs.EXAMPLE / 1024)  # 24 rows
+    assert programs.heldout_rows(recipe) == (packed, 1)
+    few = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_batch_size=10))
+    assert programs.heldout_rows(few) == (8, 3)
+    assert programs.heldout_rows(few, 8) == (8, 3)
