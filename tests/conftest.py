@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Toys cost compiling, hardly running. Without optimisations and with its former CPU code generator, XLA compiles in a
@@ -68,15 +69,30 @@ def compile_as_users_do(request):
     if not quick or request.node.get_closest_marker("optimised") is None:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", False)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    compile_quickly(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    compile_quickly(True)
+
+
+def compile_quickly(quick):
+    """Set how this process and its subprocesses compile; what was compiled the other way is forgotten."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if quick else "0"
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Modules share few compiled programs, and thousands of them would fill the memory of a small machine."""
+    """Thousands of compiled programs would fill the memory of a small machine; few are worth compiling again."""
     yield
-    jax.clear_caches()
+    if resident_gib() > 3:
+        jax.clear_caches()
+
+
+def resident_gib():
+    """Return this process's resident memory in GiB where Linux says it, else infinity."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return float("inf")
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
