@@ -26,7 +26,7 @@ from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.halves import attend, attention_residual, project
 from sst_jax.model.layers import to_float32
 from sst_jax.model.loops import chunked_scan, fixed_point
-from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step
+from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
 from sst_jax.model.state import Masks, initial_state, sources_of, state_update
 from sst_jax.types import (
     AllSteps,
@@ -213,7 +213,7 @@ def fixed_point_stack(
     keep: Callable[[PassOutputs], Any] = lambda outputs: outputs,
     intervene: Intervention | None = None,
 ) -> Settled:
-    """Run passes until the states that enter change by at most `stream.sweep_tolerance`. Not differentiable.
+    """Run passes until the states that enter change by rounding alone. Not differentiable.
 
     Args:
       params: the three trees.
@@ -258,8 +258,16 @@ def fixed_point_stack(
         return jnp.max(norm(to_float32(new) - to_float32(old)) / jnp.maximum(norm(new), 1e-30))
 
     outputs, entering = sweep(None)
+    # Roundings of the layers between source and destination add up as independent ones do.
+    rounding = 4 * float(jnp.finfo(x.dtype).eps) * context.config.backbone.num_layers**0.5
     (o, kept), count, converged = fixed_point(
-        sweep, outputs, entering, distance=change, tolerance=stream.sweep_tolerance, cap=cap
+        sweep,
+        outputs,
+        entering,
+        distance=change,
+        tolerance=sweep_tolerance(stream, x.dtype),
+        cap=cap,
+        rounding=rounding,
     )
     return Settled(o, kept, count, converged)
 

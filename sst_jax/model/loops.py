@@ -11,6 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sst_jax.types import Scalar, ScalarBool, ScalarInt
 
+SLOW = 0.7  # of the distance before: what still converges falls faster, by three or more times in all that was seen
+
 Carry = TypeVar("Carry")
 Inputs = TypeVar("Inputs")
 Outputs = TypeVar("Outputs")
@@ -67,6 +69,7 @@ def fixed_point(
     distance: Callable[[Carry, Carry], Scalar],
     tolerance: float,
     cap: int,
+    rounding: float = 0.0,
 ) -> tuple[Outputs, ScalarInt, ScalarBool]:
     """Iterate a function until what it is fed back converges. Not differentiable.
 
@@ -76,20 +79,25 @@ def fixed_point(
       distance: (next s, s) -> how far apart they are, float32 [].
       tolerance: at or below which distance it has converged.
       cap: evaluations at most, the first included.
+      rounding: the most that rounding within an evaluation can make of the distance: at or below it, a distance that
+        falls by less than SLOW has converged too.
 
     Returns:
       The outputs of the last evaluation, how many there were (int32 []), and whether the last two agree (bool []).
     """
 
+    def converged(carry: tuple) -> jax.Array:
+        *_, change, former = carry
+        return (change <= tolerance) | ((change <= rounding) & (change > SLOW * former))
+
     def moving(carry: tuple) -> jax.Array:
-        count, _, _, change = carry
-        return (change > tolerance) & (count < cap)
+        return ~converged(carry) & (carry[0] < cap)
 
     def again(carry: tuple) -> tuple:
-        count, _, s, _ = carry
+        count, _, s, former, _ = carry
         outputs, new = evaluate(s)
-        return count + 1, outputs, new, distance(new, s).astype(jnp.float32)
+        return count + 1, outputs, new, distance(new, s).astype(jnp.float32), former
 
-    start = (jnp.int32(1), outputs, s, jnp.float32(jnp.inf))
-    count, outputs, _, change = jax.lax.while_loop(moving, again, start)
-    return outputs, count, change <= tolerance
+    never = jnp.float32(jnp.inf)
+    last = jax.lax.while_loop(moving, again, (jnp.int32(1), outputs, s, never, never))
+    return last[1], last[0], converged(last)

@@ -6,8 +6,10 @@ What the rules of `model/rules.py`, the solvers of `model/links.py` and decoding
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sst_jax.model.config import StreamConfig
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.halves import AttentionResidual, feed, residual_after_attention
 from sst_jax.model.state import Masks, PassValues, decay_state, scan_states, shift_right, state_update
@@ -74,3 +76,8 @@ def recurrent_step(
     o, f = feed(layer, h, context, dtype, s, masks)
     with jax.named_scope("states"):
         return o, decay_state(context.stream, s, state_update(context.stream, o, f), masks.blends)
+
+
+def sweep_tolerance(stream: StreamConfig, dtype: DTypeLike) -> float:
+    """Return at which change sweeps have converged: below the rounding of the activations' type they never would."""
+    return max(stream.sweep_tolerance, float(jnp.finfo(dtype).eps))

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import decoder
@@ -32,7 +31,7 @@ from sst_jax.model.halves import attend, feed, residual_after_attention
 from sst_jax.model.layers import to_float32
 from sst_jax.model.links import Solved, scan_stack, stacked_passes
 from sst_jax.model.loops import chunked_scan, fixed_point
-from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step
+from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
 from sst_jax.model.state import Masks, initial_state, shift_right, state_update
 from sst_jax.types import (
     AllStates,
@@ -173,11 +172,6 @@ def scan_positions(
     first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
     inputs = (h, s0, *masks)
     return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=decoder.KEPT)
-
-
-def sweep_tolerance(stream: StreamConfig, dtype: DTypeLike) -> float:
-    """Return at which change sweeps have converged: below the rounding of the activations' type they never would."""
-    return max(stream.sweep_tolerance, float(jnp.finfo(dtype).eps))
 
 
 def fixed_point_states(

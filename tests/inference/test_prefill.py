@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sst_jax
-from sst_jax.model import decoder, rules
+from sst_jax.model import decoder, links, passes, rules
 from sst_jax.model.config import StreamConfig
 from tests.support import toys
 
@@ -28,9 +28,9 @@ def solve(config, params, tokens, rule):
 
 def test_the_tolerance_is_the_type_s_rounding_at_least():
     stream = StreamConfig(sweep_tolerance=1e-6)
-    assert rules.sweep_tolerance(stream, jnp.float32) == 1e-6
-    assert rules.sweep_tolerance(stream, jnp.bfloat16) == 2**-7
-    assert rules.sweep_tolerance(StreamConfig(sweep_tolerance=0.1), jnp.bfloat16) == 0.1
+    assert passes.sweep_tolerance(stream, jnp.float32) == 1e-6
+    assert passes.sweep_tolerance(stream, jnp.bfloat16) == 2**-7
+    assert passes.sweep_tolerance(StreamConfig(sweep_tolerance=0.1), jnp.bfloat16) == 0.1
 
 
 def test_sweeps_settle_in_bfloat16():
@@ -38,6 +38,20 @@ def test_sweeps_settle_in_bfloat16():
     narrow = dataclasses.replace(config, dtype="bfloat16")
     _, sweeps = solve(narrow, toys.params(config, "bfloat16"), toys.tokens(2, 60), rules.fixed_point_states)
     assert int(sweeps.max()) < config.stream.sweep_cap, sweeps
+
+
+def test_passes_of_a_stream_between_layers_settle_in_bfloat16():
+    config = toys.config({"alpha": 0.1, "links": ((3, 1),)}, toys.SHALLOW, rank=0)
+    narrow, tokens = dataclasses.replace(config, dtype="bfloat16"), toys.tokens(2, 60)
+    context = decoder.row_context(narrow, tokens)
+    run = jax.jit(lambda params: links.fixed_point_stack(params, jnp.asarray(tokens), context, cap=8))
+    settled = run(toys.params(config, "bfloat16"))
+    assert settled.converged, settled.passes
+    wide = links.fixed_point_stack(
+        toys.params(config), jnp.asarray(tokens), decoder.row_context(config, tokens), cap=60
+    )
+    difference = np.asarray(settled.x, np.float32) - np.asarray(wide.x)
+    assert np.linalg.norm(difference) <= 0.03 * np.linalg.norm(wide.x)
 
 
 @pytest.mark.slow
