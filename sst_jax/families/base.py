@@ -38,13 +38,15 @@ class ParamSpec(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """A tensor of Hugging Face's that holds the outputs of several linears, one behind the other.
+    """A tensor that holds the outputs of several linears, one behind the other.
 
     huggingface  its key with {layer}; those of the linears in the table are made up
+    gguf         the same in GGUF
     parts        paths in the base tree, in order
     """
 
     huggingface: str
+    gguf: str
     parts: tuple[str, ...]
 
 
@@ -124,15 +126,18 @@ class GGUFFormat(NamedTuple):
     """How a GGUF file states a member of the family.
 
     architecture  general.architecture, and the prefix of its keys
-    read          (metadata, fields so far) -> the rest of BackboneConfig's fields
+    read          (metadata, fields so far) -> the rest of BackboneConfig's fields; "family" among them where families
+                  share an architecture
     rope_llama3   what a tensor rope_freqs.weight stands for, (low factor, high factor, original positions), since no
                   metadata key tells; None where the family has no such tensor
+    longrope      whether its files hold LongRoPE's divisors as tensors and its magnitude as rope.scaling.attn_factor
     packages      Python packages that hold a file: module -> the file's name in it, None where it assembles the file
     """
 
     architecture: str
     read: Callable[[Metadata, Fields], Fields]
     rope_llama3: tuple[float, float, int] | None = None
+    longrope: bool = False
     packages: Mapping[str, str | None] = {}
 
 

@@ -4,6 +4,8 @@ all heads at once.
 
 from __future__ import annotations
 
+import numpy as np
+
 from sst_jax.families.base import ConfigFormat, Family, Fields, GGUFFormat, Metadata, TokenFacts, TorchExport
 from sst_jax.families.common import (
     LLAMA_ALLOWED,
@@ -49,10 +51,23 @@ PRESETS = {
 }
 
 
-def _read_metadata(metadata: Metadata, fields: Fields) -> Fields:
-    if metadata.value("attention.sliding_window"):
-        raise metadata.error("attention.sliding_window", "is unsupported: of OLMo 3 only folders are read")
-    return read_llama_metadata(metadata, fields)
+def read_metadata(metadata: Metadata, fields: Fields) -> Fields:
+    """Return `GGUFFormat.read` of OLMo 2, and of OLMo 3, whose files say the same architecture and have a window."""
+    layers, name = fields["num_layers"], "attention.sliding_window"
+    pairs = {key: value for key, value in metadata.pairs.items() if f".{name}" not in key}
+    found = read_llama_metadata(Metadata(pairs, metadata.where), fields)
+    if not metadata.scalar(name):
+        return {**found, "family": "olmo2"}
+    pattern = metadata.value(f"{name}_pattern", [(layer + 1) % 4 != 0 for layer in range(layers)])
+    if not isinstance(pattern, list | np.ndarray) or len(pattern) != layers:
+        raise metadata.error(f"{name}_pattern", f"must be a list of {layers} truth values")
+    return {
+        **found,
+        "family": "olmo3",
+        "layer_types": tuple("local" if sliding else "global" for sliding in pattern),
+        "window": metadata.number(name),
+        "rope_theta_local": found["rope_theta_global"],
+    }
 
 
 FAMILY = Family(
@@ -70,7 +85,7 @@ FAMILY = Family(
         read=read_llama_config,
         write=write_llama_config,
     ),
-    gguf=GGUFFormat("olmo2", _read_metadata),
+    gguf=GGUFFormat("olmo2", read_metadata),
     tokens=TokenFacts(turn_ends=()),
     torch=TorchExport("modeling_sst_olmo2.py", "SSTOlmo2"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sst_jax.errors import InputError
 from sst_jax.families import olmo2
-from sst_jax.families.base import ConfigFormat, Family, Fields, JsonObject, TokenFacts, TorchExport
+from sst_jax.families.base import ConfigFormat, Family, Fields, GGUFFormat, JsonObject, TokenFacts, TorchExport
 from sst_jax.families.common import (
     KINDS,
     LLAMA_ALLOWED,
@@ -113,6 +113,7 @@ FAMILY = Family(
         read=_read_config,
         write=_write_config,
     ),
+    gguf=GGUFFormat("olmo2", olmo2.read_metadata),
     tokens=TokenFacts(turn_ends=("<|im_end|>",)),
     torch=TorchExport("modeling_sst_olmo3.py", "SSTOlmo3"),
 )

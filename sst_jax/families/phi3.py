@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 
 from sst_jax.errors import InputError
-from sst_jax.families.base import ConfigFormat, Family, Fields, Fused, JsonObject, TokenFacts, TorchExport
+from sst_jax.families.base import (
+    ConfigFormat,
+    Family,
+    Fields,
+    Fused,
+    GGUFFormat,
+    JsonObject,
+    Metadata,
+    TokenFacts,
+    TorchExport,
+)
 from sst_jax.families.common import (
     LLAMA_BLOCK,
     LLAMA_PARAMS,
@@ -46,6 +56,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+_WINDOW = "attention.sliding_window"
 _LENGTH = "original_max_position_embeddings"
 _LONGROPE = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor", "factor",
@@ -113,6 +124,22 @@ def _write_config(backbone: BackboneConfig) -> Json:
     return written
 
 
+def _read_metadata(metadata: Metadata, fields: Fields) -> Fields:
+    head_dim = fields["d_model"] // fields["num_heads"]
+    rotated, window = metadata.number("rope.dimension_count", default=head_dim), metadata.scalar(_WINDOW)
+    found: Fields = {
+        "num_kv_heads": metadata.number("attention.head_count_kv", default=fields["num_heads"]),
+        "head_dim": head_dim,
+        "rope_theta_global": metadata.number("rope.freq_base", float, 10_000.0),
+        "query_pre_attn_scalar": float(head_dim),
+        "rotary_dims": None if rotated == head_dim else rotated,
+    }
+    if not window:
+        return found
+    kinds = ["local"] * fields["num_layers"]
+    return {**found, **window_fields(kinds, metadata.number(_WINDOW), {**fields, **found}, metadata.where)}
+
+
 FAMILY = Family(
     name="phi3",
     title="Phi",
@@ -122,9 +149,14 @@ FAMILY = Family(
     fused=(
         Fused(
             "model.layers.{layer}.self_attn.qkv_proj.weight",
+            "blk.{layer}.attn_qkv.weight",
             ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"),
         ),
-        Fused("model.layers.{layer}.mlp.gate_up_proj.weight", ("layers/gate/kernel", "layers/up/kernel")),
+        Fused(
+            "model.layers.{layer}.mlp.gate_up_proj.weight",
+            "blk.{layer}.ffn_up.weight",
+            ("layers/gate/kernel", "layers/up/kernel"),
+        ),
     ),
     config=ConfigFormat(
         model_type="phi3",
@@ -135,6 +167,7 @@ FAMILY = Family(
         read=_read_config,
         write=_write_config,
     ),
+    gguf=GGUFFormat("phi3", _read_metadata, longrope=True),
     tokens=TokenFacts(turn_ends=("<|end|>", "<|im_end|>")),
     torch=TorchExport("modeling_sst_phi3.py", "SSTPhi3"),
 )

@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +26,7 @@ from sst_jax.model.config import MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
 from sst_jax.types import HostFloats, Json
 from sst_jax.weights import key_map
-from sst_jax.weights.source import Source, Tensor
+from sst_jax.weights.source import Source, Tensor, split_fused
 
 # Fields of BackboneConfig that every file has, as `ARCHITECTURE.KEY`.
 _FIELDS = {
@@ -35,6 +37,8 @@ _FIELDS = {
     "norm_eps": ("attention.layer_norm_rms_epsilon", float),
     "max_positions": ("context_length", int),
 }
+_ORIGINAL = "rope.scaling.original_context_length"
+_LONGROPE = {"short": "rope_factors_short.weight", "long": "rope_factors_long.weight"}
 _ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3's scaling, which no metadata key tells
 # Keys `ARCHITECTURE.rope.KEY` that are read here or by the families, or change no number under linear scaling.
 _ROPE_KEYS = (
@@ -48,6 +52,8 @@ _ROPE_KEYS = (
     "scaling.attn_factor",
     "scaling.original_context_length",
     "scaling.finetuned",
+    "scaling.yarn_beta_fast",
+    "scaling.yarn_beta_slow",
 )
 _ROWS = 4096  # rows dequantised at a time
 
@@ -128,8 +134,17 @@ def backbone_from_metadata(
     where: str = "GGUF",
     tied_head: bool = True,
     rope_factors: HostFloats | None = None,
+    divisors: Mapping[str, HostFloats] | None = None,
 ) -> BackboneConfig:
     """Return a BackboneConfig from a known architecture's keys, and from what the tensors alone tell.
+
+    Args:
+      metadata: the file's keys.
+      vocab_size: rows of its embedding.
+      where: its name in messages.
+      tied_head: whether it has no output head.
+      rope_factors: what its rope_freqs.weight holds.
+      divisors: LongRoPE's, "short" and "long".
 
     Raises: InputError naming the key that is missing, misshapen or unsupported.
     """
@@ -139,21 +154,24 @@ def backbone_from_metadata(
         raise InputError(f"{where}: general.architecture={keys.architecture!r} is unsupported; known are {known}")
     family = BY_GGUF[keys.architecture]
     if not np.array_equal(metadata.get("split.count", 1), 1):
-        raise InputError(f"{where}: split.count={metadata['split.count']}: merge the parts with llama-gguf-split first")
+        raise InputError(f"{where}: split.count={metadata['split.count']} must be 1 here: open_file joins the parts")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if keys.scalar(name):
             raise InputError(f"{where}: metadata key {keys.architecture}.{name} is set; softcapping is unsupported")
-    scale = _rope_scale(keys)
+    assert family.gguf is not None  # BY_GGUF holds the families with one
+    rope = _rope_scaling(keys, family.gguf.longrope)
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
     if fields["num_layers"] > MAX_LAYERS:
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
-    assert family.gguf is not None  # BY_GGUF holds the families with one
+    fields |= {"family": family.name, **rope}
     fields |= family.gguf.read(keys, fields)
     if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
-    fields |= {"family": family.name, "vocab_size": vocab_size, "tied_head": tied_head}
-    fields["rope_scale_global"] = scale
+    fields |= {"vocab_size": vocab_size, "tied_head": tied_head}
+    if divisors:
+        fields |= _longrope(keys, divisors)
     if rope_factors is not None:
+        scale = rope.get("rope_scale_global", 1.0)
         if scale != 1.0:
             raise InputError(f"{where}: both {_ROPE_FACTORS} and a factor of linear scaling, {scale}, is unsupported")
         fields["rope_llama3"] = family.gguf.rope_llama3
@@ -164,21 +182,45 @@ def backbone_from_metadata(
         raise InputError(f"{where}: {error}") from error
 
 
-def _rope_scale(keys: Metadata) -> float:
-    """Return the factor of linear scaling, after refusing every key of RoPE that is not understood."""
+def _rope_scaling(keys: Metadata, longrope: bool) -> Json:
+    """Return the fields of linear scaling and of YaRN, after refusing every key of RoPE that is not understood.
+
+    Args:
+      keys: of the file.
+      longrope: whether its attn_factor is read elsewhere.
+    """
     prefix = f"{keys.architecture}.rope."
     for key in keys.pairs:
         name = key.removeprefix(prefix)
         if key.startswith(prefix) and name not in _ROPE_KEYS:
             raise keys.error(f"rope.{name}", f"is unknown; known are {', '.join(_ROPE_KEYS)}")
-    if keys.scalar("rope.scaling.attn_factor", 1.0) != 1.0:
+    if keys.scalar("rope.scaling.attn_factor", 1.0) != 1.0 and not longrope:
         raise keys.error("rope.scaling.attn_factor", "is unsupported")
     kind = keys.scalar("rope.scaling.type", "linear")
-    if kind not in ("linear", "none"):
-        raise keys.error("rope.scaling.type", "is unsupported; 'linear' is")
+    if kind not in ("linear", "none", "yarn"):
+        raise keys.error("rope.scaling.type", "is unsupported; 'linear' and 'yarn' are")
     # Files of 2023 have the second key.
     name = "rope.scaling.factor" if keys.value("rope.scaling.factor") is not None else "rope.scale_linear"
-    return 1.0 if kind == "none" else keys.number(name, float, 1.0)
+    factor = 1.0 if kind == "none" else keys.number(name, float, 1.0)
+    if factor == 1.0:
+        return {}
+    fields: Json = {"rope_scale_global": factor}
+    if kind == "yarn":
+        fast = keys.number("rope.scaling.yarn_beta_fast", float, 32.0)
+        slow = keys.number("rope.scaling.yarn_beta_slow", float, 1.0)
+        fields["rope_yarn"] = (fast, slow, keys.number(_ORIGINAL))
+        fields["rope_magnitude"] = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0  # llama.cpp's own
+    return fields
+
+
+def _longrope(keys: Metadata, divisors: Mapping[str, HostFloats]) -> Json:
+    """Return the fields of LongRoPE."""
+    return {
+        "rope_short": tuple(float(number) for number in divisors["short"]),
+        "rope_long": tuple(float(number) for number in divisors["long"]),
+        "rope_original": keys.number(_ORIGINAL),
+        "rope_magnitude": keys.number("rope.scaling.attn_factor", float, 1.0),
+    }
 
 
 def _llama3_factor(factors: HostFloats, fields: Json, where: str) -> float:
@@ -191,27 +233,75 @@ def _llama3_factor(factors: HostFloats, fields: Json, where: str) -> float:
     return factor
 
 
+_PART = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)$")
+
+
+def _read_parts(file: Path) -> tuple[Json, list[Tensor], list[Path]]:
+    """Return (metadata, tensors, files) of a GGUF file, or of all parts of one that llama-gguf-split cut.
+
+    Raises: InputError naming the part that is missing or is not the one that its name says.
+    """
+    metadata, tensors = read_header(file)
+    count = metadata.get("split.count", 1)
+    if np.array_equal(count, 1):
+        return metadata, tensors, [file]
+    match = _PART.search(file.name)
+    if match is None or not isinstance(count, int) or int(match[2]) != count:
+        raise InputError(
+            f"{file}: split.count={count}, but its name does not end in -00001-of-{count:05d}.gguf"
+            if isinstance(count, int)
+            else f"{file}: split.count={count!r} is no number"
+        )
+    files = [
+        file.with_name(f"{file.name[: match.start()]}-{part:05d}-of-{match[2]}.gguf") for part in range(1, count + 1)
+    ]
+    found: list[Tensor] = []
+    for number, part in enumerate(files):
+        if not part.is_file():
+            raise InputError(f"{part} is missing beside {file.name}, one of {count} parts")
+        own, tensors = read_header(part)
+        if own.get("split.no") != number or own.get("split.count") != count:
+            raise InputError(
+                f"{part}: split.no={own.get('split.no')!r} of {own.get('split.count')!r} is not its name's"
+            )
+        metadata = own if number == 0 else metadata
+        found += tensors
+    joined = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+    return joined, found, files
+
+
 def open_file(file: str | Path) -> Source:
-    """Open a GGUF file of a known architecture as a source; reads its header only.
+    """Open a GGUF file of a known architecture, or any part of a split one, as a source; reads headers only.
 
     Raises: InputError naming the file and the key at fault; when the `gguf` package is not installed.
     """
     file = Path(file)
-    metadata, tensors = read_header(file)
+    metadata, tensors, files = _read_parts(file)
     by_name = {tensor.name: tensor for tensor in tensors}
     architecture, embedding = metadata.get("general.architecture"), by_name.get("token_embd.weight")
     family = BY_GGUF.get(architecture) if isinstance(architecture, str) else None
     if family is not None and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
-    scaled = family is not None and family.gguf is not None and family.gguf.rope_llama3 is not None
-    factors = by_name.get(_ROPE_FACTORS) if scaled else None
+    format = None if family is None else family.gguf
+    factors = by_name.get(_ROPE_FACTORS) if format is not None and format.rope_llama3 is not None else None
+    divisors = {name: by_name[key] for name, key in _LONGROPE.items() if key in by_name}
+    if format is None or not format.longrope or len(divisors) != len(_LONGROPE):
+        divisors = {}
     # Where a family always ties its head, one in the file must equal the embedding.
     tied = key_map.HEADS["gguf"][0] not in by_name or (family is not None and family.always_tied)
     backbone = backbone_from_metadata(
-        metadata, embedding.shape[0] if embedding else 1, str(file), tied, None if factors is None else factors.read()
+        metadata,
+        embedding.shape[0] if embedding else 1,
+        str(file),
+        tied,
+        None if factors is None else factors.read(),
+        {name: tensor.read() for name, tensor in divisors.items()},
     )
-    headers = tuple(tensor for tensor in tensors if tensor is not factors)
-    return Source("gguf", file, backbone, headers, None, [file], "float32", metadata)
+    aside = [tensor.name for tensor in (factors, *divisors.values()) if tensor is not None]
+    headers = [tensor for tensor in tensors if tensor.name not in aside]
+    return Source(
+        "gguf", file, backbone, tuple(split_fused(headers, backbone, "gguf")), None, files, "float32", metadata
+    )
 
 
 def package(name: str) -> Path:

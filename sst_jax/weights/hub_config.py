@@ -58,8 +58,8 @@ def backbone_from_config(config: JsonObject, where: str = "config.json") -> Back
         levels.append((where, text))
     if model_type not in list(BY_MODEL_TYPE):
         known = ", ".join(map(repr, (*BY_MODEL_TYPE, *BY_WRAPPER)))
-        why = f" ({_LACKING[model_type]})" if isinstance(model_type, str) and model_type in _LACKING else ""
-        raise InputError(f"{where}: model_type={model_type!r} is unsupported{why}; known are {known}")
+        why = f"; {_LACKING[model_type]}" if isinstance(model_type, str) and model_type in _LACKING else ""
+        raise InputError(f"{where}: model_type={model_type!r} is unsupported; known are {known}{why}")
     family = BY_MODEL_TYPE[model_type]
     for place, level in levels:
         for name, allowed in family.config.allowed.items():

@@ -123,12 +123,12 @@ def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, Che
     return entries
 
 
-def fused_keys(config: BackboneConfig) -> dict[str, list[CheckpointKey]]:
-    """Return the keys of Hugging Face tensors that hold several linears, with the entries of their parts in order."""
-    family, places = family_of(config), expected(config)
+def fused_keys(config: BackboneConfig, kind: str = "huggingface") -> dict[str, list[CheckpointKey]]:
+    """Return the keys of tensors that hold several linears, with the entries of their parts in order."""
+    family, places = family_of(config), expected(config, kind)
     by_place = {(entry.row.path, entry.layer): entry for entry in places.values()}
     return {
-        whole.huggingface.format(layer=layer): [by_place[part, layer] for part in whole.parts]
+        getattr(whole, kind).format(layer=layer): [by_place[part, layer] for part in whole.parts]
         for layer in range(config.num_layers)
         for whole in family.fused
     }

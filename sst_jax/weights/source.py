@@ -84,12 +84,12 @@ class Source:
         return iter(self.headers)
 
 
-def split_fused(tensors: list[Tensor], backbone: BackboneConfig) -> list[Tensor]:
-    """Return tensors with those that hold several linears in the place of these replaced by their parts.
+def split_fused(tensors: list[Tensor], backbone: BackboneConfig, kind: str = "huggingface") -> list[Tensor]:
+    """Return tensors with those that hold several linears replaced by their parts.
 
     Raises: InputError naming the key that has another shape than its parts together.
     """
-    whole, found = key_map.fused_keys(backbone), []
+    whole, found = key_map.fused_keys(backbone, kind), []
     for tensor in tensors:
         parts = whole.get(tensor.name)
         if parts is None:

@@ -170,7 +170,7 @@ def test_a_multimodal_folder_is_read_for_its_text(family, member, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def gguf_file(file, family, state):
+def gguf_file(file, family, state, **split):
     """A state dict as a GGUF, as the family's converter writes it."""
     gguf = pytest.importorskip("gguf")
     backbone, prefix = family.tiny, family.gguf.architecture
@@ -187,9 +187,24 @@ def gguf_file(file, family, state):
             "attention.scale": backbone.query_pre_attn_scalar**-0.5, "embedding_scale": backbone.embed_multiplier,
             "residual_scale": backbone.residual_scale, "logit_scale": backbone.logit_divisor,
         }  # fmt: skip
-    writer = gguf.GGUFWriter(file, prefix)
+    if backbone.rope_yarn is not None:
+        pairs |= {
+            "rope.scaling.type": "yarn", "rope.scaling.factor": backbone.rope_scale_global,
+            "rope.scaling.original_context_length": backbone.rope_yarn[2],
+        }  # fmt: skip
+    if backbone.rope_short:
+        pairs |= {
+            "rope.dimension_count": backbone.rotary_dims, "rope.scaling.attn_factor": backbone.rope_magnitude,
+            "rope.scaling.original_context_length": backbone.rope_original,
+        }  # fmt: skip
+    writer = gguf.GGUFWriter(file, prefix, **split)
     for key, value in pairs.items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{prefix}.{key}", value)
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{prefix}.{key}", value)
+    for name in ("short", "long") if backbone.rope_short else ():
+        writer.add_tensor(f"rope_factors_{name}.weight", np.float32(getattr(backbone, f"rope_{name}")))
+    fused = {part.key: whole for whole, parts in key_map.fused_keys(backbone, "gguf").items() for part in parts}
+    together: dict = {}
     for key, entry in key_map.expected(backbone).items():
         value = state[key]
         if entry.row.transform == "norm":
@@ -197,7 +212,13 @@ def gguf_file(file, family, state):
         elif entry.row.transform == "rotary":  # halves become neighbours
             heads = len(value) // backbone.head_dim
             value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(entry.row.gguf.format(layer=entry.layer), np.ascontiguousarray(value))
+        name = entry.row.gguf.format(layer=entry.layer)
+        if name in fused:
+            together.setdefault(fused[name], []).append(value)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(value))
+    for name, parts in together.items():
+        writer.add_tensor(name, np.concatenate(parts))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -217,14 +238,40 @@ def test_a_gguf_file_is_the_same_model(family, member, tmp_path):
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-7)  # 1 + w is rounded where it is stored
 
 
+def test_a_split_gguf_file_opens_by_any_of_its_parts(tmp_path):
+    family = BY_NAME["phi3"]
+    state = drawn(family.tiny)
+    gguf_file(tmp_path / "tiny.gguf", family, state, split_max_tensors=5)
+    parts = sorted(tmp_path.glob("tiny-0000*-of-0000*.gguf"))
+    assert len(parts) > 2
+    whole = gguf_reader.open_file(gguf_file(tmp_path / "whole.gguf", family, state))
+    for part in parts[:2]:
+        source = gguf_reader.open_file(part)
+        assert source.files == parts
+        got, expected = fill_base(source, "float32"), fill_base(whole, "float32")
+        assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
+    parts[-1].rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        InputError, match=rf"{parts[-1].name} is missing beside {parts[0].name}, one of {len(parts)} parts"
+    ):
+        gguf_reader.open_file(parts[0])
+    parts[-1].write_bytes(parts[1].read_bytes())
+    with pytest.raises(InputError, match=r"split\.no="):
+        gguf_reader.open_file(parts[0])
+
+
 def test_both_names_of_a_tensor_are_one_to_the_gguf_library(family):
     gguf = pytest.importorskip("gguf")
     if family.gguf is None:
         pytest.skip("the family has no GGUF files")
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.architecture)
     mapping = gguf.get_tensor_name_map(architecture, family.tiny.num_layers)
-    both = zip(key_map.expected(family.tiny), key_map.expected(family.tiny, "gguf"), strict=True)
+    both = list(zip(key_map.expected(family.tiny), key_map.expected(family.tiny, "gguf"), strict=True))
+    both += zip(key_map.fused_keys(family.tiny), key_map.fused_keys(family.tiny, "gguf"), strict=True)
+    parts = {part.key for parts in key_map.fused_keys(family.tiny).values() for part in parts}
     for huggingface_key, gguf_key in both:
+        if huggingface_key in parts:  # no tensor has this name
+            continue
         assert mapping.get_name(huggingface_key, try_suffixes=(".weight", ".bias")) == gguf_key
 
 

@@ -153,7 +153,7 @@ def test_optional_metadata():
         ("gemma3.rope.scaling.type", np.array([1, 2]), "rope.scaling.type=array.* is an array"),
         ("gemma3.final_logit_softcapping", 30.0, "final_logit_softcapping is set"),
         ("gemma3.attn_logit_softcapping", 50.0, "attn_logit_softcapping is set"),
-        ("gemma3.rope.scaling.type", "yarn", "rope.scaling.type='yarn'"),
+        ("gemma3.rope.scaling.type", "longrope", "rope.scaling.type='longrope'"),
         ("gemma3.rope.scaling.factor", 0.0, "rope.scaling.factor=0.0 must be a positive float"),
         ("gemma3.rope.scaling.yarn_ext_factor", 1.0, "rope.scaling.yarn_ext_factor=1.0 is unknown; known are"),
         ("gemma3.rope.dimension_sections", [1, 2], r"rope.dimension_sections=\[1, 2\] is unknown"),
