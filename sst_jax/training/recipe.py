@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from sst_jax.errors import InputError
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
+from sst_jax.model.rules import bind, check_links
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.optimizer import OptimizerConfig
 from sst_jax.training.sections import DataConfig, SourceConfig, StreamSection, TrainConfig, field_defaults
@@ -58,7 +59,8 @@ class Recipe:
             raise InputError(f"adapter.rank={self.adapter.rank} needs linears: adapter.targets is empty")
         if stream is not None and stream.alpha is not None and stream.alpha_warmup:
             raise InputError(f"stream.alpha_warmup={stream.alpha_warmup} is for a learned alpha; stream.alpha fixes it")
-        _ = self.forward, self.heldout_forward  # their checks
+        for forward in (self.forward, self.heldout_forward):
+            check_links(stream, bind(forward.forward, forward.passes, forward.depth))
 
     @property
     def forward(self) -> ForwardConfig:

@@ -52,6 +52,68 @@ def test_every_option_gives_the_numbers_of_the_plain_mechanism(tmp_path, fields)
     assert apart(np.stack([*steps, out.logits[0, -1].numpy()]), expected[4:]) <= 1e-4
 
 
+RECIRCULATION = {
+    "links": ((3, 1),), "timing": "same", "site": "output", "state": "block", "norm": "match", "alpha": 0.15,
+    "ramp": 10, "readout": "first",
+}  # fmt: skip
+LINKED = [
+    {**WILD, "links": ((3, 1), (2, 0)), "initial": "own", "learn_gain": True},
+    {**RECIRCULATION, "initial": "skip_bos"},
+    {"gate": "tanh", "links": ((2, 1), (3, 3)), "timing": "next", "kv": "first", "state": "block", "ramp": 3},
+]
+
+
+@pytest.mark.parametrize("fields", LINKED, ids=["both", "recirculation", "next"])
+def test_links_give_the_numbers_of_the_plain_mechanism(tmp_path, fields):
+    """A text at depth 2; then decoded, a prompt of five, whose last position and all later ones take two iterations."""
+    ours = model(fields, SHALLOW)
+    loaded = torch_model(ours, tmp_path / "sst")
+    tokens, depths = toys.tokens(9), [1, 1, 1, 1, 2, 2, 2, 2, 2]
+    tokens[[0, 4]] = toys.BOS
+    assert apart(run(loaded, tokens[None], depth=2)[0], oracle(ours, tokens, 2)) <= 1e-4
+    expected, steps = oracle(ours, tokens, depths), []
+    with torch.no_grad():
+        out = loaded(torch.tensor(tokens[None, :5]).long(), depth=depths[:5], use_cache=True)
+        for position in range(5, 9):
+            steps.append(out.logits[0, -1].numpy())
+            token = torch.tensor(tokens[None, position : position + 1]).long()
+            out = loaded(token, depth=2, past_key_values=out.past_key_values)
+    assert apart(np.stack([*steps, out.logits[0, -1].numpy()]), expected[4:]) <= 1e-4
+    assert apart(oracle(model(None, SHALLOW), tokens, 1), oracle(ours, tokens, 2)) > 1e-3
+
+
+def test_a_late_state_in_an_early_layer_writes_the_same_text(tmp_path):
+    """64 tokens, greedy, at depth 2, from both; and passes of the stack give what ours do."""
+    ours = model({**RECIRCULATION, "timing": "both", "readout": "last", "alpha": 0.3}, SHALLOW)
+    loaded = torch_model(ours, tmp_path / "sst")
+    prompt = toys.tokens(7).tolist()
+    (answer,) = ours.generate([prompt], depth=2, max_new_tokens=64)
+    theirs = loaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, depth=2)[0, len(prompt) :]
+    assert theirs.tolist()[: len(answer.tokens)] == answer.tokens
+    assert len(answer.tokens) == 64 or answer.finished
+    tokens = toys.tokens(1, 9)
+    for name in ("two_pass", "k_pass:3"):
+        settings = {"forward": name.split(":")[0], "passes": int((name + ":2").split(":")[1]), "depth": 2}
+        assert apart(run(loaded, tokens, **settings), ours.logits(tokens, name, depth=2)) <= 1e-5
+    with pytest.raises(ValueError, match="local"):
+        run(loaded, tokens, forward="local")
+
+
+def test_a_link_at_alpha_0_is_the_plain_export(tmp_path):
+    """Fixed at 0, and as a gate from zero."""
+    tokens = toys.tokens(1, 9)
+    fixed = torch_model(model({**RECIRCULATION, "alpha": 0.0}, SHALLOW), tmp_path / "fixed")
+    plain = run(fixed, tokens, forward="plain")
+    assert np.array_equal(run(fixed, tokens), plain)
+    gated = torch_model(model({"gate": "tanh", "links": ((3, 1),)}, SHALLOW), tmp_path / "gated")
+    opened = run(gated, tokens)
+    with torch.no_grad():
+        gated.model.stream.theta.zero_()
+    plain = run(gated, tokens, forward="plain")
+    assert np.array_equal(run(gated, tokens), plain)
+    assert apart(opened, plain) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("fields", "forward", "settings"),
     [

@@ -109,6 +109,11 @@ def check_model(model: Model, config: AnalysisConfig, probe: Probe | None = None
     if model.config.stream is None:
         name = model.provenance.path or "of these parameters"
         raise InputError(f"--model {name} has no stream: there is nothing that further iterations could change")
+    if model.config.stream.is_linked and config.controls:
+        raise InputError(
+            f"--controls {config.controls}: states are swapped inside a layer, and stream.links="
+            f"{model.config.stream.links} carry them between layers: use --controls 0"
+        )
     if not -layers <= config.layer < layers:
         raise InputError(f"--layer {config.layer}: the model has layers 0 to {layers - 1}")
     if probe is not None:

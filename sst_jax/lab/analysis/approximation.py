@@ -123,7 +123,7 @@ def with_alpha(config: ModelConfig, alpha: float) -> tuple[ModelConfig, Params]:
     """
     own = config.stream or StreamConfig()
     # alpha_init only matters for fresh parameters; held constant, one program serves all alphas.
-    stream = dataclasses.replace(own, alpha=None, alpha_range=(0.0, 1.0), alpha_init=0.5)
+    stream = dataclasses.replace(own, alpha=None, alpha_range=(0.0, 1.0), alpha_init=0.5, gate="range")
     config = dataclasses.replace(config, stream=stream)
     shapes = abstract_params(config)["blend"]
     theta = float(np.log(alpha / (1.0 - alpha)))
@@ -166,6 +166,8 @@ def run(model: Model, config: ApproximationConfig, out: Path, title: str = "") -
     todo = config.cases()
     tokens = running_text(model.tokenizer, config.text, config.batch, max(config.lengths))
     stream = dataclasses.replace(model.config.stream or StreamConfig(), **config.stream)
+    for case in todo:
+        forwards.check_links(stream, forwards.bind(case.forward, case.passes))
     swept = dataclasses.replace(model.config, stream=stream, dtype=config.dtype)
     params = storages.cast(model.params, config.dtype)
     with bar(len(todo), "measuring", "case") as meter:

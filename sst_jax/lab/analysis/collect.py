@@ -26,13 +26,13 @@ from sst_jax.inference.kv_cache import Cache
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import chunk_context, prefill
 from sst_jax.inference.session import prompt_mode
-from sst_jax.model import decoder
+from sst_jax.model import decoder, links
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Residuals
 from sst_jax.model.layers import to_float32
 from sst_jax.model.quantization import storages
 from sst_jax.model.rules import Intervened, exact, plain
-from sst_jax.types import AnyRowInts, Hidden, IteratedHidden, Params, RandomKey, RowHidden, RowInts, Tokens
+from sst_jax.types import AllStates, AnyRowInts, Hidden, IteratedHidden, Params, RandomKey, RowHidden, RowInts, Tokens
 
 TOP = 100  # tokens with the largest logits that are kept
 
@@ -145,6 +145,9 @@ def run_texts(
     """
     depth = read.depth if config.stream is not None else 1
     context = chunk_context(config, tokens, count, cache, fresh=False, depth=depth)
+    if config.stream is not None and config.stream.is_linked:
+        hidden, states = _run_linked(config, params, tokens, context, cache, read)
+        return states, *_top(config, params, hidden)
     if intervene is not None:
         context = dataclasses.replace(context, options=Intervened())
 
@@ -159,11 +162,34 @@ def run_texts(
         return residuals, decoder.fold(kept, depth)[:, :, 0 if read.every else depth - 1 :]
 
     hidden, states = decoder.run(params, rule, tokens, context, cache.state, every=read.every)
+    return states, *_top(config, params, hidden)
+
+
+def _run_linked(
+    config: ModelConfig, params: Params, tokens: Tokens, context: Context, cache: Cache, read: ReadOut
+) -> tuple[IteratedHidden, AllStates]:
+    """Return normed hidden states and what is kept of each layer where states go between layers: by passes until they
+    stand still, as many as it takes.
+    """
+    depth = context.depth
+
+    def keep(outputs: links.PassOutputs) -> IteratedHidden:
+        kept = outputs.o if read.what == "output" else outputs.state_out
+        return decoder.fold(kept, depth)[:, :, 0 if read.every else depth - 1 :]
+
+    settled = links.fixed_point_stack(params, tokens, context, cache.state, cap=tokens.shape[1] * depth + 1, keep=keep)
+    return decoder.read_out(config, params, settled.x, depth, every=read.every), settled.outputs
+
+
+def _top(
+    config: ModelConfig, params: Params, hidden: IteratedHidden
+) -> tuple[Int[Array, "B T I top"], Float[Array, "B T I top"]]:
+    """Return the TOP tokens and their logits, [B, T, I, TOP], of hidden states [B, T, I, D]."""
     # One row at a time, so that a vocabulary's worth of logits exists for one row's positions only.
     top_logits, top_ids = jax.lax.map(
         lambda row: jax.lax.top_k(decoder.head(params, row), min(TOP, config.backbone.vocab_size)), hidden
     )
-    return states, top_ids, top_logits
+    return top_ids, top_logits
 
 
 def split(model: Model, text: Text, answer: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

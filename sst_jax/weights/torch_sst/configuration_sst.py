@@ -25,6 +25,10 @@ CHOICES = {
     "prompt": ("last", "none", "all"),
     "kv": ("overwrite", "first"),
     "prefill": ("sweeps", "sequential"),
+    "gate": ("range", "tanh"),
+    "timing": ("both", "next", "same"),
+    "site": ("ffn", "output"),
+    "readout": ("last", "first"),
 }
 
 
@@ -50,6 +54,13 @@ class Stream:
     layers       which layers carry a state; None is all.
     prefill      how a prompt's states are solved for: by parallel "sweeps" inside each layer until they move by less
                  than sweep_tolerance (at most sweep_cap of them, else one by one), or "sequential".
+    gate         a learned alpha is "range" (as above) or "tanh": tanh(theta).
+    ramp         alpha is scaled by min(position / ramp, 1); 0: not at all.
+    links        None, or pairs (source, destination) of layers: the state that the source left one step earlier enters
+                 the destination, and no other layer is blended.
+    timing       iterations that read a state: "both", "next" (the first alone), "same" (later ones alone).
+    site         where it is blended in: "ffn" (before the feed-forward block) or "output" (what leaves the layer).
+    readout      the iteration that logits are of, "last" or "first".
     """
 
     state: str = "ffn"
@@ -72,6 +83,12 @@ class Stream:
     prefill: str = "sweeps"
     sweep_tolerance: float = 1e-6
     sweep_cap: int = 12
+    gate: str = "range"
+    ramp: float = 0.0
+    links: tuple | None = None
+    timing: str = "both"
+    site: str = "ffn"
+    readout: str = "last"
 
     def __post_init__(self):
         for field, allowed in CHOICES.items():
@@ -81,11 +98,27 @@ class Stream:
     @property
     def linear_carry(self):
         """Whether s enters the layer's output linearly with a known factor, so that a scan can carry it exactly."""
-        return self.state == "block" and self.propagate == "scan" and self.norm == "none"
+        scanned = self.propagate == "scan" and self.site == "ffn" and not self.is_linked
+        return self.state == "block" and self.norm == "none" and scanned
+
+    @property
+    def is_linked(self):
+        """Whether a state enters another layer than the one it came from."""
+        return self.links is not None and any(source != destination for source, destination in self.links)
+
+    def source_of(self, layer):
+        """The layer whose state enters this one; None: none does."""
+        if self.links is not None:
+            return {destination: source for source, destination in self.links}.get(layer)
+        return layer if self.layers is None or layer in self.layers else None
+
+    def reads(self, iteration):
+        """Whether a state enters an iteration, 0 or a later one."""
+        return self.timing != ("next" if iteration else "same")
 
     def carried_by(self, layer):
         """Whether a layer has a state that anything comes of."""
-        return self.alpha != 0.0 and (self.layers is None or layer in self.layers)
+        return self.alpha != 0.0 and self.source_of(layer) is not None
 
 
 class SSTConfigMixin:

@@ -12,6 +12,9 @@ the same step.
     local     inside each layer: attention once, the feed-forward `passes` times, states shifted by one step in between
     plain     the backbone: no states                                                                  yes
 
+Where `Stream.links` lead from layer to layer, `exact` runs the whole stack again and again with the states of the time
+before until these stand still, of S steps S times at most; `local` is refused.
+
 A backbone is four small classes over its own config, layer, model and causal LM: see a `modeling_sst_*.py` beside this.
 """
 
@@ -43,11 +46,17 @@ def unit_rms(x):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
 
 
+def safe_sqrt(x):
+    """The root of x >= 0, with gradient 0 where x is 0: a padding row's embedding may be zero."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
 def blend(stream, alpha, gain, h, s, where):
     """h moved by alpha towards the state where there is one, h itself elsewhere; float32, [B, S, D]."""
     n = s.float() if stream.norm == "none" else unit_rms(s)
     if stream.norm == "match":
-        n = n * h.square().mean(-1, keepdim=True).sqrt()
+        n = n * safe_sqrt(h.square().mean(-1, keepdim=True))
     return torch.where(where, h + alpha * (gain * n - h), h)
 
 
@@ -88,7 +97,7 @@ class StreamParameters(nn.Module):
         stream, layers, self.warmth = config.stream, config.num_hidden_layers, 1.0
         if stream.alpha is None:
             lo, hi = stream.alpha_range
-            share = torch.tensor((stream.alpha_init - lo) / (hi - lo))
+            share = torch.tensor((stream.alpha_init - lo) / (hi - lo) if stream.gate == "range" else 0.5)
             shape = {"dimension": (layers, config.hidden_size), "layer": (layers, 1), "scalar": (1, 1)}
             self.theta = nn.Parameter(torch.logit(share).repeat(shape[stream.granularity]))
         if stream.learn_gain:
@@ -100,8 +109,11 @@ class StreamParameters(nn.Module):
         if stream.alpha is None:
             lo, hi = stream.alpha_range
             theta = self.theta[0 if stream.granularity == "scalar" else layer].float()
-            alpha = lo + (hi - lo) * torch.sigmoid(theta)
-            alpha = lo + (alpha - lo) * self.warmth
+            if stream.gate == "tanh":
+                alpha = torch.tanh(theta) * self.warmth
+            else:
+                alpha = lo + (hi - lo) * torch.sigmoid(theta)
+                alpha = lo + (alpha - lo) * self.warmth
         if stream.learn_gain:
             gain = self.gain[layer].float()
         return alpha.to(device), gain.to(device)
@@ -127,12 +139,12 @@ class LoRALinear(nn.Linear):
 class StreamLayer(DynamicLayer):
     """One layer's keys and values (of a sliding layer its window's) and its state [B, D], which enters the next step.
 
-    Of the steps of one call, attention sees the keys of all; those of `kept` stay, one a position.
+    Of the steps of one call, attention sees the keys of all; those of `kept` stay, one a position, unless it is frozen.
     """
 
     def __init__(self, window):
         super().__init__()
-        self.window, self.kept, self.state = window, None, None
+        self.window, self.kept, self.state, self.is_frozen = window, None, None, False
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -141,6 +153,8 @@ class StreamLayer(DynamicLayer):
         for name, new in (("keys", key_states), ("values", value_states)):
             past = getattr(self, name)
             seen.append(torch.cat([past, new], dim=-2))
+            if self.is_frozen:
+                continue
             stay = torch.cat([past, new[:, :, self.kept]], dim=-2)
             setattr(self, name, stay if self.window is None else stay[:, :, max(stay.shape[-2] - self.window + 1, 0) :])
         return tuple(seen)
@@ -214,6 +228,7 @@ class Steps:
     masks: dict
     rotations: dict
     positions: torch.Tensor  # [B, S], of each step in its document
+    ramp: torch.Tensor | None  # [B, S, 1], what alpha is scaled by
     solve: str  # how "exact" solves: "sweeps" or "sequential"
 
     @property
@@ -328,6 +343,7 @@ class StreamModel:
             masks,
             self.rotations(x, position_ids[:, place]),
             position_ids[:, place],
+            (position_ids[:, place, None] / stream.ramp).clamp(max=1.0) if stream.ramp else None,
             "sequential" if torch.is_grad_enabled() else stream.prefill,
         )
         if cache is not None:
@@ -335,17 +351,77 @@ class StreamModel:
             for layer in cache.layers:
                 layer.kept = seen
 
-        streams = (x[:, place],) * (steps.passes if forward in ("two_pass", "k_pass") else 1)
-        for index, layer in enumerate(self.layers):
-            alpha, gain = self.stream.of(stream, index, device)
-            streams = layer(alpha, gain, *streams, steps=steps, past_key_values=cache)
-        hidden = self.norm(streams[-1][:, last])
+        if stream.is_linked and stream.alpha != 0.0 and forward != "plain":
+            out = self.linked(x[:, place], steps, cache)
+        else:
+            streams = (x[:, place],) * (steps.passes if forward in ("two_pass", "k_pass") else 1)
+            for index, layer in enumerate(self.layers):
+                alpha, gain = self.alpha_and_gain(index, steps)
+                streams = layer(alpha, gain, *streams, steps=steps, past_key_values=cache)
+            out = streams[-1]
+        hidden = self.norm(out[:, last if stream.readout == "last" else last - counts + 1])
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache if use_cache else None})
+
+    def alpha_and_gain(self, index, steps):
+        """Alpha of a layer, at every step where it rises with the position, and gain."""
+        alpha, gain = self.stream.of(steps.stream, index, steps.place.device)
+        return (alpha if steps.ramp is None else alpha * steps.ramp), gain
+
+    def linked(self, x, steps, cache):
+        """The residual stream behind the last layer, where states enter other layers: by passes of the whole stack.
+
+        The first pass blends no state but those in the cache; a further one has the states of the one before. Of S
+        steps S passes are exact; where nothing is trained they end once the states change by sweep_tolerance at most.
+        Keys and states of the last pass alone stay in the cache.
+        """
+        stream, held = steps.stream, [] if cache is None else cache.layers
+        before = [layer.state for layer in held] or [None] * len(self.layers)
+        passes, states = x.shape[1] if steps.forward == "exact" else steps.passes, None
+
+        def size(part):
+            return torch.where(steps.live, part.float(), 0.0).square().sum((1, 2)).sqrt()
+
+        for number in range(passes, 0, -1):
+            for layer in held:
+                layer.is_frozen = number > 1
+            out, new = self.linked_pass(x, steps, cache, before, states)
+            if states is not None and steps.forward == "exact" and steps.solve == "sweeps" and number > 1:
+                apart = [
+                    (size(a.float() - b.float()) / size(a).clamp(min=1e-30)).max()
+                    for a, b in zip(new, states, strict=True)
+                ]
+                states = new
+                if max(apart) <= stream.sweep_tolerance:
+                    for layer in held:
+                        layer.is_frozen = False
+                    out, new = self.linked_pass(x, steps, cache, before, states)
+                    break
+            states = new
+        for layer, state in zip(held, new[: len(held)], strict=True):
+            layer.state, layer.is_frozen = state[:, -1], False
+        return out
+
+    def linked_pass(self, x, steps, cache, before, states):
+        """One pass of the stack: its residual stream, and the state after every step of every layer."""
+        stream, found = steps.stream, []
+        for index, layer in enumerate(self.layers):
+            recurrence = _Recurrence(layer, *self.alpha_and_gain(index, steps), steps)
+            source, s = stream.source_of(index), None
+            if source is not None and states is not None:
+                kept = states[source] if stream.pass1_grad else states[source].detach()
+                s = recurrence.shift_right(x, kept, before[source])
+            elif source is not None and steps.forward == "exact":
+                s = recurrence.shift_right(x, torch.zeros_like(kept_as(stream, x)), before[source])
+            x, state_out = recurrence.pass_once(x, layer.attend(x, steps, cache), s)
+            found.append(state_out)
+        return x, found
 
     def check(self, forward, passes, depth, attention_mask, cache, input_ids, rest):
         """Raises ValueError on arguments that do not fit together, or ask for what is not here."""
         if forward not in FORWARDS:
             raise ValueError(f"forward={forward!r} is not one of {', '.join(FORWARDS)}")
+        if forward == "local" and self.config.stream.is_linked:
+            raise ValueError("forward='local' refines states inside a layer, and links carry them between: use 'exact'")
         if passes < 1 or (forward == "two_pass" and passes != 2):
             raise ValueError(f"passes={passes} does not fit forward={forward!r}: k_pass and local take passes >= 1")
         if forward == "plain" and depth != 1:
@@ -390,9 +466,10 @@ class StreamModel:
         before = F.pad(segments, (1, 0))[:, -length - 1 : -1]
         enters = enters & real & (segments[:, -length:] == before)
         is_first = torch.isin(torch.arange(len(place), device=place.device), first)
-        live = torch.where(is_first, enters[:, place], leaves[:, place])
+        first_reads, later_read = (self.config.stream.reads(iteration) for iteration in (0, 1))
+        live = torch.where(is_first, enters[:, place] & first_reads, leaves[:, place] & later_read)
         begins = torch.zeros_like(live)
-        if self.config.stream.initial in ("zero", "own"):
+        if self.config.stream.initial in ("zero", "own") and first_reads:
             begins = is_first & (real & ~enters)[:, place]
         return live, begins, leaves[:, -1]
 
@@ -482,8 +559,7 @@ class _Recurrence:
         step from an earlier call.
         """
         stream, steps = self.stream, self.steps
-        mixed = h if s is None else blend(stream, self.alpha, self.gain, h, s, steps.blends)
-        o, f = self.layer.feed(mixed, x.dtype)
+        o, f = self.feed(h, s, slice(None), x.dtype)
         u = self.state_update(o, f)
         if stream.decay == 0.0 and not stream.linear_carry:
             return o, u
@@ -497,6 +573,17 @@ class _Recurrence:
         if before is not None:
             b = torch.cat([b[:, :1] + a[:, :1] * before[:, None].float(), b[:, 1:]], dim=1)
         return o, linear_scan(a, b).to(u.dtype)
+
+    def feed(self, h, s, at, dtype):
+        """(o, f) of the steps `at`, with the states s that enter them blended in; None: none enters."""
+        stream, where = self.stream, self.steps.blends[:, at]
+        alpha = self.alpha if self.steps.ramp is None else self.alpha[:, at]
+        if s is None:
+            return self.layer.feed(h, dtype)
+        if stream.site == "ffn":
+            return self.layer.feed(blend(stream, alpha, self.gain, h, s, where), dtype)
+        f = self.layer.feed_forward(h, dtype)
+        return blend(stream, alpha, self.gain, h + f, s, where).to(dtype), f
 
     def shift_right(self, x, state_out, before=None):
         """Return the state entering every step: the one after the step before, or the initial state."""
@@ -534,7 +621,7 @@ class _Recurrence:
         for step in range(x.shape[1]):
             at = slice(step, step + 1)
             s, where = torch.where(steps.live[:, at], m[:, None], begin[:, at]), steps.blends[:, at]
-            o, f = self.layer.feed(blend(stream, self.alpha, self.gain, h[:, at], s, where), x.dtype)
+            o, f = self.feed(h[:, at], s, at, x.dtype)
             m = decay_state(stream, s, self.state_update(o, f), where)[:, 0]
             outputs.append(o)
         return torch.cat(outputs, dim=1), m

@@ -22,7 +22,7 @@ from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.halting_probe import fingerprint
 from sst_jax.inference.model import Model
 from sst_jax.inference.prefill import prefill
-from sst_jax.lab.analysis import collect, collection, controls
+from sst_jax.lab.analysis import analysis, collect, collection, controls
 from sst_jax.model import decoder
 
 STEP = jax.jit(decode_step_at_depth, static_argnames=("config", "start"))
@@ -65,6 +65,7 @@ def by_decoding(model, text, depth):
     [
         ({"state": "block"}, 4),
         ({"state": "ffn", "iterate_prompt": "none"}, 4),
+        ({"state": "block", "links": ((5, 1),), "site": "output"}, 2),
         pytest.param({"state": "block", "kv": "first"}, 3, marks=pytest.mark.slow),
         pytest.param({"state": "ffn", "iterate_prompt": "all", "norm": "rms"}, 2, marks=pytest.mark.slow),
         pytest.param({"state": "block", "initial": "skip_bos"}, 1, marks=pytest.mark.slow),
@@ -114,6 +115,12 @@ def test_controls_change_nothing_where_there_is_no_state_and_differ_where_it_is_
     moves = {name: found[name]["moved"]["value"] for name in ("depth", "shuffled", "another_text", "random")}
     assert min(moves.values()) > 1e-3
     assert len({round(value, 5) for value in moves.values()}) == 4
+
+
+def test_controls_between_layers_are_refused():
+    model = toy(links=((5, 1),))
+    with pytest.raises(InputError, match=r"--controls 10: .*links.*use --controls 0"):
+        analysis.check_model(model, analysis.AnalysisConfig(task="words"))
 
 
 def test_a_text_alone_has_no_other_to_take_states_from():
