@@ -36,6 +36,9 @@ AnyFloat = Float[Array, "..."]
 AnyInts = Int[AnyArray, "..."]
 AllStates = Float[Array, "L B T I D"]
 AllSteps = Float[Array, "L B TI D"]
+StepScalars = Float[Array, "B TI"]
+AllStepScalars = Float[Array, "L B TI"]
+LayerIterations = Float[Array, "L I"]
 RotaryTable = Float[Array, "B T half"]  # cosines or sines, half = H/2
 QueryScale = Float[Array, "B T 1"]  # what queries at a position are multiplied by
 Heads = Float[Array, "B T heads H"]

@@ -21,7 +21,7 @@ from sst_jax.model.attention import KV, Past, ring_positions
 from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
-from sst_jax.model.rules import Rule, exact, fixed_point_states, plain
+from sst_jax.model.rules import SETTLED, Rule, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
 from sst_jax.model.state import read_in
 from sst_jax.types import AnyRowInts, CacheStack, Hidden, PositionKeys, RowHidden, RowInts, Tokens
@@ -240,11 +240,12 @@ def fill_linked(
         params, tokens, context, None if fresh else cache.state, cap=stream.sweep_cap, keep=keep
     )
     x = decoder.read_out(config, params, settled.x, depth)[:, :, 0]
-    return jax.lax.cond(
-        settled.converged,
-        lambda: extended(config, tokens, count, cache, hidden, x, settled.outputs),
-        sequential,
-    )
+    with jax.named_scope(SETTLED):
+        return jax.lax.cond(
+            settled.converged,
+            lambda: extended(config, tokens, count, cache, hidden, x, settled.outputs),
+            sequential,
+        )
 
 
 def chunk_context(

@@ -27,6 +27,7 @@ from sst_jax.model.halves import attend, attention_residual, project
 from sst_jax.model.layers import to_float32
 from sst_jax.model.loops import chunked_scan, fixed_point
 from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
+from sst_jax.model.scales import StepSquares, step_squares
 from sst_jax.model.state import Masks, initial_state, sources_of, state_update
 from sst_jax.types import (
     AllSteps,
@@ -49,6 +50,7 @@ class Solved(NamedTuple):
 
     hidden: IteratedHidden
     state_out: AllSteps
+    squares: StepSquares  # of every layer
 
 
 class PassOutputs(NamedTuple):
@@ -78,25 +80,25 @@ def stacked_passes(
     sources = sources_of(context.config)
     residuals: Residuals = (_embedded(params, tokens, context),)
 
-    def rule(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, Hidden]:
+    def rule(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, tuple]:
         (x,) = residuals
         h, _ = attend(layer, x, context)
         s = None if earlier is None else next_pass_states(layer, x, earlier, context)
         o, state_out = pass_once(layer, x, h, s, context)
-        return (o,), state_out
+        return (o,), (state_out, step_squares(o, state_out))
 
-    (o,), state_out = decoder.run_layers(params, rule, residuals, context, None, remat=remat)
+    (o,), (state_out, squares) = decoder.run_layers(params, rule, residuals, context, None, remat=remat)
 
     def again(carry: tuple, _: None) -> tuple[tuple, None]:
         (o,), new = decoder.run_layers(params, rule, residuals, context, carry[1][sources], remat=remat)
-        return (o, new), None
+        return (o, *new), None
 
     passes = context.options.num_residuals - 1
     if passes == 1:
-        (o, state_out), _ = again((o, state_out), None)
+        (o, state_out, squares), _ = again((o, state_out, squares), None)
     elif passes:
-        (o, state_out), _ = jax.lax.scan(again, (o, state_out), None, length=passes)
-    return Solved(decoder.read_out(context.config, params, o, context.depth, every=every), state_out)
+        (o, state_out, squares), _ = jax.lax.scan(again, (o, state_out, squares), None, length=passes)
+    return Solved(decoder.read_out(context.config, params, o, context.depth, every=every), state_out, squares)
 
 
 class _Step(NamedTuple):
@@ -176,7 +178,7 @@ def scan_stack(
             masks = layer.stream.masks
             s = jnp.where(masks.has_state, entering[:, None], initial_state(stream, x))
             o, m = recurrent_step(layer, attention_residual(layer, x, out), s, masks, context, x.dtype)
-            return (o,), (k, v, m[:, 0])
+            return (o,), ((k, v, m[:, 0]), step_squares(o, m))
 
         k, v, state, memo = carry
         entering = state[sources]
@@ -184,14 +186,17 @@ def scan_stack(
             memo, entering = intervene.change(memo, entering, step.number[0])
         residuals: Residuals = (one.x,)
         here = dataclasses.replace(context, ropes=one.tables, masks=one.masks, segment_ids=one.segment)
-        (o,), (k, v, state) = decoder.run_layers(params, rule, residuals, here, (k, v, entering), remat=remat)
-        return (k, v, state, memo), (o[:, 0], jnp.moveaxis(state, 0, 1))
+        (o,), (left, squares) = decoder.run_layers(params, rule, residuals, here, (k, v, entering), remat=remat)
+        state = left[2]
+        ys = (jnp.moveaxis(state, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
+        return (*left, memo), (o[:, 0], *ys)
 
     kept = jnp.zeros((layers, rows, length, *heads), x.dtype)
     state = jnp.zeros((layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
     first = (kept, kept, state, None if intervene is None else intervene.memo)
-    o, states = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
-    return Solved(decoder.read_out(config, params, o, depth, every=every), jnp.moveaxis(states, 2, 0))
+    o, states, squares = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
+    states, squares = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), (states, squares))
+    return Solved(decoder.read_out(config, params, o, depth, every=every), states, squares)
 
 
 class Settled(NamedTuple):

@@ -32,10 +32,12 @@ from sst_jax.model.layers import to_float32
 from sst_jax.model.links import Solved, scan_stack, stacked_passes
 from sst_jax.model.loops import chunked_scan, fixed_point
 from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
+from sst_jax.model.scales import LayerScales, StepSquares, layer_scales, step_squares
 from sst_jax.model.state import Masks, initial_state, shift_right, state_update
 from sst_jax.types import (
     AllStates,
     Hidden,
+    Json,
     Logits,
     PositionKeys,
     Positions,
@@ -381,28 +383,61 @@ def hidden(
 
     Raises: InputError as `bind`.
     """
+    settings: Json = {"forward": forward, "passes": passes, "depth": depth, "remat": remat, "attention": attention}
+    rows: Json = {"segment_ids": segment_ids, "positions": positions}
+    drawn: Json = {"alpha_warmup_fraction": alpha_warmup_fraction, "dropout_key": dropout_key}
+    return _solve(config, params, tokens, **settings, **rows, **drawn)[0]
+
+
+@functools.partial(jax.jit, static_argnames=(*SETTINGS, "remat", "attention"))
+def hidden_and_scales(
+    config: ModelConfig, params: Params, tokens: Tokens, *, segment_ids: SegmentIds | None = None, **settings: Any
+) -> tuple[Hidden, LayerScales]:
+    """Return what `hidden` does, and RMS of residual stream and states by layer and iteration; settings as there."""
+    out, squares = _solve(config, params, tokens, segment_ids=segment_ids, scales=True, **settings)
+    assert squares is not None
+    depth = squares.residual.shape[-1] // tokens.shape[1]
+    real = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+    return out, layer_scales(squares, real, depth)
+
+
+def _solve(
+    config: ModelConfig,
+    params: Params,
+    tokens: Tokens,
+    *,
+    forward: str = "two_pass",
+    passes: int = 2,
+    depth: int = 1,
+    segment_ids: SegmentIds | None = None,
+    positions: Positions | None = None,
+    remat: str = "none",
+    scales: bool = False,
+    **context_fields: Any,
+) -> tuple[Hidden, StepSquares | None]:
+    """Return final hidden states, and with `scales` the mean squares of every step; the rest as for `hidden`."""
     bound = bind(forward, passes, depth)
     if config.stream is None or (config.stream.alpha == 0.0 and (bound.name == "exact" or depth > 1)):
         # Without a blend there is nothing to scan over or to repeat, and products of other shapes round differently.
         bound, depth = bind("plain"), 1
     context = dataclasses.replace(
         decoder.row_context(config, tokens, segment_ids, positions, depth=depth),
-        alpha_warmup_fraction=alpha_warmup_fraction,
-        dropout_key=dropout_key,
         options=bound.options,
-        attention=attention,
         recompute=remat != "none",
+        **context_fields,
     )
-
     check_links(config.stream, bound)
     if config.stream is not None and config.stream.is_linked and bound.forward.across is not None:
-        return bound.forward.across(params, tokens, context, remat=remat).hidden[:, :, 0]
+        solved = bound.forward.across(params, tokens, context, remat=remat)
+        return solved.hidden[:, :, 0], solved.squares if scales else None
 
-    def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, None]:
-        return bound.forward.rule(layer, residuals, extra, context)[0], None  # stacked outputs would be unused
+    def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, StepSquares | None]:
+        residuals, left = bound.forward.rule(layer, residuals, extra, context)
+        # Stacked outputs that nothing reads would still be stacked.
+        return residuals, step_squares(residuals[-1], left.state_out) if scales else None
 
-    iterations, _ = decoder.run(params, rule, tokens, context, remat=remat)
-    return iterations[:, :, 0]
+    iterations, squares = decoder.run(params, rule, tokens, context, remat=remat)
+    return iterations[:, :, 0], squares
 
 
 @functools.partial(jax.jit, static_argnames=SETTINGS)

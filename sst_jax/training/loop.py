@@ -31,6 +31,7 @@ from sst_jax.files import writing
 from sst_jax.inference.model import Model, count
 from sst_jax.model import compiler, decoder, sharding
 from sst_jax.model.decoder import Params
+from sst_jax.model.scales import LayerScales, scalars
 from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
 from sst_jax.training.identity import data_record, date_record
@@ -46,7 +47,7 @@ from sst_jax.training.step import (
     ForwardConfig,
     TrainState,
     alpha_warmup_fraction_at,
-    batch_losses,
+    heldout_losses,
     init_state,
     train_step,
 )
@@ -84,7 +85,7 @@ class Programs(NamedTuple):
     """A run's compiled functions."""
 
     train_step: Callable[[ForwardConfig], StepFunction]  # one for each forward that is drawn
-    heldout_losses: Callable[[Params, Params, Batch], Losses]
+    heldout_losses: Callable[[Params, Params, Batch], tuple[Losses, LayerScales]]
     heldout_batches: list[Json]
 
 
@@ -207,7 +208,7 @@ def compile_programs(run: Run) -> Programs:
         function = functools.partial(train_step, config, forward, run.optimizer)
         return jax.jit(function, donate_argnums=(0,), out_shardings=(shardings, None), compiler_options=options)
 
-    losses = functools.partial(batch_losses, config, recipe.heldout_forward)
+    losses = functools.partial(heldout_losses, config, recipe.heldout_forward)
     evaluate = jax.jit(losses, compiler_options=options)
     return Programs(step, evaluate, heldout_batches(run.inputs))
 
@@ -230,31 +231,37 @@ def begin(run: Run, programs: Programs) -> None:
     )
     if progress.step:
         return
-    loss = heldout_loss(run, programs)
-    assert loss is not None  # signals are noted from the first step on
+    found = heldout_loss(run, programs)
+    assert found is not None  # signals are noted from the first step on
+    loss, scales = found
     if not math.isfinite(loss):
         raise InputError(
             f"model.source={recipe.model.source} has a held-out loss that is not finite before any training: its "
             f"weights are damaged, or overflow in model.dtype={recipe.model.dtype}"
         )
     progress.heldout[0] = loss
-    run.folder.log(0, {"heldout_loss": loss})
+    run.folder.log(0, {"heldout_loss": loss, **scales})
     print_line(f"step 0: held-out loss {loss:.4f}")
 
 
-def heldout_loss(run: Run, programs: Programs) -> float | None:
-    """Return the mean loss of held-out answer tokens in nats; None where a signal to stop comes first."""
+def heldout_loss(run: Run, programs: Programs) -> tuple[float, dict[str, float]] | None:
+    """Return the mean loss of held-out answer tokens in nats, and RMS of residual stream and states by layer and
+    iteration over the first batch; None where a signal to stop comes first.
+    """
     total, tokens = 0.0, 0
+    scales: dict[str, float] = {}
     with bar(len(programs.heldout_batches), "held-out loss", "batch") as meter:
         for batch in programs.heldout_batches:
             arrays = sharding.device_put_sharded({name: value for name, value in batch.items() if name != "ids"})
-            total += float(programs.heldout_losses(run.base, run.state.trainable, arrays).sum())
+            losses, measured = programs.heldout_losses(run.base, run.state.trainable, arrays)
+            total += float(losses.sum())
+            scales = scales or scalars(measured)
             tokens += int(batch["answer_mask"].sum())
             meter.update()
             run.stalls.beat()
             if run.stop.now():
                 return None
-    return total / tokens
+    return total / tokens, scales
 
 
 def note_skip(run: Run, batch: HostArrays) -> None:
@@ -295,10 +302,12 @@ def after_step(run: Run, programs: Programs, metrics: dict[str, float], clock: C
     step = progress.step
     last = step == recipe.steps
     due = last or step % recipe.eval_every == 0
-    loss = heldout_loss(run, programs) if due and not run.stop.now() else None
-    if due and loss is None:
+    found = heldout_loss(run, programs) if due and not run.stop.now() else None
+    if due and found is None:
         progress.pending = metrics  # for the run that resumes: now there is only time to save
-    elif loss is not None:
+    elif found is not None:
+        loss, scales = found
+        metrics |= scales
         if not math.isfinite(loss):
             raise RunInterrupted(f"step {step}: the held-out loss is not finite; {advice(run)}")
         metrics["heldout_loss"] = progress.heldout[step] = loss

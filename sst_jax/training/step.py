@@ -14,9 +14,10 @@ from sst_jax.errors import InputError
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import REMAT, Params, head_table
+from sst_jax.model.scales import LayerScales
 from sst_jax.training.loss import answer_losses
 from sst_jax.training.optimizer import AccumulatorState, all_finite
-from sst_jax.types import DeviceArrays, Fraction, Losses, RandomKey
+from sst_jax.types import DeviceArrays, Fraction, Hidden, Json, Losses, RandomKey
 
 Tree = TypeVar("Tree")
 # tokens, segment_ids, positions int32 [B, T]; answer_mask bool [B, T]
@@ -140,23 +141,48 @@ def batch_losses(
     Returns:
         Nats, [B, T]; 0 where nothing is learned.
     """
-    batch = {name: jnp.asarray(values) for name, values in batch.items()}
     hidden = rules.hidden(
-        dataclasses.replace(config, dtype=settings.dtype),
-        {"base": base, **trainable},
-        batch["tokens"],
-        forward=settings.forward,
-        passes=settings.passes,
-        depth=settings.depth,
-        segment_ids=batch["segment_ids"],
-        positions=batch["positions"],
+        *_arguments(config, settings, base, trainable, batch),
+        **_forward_settings(settings, batch),
         alpha_warmup_fraction=alpha_warmup_fraction,
         dropout_key=dropout_key,
-        remat=settings.remat,
-        attention=settings.attention,
     )
+    return _losses(hidden, base, batch)
+
+
+def heldout_losses(
+    config: ModelConfig, settings: ForwardConfig, base: Params, trainable: Params, batch: Batch
+) -> tuple[Losses, LayerScales]:
+    """Return `batch_losses` without dropout or warmup, and the scale of residual stream and states."""
+    hidden, scales = rules.hidden_and_scales(
+        *_arguments(config, settings, base, trainable, batch), **_forward_settings(settings, batch)
+    )
+    return _losses(hidden, base, batch), scales
+
+
+def _arguments(
+    config: ModelConfig, settings: ForwardConfig, base: Params, trainable: Params, batch: Batch
+) -> tuple[ModelConfig, Params, jax.Array]:
+    config = dataclasses.replace(config, dtype=settings.dtype)
+    return config, {"base": base, **trainable}, jnp.asarray(batch["tokens"])
+
+
+def _forward_settings(settings: ForwardConfig, batch: Batch) -> Json:
+    return {
+        "forward": settings.forward,
+        "passes": settings.passes,
+        "depth": settings.depth,
+        "segment_ids": jnp.asarray(batch["segment_ids"]),
+        "positions": jnp.asarray(batch["positions"]),
+        "remat": settings.remat,
+        "attention": settings.attention,
+    }
+
+
+def _losses(hidden: Hidden, base: Params, batch: Batch) -> Losses:
+    tokens, answers = jnp.asarray(batch["tokens"]), jnp.asarray(batch["answer_mask"])
     with jax.named_scope("loss"):
-        return answer_losses(hidden, head_table(base), batch["tokens"], batch["answer_mask"])
+        return answer_losses(hidden, head_table(base), tokens, answers)
 
 
 def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> Fraction | None:

@@ -32,6 +32,10 @@ from sst_jax.training.step import ForwardConfig
 from sst_jax.types import AnyArray, Fraction, Json, Params
 
 KIND = "statetrack"
+OWN = {
+    "links": None, "timing": "both", "site": "ffn", "readout": "last", "state": "ffn", "gate": "range", "ramp": 0.0,
+    "alpha_range": (0.0, 1.0), "alpha_init": 0.5, "forward": "exact",
+}  # fmt: skip
 PUBLISHED = {"alpha_range": (0.015, 0.10), "alpha_init": 0.027}
 
 # By name, what is set otherwise than in the recipe's section `stream`.
@@ -41,6 +45,9 @@ ARMS: dict[str, Json] = {
     "range": PUBLISHED,
     "published": {**PUBLISHED, "forward": "two_pass"},
     "two_pass": {"forward": "two_pass"},
+    # Beside a stream between layers: every layer's own state, alpha free; by `exact`, and as published.
+    "own": OWN,
+    "own_two_pass": {**OWN, "forward": "two_pass"},
     "depths": {"depths": (1, 2, 3, 4)},
     # These continue from the weights of `stream`, with an optimizer of their own, for train.further_steps.
     "longer": {},
