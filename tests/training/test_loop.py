@@ -89,10 +89,10 @@ def test_each_program_of_a_run_is_compiled_once(tmp_path, monkeypatch):
 
         return call
 
-    for name in ("train_step", "batch_losses"):
+    for name in ("train_step", "heldout_losses"):
         monkeypatch.setattr(loop, name, counted(name, getattr(loop, name)))
     fit(read_recipe("tiny", KNOBS | {"stream.learn_gain": True}), tmp_path / "run")
-    assert compiled == {"train_step": 1, "batch_losses": 1}
+    assert compiled == {"train_step": 1, "heldout_losses": 1}
 
 
 PIECES = KNOBS | {"optimizer.accumulate": 2, "train.steps": 4, "train.eval_every": 4, "train.keep": 9}
