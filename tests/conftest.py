@@ -1,6 +1,7 @@
 """For all rooms: tests run on the CPU, whose arithmetic their tolerances are made for."""
 
 import os
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def pytest_addoption(parser, pluginmanager):
     parser.addoption(
         "--typecheck", action="store_true", help="check every annotation of sst_jax at run time: shapes, dtypes, types"
     )
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="run the first of every N tests of a file; 1, the default: all"
+    )
     # Now, and not in pytest_configure: the rooms' conftest files, which import the package, are read in between.
     config = pluginmanager.get_plugin("pytestconfig")
     if "--typecheck" in config.invocation_params.args or getattr(config.option, "typecheck", False):  # or: in a worker
@@ -29,6 +33,15 @@ def pytest_addoption(parser, pluginmanager):
 
 
 def pytest_collection_modifyitems(config, items):
+    every = config.getoption("every")
+    if every > 1:
+        seen = Counter()
+        chosen, left_out = [], []
+        for item in items:
+            (left_out if seen[item.path] % every else chosen).append(item)
+            seen[item.path] += 1
+        items[:] = chosen
+        config.hook.pytest_deselected(items=left_out)
     if config.getoption("typecheck"):
         for item in items:
             if item.get_closest_marker("wrong_types"):
