@@ -21,7 +21,11 @@ def pytest_addoption(parser, pluginmanager):
         "--typecheck", action="store_true", help="check every annotation of sst_jax at run time: shapes, dtypes, types"
     )
     parser.addoption(
-        "--every", type=int, default=1, metavar="N", help="run the first of every N tests of a file; 1, the default: all"
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the first of every N tests of a file; default 1",
     )
     # Now, and not in pytest_configure: the rooms' conftest files, which import the package, are read in between.
     config = pluginmanager.get_plugin("pytestconfig")

@@ -232,14 +232,15 @@ def test_a_recipe_sets_the_date(on, tmp_path):
 
 
 def test_an_evaluation_goes_on_with_its_date(on, tmp_path):
+    file = tmp_path / "evaluation.json"
     on("2026-01-02")
-    assert fixed_date(ByteTokenizer(), tmp_path, "plain") == {}
-    date = fixed_date(ByteTokenizer(), tmp_path, "chat")
+    assert fixed_date(ByteTokenizer(), None, file, "plain") == {}
+    date = fixed_date(ByteTokenizer(), None, file, "chat")
     assert date == {"date": "2026-01-02T00:00:00"}
-    (tmp_path / "evaluation.json").write_text(json.dumps(date))
     on("2026-01-03")
     tokenizer = ByteTokenizer()
-    assert fixed_date(tokenizer, tmp_path, "chat") == date
+    assert fixed_date(tokenizer, date, file, "chat") == date
     assert asked(tokenizer).startswith("02 Jan 2026")
-    (tmp_path / "evaluation.json").write_text("{}")  # of 0.1.0
-    assert fixed_date(tokenizer, tmp_path, "chat") == {}
+    assert fixed_date(tokenizer, {}, file, "chat") == {}  # of 0.1.0
+    with pytest.raises(InputError, match=r"evaluation\.json: date='once' is no date"):
+        fixed_date(tokenizer, {"date": "once"}, file, "chat")

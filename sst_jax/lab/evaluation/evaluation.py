@@ -141,19 +141,23 @@ def identity(model: Model) -> Json:
     return {name: getattr(model.provenance, name) for name in IDENTITY}
 
 
-def fixed_date(tokenizer: Tokenizer, out: Path, format: str) -> Json:
-    """Return the date that a chat template writes into the prompts, for evaluation.json, and have it write this one.
+def fixed_date(tokenizer: Tokenizer, there: Json | None, where: Path, format: str) -> Json:
+    """Return the date that a chat template writes into the prompts, as it is recorded, and have it write this one.
 
     That is the date of an evaluation that resumes, of the run that trained the model, or the present.
+
+    Args:
+        tokenizer: of the model.
+        there: what the folder holds of an evaluation that resumes; None: it holds none.
+        where: the file that says so.
+        format: "plain", where nothing is written, or "chat".
     """
-    file = out / runner.HEADER
     if format != "chat" or not reads_date(tokenizer):
         return {}
-    there = read_json(file) if file.is_file() else None
     if there is not None and there.get("date") is None:  # of version 0.1.0
         return {}
     text = date_of(tokenizer) if there is None else str(there["date"])
-    fix_date(tokenizer, parse_date(text, f"{file}: date"))
+    fix_date(tokenizer, parse_date(text, f"{where}: date"))
     return {"date": text}
 
 
@@ -180,7 +184,8 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
     room = (config.max_new_tokens or task.max_new_tokens) if answering else 0
     # A base model writes the next question after its answer; the harness stops GSM8K at the same word.
     stop = ["Question:"] if answering and format == "plain" else []
-    date = fixed_date(model.tokenizer, out, format)
+    file = out / runner.HEADER
+    date = fixed_date(model.tokenizer, read_json(file) if file.is_file() else None, file, format)
     prompt = runner.prompts(model, items, format, room)
     header = {
         **settings(config, items),

@@ -29,7 +29,7 @@ from sst_jax.inference.model import Model
 from sst_jax.inference.policies import as_policy, flat
 from sst_jax.inference.session import check_policy
 from sst_jax.lab.evaluation import runner
-from sst_jax.lab.evaluation.evaluation import check_model, identity
+from sst_jax.lab.evaluation.evaluation import check_model, fixed_date, identity
 from sst_jax.lab.evaluation.scoring import Scores, score
 from sst_jax.types import Json
 
@@ -231,10 +231,14 @@ def run(model: Model, config: HarnessConfig, out: Path, manager: TaskManager | N
     """
     manager = manager or prepare(config, out)
     check_model(model, [flat(depth) for depth in config.depths])
+    format = config.format or model.prompt_format
+    earlier = min(out.glob("depth-*.json"), default=None)
+    there = None if earlier is None else read_json(earlier).get("settings") or {}
     header = {
         "tasks": list(config.tasks),
         "model": identity(model),
-        "format": config.format or model.prompt_format,
+        "format": format,
+        **fixed_date(model.tokenizer, there, earlier or out, format),
         "limit": config.limit,
         "fewshot": config.fewshot,
         "batch_size": config.batch_size,

@@ -1,13 +1,18 @@
 """The adapter for lm-evaluation-harness: against the harness's own Hugging Face backend, and against our logits."""
 
+import copy
+import dataclasses
 import json
 import shutil
+from datetime import datetime
 
 import numpy as np
 import pytest
 
 from sst_jax import evaluate
 from sst_jax.console.command import run
+from sst_jax.data import chat_template, template_date
+from sst_jax.data.chat_template import ChatTemplate
 from sst_jax.data.tokenizer import load_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
@@ -231,6 +236,38 @@ def test_the_command_keeps_the_depths_that_were_measured_before(plain, own_tasks
     (out / "evaluation.json").write_text("{}")
     assert run(evaluate.main, arguments) == 2
     assert "holds an evaluation of --task" in capsys.readouterr().err
+
+
+def test_a_depth_measured_on_another_day_writes_the_date_of_the_first(streaming, manager, tmp_path, monkeypatch):
+    source = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    asked, config = [], harness.HarnessConfig(("sst_sums",), (1,), "chat", batch_size=4)
+
+    def measure(model, depth, config, header, manager, out):
+        asked.append(harness.HarnessModel(model, depth).apply_chat_template([{"role": "user", "content": "hello"}]))
+        harness.write_json(out / f"depth-{depth}.json", {"settings": {**header, "depth": depth}, "results": {}})
+        return {}
+
+    monkeypatch.setattr(harness, "measure", measure)
+    for day, depth in (("2026-01-02", 2), ("2026-01-03", 1)):
+        tokenizer = copy.copy(streaming.tokenizer)
+        tokenizer.template = ChatTemplate(source, {"bos_token": "<bos>"})
+        model = Model(streaming.config, streaming.params, tokenizer, streaming.provenance)
+        monkeypatch.setattr(chat_template, "datetime", clock(day))
+        monkeypatch.setattr(template_date, "datetime", clock(day))
+        harness.run(model, dataclasses.replace(config, depths=(depth,)), tmp_path, manager)
+    assert asked == ["02 Jan 2026: hello"] * 2
+    assert json.loads((tmp_path / "result.json").read_text())["date"] == "2026-01-02T00:00:00"
+
+
+def clock(day):
+    """The class `datetime` of a day."""
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(day)
+
+    return Then
 
 
 def test_unknown_names_and_missing_data_are_named(manager, own_tasks, tmp_path):
