@@ -243,6 +243,7 @@ def test_a_selecting_policy_without_a_stream_is_refused(model):
         model.without_stream().generate("x", depth=probe(lambda states: 2), max_new_tokens=3)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("depth", ["until_stable:0.1:3", "until_confident:0.9:3", "first_token:3", probe(lambda _: 2)])
 def test_a_known_text_is_never_scored_at_a_depth_that_its_policy_does_not_name(model, depth):
     with pytest.raises(InputError, match="a known text is scored at one depth"):
