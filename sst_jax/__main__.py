@@ -30,6 +30,7 @@ COMMANDS = (
     "convert",
     "export",
     "plan",
+    "measure",
 )
 
 

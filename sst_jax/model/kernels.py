@@ -6,6 +6,7 @@ window of W) at most W - 1 back. The two flash kernels do not store the T x T sc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,16 @@ def pick(
     if obstacles[implementation] is not None:
         raise InputError(f"attention={implementation!r} does not fit: {obstacles[implementation]}")
     return implementation
+
+
+def runnable(dtype: str, head_dim: int) -> list[str]:
+    """Return the kernels other than XLA's that this device runs."""
+    found = []
+    for name in IMPLEMENTATIONS:
+        with contextlib.suppress(InputError):
+            if name not in ("auto", "xla"):
+                found.append(here(name, dtype, head_dim))
+    return found
 
 
 def here(implementation: str, dtype: str, head_dim: int) -> str:

@@ -61,6 +61,10 @@ class Program(NamedTuple):
     turns: int = 1
 
 
+# (config, dtype, storage) -> (base, trainable)
+Parameters = Callable[[ModelConfig, str, str], tuple[Params, Params]]
+
+
 def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple[Params, Params]:
     """Return base and trainable parameters of a model; call it under `jax.eval_shape`, which allocates neither."""
     params = decoder.init_params(config, jax.random.key(0), jnp.dtype(dtype))
@@ -82,21 +86,23 @@ def batch(rows: int, length: int) -> Params:
     return {**whole, "positions": positions, "answer_mask": jnp.ones((rows, length), bool)}
 
 
-def training_step(recipe: Recipe, backbone: BackboneConfig) -> tuple[Callable, Callable[[], tuple]]:
+def training_step(
+    recipe: Recipe, backbone: BackboneConfig, parameters: Parameters = abstract_parameters
+) -> tuple[Callable, Callable[[], tuple]]:
     """Return the train step of a recipe whose attention kernel is chosen, and its arguments under `jax.eval_shape`."""
     config, data = recipe.model_config(backbone, BOS), recipe.data
     optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
 
     def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
+        base, trainable = parameters(config, recipe.model.dtype, recipe.model.quantize)
         return init_state(trainable, optimizer), base, batch(data.batch_size, data.length), jax.random.key(0)
 
     return functools.partial(train_step, config, recipe.forward, optimizer), arguments
 
 
-def training(recipe: Recipe, backbone: BackboneConfig) -> Program:
-    """Return the train step of a recipe whose attention kernel is chosen."""
-    step, arguments = training_step(recipe, backbone)
+def training(recipe: Recipe, backbone: BackboneConfig, parameters: Parameters = abstract_parameters) -> Program:
+    """Return the train step of a recipe whose attention kernel is chosen; `parameters` makes its arguments."""
+    step, arguments = training_step(recipe, backbone, parameters)
     counted, _ = training_step(with_attention_kernel(recipe, lambda *_: "xla"), backbone)
 
     def parts(state: TrainState, base: Params, batch: Params, _: jax.Array) -> Parts:
@@ -114,7 +120,9 @@ def heldout_rows(recipe: Recipe, devices: int = 1) -> tuple[int, int]:
     return math.ceil(rows / count / devices) * devices, count
 
 
-def evaluation(recipe: Recipe, backbone: BackboneConfig, rows: int) -> Program:
+def evaluation(
+    recipe: Recipe, backbone: BackboneConfig, rows: int, parameters: Parameters = abstract_parameters
+) -> Program:
     """Return the losses of a held-out batch, of a recipe whose attention kernel is chosen."""
     config = recipe.model_config(backbone, BOS)
 
@@ -122,7 +130,7 @@ def evaluation(recipe: Recipe, backbone: BackboneConfig, rows: int) -> Program:
         return functools.partial(batch_losses, config, recipe.heldout_forward)
 
     def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
+        base, trainable = parameters(config, recipe.model.dtype, recipe.model.quantize)
         return base, trainable, batch(rows, recipe.data.length)
 
     counted = losses(with_attention_kernel(recipe, lambda *_: "xla"))
@@ -130,7 +138,14 @@ def evaluation(recipe: Recipe, backbone: BackboneConfig, rows: int) -> Program:
     return Program(losses(recipe), counted, arguments, recipe.heldout_forward.attention, donated=False, assumed=assumed)
 
 
-def decoding(recipe: Recipe, backbone: BackboneConfig, rows: int, capacity: int, depth: int) -> Program:
+def decoding(
+    recipe: Recipe,
+    backbone: BackboneConfig,
+    rows: int,
+    capacity: int,
+    depth: int,
+    parameters: Parameters = abstract_parameters,
+) -> Program:
     """Return the decoding of a chunk of tokens of `rows` sequences, greedily, of which one token is planned.
 
     Args:
@@ -139,13 +154,14 @@ def decoding(recipe: Recipe, backbone: BackboneConfig, rows: int, capacity: int,
         rows: sequences decoded together.
         capacity: positions in their caches.
         depth: iterations per token.
+        parameters: makes its arguments.
     """
     config = recipe.model_config(backbone)
 
     def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
+        base, trainable = parameters(config, recipe.model.dtype, recipe.model.quantize)
         state, whole = empty_state(config, rows, capacity), jnp.full(rows, depth, jnp.int32)
-        going = state.depth_budget._replace(now=whole, rest=whole)
+        going = state.depth_budget._replace(now=whole, rest=jnp.copy(whole))
         left = jnp.full(rows, capacity, jnp.int32)
         state = state._replace(done=jnp.zeros(rows, bool), left=left, depth_budget=going)
         return state, {"base": base, **trainable}, jnp.int32(CHUNK)
@@ -167,7 +183,13 @@ def decoding(recipe: Recipe, backbone: BackboneConfig, rows: int, capacity: int,
     return Program(step, counted, arguments, parts=parts, trips=depth, flash=False, assumed=assumed, turns=CHUNK)
 
 
-def prefilling(recipe: Recipe, backbone: BackboneConfig, length: int, capacity: int) -> Program:
+def prefilling(
+    recipe: Recipe,
+    backbone: BackboneConfig,
+    length: int,
+    capacity: int,
+    parameters: Parameters = abstract_parameters,
+) -> Program:
     """Return the first chunk of a prompt of `length` positions, whose layers settle after SWEEPS evaluations.
 
     Args:
@@ -175,11 +197,12 @@ def prefilling(recipe: Recipe, backbone: BackboneConfig, length: int, capacity: 
         backbone: of the model.
         length: positions of the chunk.
         capacity: of its cache.
+        parameters: makes its arguments.
     """
     config = recipe.model_config(backbone)
 
     def arguments() -> tuple:
-        base, trainable = abstract_parameters(config, recipe.model.dtype, recipe.model.quantize)
+        base, trainable = parameters(config, recipe.model.dtype, recipe.model.quantize)
         hidden = jnp.zeros((1, backbone.d_model), jnp.dtype(config.dtype))
         tokens = jnp.ones((1, length), jnp.int32)
         return init_cache(config, 1, capacity), {"base": base, **trainable}, tokens, jnp.full(1, length), hidden

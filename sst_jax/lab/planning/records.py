@@ -10,8 +10,10 @@ from sst_jax.errors import InputError
 from sst_jax.inference.kv_cache import bytes_per_sequence
 from sst_jax.lab.planning import compile as compiling
 from sst_jax.lab.planning.compile import Plan
+from sst_jax.lab.planning.count import Work
 from sst_jax.lab.planning.programs import EXAMPLE, heldout_rows
 from sst_jax.lab.planning.targets import GIB, Target
+from sst_jax.lab.planning.traffic import Traffic
 from sst_jax.model.config import BackboneConfig
 from sst_jax.training.recipe import Recipe
 from sst_jax.types import Json
@@ -118,15 +120,13 @@ def _phases(recipe: Recipe, programs: Json, devices: int) -> Json:
 def _figures(plan: Plan, target: Target, efficiency: float) -> Json:
     """Return a compiled program's memory and time on a target.
 
-    Seconds are arithmetic or memory traffic, whichever takes longer, and launches; where the compiler's text does not
-    say what is moved, products' operands stand for it.
+    Where the compiler's text does not say what is moved, products' operands stand for it.
     """
     flops, bandwidth = target.flops * target.chips, target.bandwidth * target.chips
     reached = min(2 * efficiency, 1.0)
     seconds = plan.work.seconds(efficiency * flops, reached * bandwidth)
     if plan.traffic is not None:
-        arithmetic = plan.work.flops / (efficiency * flops)
-        seconds = max(arithmetic, plan.traffic.bytes / (reached * target.bandwidth)) + plan.traffic.kernels * LAUNCH
+        seconds = step_seconds(plan.work, plan.traffic, target, efficiency)
     return {
         "arguments": plan.arguments,
         "argument_kinds": plan.kinds,
@@ -147,6 +147,19 @@ def _figures(plan: Plan, target: Target, efficiency: float) -> Json:
         "assumed_efficiency": efficiency,
         "assumed_seconds": seconds,
     }
+
+
+def step_seconds(work: Work, moved: Traffic, target: Target, efficiency: float) -> float:
+    """Return the seconds of a step: arithmetic or memory traffic, whichever takes longer, and launches.
+
+    Args:
+        work: of all devices together.
+        moved: by each of them.
+        target: whose data sheet says what is reached at most.
+        efficiency: share of its arithmetic that is reached; of its bandwidth it is twice that.
+    """
+    arithmetic = work.flops / (efficiency * target.flops * target.chips)
+    return max(arithmetic, moved.bytes / (min(2 * efficiency, 1.0) * target.bandwidth)) + moved.kernels * LAUNCH
 
 
 def search(recipe: Recipe, backbone: BackboneConfig, target: Target, efficiency: float) -> Json:
