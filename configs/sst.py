@@ -19,7 +19,7 @@ Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithme
     27b    32 x 256      RTX PRO 6000   nf4    26.2                (exact, with --config.train.remat=memories)
     27b    1             RTX 4090       nf4    22.1       5.9      (22.6 may be used)
     12b    4             RTX 4090       nf4    15.3       2.6      (as 4b)
-    4b     8             RTX 4090       nf4     9.5       0.8      (head dim 256: XLA's attention below Hopper)
+    4b     8             RTX 4090       nf4     9.5       0.8      (head dim 256: attention by chunks)
     1b     16            RTX 4090       nf4     6.3       0.2
     270m   32            RTX 4090       nf4     6.5       0.05
     llama-3.1-8b, 4      RTX 4090       nf4    10.9       1.6

@@ -1,7 +1,7 @@
-"""Kernels of attention over whole sequences: XLA's own, cuDNN's flash attention, and splash attention on TPU.
+"""Kernels of attention over whole sequences: XLA's own, cuDNN's flash attention, splash attention on TPU, and chunks.
 
 All three compute the same: softmax over the keys of a query's own document, up to its own position and (in a sliding
-window of W) at most W - 1 back. The two flash kernels do not store the T x T scores; cuDNN reads a T x T mask.
+window of W) at most W - 1 back. All but XLA's store no T x T scores; cuDNN reads a T x T mask.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.console.progress import print_line
 from sst_jax.errors import InputError
+from sst_jax.model.chunked_attention import chunked
 from sst_jax.model.sharding import on_parts
 from sst_jax.types import AttentionMask, KeysValues, Queries, SegmentIds
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "chunked")
+AUTO = {"gpu": ("cudnn", "chunked"), "tpu": ("splash",)}  # what is tried in this order, before XLA's
 LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in multiples of it
 
 
@@ -53,9 +56,10 @@ def pick(
             else f"head_dim={head_dim} must be a multiple of {LANES}" if head_dim % LANES else None
         ),
         "xla": None,
+        "chunked": None,
     }  # fmt: skip
     if implementation == "auto":
-        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+        return next(name for name in (*AUTO.get(backend, ()), "xla") if obstacles[name] is None)
     if obstacles[implementation] is not None:
         raise InputError(f"attention={implementation!r} does not fit: {obstacles[implementation]}")
     return implementation
@@ -72,13 +76,33 @@ def runnable(dtype: str, head_dim: int) -> list[str]:
 
 
 def here(implementation: str, dtype: str, head_dim: int) -> str:
-    """Return `pick` for the device that JAX runs on."""
+    """Return `pick` for the device that JAX runs on; "auto" takes cuDNN only where it compiles there."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if not capability:
         return pick(implementation, head_dim, dtype, jax.default_backend(), None)
     major, minor = (int(part) for part in str(capability).split("."))
-    return pick(implementation, head_dim, dtype, jax.default_backend(), (major, minor))
+    picked = pick(implementation, head_dim, dtype, jax.default_backend(), (major, minor))
+    if implementation == "auto" and picked == "cudnn" and (refusal := _cudnn_refuses(head_dim)):
+        print_line(f"cuDNN refuses heads of {head_dim} on this card ({refusal}): attention goes by chunks instead")
+        return "chunked"
+    return picked
+
+
+@functools.cache
+def _cudnn_refuses(head_dim: int) -> str:
+    """Return why cuDNN's attention and its gradient do not compile on this card; "" where they do."""
+    heads = jax.ShapeDtypeStruct((1, 128, 1, head_dim), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def loss(q: Queries, k: KeysValues, v: KeysValues, segment_ids: SegmentIds) -> jax.Array:
+        return cudnn(q, k, v, segment_ids, 1.0, 64).astype(jnp.float32).sum()
+
+    try:
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads, heads, heads, segments).compile()
+    except Exception as error:  # whatever the library says no with
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return ""
 
 
 def cudnn(
@@ -188,5 +212,6 @@ def on_mesh(kernel: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
 KERNELS = {
     "cudnn": functools.partial(on_mesh, cudnn),
     "splash": functools.partial(on_mesh, splash),
+    "chunked": functools.partial(on_mesh, chunked),
     "splash_interpreted": functools.partial(on_mesh, functools.partial(splash, interpret=True)),
 }

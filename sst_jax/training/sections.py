@@ -37,7 +37,8 @@ class SourceConfig:
     source     a folder, a hub id, a GGUF file, "package:NAME" or "random:PRESET"
     dtype      type of the base and of activations: "float32" or "bfloat16"
     quantize   storage of the base's linears: "none", "nf4" or "nf4_double"
-    attention  kernel that attends over whole sequences: "auto", "xla", "cudnn" or "splash" (`model/kernels.py`)
+    attention  kernel that attends over whole sequences: "auto", "xla", "cudnn", "splash" or "chunked", see
+               `model/kernels.py`
     """
 
     source: str = ""

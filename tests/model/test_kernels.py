@@ -1,5 +1,9 @@
 """Every attention kernel against a plain masked softmax, for every mask that we use."""
 
+import functools
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from sst_jax.errors import InputError
 from sst_jax.model import kernels
 from sst_jax.model.attention import Visible, attention
+from sst_jax.model.chunked_attention import chunked
 
 SEGMENTS = {
     "one document": [1] * 37,
@@ -61,13 +66,14 @@ def cudnn_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 5, 16], ids=["global", "window 5", "window 16"])
 @pytest.mark.parametrize("mask", SEGMENTS)
-@pytest.mark.parametrize("name", ["xla", "cudnn", "splash"])
+@pytest.mark.parametrize("name", ["xla", "cudnn", "splash", "chunked"])
 def test_equals_a_plain_masked_softmax(name, mask, window, monkeypatch):
     q, k, v, segments = inputs(128 if name == "splash" else 16, SEGMENTS[mask])
     kernel = {
         "xla": lambda: xla,
         "cudnn": lambda: cudnn_on_cpu(monkeypatch),
         "splash": lambda: kernels.KERNELS["splash_interpreted"],
+        "chunked": lambda: functools.partial(chunked, block=16),
     }[name]()
     out = kernel(q, k, v, jnp.asarray(segments), 0.3, window)
     assert out.shape == q.shape
@@ -85,26 +91,54 @@ def test_splash_has_the_gradients_of_xla():
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("window", [None, 16], ids=["global", "window 16"])
+def test_chunks_have_the_gradients_of_xla_and_store_no_square_of_scores(window):
+    q, k, v, segments = inputs(16, SEGMENTS["packed and padded"])
+
+    def pull(kernel):
+        return jax.grad(lambda *qkv: jnp.sin(kernel(*qkv, jnp.asarray(segments), 0.3, window)).sum(), (0, 1, 2))
+
+    blocks = functools.partial(chunked, block=8)
+    for ours, theirs in zip(jax.jit(pull(blocks))(q, k, v), jax.jit(pull(xla))(q, k, v), strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    written = str(jax.make_jaxpr(pull(blocks))(q, k, v))
+    assert re.findall(r"\[2,2,2,8,8\]", written)
+    assert not re.findall(r",(37|40),(37|40)\]", written)
+
+
+def test_where_cudnn_does_not_compile_chunks_take_its_place(monkeypatch, capsys):
+    monkeypatch.setattr(kernels.jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    monkeypatch.setattr(kernels.jax, "default_backend", lambda: "gpu")
+    assert kernels.here("cudnn", "bfloat16", 128) == "cudnn"  # it is asked for by name
+    kernels._cudnn_refuses.cache_clear()
+    assert kernels.here("auto", "bfloat16", 128) == "chunked"  # this CPU has no cuDNN
+    assert "cuDNN refuses heads of 128 on this card" in capsys.readouterr().out
+    kernels._cudnn_refuses.cache_clear()
+    monkeypatch.setattr(kernels, "_cudnn_refuses", lambda _: "")
+    assert kernels.here("auto", "bfloat16", 128) == "cudnn"
+
+
 @pytest.mark.parametrize(
     ("where", "head_dim", "dtype", "expected"),
     [
         (("cpu", None), 256, "bfloat16", "xla"),
         (("gpu", (9, 0)), 256, "bfloat16", "cudnn"),
         (("gpu", (12, 0)), 128, "bfloat16", "cudnn"),
-        (("gpu", (12, 0)), 256, "bfloat16", "xla"),
+        (("gpu", (12, 0)), 256, "bfloat16", "chunked"),
         (("gpu", (10, 0)), 256, "bfloat16", "cudnn"),
-        (("gpu", (8, 9)), 256, "bfloat16", "xla"),
+        (("gpu", (8, 9)), 256, "bfloat16", "chunked"),
         (("gpu", (8, 9)), 128, "bfloat16", "cudnn"),
-        (("gpu", None), 256, "bfloat16", "xla"),
-        (("gpu", (9, 0)), 128, "float32", "xla"),
-        (("gpu", (9, 0)), 20, "bfloat16", "xla"),
+        (("gpu", None), 256, "bfloat16", "chunked"),
+        (("gpu", (9, 0)), 512, "bfloat16", "chunked"),
+        (("gpu", (9, 0)), 128, "float32", "chunked"),
+        (("gpu", (9, 0)), 20, "bfloat16", "chunked"),
         (("tpu", None), 256, "bfloat16", "splash"),
         (("tpu", None), 64, "float32", "xla"),
     ],
 )
 def test_auto_takes_what_fits(where, head_dim, dtype, expected):
     assert kernels.pick("auto", head_dim, dtype, *where) == expected
-    if expected == "xla":
+    if expected in ("xla", "chunked"):
         for name in ("cudnn", "splash"):
             with pytest.raises(InputError, match=name):
                 kernels.pick(name, head_dim, dtype, *where)
