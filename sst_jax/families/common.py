@@ -335,12 +335,29 @@ _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 def split_words(digits: str, normalizer: Json | None = None, ignore_merges: bool = False) -> Splitting:
     """Return words as GPT-4 cuts them, with numbers cut as the pattern `digits` says."""
-    pattern = {"Regex": f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}"}
+    return split_by(f"{_CONTRACTIONS}|{digits}|{_SYMBOLS}", normalizer, ignore_merges)
+
+
+def split_by(pattern: str, normalizer: Json | None = None, ignore_merges: bool = False) -> Splitting:
+    """Return words that a pattern finds, as bytes."""
     return Splitting(
         [
-            {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         ],
         normalizer,
         ignore_merges,
     )
+
+
+def split_case(digits: str, ending: str = "") -> str:
+    """Return the pattern of vocabularies that begin a word at a capital letter.
+
+    Args:
+      digits: how numbers are cut.
+      ending: what a word may end with.
+    """
+    above, below = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    words = (f"{above}*{below}+", f"{above}+{below}*")
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return "|".join((*(rf"[^\r\n\p{{L}}\p{{N}}]?{word}{ending}" for word in words), digits, rest))

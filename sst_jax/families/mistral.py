@@ -13,6 +13,8 @@ from sst_jax.families.common import (
     positive_number,
     read_llama_config,
     shape_fields,
+    split_by,
+    split_case,
     window_fields,
     write_llama_config,
 )
@@ -107,6 +109,9 @@ FAMILY = Family(
         wrapper=WRAPPER,
     ),
     # Its GGUF files call themselves llama's, and are read as such.
-    tokens=TokenFacts(turn_ends=()),
+    tokens=TokenFacts(
+        turn_ends=(),
+        splittings={"tekken": split_by(split_case(r"\p{N}"), ignore_merges=True)._replace(add_bos=True)},
+    ),
     torch=TorchExport("modeling_sst_mistral.py", "SSTMistral"),
 )

@@ -18,6 +18,7 @@ from sst_jax.families.common import (
     read_llama_config,
     read_llama_metadata,
     shape_fields,
+    split_words,
     write_llama_config,
 )
 from sst_jax.model.backbone import BackboneConfig
@@ -86,6 +87,6 @@ FAMILY = Family(
         write=write_llama_config,
     ),
     gguf=GGUFFormat("olmo2", read_metadata),
-    tokens=TokenFacts(turn_ends=()),
+    tokens=TokenFacts(turn_ends=(), splittings={"dbrx": split_words(r"\p{N}{1,3}")}),
     torch=TorchExport("modeling_sst_olmo2.py", "SSTOlmo2"),
 )

@@ -26,6 +26,9 @@ from sst_jax.families.common import (
     rope_object,
     rope_theta,
     shape_fields,
+    split_by,
+    split_case,
+    split_words,
     window_fields,
     write_llama_config,
 )
@@ -168,6 +171,12 @@ FAMILY = Family(
         write=_write_config,
     ),
     gguf=GGUFFormat("phi3", _read_metadata, longrope=True),
-    tokens=TokenFacts(turn_ends=("<|end|>", "<|im_end|>")),
+    tokens=TokenFacts(
+        turn_ends=("<|end|>", "<|im_end|>"),
+        splittings={
+            "dbrx": split_words(r"\p{N}{1,3}"),  # Phi-4
+            "gpt-4o": split_by(split_case(r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?")),  # Phi-4-mini
+        },
+    ),
     torch=TorchExport("modeling_sst_phi3.py", "SSTPhi3"),
 )

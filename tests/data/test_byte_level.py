@@ -50,7 +50,20 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 }
-PATTERNS |= dict.fromkeys(("llama3", "llama-v3", "falcon3"), PATTERNS["llama-bpe"])
+PATTERNS |= dict.fromkeys(("llama3", "llama-v3", "falcon3", "dbrx"), PATTERNS["llama-bpe"])
+PATTERNS["refact"] = PATTERNS["smollm"]
+# As the tokenizer.json of Mistral Nemo and of GPT-4o's vocabulary have them.
+PATTERNS["tekken"] = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS["gpt-4o"] = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WHOLE_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # a word that is a token is that token
 # llama.cpp's, each of which cuts what those before it left whole.
 DEFAULT = (
     r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+",
@@ -60,7 +73,7 @@ DEFAULT = (
 
 def words(text, pre):
     """Text cut as `pre` says."""
-    if pre == "smollm":
+    if pre in ("smollm", "refact"):
         return [word for part in regex.findall(r"\p{N}|[^\p{N}]+", text) for word in regex.findall(PATTERNS[pre], part)]
     parts = [text]
     for pattern in DEFAULT if pre == "default" else [PATTERNS[pre]]:
@@ -91,7 +104,7 @@ def naive_ids(text, pre):
     ids = []
     for word in words(text, pre):
         pieces = [SPELL[byte] for byte in word.encode()]
-        if PATTERNS.get(pre) == PATTERNS["llama-bpe"] and "".join(pieces) in tokens[3:]:
+        if pre in WHOLE_FIRST and "".join(pieces) in tokens[3:]:
             pieces = ["".join(pieces)]
         while len(pieces) > 1:
             rank, at = min(
@@ -148,6 +161,10 @@ def test_bos_goes_in_front_where_the_file_says_so():
         ("smollm", False),
         ("qwen2", False),
         ("default", False),
+        ("tekken", True),
+        ("gpt-4o", False),
+        ("dbrx", False),
+        ("refact", False),
     ],
 )
 def test_files_that_do_not_say_begin_with_bos_as_in_llama_cpp(pre, adds):
