@@ -29,6 +29,34 @@ def learning_curve(run: Path, title: str) -> Path:
     return target
 
 
+def scales_figure(run: Path, title: str) -> Path | None:
+    """Draw RMS of residual stream and states by layer, at the first and last held-out loss, into figures/scales.png.
+
+    Returns its path; None where the log has no scales, as version 0.1.0 wrote it.
+    """
+    lines = [line for line in read_metrics(run) if "rms/residual/0/1" in line]
+    if not lines:
+        return None
+    figure = new_figure(9.0, 3.8)
+    panels = dict(zip(("residual", "state"), figure.subplots(1, 2), strict=True))
+    for style, line in (("--", lines[0]), ("-", lines[-1])):
+        for name, axes in panels.items():
+            found = {tuple(map(int, key.split("/")[2:])): line[key] for key in line if key.startswith(f"rms/{name}/")}
+            for iteration in sorted({place[1] for place in found}):
+                points = [(layer, value) for (layer, at), value in sorted(found.items()) if at == iteration]
+                label = f"step {line['step']}, iteration {iteration}"
+                axes.semilogy(*zip(*points, strict=True), style, color=f"C{iteration - 1}", label=label)
+    for name, axes in panels.items():
+        axes.set(xlabel="layer", ylabel=f"RMS of the {name}" + " stream" * (name == "residual"))
+        axes.grid(alpha=0.3)
+    panels["residual"].legend(fontsize=8)
+    figure.suptitle(title)
+    target = run / "figures" / "scales.png"
+    target.parent.mkdir(exist_ok=True)
+    figure.savefig(target, dpi=110)
+    return target
+
+
 def study_figure(result: Json, outcomes: dict[str, HostArrays], losses: HostArrays, target: Path) -> Path:
     """Draw a study: accuracy over length and training loss; with depths, accuracy over depth and similarities too."""
     deep = {name: found["overlap"] for name, found in outcomes.items() if "overlap" in found}

@@ -13,7 +13,7 @@ from sst_jax.data.documents import Document
 from sst_jax.data.prompts import asked_tokens
 from sst_jax.inference.model import Model
 from sst_jax.model.config import ModelConfig
-from sst_jax.training.figures import learning_curve
+from sst_jax.training.figures import learning_curve, scales_figure
 from sst_jax.types import Json
 
 SHOWN = 300  # characters of a held-out question that is asked again in what comes next
@@ -74,7 +74,9 @@ def write_report(result: RunResult, workdir: Path, config: ModelConfig) -> RunRe
     """Write samples.jsonl, the learning curve and result.json, and print a summary; return the result with paths."""
     with (workdir / "samples.jsonl").open("w") as file:
         file.writelines(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in result.samples)
-    figure = learning_curve(workdir, f"{config.backbone.family}, {result.forward}")
+    title = f"{config.backbone.family}, {result.forward}"
+    figure = learning_curve(workdir, title)
+    scales_figure(workdir, title)
     checkpoint = workdir / "checkpoints" / str(result.steps)
     result = dataclasses.replace(result, figure=str(figure), checkpoint=str(checkpoint))
     write_json(workdir / "result.json", result.to_json())

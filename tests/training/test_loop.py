@@ -18,7 +18,7 @@ from sst_jax.training import fit, loop, read_recipe
 from sst_jax.training.loop import Progress
 from sst_jax.training.optimizer import as_multi_steps, make_optimizer
 from sst_jax.training.recipe import read
-from sst_jax.weights.checkpoint import Checkpoints
+from sst_jax.weights.checkpoint import Checkpoints, read_metrics
 
 pytestmark = pytest.mark.optimised  # random bases are known by their bits
 
@@ -64,6 +64,20 @@ def test_a_call_returns_what_the_run_folder_holds(trained):
     assert result.heldout_after == result.heldout_loss[2] < result.heldout_before
     assert Path(result.checkpoint) == workdir / "checkpoints" / "2"
     assert [sample.depth for sample in result.samples] == [1, 4]
+
+
+def test_scales_are_logged_with_every_held_out_loss(trained):
+    """RMS of residual stream and states by layer, and a figure of them."""
+    workdir, _ = trained
+    lines = [line for line in read_metrics(workdir) if "heldout_loss" in line]
+    assert len(lines) > 1
+    for line in lines:
+        for name in ("residual", "state"):
+            found = {key: value for key, value in line.items() if key.startswith(f"rms/{name}/")}
+            assert [key.split("/")[2:] for key in found] == [[str(layer), "1"] for layer in range(len(found))]
+            assert len(found) > 1
+            assert all(value > 0 for value in found.values())
+    assert (workdir / "figures" / "scales.png").is_file()
 
 
 def test_a_call_resumes_and_takes_knobs_as_well(trained, tmp_path):

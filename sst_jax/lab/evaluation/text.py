@@ -5,6 +5,7 @@ first are scored, each given the window before it, under the recurrence itself (
 is compared, before the first outcome is read: a protocol file holds them (`protocol.py`), its SHA-256 is in the result.
 
 OUT/evaluation.json  windows, settings, model      OUT/outcomes.jsonl  a line a window and setting, nats by position
+OUT/by_position.png  the differences, drawn
 OUT/result.json      perplexities, differences from the baseline with intervals over documents, by position
 """
 
@@ -35,9 +36,11 @@ from sst_jax.lab.evaluation.scoring import CHUNK, token_scores
 from sst_jax.model import decoder, links, rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import to_float32
+from sst_jax.model.scales import LayerScales, scalars
 from sst_jax.training.run import environment
 from sst_jax.types import BlockLosses, Hidden, Json, Params, RandomKey, RowHidden, RowStates, ScalarInt, Tokens
 
+FIGURE = "by_position.png"
 EARLIER = 16  # positions, of states="earlier"
 
 
@@ -157,8 +160,9 @@ def decoded(config: ModelConfig, params: Params, tokens: Tokens, depth: int, pro
 @functools.partial(jax.jit, static_argnames=("config", "depth", "prompt", "states"))
 def score_windows(
     config: ModelConfig, params: Params, tokens: Tokens, *, depth: int, prompt: int = 0, states: str = "own"
-) -> BlockLosses:
-    """Return the nats of every token of whole windows but the first, flat, [B * (T-1)].
+) -> tuple[BlockLosses, LayerScales | None]:
+    """Return the nats of every token of whole windows but the first, flat, [B * (T-1)], and the scale of residual
+    stream and states, by layer and iteration, where own states enter a text that is read as a whole.
 
     Args:
         config: of the model.
@@ -168,13 +172,12 @@ def score_windows(
         prompt: positions that are read as a prompt.
         states: which states enter, as `Setting` says.
     """
-    rows, length = tokens.shape
+    (rows, length), scales = tokens.shape, None
     if prompt:
         hidden = decoded(config, params, tokens, depth, prompt)
     elif states == "own":
-        hidden = rules.hidden(
-            config, params, tokens, forward="plain" if config.stream is None else "exact", depth=depth
-        )
+        forward = "plain" if config.stream is None else "exact"
+        hidden, scales = rules.hidden_and_scales(config, params, tokens, forward=forward, depth=depth)
     else:
         context = decoder.row_context(config, tokens, depth=depth)
         layers, size = config.backbone.num_layers, config.backbone.d_model
@@ -184,19 +187,18 @@ def score_windows(
         hidden = links.scan_stack(params, tokens, context, intervene=wrong).hidden[:, :, 0]
     places = (jnp.arange(rows)[:, None] * length + jnp.arange(length - 1)).reshape(-1)
     padded = jnp.pad(places, (0, -len(places) % CHUNK))
-    return -token_scores(params, hidden, tokens, padded)[0][: len(places)]
+    return -token_scores(params, hidden, tokens, padded)[0][: len(places)], scales
 
 
 def measure(model: Model, setting: Setting, windows: Sequence[Window]) -> list[Json]:
     """Return the outcomes of a batch of windows under one setting."""
     started, under = time.monotonic(), with_setting(model, setting)
     tokens = np.array([window.tokens for window in windows], np.int32)
-    losses = np.asarray(
-        score_windows(
-            under.config, under.params, tokens, depth=setting.depth, prompt=setting.prompt, states=setting.states
-        ),
-        np.float64,
-    ).reshape(len(windows), -1)
+    nats, scales = score_windows(
+        under.config, under.params, tokens, depth=setting.depth, prompt=setting.prompt, states=setting.states
+    )
+    losses = np.asarray(nats, np.float64).reshape(len(windows), -1)
+    rms = {} if scales is None else {"rms": {name: round(value, 4) for name, value in scalars(scales).items()}}
     seconds = (time.monotonic() - started) / len(windows)
     return [
         {
@@ -208,6 +210,7 @@ def measure(model: Model, setting: Setting, windows: Sequence[Window]) -> list[J
             "answer_tokens": len(row),
             "nats": [round(value, 5) for value in row.tolist()],
             "seconds": seconds,
+            **(rms if window is windows[0] else {}),  # of the batch
         }
         for window, row in zip(windows, losses, strict=True)
     ]
@@ -273,6 +276,7 @@ def run(model: Model, protocol: Protocol, out: Path) -> Json:
         lock.close()
     final = stages.get("test") or stages["all"]
     result = {**header, "policies": final["policies"], "stages": stages}
+    text_summary.figure(result, out / FIGURE)
     write_json(out / runner.RESULT, result)
     return result
 

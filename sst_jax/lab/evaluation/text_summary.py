@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from sst_jax.console.figure import new_figure
 from sst_jax.lab.statistics import Interval, clustered_ratio, finite
 from sst_jax.types import Json
 
@@ -45,6 +47,7 @@ def of_setting(lines: Sequence[Json]) -> Json:
         "perplexity": finite(Interval(*(math.exp(min(value, 700.0)) for value in mean))),
         "by_position": by_position(lines, nats),
         "seconds": float(np.mean([line["seconds"] for line in lines])),
+        "rms": next((line["rms"] for line in lines if "rms" in line), None),  # of the first batch, by layer
     }
 
 
@@ -91,6 +94,28 @@ def best(stage: Json, baseline: str) -> str:
     """Return the setting, other than the baseline, with the fewest nats a token."""
     others = {name: found["nats_per_token"]["value"] for name, found in stage["policies"].items() if name != baseline}
     return min(others, key=lambda name: others[name])
+
+
+def figure(result: Json, target: Path) -> Path:
+    """Draw every setting's difference from the baseline by position, of the last stage; return the file."""
+    stage = result["stages"].get("test") or result["stages"]["all"]
+    picture = new_figure(7.2, 4.2)
+    axes = picture.add_subplot()
+    for number, record in enumerate(record for record in stage["paired"] if not record["identical"]):
+        parts = [part for part in record["by_position"] if part["low"] is not None]
+        middles = np.array([(part["from"] + part["to"]) / 2 for part in parts])
+        value, low, high = (np.array([part[name] for part in parts]) for name in ("value", "low", "high"))
+        reach = np.stack([value - low, high - value])
+        axes.errorbar(middles + number, value, reach, fmt="o-", markersize=3, capsize=2, label=record["setting"])
+    axes.axhline(0.0, color="0.5", linewidth=0.8)
+    axes.set(xlabel="position in the window", ylabel=f"nats a token against {stage['baseline']}")
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    picture.suptitle(f"{stage['windows']} windows, 95% over {stage['documents']} documents")
+    picture.savefig(target, dpi=110)
+    return target
 
 
 def print_text(result: Json) -> None:

@@ -72,6 +72,9 @@ def test_nats_are_those_of_the_model_s_logits(measured, model, folder):
         truth = -logp[np.arange(15), tokens[0, 1:]]
         assert np.allclose(line["nats"], truth, atol=2e-4)
         assert line["loss"] == pytest.approx(truth.sum(), abs=1e-3)
+    scales = measured[0]["stages"]["choose"]["policies"]
+    assert len(scales["plain"]["rms"]) == 3  # residual stream, by layer
+    assert len(scales["weak"]["rms"]) == 2 * 3 * 2  # and states, by iteration
 
 
 def test_what_is_chosen_is_tested_on_the_other_documents(measured, folder):
@@ -195,5 +198,6 @@ def test_the_command_measures_a_file(tmp_path, capsys):
     assert command(evaluate.main, ["--model", "random:tiny", "--out", str(tmp_path / "out"), *flags]) == 0
     assert "perplexity" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (tmp_path / "out" / "by_position.png").is_file()
     assert result["items"] == 2
     assert list(result["policies"]) == ["1"]
