@@ -81,6 +81,7 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
     from sst_jax.lab.planning import compile as compiling
+    from sst_jax.lab.planning.programs import abstract_parameters
     from sst_jax.lab.planning.targets import GIB
     from sst_jax.model import rules
     from sst_jax.model.decoder import head_table
@@ -110,7 +111,7 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
             return jax.value_and_grad(loss)(trainable)
 
         def arguments(rows: int = rows) -> tuple:
-            base, trainable = compiling.abstract_parameters(config, "bfloat16", "nf4")
+            base, trainable = abstract_parameters(config, "bfloat16", "nf4")
             return trainable, base, jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool)
 
         for name, way in ways.items():
@@ -143,8 +144,8 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from sst_jax.lab.planning.compile import abstract_parameters
     from sst_jax.lab.planning.count import count
+    from sst_jax.lab.planning.programs import abstract_parameters
     from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
     from sst_jax.training.step import ForwardConfig, init_state, train_step
 
@@ -189,8 +190,8 @@ def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
     from sst_jax.inference import decode_state, kv_cache
-    from sst_jax.lab.planning.compile import abstract_parameters
     from sst_jax.lab.planning.count import count
+    from sst_jax.lab.planning.programs import abstract_parameters
     from sst_jax.model import rules
 
     config, length = model_config(args.size), args.length or 512

@@ -15,7 +15,7 @@ from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
 from sst_jax.inference.model import Model
-from sst_jax.lab.planning import compile as compiling
+from sst_jax.lab.planning import programs
 from sst_jax.model import rules, sharding
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.quantization import nf4, storages
@@ -104,7 +104,7 @@ def test_a_storage_is_read_from_a_checkpoint_and_its_bytes_are_planned(int8, tmp
     assert jax.tree.structure(base["layers"]) == jax.tree.structure(expected)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1), base["layers"], expected))
     config = ModelConfig(PRESETS["270m"])
-    planned = jax.eval_shape(lambda: compiling.abstract_parameters(config, "bfloat16", "toy_int8")[0]["layers"]["up"])
+    planned = jax.eval_shape(lambda: programs.abstract_parameters(config, "bfloat16", "toy_int8")[0]["layers"]["up"])
     inputs, outputs = config.backbone.linear_shapes["up"]
     layers = config.backbone.num_layers
     expected_bytes = layers * (inputs * outputs + 4 * outputs)
