@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from sst_jax.data import own_task
+from sst_jax.data import own_task, tasks
 from sst_jax.data.documents import Conversation, Pair, Problem
 from sst_jax.data.prompts import asked_tokens, render
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
-from sst_jax.lab.evaluation import tasks
 from tests.support.problems import write_lines
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]

@@ -321,10 +321,10 @@ def targets(folder: Path) -> list[Target]:
 
     from sst_jax.data.prompts import read_prompts
     from sst_jax.data.records import read_csv
+    from sst_jax.data.tasks import find
     from sst_jax.data.tokenizer import load_tokenizer
     from sst_jax.data.vocabulary import from_model_proto
     from sst_jax.lab.evaluation.runner import read_outcomes
-    from sst_jax.lab.evaluation.tasks import find
     from sst_jax.model.config import ModelConfig
     from sst_jax.weights import huggingface, store
     from sst_jax.weights.checkpoint import newest_good, read_metrics

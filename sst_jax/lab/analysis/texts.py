@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sst_jax.data import tasks
 from sst_jax.data.documents import Document
 from sst_jax.data.problems import word_problems
 from sst_jax.data.prompts import asked_tokens, read_prompts, render
@@ -15,7 +16,6 @@ from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis.collect import Text
-from sst_jax.lab.evaluation import tasks
 from sst_jax.types import Tokens
 
 

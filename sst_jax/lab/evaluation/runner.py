@@ -20,13 +20,13 @@ from typing import IO, NamedTuple
 from sst_jax.console.command import write_json
 from sst_jax.data.documents import Item
 from sst_jax.data.prompts import asked_tokens, render
+from sst_jax.data.tasks import Task
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy
 from sst_jax.lab.evaluation.scoring import score
 from sst_jax.lab.evaluation.second_opinion import second_opinion
-from sst_jax.lab.evaluation.tasks import Task
 from sst_jax.types import Json
 
 Outcome = Json

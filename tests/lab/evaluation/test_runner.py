@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
+from sst_jax.data.tasks import find
 from sst_jax.errors import InputError
 from sst_jax.inference.policies import parse_list
 from sst_jax.lab.evaluation import runner, summary
 from sst_jax.lab.evaluation.scoring import Scores
-from sst_jax.lab.evaluation.tasks import find
 
 POLICIES = parse_list("1,3")
 HEADER = {"task": "words", "environment": {"jax": "1"}}

@@ -60,3 +60,11 @@ def items_digest(items: Sequence[Item]) -> str:
     for item in items:
         total.update("\0".join((*words(item.problem), repr(item.order), "")).encode())
     return total.hexdigest()
+
+
+def stops(format: str) -> list[str]:
+    """Return the strings that end an answer: in plain prompts a base model goes on with the next question.
+
+    lm-evaluation-harness ends GSM8K's answers at the same word.
+    """
+    return ["Question:"] if format == "plain" else []

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sst_jax.data import tasks
 from sst_jax.data.datasets import TESTED
 from sst_jax.data.formats import frozen_order
 from sst_jax.data.tracking import Stories, parse
 from sst_jax.errors import InputError
-from sst_jax.lab.evaluation import tasks
 from tests.support.problems import GPQA, write_lines
 
 GPQA_ROW = dict(zip(GPQA, ("r1", "Which, of\nthese, is blue?", "sky", "grass", "milk", "coal"), strict=True))
