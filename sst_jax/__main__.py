@@ -21,6 +21,7 @@ COMMANDS = (
     "recipe",
     "dataset",
     "generate",
+    "chat",
     "serve",
     "evaluate",
     "compare",
