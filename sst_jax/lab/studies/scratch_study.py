@@ -2,6 +2,7 @@
 
 RUN/ARM/params.safetensors  weights of all seeds, [seeds, ...]      RUN/ARM/losses.npy    [steps, seeds]
 RUN/ARM/training.json       what was trained, and how long it took  RUN/ARM/outcomes.npz  what every test word came to
+RUN/ARM/models/SEED/        each of them as a model that `sst_jax.load` opens, without a tokenizer
 RUN/result.json             tables, from the outcomes               RUN/figure.png        the same, drawn
 
 What is trained, or measured, stays so: the same command resumes, and may name more arms.
@@ -25,9 +26,11 @@ import numpy as np
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import print_line
 from sst_jax.data import statetrack
+from sst_jax.data.no_tokenizer import NoTokenizer
 from sst_jax.data.statetrack import Automaton
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
+from sst_jax.inference.model import Model
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
 from sst_jax.lab.studies import scratch
 from sst_jax.lab.studies.scratch import Arm, Schedule
@@ -95,6 +98,7 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> Json:
                 train_arm(study, name, start, target)
             if not (target / "outcomes.npz").is_file():
                 measure_arm(study, name, target)
+            save_models(arm, study.schedule.seeds, target)
             facts[name] = read_json(target / "training.json")
             with np.load(target / "outcomes.npz", allow_pickle=False) as file:
                 outcomes[name] = dict(file)
@@ -114,6 +118,16 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> Json:
         return result
     finally:
         folder.close()
+
+
+def save_models(arm: Arm, seeds: int, target: Path) -> None:
+    """Write the trained models of an arm as folders that open, those that are not there yet."""
+    missing = [seed for seed in range(seeds) if not (target / "models" / str(seed)).is_dir()]
+    params = scratch.load_params(target, arm.config) if missing else {}
+    for seed in missing:
+        own = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
+        folder = target / "models" / str(seed)
+        Model(arm.config, own, NoTokenizer(str(folder))).save(folder)
 
 
 def train_arm(study: Study, name: str, start: Params | None, target: Path) -> None:

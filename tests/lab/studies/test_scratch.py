@@ -13,6 +13,7 @@ from sst_jax import train
 from sst_jax.console.command import run
 from sst_jax.data import statetrack
 from sst_jax.errors import InputError
+from sst_jax.inference.model import load
 from sst_jax.lab.studies import scratch
 from sst_jax.lab.studies import scratch_study as studies
 from sst_jax.model import rules
@@ -203,9 +204,19 @@ def test_other_commands_say_that_train_alone_takes_such_a_recipe():
         recipe.resolve(recipe.read(CONFIG, []))
 
 
-def test_no_command_opens_what_was_trained_from_scratch(finished):
-    with pytest.raises(InputError, match=r"from scratch.*result\.json"):
+def test_trained_models_open_by_seed_and_the_folder_names_one(finished):
+    with pytest.raises(InputError, match=r"from scratch.*give one of them, such as .*/deepened/models/0"):
         open_model(finished)
+    study = small("--config.arms=stream,plain")
+    words = statetrack.draw(study.task, "test", 4, 8, (studies.TESTS, 1)).symbols
+    for name, arm in study.arms.items():
+        weights = scratch.load_params(finished / name, arm.config)
+        for seed in range(study.schedule.seeds):
+            model = load(finished / name / "models" / str(seed))
+            assert model.config.stream == arm.config.stream
+            own = jax.tree.map(lambda leaf, seed=seed: leaf[seed], weights)
+            wanted = rules.logits(arm.config, own, words, forward=arm.judge)
+            np.testing.assert_allclose(model.logits(words), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_an_arm_that_diverged_is_done_nevertheless(tmp_path, monkeypatch):
