@@ -1,7 +1,7 @@
 """An exported State Stream Transformer in PyTorch: the same prompt at two iteration depths, and what depth changes.
 
     sst-jax export --from runs/quickstart --to out/sst --format sst
-    python examples/pytorch_depths.py out/sst --prompt "Ann has 3 boxes of 4 pens. How many pens has she?"
+    python examples/pytorch_depths.py out/sst --question "Ann has 3 boxes of 4 pens. How many pens has she?"
 
 Needs torch and transformers, and nothing of sst_jax: the folder brings its modelling files.
 """
@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="a folder that export --format sst wrote, or its hub id")
 parser.add_argument("--prompt", default="Seven times eight is")
+parser.add_argument(
+    "--question", help="ask in the words that training puts around a question, as `sst-jax generate` does"
+)
 parser.add_argument("--depths", type=int, nargs="+", default=[1, 4], help="iterations at every generated position")
 parser.add_argument("--max-new-tokens", type=int, default=48)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
-inputs = tokenizer(args.prompt, return_tensors="pt")
+asked = args.prompt if args.question is None else f"Question: {args.question.strip()}\nAnswer:"
+inputs = tokenizer(asked, return_tensors="pt")
 prompt = inputs["input_ids"]
 
 answers = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sst_jax.data import vocabulary as vocabularies
@@ -32,12 +35,23 @@ HF_FILES = (
 )
 
 
+def _transformers() -> ModuleType:
+    """Import transformers without its advice to install PyTorch, which nothing here needs."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = before or "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ[quiet]
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """Over transformers, from a local folder's `tokenizer.json` as it stands; code in the folder is never run."""
 
     def __init__(self, folder: str | Path):
-        import transformers
-
+        transformers = _transformers()
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder}: holds no tokenizer.json")

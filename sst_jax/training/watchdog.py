@@ -75,6 +75,8 @@ class StopSignals:
             timer.start()
             self._timer = timer
         self.requested = signal.Signals(number).name
+        if self._interrupts == 1 and number == signal.SIGINT:
+            print("finishing this step, then saving; Ctrl-C again ends at once, unsaved", file=sys.stderr, flush=True)
 
     def _give_up(self) -> None:
         print(

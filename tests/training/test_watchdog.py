@@ -24,6 +24,14 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
+def test_the_first_interrupt_says_that_it_is_heeded(capsys):
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert capsys.readouterr().err == ""
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capsys.readouterr().err.startswith("finishing this step, then saving; Ctrl-C again ends at once")
+
+
 def test_a_second_interrupt_does_not_wait():
     with StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
