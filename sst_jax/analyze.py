@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sst_jax.console.command import Parser, folder_for, numbers, run, write_json
+from sst_jax.console.command import Parser, folder_for, numbers, opening, run, write_json
 
 if TYPE_CHECKING:
     from sst_jax.types import Json
@@ -132,7 +132,7 @@ def analyze(args: argparse.Namespace) -> Json:
     )
     questions, out = analysis.read_questions(config), folder_for("--out", args.out)  # before the model is read
     probe = None if args.probe is None else halting_probe.load(args.probe)
-    result = analysis.run(model.load(args.model, args.dtype, base=args.base), config, out, questions, probe)
+    result = analysis.run(model.load(args.model, args.dtype, **opening(args)), config, out, questions, probe)
     print(f"{findings.summary(result)}\n\npage: {out / 'report.html'}")
     return result
 
@@ -158,7 +158,7 @@ def approximate(args: argparse.Namespace) -> Json:
         dtype=args.dtype,
     )
     out = folder_for("--out", args.out)
-    result = approximation.run(model.load(args.model, "float32", base=args.base), config, out, Path(args.model).name)
+    result = approximation.run(model.load(args.model, "float32", **opening(args)), config, out, Path(args.model).name)
     approximation.print_orders(result)
     print(f"\nfigure: {out / approximation.FIGURE}")
     return result

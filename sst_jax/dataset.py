@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     if args.show < 0:
         raise InputError(f"--show {args.show} must not be negative")
 
+    from sst_jax.data.template_file import use_template_file
     from sst_jax.training import data_report
     from sst_jax.training.problems import split_problems
     from sst_jax.training.recipe import read_recipe
@@ -38,7 +39,10 @@ def main(argv: Sequence[str]) -> None:
 
     recipe = read_recipe(args.config, overrides)
     split = split_problems(recipe.data, recipe.train.seed)
-    found = data_report.report(split, recipe.data, resolve(recipe.model.source).tokenizer(), args.show)
+    tokenizer = resolve(recipe.model.source).tokenizer()
+    if recipe.data.chat_template:
+        use_template_file(tokenizer, recipe.data.chat_template, "data.chat_template")
+    found = data_report.report(split, recipe.data, tokenizer, args.show)
     print(data_report.describe(found, colour=sys.stdout.isatty()))
     if args.json:
         write_json(args.json, found)

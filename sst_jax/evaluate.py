@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, opening, run, write_json
 from sst_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
             args.allow_code,
         )
         read = evaluation.read_task(config)  # what can be wrong with the input shows before the model is read
-        result = evaluation.run(model.load(args.model, args.dtype, base=args.base), config, out, read)
+        result = evaluation.run(model.load(args.model, args.dtype, **opening(args)), config, out, read)
         report.print_evaluation(result, out)
     if args.json:
         write_json(args.json, result)
@@ -146,7 +146,7 @@ def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> Jso
     depths = tuple(policy.first for policy in policies)
     config = harness.HarnessConfig(names, depths, args.format, args.limit, args.fewshot, args.batch_size, args.include)
     manager = harness.prepare(config, Path(args.out))
-    result, measured = harness.run(model.load(args.model, args.dtype, base=args.base), config, Path(args.out), manager)
+    result, measured = harness.run(model.load(args.model, args.dtype, **opening(args)), config, Path(args.out), manager)
     report.print_harness(measured)
     return result
 

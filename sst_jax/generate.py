@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, opening, run, write_json
 from sst_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
         prompts = [record["prompt"] for record in read_prompts(args.prompts)]
 
     policy = policies.parse(args.depth if args.halt is None else f"probe:{args.halt}", files=True)
-    model = load(args.model, args.dtype, base=args.base)
+    model = load(args.model, args.dtype, **opening(args))
     if isinstance(policy.select_depth, halting_probe.Probe):
         policy.select_depth.check(model)
     try:

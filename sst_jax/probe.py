@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sst_jax.console.command import Parser, folder_for, numbers, run, write_json
+from sst_jax.console.command import Parser, folder_for, numbers, opening, run, write_json
 
 if TYPE_CHECKING:
     from sst_jax.types import Json
@@ -81,7 +81,7 @@ def fit(args: argparse.Namespace) -> Json:
     config = probing.ProbeConfig(tuple(args.outcomes), depths, args.label, args.layer, args.first, settings, args.sweep)
     outcomes = probe_dataset.read(config.outcomes, config.pair)  # before the model is read
     out = folder_for("--out", args.out)
-    result = probing.run(load(args.model, args.dtype, base=args.base), config, out, outcomes)
+    result = probing.run(load(args.model, args.dtype, **opening(args)), config, out, outcomes)
     probing.print_scores(result["scores"])
     print(f"\nprobe: {out / probing.PROBE}")
     return result
@@ -94,7 +94,7 @@ def apply(args: argparse.Namespace) -> Json:
 
     prompts = [record["prompt"] for record in read_prompts(args.prompts)]
     probe = halting_probe.load(args.probe)
-    decisions = probing.decide(model.load(args.model, args.dtype, base=args.base), probe, prompts)
+    decisions = probing.decide(model.load(args.model, args.dtype, **opening(args)), probe, prompts)
     probing.print_decisions(probe.facts["label"], decisions)
     return {"probe": args.probe, "decisions": decisions}
 

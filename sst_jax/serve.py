@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from sst_jax.console.command import Parser, run, write_json
+from sst_jax.console.command import Parser, opening, run, write_json
 from sst_jax.errors import InputError
 
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     from sst_jax.inference.session import Request
     from sst_jax.serving import app, protocol, queue
 
-    model, name = load(args.model, args.dtype, base=args.base), args.name or args.model
+    model, name = load(args.model, args.dtype, **opening(args)), args.name or args.model
     engine = queue.Engine(model, rows=args.rows, capacity=args.context, waiting=args.waiting)
     # Compiles before anybody waits for it.
     first = model.tokenizer.eos_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
 from sst_jax.console import compile_cache
 from sst_jax.errors import InputError, RunInterrupted
@@ -87,8 +87,11 @@ class Parser(argparse.ArgumentParser):
     def takes_model(
         self, help: str = "folder, hub id (owner/name or owner/name@revision), GGUF file or training run"
     ) -> None:
-        """Add the flags for the model, and for another place of its base."""
+        """Add the flags for the model, its chat template, and another place of its base; `opening` reads the latter."""
         self.add_argument("--model", required=True, metavar="MODEL", help=help)
+        self.add_argument(
+            "--chat-template", metavar="FILE", help="a Jinja template for chats (default: the one that the model has)"
+        )
         self.takes_base()
 
     def takes_base(self) -> None:
@@ -115,6 +118,18 @@ class Parser(argparse.ArgumentParser):
             if argument in overrides and "=" not in argument and not following.startswith("-"):
                 raise InputError(f"write {argument}={following}, without a space")
         return self.parse_args([argument for argument in argv if argument not in overrides]), overrides
+
+
+class Opening(TypedDict):
+    """How `sst_jax.load` opens a model, beside its name and type."""
+
+    base: str | None
+    chat_template: str | None
+
+
+def opening(args: argparse.Namespace) -> Opening:
+    """Return what the flags of `Parser.takes_model` say beside --model."""
+    return {"base": args.base, "chat_template": args.chat_template}
 
 
 def called(name: str) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from safetensors.numpy import save
 
 from sst_jax.console import compile_cache
+from sst_jax.data.template_file import use_template_file
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.detokenizer import IncrementalDetokenizer
@@ -196,6 +197,8 @@ class Model:
             ids = np.asarray(tokens)
         except ValueError:  # lists of different lengths
             raise InputError("tokens must be integers [B, T], of rows of one length") from None
+        if ids.dtype.kind in "US":
+            raise InputError("tokens must be integers [B, T], not text: [model.tokenizer.encode(text)] makes them")
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise InputError(f"tokens must be integers [B, T], not {ids.dtype} {list(ids.shape)}")
         vocabulary = self.config.backbone.vocab_size
@@ -338,6 +341,7 @@ def load(
     mesh: Mapping[str, int] | None = None,
     *,
     base: str | Path | None = None,
+    chat_template: str | Path | None = None,
 ) -> Model:
     """Open a model.
 
@@ -349,6 +353,7 @@ def load(
             device is too small; axes left out have one.
         base: where the base of a run or an adapter lies now, if not where it records; its digest must be the recorded
             one.
+        chat_template: file of a Jinja template for chats, in place of the model's own.
 
     Compiled programs are kept in ~/.cache/sst_jax, or as `SST_JAX_CACHE` says (`console/compile_cache.py`).
 
@@ -356,12 +361,18 @@ def load(
     """
     compile_cache.keep_programs()
     if mesh is None:
-        return Model(*open_model(model, dtype, base=base))
+        return _with_template(Model(*open_model(model, dtype, base=base)), chat_template)
     devices = sharding.make_mesh(from_mapping(sharding.MeshConfig, {"fsdp": 1, **mesh}))
     with jax.set_mesh(devices):
         opened = open_model(model, dtype, base=base)
     sharding.check(devices, opened.config.backbone)
-    return Model(*opened)
+    return _with_template(Model(*opened), chat_template)
+
+
+def _with_template(model: Model, file: str | Path | None) -> Model:
+    if file is not None:
+        use_template_file(model.tokenizer, file, "--chat-template")
+    return model
 
 
 def count(tree: PyTree) -> int:
