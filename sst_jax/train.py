@@ -2,6 +2,7 @@
 
   sst-jax train --config configs/quickstart.py --workdir runs/quickstart
   sst-jax train --config configs/sst.py:size=1b --config.data.path=DIR --workdir runs/1b
+  sst-jax train --config configs/sst.py:size=1b --config.data.path=DIR --dry-run
   sst-jax train --config configs/statetrack.py --workdir runs/s3      (tiny models from scratch)
 
 The same command on the same folder resumes, to the same numbers. Ctrl-C, SIGTERM and SIGUSR1 save first; a step whose
@@ -39,6 +40,11 @@ def parser() -> Parser:
         metavar="M",
         help="write DIR/stall.txt when no step has finished for M minutes; 0: never (default: %(default)g)",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show the first batch and the memory that a step is planned to take, and write nothing",
+    )
     parser.add_argument("--base", metavar="MODEL", help="resume on the base at this place, by its digest the same")
     parser.add_argument(
         "--allow-changed",
@@ -53,15 +59,20 @@ def main(argv: Sequence[str]) -> None:
     args, overrides = parser().parse_with_overrides(argv)
 
     from sst_jax.lab.studies import scratch_study
-    from sst_jax.training import distributed, loop, recipe
+    from sst_jax.training import distributed, dry_run, loop, recipe
     from sst_jax.training.watchdog import Watch
 
     watch, knobs = Watch(args.stop_within, args.stall_minutes), recipe.read(args.config, overrides)
     workdir = Path(args.workdir or f"runs/{Path(args.config.split(':')[0]).stem}")
     if "kind" in knobs:
-        if args.allow_changed or args.base:
-            raise InputError("--allow-changed and --base are for a run on a base, and this recipe trains from scratch")
+        if args.allow_changed or args.base or args.dry_run:
+            raise InputError(
+                "--allow-changed, --base and --dry-run are for a run on a base, and this recipe trains from scratch"
+            )
         result = scratch_study.run(knobs, workdir)
+    elif args.dry_run:
+        result = dry_run.dry_run(recipe.resolve(knobs), workdir, args.base)
+        print(result["describe"])
     else:
         result = loop.fit(knobs, workdir, watch=watch, base=args.base, allow_changed=args.allow_changed).to_json()
     if args.json and distributed.is_primary():

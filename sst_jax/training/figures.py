@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -11,18 +13,37 @@ from sst_jax.types import HostArrays, Json
 from sst_jax.weights.checkpoint import read_metrics
 
 
-def learning_curve(run: Path, title: str) -> Path:
-    """Draw training and held-out loss of a run folder into figures/learning_curve.png; return its path."""
+def learning_curve(
+    run: Path, title: str, scores: Mapping[int, tuple[int, int, float, float]] = MappingProxyType({})
+) -> Path:
+    """Draw a run folder's losses into figures/learning_curve.png, and its task scores beside them; return its path.
+
+    Args:
+        run: the folder.
+        title: of the figure.
+        scores: by step, questions answered right, questions, and the ends of the accuracy's interval.
+    """
     lines = read_metrics(run)
-    figure = new_figure(7.2, 4.2)
-    axes = figure.add_subplot()
+    figure = new_figure(9.6 if scores else 7.2, 4.2)
+    axes, *beside = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     for name, label, style in (("loss", "training, each step", "-"), ("heldout_loss", "held out", "o-")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, alpha=0.5 if name == "loss" else 1.0)
-    axes.set(xlabel="step", ylabel="loss on answer tokens (nats)", title=title)
-    axes.grid(alpha=0.3)
+        if name == "heldout_loss" and len(points) > 1:
+            best = min(points, key=lambda point: point[1])
+            axes.plot(*best, "*", markersize=13, color="C3", label=f"lowest, {best[1]:.3f} at step {best[0]}")
+    axes.set(xlabel="step", ylabel="loss on answer tokens (nats)")
     axes.legend()
+    for right in beside:
+        steps, found = list(scores), np.array(list(scores.values()))
+        accuracy = found[:, 0] / found[:, 1]
+        right.errorbar(steps, accuracy, np.abs(found[:, 2:].T - accuracy), fmt="o-", capsize=3)
+        right.set(xlabel="step", ylabel=f"accuracy on {int(found[0, 1])} questions (95% intervals)", ylim=(0, 1.02))
+    for ax in (axes, *beside):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    figure.suptitle(title)
     target = run / "figures" / "learning_curve.png"
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=150)

@@ -12,15 +12,19 @@ import jax
 
 from sst_jax.data import loader
 from sst_jax.data.prompts import Example
+from sst_jax.data.template_file import use_template_file
 from sst_jax.errors import InputError
 from sst_jax.model import decoder, kernels, sharding
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.identity import fix_run_date
+from sst_jax.training.loggers import check_loggers
 from sst_jax.training.problems import Split, prepare_split, split_problems
 from sst_jax.training.recipe import Recipe, with_attention_kernel
 from sst_jax.training.run import check_recipe
+from sst_jax.training.scoring import TrainTask, read_task
+from sst_jax.training.start import Start, open_source, start_of
 from sst_jax.types import Json
-from sst_jax.weights.loading import LoadedModel, open_model
+from sst_jax.weights.loading import LoadedModel
 
 
 class Inputs(NamedTuple):
@@ -33,6 +37,8 @@ class Inputs(NamedTuple):
     sources: list[list[Example]]  # one, or as many as data.weights
     heldout: list[Example]
     split: Split  # without what is trained on
+    task: TrainTask | None  # that the run is scored on
+    start: Start | None  # what it begins with, where its source has been trained
 
     def rows(self) -> grain.DatasetIterator:
         """Return an iterator over the batches that are trained on."""
@@ -54,20 +60,24 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
     check_recipe(workdir, recipe.to_json())
     if base is not None and not (workdir / "config.json").is_file():
         raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
+    check_loggers(recipe.train.logger_names)
     split = split_problems(data, recipe.train.seed)
+    task = read_task(recipe.train, split.name, split.heldout)
     source = str(base or recipe.model.source)
-    opened = open_model(source, recipe.model.dtype, recipe.model.quantize)
+    opened = open_source(recipe.model.source, recipe.model.dtype, recipe.model.quantize, base)
     backbone, tokenizer = opened.config.backbone, opened.tokenizer
-    if opened.config.stream is not None or opened.config.adapter.rank:
-        named = "--base " if base else "model.source="
-        raise InputError(f"{named}{source} already has a stream or adapter: train from its plain base")
     config = recipe.model_config(backbone, tokenizer.bos_id)
+    start = start_of(opened, config, recipe.model.source)
     sharding.check(mesh, backbone)
     if not jax.tree.leaves({key: tree for key, tree in decoder.abstract_params(config).items() if key != "base"}):
         raise InputError("nothing to train: the stream is off or has a fixed alpha, and adapter.rank is 0")
     if config.stream is not None and config.stream.initial == "skip_bos" and tokenizer.bos_id is None:
         raise InputError(f"stream.initial='skip_bos': the vocabulary of {source} has no BOS")
+    if data.chat_template:
+        use_template_file(tokenizer, data.chat_template, "data.chat_template")
     fix_run_date(tokenizer, data, workdir)
+    if task is not None:
+        task = task.asked(tokenizer, data.format, config)
     return Inputs(
         with_attention_kernel(recipe, functools.partial(kernels.here, head_dim=backbone.head_dim)),
         recipe.to_json(),
@@ -75,6 +85,8 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
         opened,
         *prepare_split(split, data, tokenizer),
         dataclasses.replace(split, training=()),  # the examples stay for the run's length, their documents need not
+        task,
+        start,
     )
 
 

@@ -3,90 +3,49 @@
     from sst_jax.training import fit
     fit("configs/tiny.py", "runs/tiny")
 
-`check_inputs` (`inputs.py`) finds what is wrong before anything long is computed, `open_run` takes the folder and its
-newest good checkpoint, `compile_programs` says what is compiled, the loop in `fit` trains, `after_step` measures, logs
-and saves what is due, `finish` writes down what the run came to.
+`check_inputs` (`inputs.py`) finds what is wrong before anything long is computed, `open_run` (`open_run.py`) takes the
+folder and its newest good checkpoint, `compile_programs` says what is compiled, the loop in `fit` trains, `after_step`
+measures (`evaluating.py`), logs and saves what is due, `finish` writes down what the run came to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import grain
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from sst_jax.console.progress import bar, print_line
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import writing
-from sst_jax.inference.model import Model, count
-from sst_jax.model import compiler, decoder, sharding
-from sst_jax.model.decoder import Params
-from sst_jax.model.scales import LayerScales, scalars
+from sst_jax.inference.model import count
+from sst_jax.model import sharding
 from sst_jax.model.state import alpha_summary
 from sst_jax.training.distributed import initialize_distributed, is_primary, quiet_non_primary
-from sst_jax.training.identity import data_record, date_record
-from sst_jax.training.inputs import Inputs, check_inputs, heldout_batches
-from sst_jax.training.optimizer import make_optimizer
+from sst_jax.training.evaluating import (
+    Evaluation,
+    best_step,
+    evaluate,
+    learning_rates,
+    model_of,
+    sample,
+    stops_early,
+)
+from sst_jax.training.inputs import check_inputs
+from sst_jax.training.open_run import Programs, Run, compile_programs, open_run
 from sst_jax.training.progress import Clock, Progress, StepLines
 from sst_jax.training.recipe import Recipe, read_recipe, resolve
 from sst_jax.training.report import RunResult, write_report, write_samples
-from sst_jax.training.resume import restore_state
-from sst_jax.training.run import RunFolder
-from sst_jax.training.step import (
-    Batch,
-    ForwardConfig,
-    TrainState,
-    alpha_warmup_fraction_at,
-    heldout_losses,
-    init_state,
-    train_step,
-)
-from sst_jax.training.watchdog import StallWatchdog, StopSignals, Watch
-from sst_jax.types import DeviceArrays, HostArrays, Json, Losses, RandomKey
-from sst_jax.weights.checkpoint import Checkpoints
-
-DROPOUT_BRANCH = 2**31  # folded into the seed's key, which `init_params` splits: a branch that it does not take
-
-
-@dataclasses.dataclass
-class Run:
-    """An open run: its folder, and what changes from step to step (`state`, `iterator`, `progress`)."""
-
-    inputs: Inputs
-    folder: RunFolder
-    optimizer: optax.GradientTransformation
-    state: TrainState
-    iterator: grain.DatasetIterator
-    progress: Progress
-    checkpoints: Checkpoints
-    stop: StopSignals
-    stalls: StallWatchdog
-    dropout_key: RandomKey
-
-    @property
-    def base(self) -> Params:
-        return self.inputs.opened.params["base"]
-
-
-StepFunction = Callable[[TrainState, Params, Batch, RandomKey], tuple[TrainState, DeviceArrays]]
-
-
-class Programs(NamedTuple):
-    """A run's compiled functions."""
-
-    train_step: Callable[[ForwardConfig], StepFunction]  # one for each forward that is drawn
-    heldout_losses: Callable[[Params, Params, Batch], tuple[Losses, LayerScales]]
-    heldout_batches: list[Json]
+from sst_jax.training.scoring import Score
+from sst_jax.training.step import alpha_warmup_fraction_at
+from sst_jax.training.telemetry import peak_memory
+from sst_jax.training.watchdog import Watch
+from sst_jax.types import HostArrays, Json
+from sst_jax.weights.checkpoint import restore_trainable
 
 
 def fit(
@@ -130,13 +89,13 @@ def fit(
                 if progress.pending is not None:
                     pending, progress.pending = progress.pending, None
                     after_step(run, programs, pending, clock, saved=True)
-                while progress.step < steps:
+                while progress.step < steps and not stops_early(progress, recipe.train):
                     started, batch = time.monotonic(), next(run.iterator)
                     step = programs.train_step(forwards.at(progress.step, seed))
                     run.state, values = step(run.state, run.base, sharding.device_put_sharded(batch), run.dropout_key)
                     metrics = {name: float(value) for name, value in values.items()}
-                    tokens = int(np.count_nonzero(batch["segment_ids"]))
-                    metrics["tokens_per_second"] = tokens / (time.monotonic() - started)
+                    metrics["step_seconds"] = time.monotonic() - started
+                    metrics["tokens_per_second"] = np.count_nonzero(batch["segment_ids"]) / metrics["step_seconds"]
                     progress.step += 1
                     run.stalls.beat()
                     meter.update()
@@ -157,62 +116,6 @@ def as_recipe(recipe: Recipe | ConfigDict | str | Path) -> Recipe:
     return resolve(recipe) if isinstance(recipe, ConfigDict) else read_recipe(str(recipe))
 
 
-@contextlib.contextmanager
-def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = False) -> Iterator[Run]:
-    """Take the run folder, and make the state of the newest good checkpoint there, or a fresh one.
-
-    Raises: InputError as `RunFolder`.
-    """
-    recipe, config = inputs.recipe, inputs.config
-    base_record = inputs.opened.provenance.base_record()
-    data = data_record(inputs.sources, inputs.heldout, inputs.opened.tokenizer, recipe.data.format)
-    date = date_record(inputs.opened.tokenizer, recipe.data.format)
-    run_config = {"recipe": inputs.record, "model_config": config.to_dict(), "data": data, **date}
-    folder = RunFolder(workdir, run_config, base_record, writes=is_primary(), allow_changed=allow_changed)
-    try:
-        key = jax.random.key(recipe.train.seed)
-        fresh = jax.jit(lambda key: {k: v for k, v in decoder.init_params(config, key).items() if k != "base"})(key)
-        optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
-        # Placed as a restored state is, or a resumed run would compile its step anew.
-        state = sharding.device_put_sharded(init_state(fresh, optimizer))
-        iterator = inputs.rows()
-        checkpoints, progress = Checkpoints(workdir, recipe.train.keep), Progress()
-        if step := checkpoints.latest_good() or 0:
-            state, saved = restore_state(checkpoints, step, state, iterator, recipe.optimizer.accumulate)
-            progress = Progress.from_json(step, saved)
-        folder.start_log(step + 1 if step and progress.pending is None else step)
-        yield Run(
-            inputs,
-            folder,
-            optimizer,
-            state,
-            iterator,
-            progress,
-            checkpoints,
-            StopSignals(watch.stop_within),
-            StallWatchdog(workdir, watch.stall_minutes),
-            jax.random.fold_in(key, DROPOUT_BRANCH),
-        )
-    finally:
-        folder.close()
-
-
-def compile_programs(run: Run) -> Programs:
-    """Return the functions of a run, each compiled at its first call: the step and the held-out losses."""
-    config, recipe = run.inputs.config, run.inputs.recipe
-    shardings = sharding.shardings(jax.sharding.get_mesh(), run.state)
-    options = compiler.compiler_options(compiler.platform()) or None
-
-    @functools.cache
-    def step(forward: ForwardConfig) -> StepFunction:
-        function = functools.partial(train_step, config, forward, run.optimizer)
-        return jax.jit(function, donate_argnums=(0,), out_shardings=(shardings, None), compiler_options=options)
-
-    losses = functools.partial(heldout_losses, config, recipe.heldout_forward)
-    evaluate = jax.jit(losses, compiler_options=options)
-    return Programs(step, evaluate, heldout_batches(run.inputs))
-
-
 def begin(run: Run, programs: Programs) -> None:
     """Say what trains, and measure the held-out loss before the first step.
 
@@ -230,38 +133,38 @@ def begin(run: Run, programs: Programs) -> None:
         + (f"; resuming at step {progress.step}" if progress.step else "")
     )
     if progress.step:
+        best = best_step(progress, recipe.train) if recipe.train.keep_best else None
+        run.checkpoints.best = best
+        if best is not None:  # a kill may have come between the checkpoint and its record
+            run.folder.write_best(best_record(progress, best))
         return
-    found = heldout_loss(run, programs)
+    found = evaluate(run, programs)
     assert found is not None  # signals are noted from the first step on
-    loss, scales = found
-    if not math.isfinite(loss):
+    if not math.isfinite(found.loss):
         raise InputError(
             f"model.source={recipe.model.source} has a held-out loss that is not finite before any training: its "
             f"weights are damaged, or overflow in model.dtype={recipe.model.dtype}"
         )
-    progress.heldout[0] = loss
-    run.folder.log(0, {"heldout_loss": loss, **scales})
-    print_line(f"step 0: held-out loss {loss:.4f}")
+    run.folder.log(0, note(run, found))
+    print_line(f"step 0: {told(found)}")
+    if recipe.train.sample_every:
+        run.folder.log_samples(0, [dataclasses.asdict(answer) for answer in sample(run)])
 
 
-def heldout_loss(run: Run, programs: Programs) -> tuple[float, dict[str, float]] | None:
-    """Return the mean loss of held-out answer tokens in nats, and RMS of residual stream and states by layer and
-    iteration over the first batch; None where a signal to stop comes first.
-    """
-    total, tokens = 0.0, 0
-    scales: dict[str, float] = {}
-    with bar(len(programs.heldout_batches), "held-out loss", "batch") as meter:
-        for batch in programs.heldout_batches:
-            arrays = sharding.device_put_sharded({name: value for name, value in batch.items() if name != "ids"})
-            losses, measured = programs.heldout_losses(run.base, run.state.trainable, arrays)
-            total += float(losses.sum())
-            scales = scales or scalars(measured)
-            tokens += int(batch["answer_mask"].sum())
-            meter.update()
-            run.stalls.beat()
-            if run.stop.now():
-                return None
-    return total / tokens, scales
+def note(run: Run, found: Evaluation) -> dict[str, float]:
+    """Keep what an evaluation found; return it as metrics."""
+    progress = run.progress
+    progress.heldout[progress.step] = found.loss
+    metrics = {"heldout_loss": found.loss, **found.scales}
+    if found.score is not None:
+        progress.scores[progress.step] = found.score
+        metrics["task_accuracy"] = found.score.accuracy
+    return metrics
+
+
+def told(found: Evaluation) -> str:
+    """Return an evaluation in words."""
+    return f"held-out loss {found.loss:.4f}" + (f", accuracy {found.score}" if found.score is not None else "")
 
 
 def note_skip(run: Run, batch: HostArrays) -> None:
@@ -300,41 +203,61 @@ def after_step(run: Run, programs: Programs, metrics: dict[str, float], clock: C
     """
     recipe, progress = run.inputs.recipe.train, run.progress
     step = progress.step
-    last = step == recipe.steps
-    due = last or step % recipe.eval_every == 0
-    found = heldout_loss(run, programs) if due and not run.stop.now() else None
+    due = step == recipe.steps or step % recipe.eval_every == 0
+    found = evaluate(run, programs) if due and not run.stop.now() else None
     if due and found is None:
         progress.pending = metrics  # for the run that resumes: now there is only time to save
     elif found is not None:
-        loss, scales = found
-        metrics |= scales
-        if not math.isfinite(loss):
+        if not math.isfinite(found.loss):
             raise RunInterrupted(f"step {step}: the held-out loss is not finite; {advice(run)}")
-        metrics["heldout_loss"] = progress.heldout[step] = loss
-        print_line(
-            f"step {step}: loss {metrics['loss']:.4f}, held-out loss {loss:.4f}, "
-            f"{metrics['tokens_per_second']:.0f} tokens/s"
-        )
+        metrics |= note(run, found)
+        print_line(f"step {step}: loss {metrics['loss']:.4f}, {told(found)}, {cost(run, metrics)}")
+    last = step == recipe.steps or stops_early(progress, recipe)
     stopping = run.stop.now()
     if progress.pending is None and (step % recipe.log_every == 0 or due):
         warmup = alpha_warmup_fraction_at(run.inputs.config, run.state)
         alphas = alpha_summary(run.inputs.config.stream, run.state.trainable["blend"], warmup)
-        run.folder.log(step, metrics | alphas)
-    if not saved and (step % recipe.save_every == 0 or last or stopping):
+        compiled = {"compile_seconds": run.compiling.take()}
+        run.folder.log(step, metrics | learning_rates(run) | alphas | compiled | peak_memory())
+    if progress.pending is None and recipe.sample_every and (step % recipe.sample_every == 0 or last):
+        run.folder.log_samples(step, [dataclasses.asdict(answer) for answer in sample(run)])
+    best = best_step(progress, recipe) if recipe.keep_best else None
+    run.checkpoints.best = best
+    if not saved and (step % recipe.save_every == 0 or last or stopping or step == best):
         progress.seconds = clock.seconds()
         run.folder.check_there()
         run.checkpoints.save(step, run.state.trainable, run.state.optimizer, run.iterator, progress.to_json())
+    if best is not None and (step == best or last):
+        run.folder.write_best(best_record(progress, best))
     if stopping and not (last and progress.pending is None):
         raise RunInterrupted(f"stopped by {run.stop.requested} and saved at step {step}; the same command resumes")
+
+
+def best_record(progress: Progress, step: int) -> Json:
+    """Return what best.json says of a step."""
+    score = {"task_accuracy": Score(*progress.scores[step]).accuracy} if step in progress.scores else {}
+    return {"step": step, "heldout_loss": progress.heldout[step], **score}
+
+
+def cost(run: Run, metrics: dict[str, float]) -> str:
+    """Return in words what a run costs: its speed, its memory, what has been compiled."""
+    memory = peak_memory()
+    peak = memory.get("peak_device_memory_gib", memory["peak_host_memory_gib"])
+    return f"{metrics['tokens_per_second']:.0f} tokens/s, {peak:.1f} GiB, {run.compiling.total:.0f} s of compiling"
 
 
 def finish(run: Run) -> RunResult:
     """Answer a held-out problem, and write down and report what the run came to."""
     inputs, progress, recipe = run.inputs, run.progress, run.inputs.recipe
-    model = Model(
-        inputs.config, {"base": run.base, **run.state.trainable}, inputs.opened.tokenizer, inputs.opened.provenance
+    losses, best = progress.heldout, best_step(progress, recipe.train)
+    chosen = best if recipe.train.keep_best and best is not None else progress.step
+    if chosen != progress.step:
+        trainable = restore_trainable(run.folder.path, chosen, run.state.trainable)
+        run.state = run.state._replace(trainable=sharding.device_put_sharded(trainable))
+    answers = write_samples(
+        model_of(run), inputs.split.heldout[0], recipe.data.format, recipe.train.sample_tokens, chosen
     )
-    losses = progress.heldout
+    scores = {step: Score(*progress.scores[step]) for step in sorted(progress.scores)}
     result = RunResult(
         steps=progress.step,
         forward=recipe.forward.forward,
@@ -344,8 +267,12 @@ def finish(run: Run) -> RunResult:
         heldout_after=losses[progress.step],
         skipped=progress.skipped,
         seconds=progress.seconds,
-        samples=write_samples(model, inputs.split.heldout[0], recipe.data.format, recipe.train.sample_tokens),
+        samples=answers,
+        scores=scores,
+        kept=chosen,
+        stopped_early=progress.step < recipe.train.steps,
     )
     if is_primary():
-        result = write_report(result, run.folder.path, inputs.config)
+        title = f"{Path(recipe.model.source).name}, {recipe.forward.forward}, {inputs.split.name}"
+        result = write_report(result, run.folder, title, with_stream=inputs.config.stream is not None)
     return result

@@ -21,6 +21,7 @@ class Progress:
     skipped            steps skipped so far, as their numbers were not finite
     consecutive_skips  of these, the ones just before this step
     pending            metrics of a step that was saved before its held-out loss was known; None where none is
+    scores             task scores by step: (right, asked)
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class Progress:
     skipped: int = 0
     consecutive_skips: int = 0
     pending: dict[str, float] | None = None
+    scores: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Json:
         """Return everything but the step, which a checkpoint's name says."""
@@ -37,6 +39,7 @@ class Progress:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "consecutive_skips": self.consecutive_skips,
+            "scores": {str(step): list(score) for step, score in self.scores.items()},
         }
         return saved if self.pending is None else {**saved, "pending": self.pending}
 
@@ -50,6 +53,7 @@ class Progress:
             saved["skipped"],
             saved["consecutive_skips"] if "consecutive_skips" in saved else saved.get("in_a_row", 0),
             saved.get("pending", saved.get("unfinished")),
+            {int(at): (right, asked) for at, (right, asked) in saved.get("scores", {}).items()},
         )
 
 

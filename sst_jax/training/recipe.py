@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from sst_jax.types import Json
 RENAMED: dict[str, str] = {"stream.prompt": "stream.iterate_prompt"}
 # A knob that is no more -> the value that meant what happens without it.
 RETIRED: Json = {}
+QUOTES = "'\""
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -85,14 +87,14 @@ class Recipe:
         return ModelConfig(backbone, self.stream.config, self.adapter, bos_id, self.model.dtype)
 
     def to_json(self) -> Json:
-        """Return the recipe as its run records it: without the mesh, as a run resumes on any number of devices."""
+        """Return the recipe as its run records it: without the mesh and the loggers, which may change on the way."""
         sections = {
             "model": dataclasses.asdict(self.model),
             "stream": self.stream.to_knobs(),
             "adapter": dataclasses.asdict(self.adapter),
             "optimizer": dataclasses.asdict(self.optimizer),
             "data": dataclasses.asdict(self.data),
-            "train": dataclasses.asdict(self.train),
+            "train": {key: value for key, value in dataclasses.asdict(self.train).items() if key != "loggers"},
         }
         return json.loads(json.dumps(sections))
 
@@ -156,7 +158,7 @@ def _knobs(section: type) -> Json:
 def default_record() -> Json:
     """Return all knobs with their defaults as a run would record them."""
     record = json.loads(defaults().to_json_best_effort())
-    del record["mesh"]
+    del record["mesh"], record["train"]["loggers"]
     return record
 
 
@@ -244,7 +246,9 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ConfigDict wraps its message in quotes of its own; one line is promised.
-        text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        text = str(error).replace("\\n", " ").replace("\\'", "'")
+        if whole := re.fullmatch(r"(['\"])(.*)\1", text, flags=re.DOTALL):  # the message's repr
+            text = whole[2] if " " in whole[2] else f"there is no knob {whole[2].strip(QUOTES)}"
         text = text.rpartition("ValueError: ")[2]  # a recipe's own words, behind the traceback that absl puts before
         raise InputError(f"recipe {path}: {' '.join(text.split()) or type(error).__name__}") from None
     if len(rest) > 1:

@@ -5,32 +5,36 @@ RUN/base.json         the base it stands on         RUN/samples.jsonl    answers
 RUN/environment.json  versions                      RUN/figures/         learning curve
 RUN/checkpoints/      see weights/checkpoint.py     RUN/tensorboard/     the metrics again
 RUN/bad_batches/      of steps that were skipped    RUN/stall.txt        stacks, where no step came for long
+RUN/chat_template.jinja  the one of data.chat_template
+RUN/best.json         the checkpoint that it opens as, where train.keep_best asks for the best one
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
-from tensorboardX import SummaryWriter
 
 from sst_jax.console.command import write_json
+from sst_jax.data.chat_template import TEMPLATE_FILE
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.identity import changes, check_changes
+from sst_jax.training.loggers import LOGGERS, Logger
 from sst_jax.training.recipe import RENAMED, RETIRED, default_record
 from sst_jax.types import HostArrays, Json, ReadOnlyJson
-from sst_jax.weights.checkpoint import newest_good, read_metrics
+from sst_jax.weights.checkpoint import BEST, newest_good, read_metrics
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -66,7 +70,7 @@ class RunFolder:
         self.path, self.writes = path, writes
         self._lock: TextIO | None = None
         self._metrics: TextIO | None = None
-        self._board: SummaryWriter | None = None
+        self._loggers: list[Logger] = []
         if not writes:
             return
         differing = check(path, config, base, defaults)
@@ -102,27 +106,67 @@ class RunFolder:
         kept = {key: config[key] for key in ("data",) if key in there}
         write_json(file, {**there, **kept, "changed": [*there.get("changed", []), change]})
 
-    def start_log(self, step: int) -> None:
-        """Open metrics.jsonl and TensorBoard's log, dropping what an interrupted run wrote of `step` and later."""
+    def start_log(self, step: int, loggers: Sequence[str] = ()) -> None:
+        """Open the logs, dropping what an interrupted run wrote of `step` and later.
+
+        loggers: keys of `LOGGERS`.
+        """
         if not self.writes:
             return
-        file = self.path / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] < step] if step else []
-        temporary = file.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(file)
-        self._metrics = file.open("a")
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        for file, lines in (
+            (self.path / "metrics.jsonl", read_metrics(self.path)),
+            (self.samples_file, self.samples()),
+        ):
+            kept = [line for line in lines if line["step"] < step] if step else []
+            temporary = file.with_suffix(".partial")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(file)
+        self._metrics = (self.path / "metrics.jsonl").open("a")
+        config = read_json(self.path / "config.json")
+        self._loggers = [LOGGERS[name](self.path, step, config) for name in loggers]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line of metrics; `start_log` comes before it."""
-        if self._metrics is None or self._board is None:
+        if self._metrics is None:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.log(step, values)
+
+    def log_samples(self, step: int, samples: Sequence[Json]) -> None:
+        """Append answers to samples.jsonl."""
+        if not self.writes:
+            return
+        with self.samples_file.open("a") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        for logger in self._loggers:
+            for sample in samples:
+                logger.text(step, f"answer, depth {sample['depth']}", f"{sample['question']}\n{sample['answer']}")
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    def samples(self) -> list[Json]:
+        """Return the answers in samples.jsonl that say of which step they are: those of version 0.1.0 do not."""
+        lines = self.samples_file.read_text().splitlines() if self.samples_file.is_file() else []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [sample for sample in found if isinstance(sample, dict) and isinstance(sample.get("step"), int)]
+
+    def keep_template(self, source: str) -> None:
+        """Keep the chat template that the run is trained with, so that it opens with it."""
+        if self.writes:
+            (self.path / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+
+    def write_best(self, best: Json) -> None:
+        """Record which checkpoint the run opens as."""
+        if self.writes:
+            write_json(self.path / BEST, best)
 
     def check_there(self) -> None:
         """Raise RunInterrupted where the folder has been removed under the run: saving would make half of it anew."""
@@ -144,7 +188,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the logs and unlock the folder."""
-        for file in (self._metrics, self._board, self._lock):
+        for file in (self._metrics, *self._loggers, self._lock):
             if file is not None:
                 file.close()
 

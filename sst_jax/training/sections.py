@@ -13,6 +13,7 @@ from sst_jax.data.formats import ROW_FORMATS
 from sst_jax.data.prompts import FORMATS, LEARN
 from sst_jax.data.template_date import parse_date
 from sst_jax.errors import InputError
+from sst_jax.inference import policies
 from sst_jax.model import rules
 from sst_jax.model.config import StreamConfig, from_mapping
 from sst_jax.model.quantization import storages
@@ -22,6 +23,9 @@ from sst_jax.types import Json
 HELDOUT_ROWS = 32  # of a held-out batch, where a recipe does not say: the weights are read once for all of them
 DTYPES = ("float32", "bfloat16")
 DEFAULT_PATH = datasets.GSM8K_HUB
+HELDOUT_TASK = "heldout"  # train.eval_task: the run's own held-out questions
+KEEP_BEST = ("", "loss", "task")
+LOGGERS = ("tensorboard", "wandb")
 OWN_FORMATS = tuple(name for name in ROW_FORMATS if name not in datasets.DATASETS)
 
 
@@ -103,8 +107,9 @@ class DataConfig:
 
     name           a data set of `data/datasets.py` that has problems to train on, such as "gsm8k", "words" (the
                    embedded word problems) or the stories "boxes:1-4"; or how the rows at `path` are written, a key of
-                   `data/formats.py` such as "messages"; or "auto": what is found there, and without a path words. With
-                   ":result" behind gsm8k, words and auto only the result is learned, without the steps.
+                   `data/formats.py` such as "messages"; or "auto": what is found there, and without a path words, or
+                   in "auto:rooms:1-4" the data set behind it. With ":result" behind gsm8k, words and auto only the
+                   result is learned, without the steps.
     path           a file (.jsonl, .json, .csv, .parquet), a folder of files, a hub id, or several separated by commas;
                    for a named data set a folder with its files, or a hub id
     config         configuration of a hub set ("": the only one)
@@ -127,6 +132,7 @@ class DataConfig:
     limit          use at most so many training examples (0: all)
     overlong       what an example that does not fit a row is: an "error", or left out ("drop")
     date           that a chat template writes which writes one, such as "2026-11-30"; "": when the run begins
+    chat_template  file of a Jinja template for chats, which the run keeps; "": the model's own
     """
 
     name: str = "gsm8k"
@@ -147,6 +153,7 @@ class DataConfig:
     limit: int = 0
     overlong: str = "error"
     date: str = ""
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         dataset = datasets.find(self.dataset)
@@ -166,6 +173,8 @@ class DataConfig:
             parse_date(self.date, "data.date")
         if self.eval_batch_size < 0:
             raise InputError(f"data.eval_batch_size={self.eval_batch_size} must not be negative; 0 chooses")
+        if self.chat_template and self.format != "chat":
+            raise InputError(f"data.chat_template={self.chat_template} is for data.format=chat, not {self.format!r}")
         if self.limit < 0:
             raise InputError(f"data.limit={self.limit} must not be negative; 0 is all")
         if not 0.0 <= self.heldout_share < 1.0:
@@ -211,7 +220,11 @@ class DataConfig:
     def dataset(self) -> str:
         """`name`, with "auto" decided as far as it can be without reading."""
         kind, colon, part = self.name.partition(":")
-        return ("gsm8k" if self.path else "words") + colon + part if kind == "auto" else self.name
+        if kind != "auto":
+            return self.name
+        if part.partition(":")[0] in datasets.DATASETS:  # instead of words
+            return "gsm8k" if self.path else part
+        return ("gsm8k" if self.path else "words") + colon + part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +236,21 @@ class TrainConfig:
     log_every      steps between two lines of metrics.jsonl
     eval_every     steps between two held-out losses
     eval_forward   forward that the held-out loss is evaluated with, as `rules.bind` reads it; without a stream "plain"
+    eval_task      questions answered and graded with each held-out loss: a task of `evaluate`, "FILE:GRADE", or
+                   "heldout" for the held-out questions themselves; "": none
+    eval_items     at most so many of them, the first ones
+    eval_depth     depth policy of these answers, as --depth takes it
+    sample_every   steps between two answers to the first held-out question, from before the first step on; 0: at the
+                   end alone
     save_every     steps between two checkpoints
     keep           checkpoints that stay
+    keep_best      what decides which checkpoint the run opens as, and which stays in any case: the lowest held-out
+                   "loss", the highest score on the "task", or "" for the newest one
+    patience       evaluations without a better one, by keep_best (by loss where it is ""), that end the run; 0: never
+    loggers        where metrics go beside metrics.jsonl: "tensorboard", "wandb", both by a comma, or ""
     remat          activations kept for the backward pass, see `decoder.REMAT`
     max_skipped    steps skipped one after another, for numbers that are not finite, that end the run
-    sample_tokens  length of the answers written at the end
+    sample_tokens  length of these answers, and of those written at the end
     """
 
     steps: int = 100
@@ -235,19 +258,40 @@ class TrainConfig:
     log_every: int = 1
     eval_every: int = 50
     eval_forward: str = "exact"
+    eval_task: str = ""
+    eval_items: int = 64
+    eval_depth: str = "1"
+    sample_every: int = 0
     save_every: int = 50
     keep: int = 2
+    keep_best: str = ""
+    patience: int = 0
+    loggers: str = "tensorboard"
     remat: str = "layer"
     max_skipped: int = 10
     sample_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for field in ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "sample_tokens"):
-            if getattr(self, field) < 1:
-                raise InputError(f"train.{field}={getattr(self, field)} must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"train.seed={self.seed} must not be negative")
-        try:
-            rules.bind(self.eval_forward)
-        except InputError as error:
-            raise InputError(f"train.eval_forward={self.eval_forward!r}: {error}") from None
+        ones = "steps log_every eval_every eval_items save_every keep max_skipped sample_tokens"
+        for fields, least in ((ones, 1), ("seed sample_every patience", 0)):
+            for field in fields.split():
+                if getattr(self, field) < least:
+                    wanted = "be at least 1" if least else "not be negative"
+                    raise InputError(f"train.{field}={getattr(self, field)} must {wanted}")
+        if self.keep_best not in KEEP_BEST:
+            raise InputError(f"train.keep_best={self.keep_best!r} is not one of {', '.join(map(repr, KEEP_BEST))}")
+        if self.keep_best == "task" and not self.eval_task:
+            raise InputError("train.keep_best='task' needs train.eval_task")
+        for name in self.logger_names:
+            if name not in LOGGERS:
+                raise InputError(f"train.loggers={self.loggers!r}: {name!r} is not one of {', '.join(LOGGERS)}")
+        for field, read in (("eval_forward", rules.bind), ("eval_depth", policies.parse)):
+            try:
+                read(getattr(self, field))
+            except InputError as error:
+                raise InputError(f"train.{field}={getattr(self, field)!r}: {error}") from None
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The names in `loggers`."""
+        return tuple(name.strip() for name in self.loggers.split(",") if name.strip())

@@ -28,6 +28,7 @@ from sst_jax.types import AnyArray, Json, Params
 
 log = logging.getLogger(__name__)
 Tree = TypeVar("Tree")
+BEST = "best.json"  # in a run folder: {"step": ..., ...} of the checkpoint that it opens as
 TORN = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
 
 
@@ -49,6 +50,7 @@ class Checkpoints:
         self.folder = (run / "checkpoints").absolute()
         self.manifests = (run / "manifests").absolute()
         self.keep = keep
+        self.best: int | None = None  # a step that stays whatever `keep` says
         if not jax.process_index():  # what a killed save left behind takes room
             for torn in self.folder.glob(f"*{TORN}"):
                 shutil.rmtree(torn, ignore_errors=True)
@@ -92,7 +94,8 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps())
         end = steps.index(step) + 1
         for old in steps[: max(end - self.keep, 0)] + steps[end:]:
-            self.manager.delete(old)
+            if old != self.best:
+                self.manager.delete(old)
         kept = set(self.manager.all_steps())
         for manifest in () if jax.process_index() else self.manifests.glob("*.json"):
             if manifest.stem.isdigit() and int(manifest.stem) not in kept:
@@ -179,6 +182,18 @@ def restore_trainable(run: Path, step: int, trainable: Params) -> Params:
             return checkpointer.restore(folder, _abstract(trainable))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} does not hold what {run / 'config.json'} says was trained") from error
+
+
+def chosen_step(run: Path) -> int | None:
+    """Return the step that a run opens as: its best one where it has recorded that and the step is good, else the
+    newest good one; None where there is none.
+    """
+    if (run / BEST).is_file():
+        best = read_json(run / BEST).get("step")
+        if isinstance(best, int) and damage(run, best) is None:
+            return best
+        log.warning(f"checkpoint {best}, which {run / BEST} names, is not used: it is not there, or damaged")
+    return newest_good(run)
 
 
 def read_metrics(run: Path) -> list[Json]:

@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from sst_jax.data.chat_template import TEMPLATE_FILE
 from sst_jax.data.records import is_hub_id, split_revision
 from sst_jax.data.template_date import fix_date, parse_date
+from sst_jax.data.template_file import use_template_file
 from sst_jax.data.tokenizer import adapter_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES
@@ -27,7 +29,7 @@ from sst_jax.model import decoder, sharding
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.types import Json
 from sst_jax.weights import export_format, gguf, huggingface, peft, store
-from sst_jax.weights.checkpoint import newest_good, restore_trainable
+from sst_jax.weights.checkpoint import chosen_step, restore_trainable
 from sst_jax.weights.provenance import BaseRecord, Provenance
 from sst_jax.weights.references import (
     BaseFolder,
@@ -223,18 +225,19 @@ class RunFolder(OnABase):
         path, content = self.path, read_json(self.path / "config.json")
         recipe, prompt_format = _recipe_of(content, path / "config.json")
         if recipe and "kind" in recipe:
-            raise InputError(
-                f"{path} trained tiny models from scratch (kind={recipe['kind']!r}), which are not kept: its "
-                "result.json is what there is"
-            )
+            models = sorted(str(folder) for folder in path.glob("*/models/*"))
+            advice = f"give one of them, such as {models[0]}" if models else "its result.json is what there is"
+            raise InputError(f"{path} trained tiny models from scratch (kind={recipe['kind']!r}): {advice}")
         if "model_config" not in content:
             raise InputError(f"{path / 'config.json'} lacks the key model_config")
-        step = newest_good(path)
+        step = chosen_step(path)
         if step is None:
             raise InputError(
                 f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder"
             )
         opened = self.open_base(dtype, "none", lazy)
+        if (path / TEMPLATE_FILE).is_file():
+            use_template_file(opened.tokenizer, path / TEMPLATE_FILE, "chat template")
         fix_date(opened.tokenizer, recorded_date(content, path / "config.json"))
         config = ModelConfig.from_dict(content["model_config"])
         if config.backbone != opened.config.backbone:
@@ -247,6 +250,7 @@ class RunFolder(OnABase):
             step=step,
             recipe=recipe,
             prompt_format=prompt_format,
+            started_from=content.get("started_from"),
         )
         return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, provenance)
 

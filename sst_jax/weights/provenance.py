@@ -47,7 +47,8 @@ class BaseRecord(NamedTuple):
 _KEYS = {"prompt_format": "prompts"}
 # Fields that a record has even where they are None.
 _ALWAYS = ("kind", "path", "digest", "dtype", "layout", "quantize", "stored", "run", "step", "prompt_format")
-_TYPES = {"step": int, "recipe": Mapping, "calibration": Mapping, "vision_config": Mapping}  # of the others: str
+# Of the others: str.
+_TYPES = {"step": int, "recipe": Mapping, "calibration": Mapping, "vision_config": Mapping, "started_from": Mapping}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Provenance:
       calibration: of a base that was quantised for texts, which ones.
       vision_config: of a base folder with a vision tower, its source's config.json without the text part.
       revision: of a hub id, the commit whose files were read.
+      started_from: of a run whose source had been trained already, what its config.json says of that.
     """
 
     kind: str | None = None
@@ -89,6 +91,7 @@ class Provenance:
     calibration: Json | None = None
     vision_config: Json | None = None
     revision: str | None = None
+    started_from: Json | None = None
 
     def to_json(self) -> Json:
         """Return the record that commands write into their results, with the keys of version 0.1.0."""

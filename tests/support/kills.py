@@ -22,6 +22,7 @@ from typing import Any
 
 from sst_jax.console.command import Parser, run, write_json
 from sst_jax.errors import InputError
+from sst_jax.training.telemetry import OF_THE_MACHINE
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -149,7 +150,7 @@ def check(whole: Path, killed: Path, steps: int) -> None:
     if not jax.tree.all(jax.tree.map(np.array_equal, one, other)):
         raise InputError("the parameters differ")
     lines = [
-        [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_metrics(run)]
+        [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in read_metrics(run)]
         for run in (whole, killed)
     ]
     if lines[0] != lines[1] or len(lines[0]) != steps + 1:

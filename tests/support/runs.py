@@ -6,6 +6,7 @@ import numpy as np
 from sst_jax import train
 from sst_jax.console.command import run
 from sst_jax.inference.model import load
+from sst_jax.training.telemetry import OF_THE_MACHINE
 from sst_jax.weights.checkpoint import read_metrics
 from tests.support import ROOT
 
@@ -31,7 +32,7 @@ def assert_same_run(run, reference):
     """Final parameters and every logged loss, bit for bit."""
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), trainables(run), trainables(reference)))
     timeless = [
-        [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_metrics(folder)]
+        [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in read_metrics(folder)]
         for folder in (run, reference)
     ]
     assert timeless[0] == timeless[1]

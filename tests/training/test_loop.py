@@ -14,9 +14,9 @@ import pytest
 from sst_jax.errors import InputError
 from sst_jax.files import sha256
 from sst_jax.inference.model import load
-from sst_jax.training import fit, loop, read_recipe
-from sst_jax.training.loop import Progress
+from sst_jax.training import fit, open_run, read_recipe
 from sst_jax.training.optimizer import as_multi_steps, make_optimizer
+from sst_jax.training.progress import Progress
 from sst_jax.training.recipe import read
 from sst_jax.weights.checkpoint import Checkpoints, read_metrics
 
@@ -104,7 +104,7 @@ def test_each_program_of_a_run_is_compiled_once(tmp_path, monkeypatch):
         return call
 
     for name in ("train_step", "heldout_losses"):
-        monkeypatch.setattr(loop, name, counted(name, getattr(loop, name)))
+        monkeypatch.setattr(open_run, name, counted(name, getattr(open_run, name)))
     fit(read_recipe("tiny", KNOBS | {"stream.learn_gain": True}), tmp_path / "run")
     assert compiled == {"train_step": 1, "heldout_losses": 1}
 
@@ -167,7 +167,7 @@ def resave_as_0_1_0(run, step):
 
 
 def test_bad_input_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="already has a stream or adapter"):
+    with pytest.raises(InputError, match="has been trained with another adapter"):
         fit(read_recipe("tiny", KNOBS | {"model.source": str(OLD_RUN)}), tmp_path / "run")
     with pytest.raises(InputError, match="does not exist; the recipes"):
         fit("nothing", tmp_path / "run")

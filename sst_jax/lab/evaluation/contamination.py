@@ -12,6 +12,7 @@ from sst_jax.model.config import from_mapping
 from sst_jax.training.problems import split_problems
 from sst_jax.training.recipe import DataConfig
 from sst_jax.types import Json
+from sst_jax.weights.provenance import Provenance
 
 NGRAM = 13  # words, as in GPT-3's contamination study (arXiv 2005.14165, appendix C)
 
@@ -41,24 +42,36 @@ def _runs(words: Sequence[str]) -> set[str]:
     return {" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)}
 
 
-def check(recipe: Json | None, items: Sequence[Item], allow: bool) -> Json:
-    """Return the overlap of a run's training data with the test, or why there is none to report.
+def recipes_of(provenance: Provenance) -> list[Json]:
+    """Return the recipes that a model was trained by, one run after another, the newest first."""
+    found, at = [provenance.recipe], provenance.started_from
+    while at:
+        found.append(at.get("recipe"))
+        at = at.get("started_from")
+    return [recipe for recipe in found if recipe]
+
+
+def check(recipes: Sequence[Json], items: Sequence[Item], allow: bool) -> Json:
+    """Return the overlap of what a model was trained on with the test, or why there is none to report.
 
     Raises: InputError when a test question was trained on, unless `allow`.
     """
-    if not recipe:
+    if not recipes:
         return {"checked": False, "reason": "not a training run: nothing says what it was trained on"}
-    data = from_mapping(DataConfig, recipe["data"])
-    try:
-        training = split_problems(data, recipe["train"]["seed"]).training
-    except InputError as error:
-        return {"checked": False, "reason": f"the training data cannot be read any more: {error}"}
-    found = {"checked": True, **overlap(itertools.chain(*training), items)}
+    training: list[Document] = []
+    for recipe in recipes:
+        data = from_mapping(DataConfig, recipe["data"])
+        try:
+            training += itertools.chain(*split_problems(data, recipe["train"]["seed"]).training)
+        except InputError as error:
+            return {"checked": False, "reason": f"the training data cannot be read any more: {error}"}
+    found = {"checked": True, **overlap(training, items)}
     same = found["same_question"]
     if same and not allow:
+        names = ", ".join(dict.fromkeys(recipe["data"]["path"] or recipe["data"]["name"] for recipe in recipes))
         raise InputError(
             f"{len(same)} of {len(items)} test questions are in the training data of this run "
-            f"({data.path or data.name}), such as {same[0]}: its score would say nothing. "
+            f"({names}), such as {same[0]}: its score would say nothing. "
             f"--allow-overlap evaluates all the same and records it"
         )
     return found

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
+from sst_jax.data import tasks
 from sst_jax.data.documents import Item
 from sst_jax.data.template_date import date_of, fix_date, parse_date, reads_date
 from sst_jax.data.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from sst_jax.inference.halting_probe import Probe
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy, check_distinct, parse
 from sst_jax.inference.session import check_policy
-from sst_jax.lab.evaluation import contamination, runner, tasks
+from sst_jax.lab.evaluation import contamination, runner
 from sst_jax.lab.evaluation.second_opinion import second_opinion_by
 from sst_jax.lab.evaluation.summary import summarise
 from sst_jax.training.run import environment
@@ -179,11 +180,11 @@ def run(model: Model, config: EvalConfig, out: Path, read: TaskItems | None = No
     task, every, items = read or read_task(config)
     check_model(model, config.parsed)
     format = config.format or model.prompt_format
-    overlap = contamination.check(model.provenance.recipe, every, config.allow_overlap)
+    trained_on = contamination.recipes_of(model.provenance)
+    overlap = contamination.check(trained_on, every, config.allow_overlap)
     answering = config.measure == "answers"
     room = (config.max_new_tokens or task.max_new_tokens) if answering else 0
-    # A base model writes the next question after its answer; the harness stops GSM8K at the same word.
-    stop = ["Question:"] if answering and format == "plain" else []
+    stop = tasks.stops(format) if answering else []
     file = out / runner.HEADER
     date = fixed_date(model.tokenizer, read_json(file) if file.is_file() else None, file, format)
     prompt = runner.prompts(model, items, format, room)
