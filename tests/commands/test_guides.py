@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import ROOT
 
-GUIDES = ("your-own-data.md", "your-own-task.md")
+GUIDES = ("your-own-data.md", "your-own-model.md", "your-own-task.md")
 
 
 @pytest.mark.slow

@@ -7,12 +7,18 @@ import pytest
 
 from sst_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from sst_jax.weights.gguf import package
-from tests.support.problems import load_gsm8k, real_gsm8k
+from tests.support.problems import load_gsm8k, real_gsm8k, write_gsm8k
 
 
 @pytest.fixture(scope="session")
 def gsm8k_folder() -> Path:
     return real_gsm8k() or pytest.skip("no GSM8K: neither ../shared/data/gsm8k nor $SST_GSM8K_DIR holds train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def gsm8k(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and test.jsonl that share no question."""
+    return write_gsm8k(tmp_path_factory.mktemp("gsm8k"))
 
 
 @pytest.fixture(scope="session")

@@ -75,3 +75,12 @@ def test_ten_thousand_others(tmp_path):
     ended, result = fuzz(tmp_path, "--count", "10000", "--first", "100000")
     assert ended.returncode == 0, ended.stdout
     assert result["cases"] == 10_000
+
+
+@pytest.mark.slow
+def test_two_thousand_mutated_files_of_rows(tmp_path):
+    ended, result = fuzz(tmp_path, "--only", "rows", "--count", "2000")
+    assert ended.returncode == 0, ended.stdout
+    assert result["cases"] == 2000
+    assert result["loaded"] > 200
+    assert result["refused"] > 1000

@@ -3,16 +3,13 @@
 import pytest
 
 import sst_jax
-from tests.support.problems import gsm8k_lines, write_lines
+from tests.support.problems import write_gsm8k
 
 
 @pytest.fixture(scope="session")
 def gsm8k(tmp_path_factory):
     """A folder with train.jsonl and test.jsonl that share no question."""
-    folder = tmp_path_factory.mktemp("gsm8k")
-    for split, count in (("train", 40), ("test", 7)):
-        write_lines(folder / f"{split}.jsonl", gsm8k_lines(split, count))
-    return folder
+    return write_gsm8k(tmp_path_factory.mktemp("gsm8k"))
 
 
 @pytest.fixture(scope="session")
