@@ -23,7 +23,7 @@ from sst_jax.inference.session import check_policy
 from sst_jax.model.config import ModelConfig
 from sst_jax.training.sections import HELDOUT_TASK, TrainConfig
 
-BATCH = 16  # questions answered together
+BATCH = 32  # questions answered together
 CONFIDENCE = 0.95
 
 

@@ -107,9 +107,8 @@ class DataConfig:
 
     name           a data set of `data/datasets.py` that has problems to train on, such as "gsm8k", "words" (the
                    embedded word problems) or the stories "boxes:1-4"; or how the rows at `path` are written, a key of
-                   `data/formats.py` such as "messages"; or "auto": what is found there, and without a path words, or
-                   in "auto:rooms:1-4" the data set behind it. With ":result" behind gsm8k, words and auto only the
-                   result is learned, without the steps.
+                   `data/formats.py` such as "messages"; or "auto": what is found there, and without a path words. With
+                   ":result" behind gsm8k, words and auto only the result is learned, without the steps.
     path           a file (.jsonl, .json, .csv, .parquet), a folder of files, a hub id, or several separated by commas;
                    for a named data set a folder with its files, or a hub id
     config         configuration of a hub set ("": the only one)
@@ -222,8 +221,6 @@ class DataConfig:
         kind, colon, part = self.name.partition(":")
         if kind != "auto":
             return self.name
-        if part.partition(":")[0] in datasets.DATASETS:  # instead of words
-            return "gsm8k" if self.path else part
         return ("gsm8k" if self.path else "words") + colon + part
 
 

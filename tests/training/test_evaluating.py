@@ -65,9 +65,9 @@ def test_a_run_ends_after_so_many_evaluations_without_a_better_one(losses, patie
 
 
 def test_answers_are_counted_as_they_are_graded_in_batches_of_one_shape():
-    """Twenty questions, of which every third is answered right by construction."""
-    items = [Item(Problem(str(number), f"{number}?", "", "yes")) for number in range(20)]
-    task = TrainTask("t", items, grading.WORD, 3, "1", [[number] for number in range(20)])
+    """Forty questions, of which every third is answered right by construction."""
+    items = [Item(Problem(str(number), f"{number}?", "", "yes")) for number in range(40)]
+    task = TrainTask("t", items, grading.WORD, 3, "1", [[number] for number in range(40)])
     shapes = []
 
     def generate(prompts, depth, max_new_tokens, stop):
@@ -76,13 +76,13 @@ def test_answers_are_counted_as_they_are_graded_in_batches_of_one_shape():
 
     seen = []
     found = scoring.score(SimpleNamespace(generate=generate), task, "plain", lambda size: seen.append(size) or True)
-    assert found == (7, 20)  # 0, 3, ..., 18
+    assert found == (14, 40)  # 0, 3, ..., 39
     assert shapes == [(BATCH, 3, ["Question:"])] * 2
-    assert seen == [16, 4]
+    assert seen == [32, 8]
     assert scoring.score(SimpleNamespace(generate=generate), task, "plain", lambda size: False) is None
-    low, high = stats.binomtest(7, 20).proportion_ci(0.95, method="wilson")
+    low, high = stats.binomtest(14, 40).proportion_ci(0.95, method="wilson")
     assert found.interval == (low, high)
-    assert str(found) == f"35.0% [{low:.0%}, {high:.0%}] of 20"
+    assert str(found) == f"35.0% [{low:.0%}, {high:.0%}] of 40"
 
 
 def test_held_out_rows_of_ones_own_are_graded_word_for_word_and_named_ones_as_their_data_set():
