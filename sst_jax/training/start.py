@@ -42,18 +42,10 @@ def open_source(source: str, dtype: str, quantize: str, base: str | Path | None)
         quantize: `model.quantize`.
         base: where the base of a run that resumes lies now, if elsewhere.
 
-    Raises: InputError as `open_model`, and where the source stands on a base in another storage.
+    Raises: InputError as `open_model`.
     """
-    reference = resolve(source)
-    if not isinstance(reference, OnABase):
-        return open_model(base or source, dtype, quantize)
-    opened = open_model(source, dtype, quantize, base=base)
-    if opened.provenance.quantize != quantize:
-        raise InputError(
-            f"model.source={source} stands on a base in {opened.provenance.quantize!r}: set "
-            f"--config.model.quantize={opened.provenance.quantize}"
-        )
-    return opened
+    on_a_base = isinstance(resolve(source), OnABase)
+    return open_model(source, dtype, quantize, base=base) if on_a_base else open_model(base or source, dtype, quantize)
 
 
 def start_of(opened: LoadedModel, config: ModelConfig, source: str) -> Start | None:

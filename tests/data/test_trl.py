@@ -37,9 +37,9 @@ TEXTS = [{"text": "A text."}, {"text": "\nTwo  lines\nand <|im_end|>"}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A byte-level vocabulary in which "= " and "ab" are tokens, and ChatML's turns."""
+    """A byte-level vocabulary in which "ab" is a token, and ChatML's turns."""
     made = tmp_path_factory.mktemp("trl")
-    write_byte_level(made, TEMPLATES["qwen2.5"], merges=(("a", "b"), ("=", "Ġ")))
+    write_byte_level(made, TEMPLATES["qwen2.5"], merges=(("a", "b"),))
     return made
 
 
@@ -54,7 +54,12 @@ def prepared(rows, folder):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True, _is_vlm=False)
     args = SimpleNamespace(
-        dataset_num_proc=None, dataset_text_field="text", assistant_only_loss=False, max_length=None, packing=False
+        dataset_num_proc=None,
+        dataset_text_field="text",
+        assistant_only_loss=False,
+        max_length=None,
+        packing=False,
+        shuffle_dataset=False,
     )
     given = datasets.Dataset.from_list(rows)
     found = trainers.SFTTrainer._prepare_dataset(trainer, given, tokenizer, args, False, None, "train")
@@ -82,13 +87,13 @@ def test_pairs_are_trls_token_for_token(folder, tmp_path):
 
 
 def test_where_a_token_crosses_the_border_the_prompt_stays_whole(folder, tmp_path):
-    """TRL trains on the token that generation never sees ("= "), and says so; here the prompt is what is asked."""
-    rows = [{"prompt": "1 =", "completion": " 2"}]
+    """TRL trains on the token that generation never sees ("ab"), and says so; here the prompt is what is asked."""
+    rows = [{"prompt": "x a", "completion": "b c"}]
     ((_, tokens, mask),), tokenizer = ours(rows, folder, tmp_path, "plain")
     ((ids, _),) = prepared(rows, folder)
     assert tokens.tolist() != ids
     assert tokenizer.decode(tokens.tolist()) == tokenizer.decode(ids)
-    assert tokens[~mask].tolist() == tokenizer.encode("1 =")
+    assert tokens[~mask].tolist() == tokenizer.encode("x a")
 
 
 def test_texts_are_trls_token_for_token(folder, tmp_path):

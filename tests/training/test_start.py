@@ -28,8 +28,8 @@ def chain(tmp_path_factory):
     """Three runs, each from the one before."""
     folder = tmp_path_factory.mktemp("chain")
     results = [fit(read_recipe("tiny", KNOBS), folder / "0")]
-    for number, seed in ((1, 5), (2, 6)):
-        knobs = KNOBS | {"model.source": str(folder / str(number - 1)), "train.seed": seed}
+    for number, rate in ((1, 0.005), (2, 0.006)):
+        knobs = KNOBS | {"model.source": str(folder / str(number - 1)), "optimizer.learning_rate": rate}
         results.append(fit(read_recipe("tiny", knobs), folder / str(number)))
     return folder, results
 
@@ -41,9 +41,8 @@ def trained(model):
 def test_a_run_begins_where_its_source_ended(chain):
     folder, results = chain
     first, second, _ = results
-    # The held-out questions are the same in every run of the embedded problems: so is their loss.
+    # With one seed the held-out questions are the same: so is their loss.
     assert second.heldout_before == pytest.approx(first.heldout_after, rel=1e-6)
-    assert second.heldout_after < second.heldout_before
     base = [json.loads((folder / name / "base.json").read_text()) for name in ("0", "1", "2")]
     assert base[0] == base[1] == base[2]
 
@@ -53,18 +52,18 @@ def test_a_run_records_the_chain_before_it(chain):
     record = json.loads((folder / "2" / "config.json").read_text())["started_from"]
     assert (record["run"], record["step"]) == (str(folder / "1"), 2)
     assert record["sha256"] == trained_digest(trained(load(folder / "1")))
-    assert record["recipe"]["train"]["seed"] == 5
+    assert record["recipe"]["optimizer"]["learning_rate"] == 0.005
     assert record["started_from"]["run"] == str(folder / "0")
     assert "started_from" not in record["started_from"]
     recipes = contamination.recipes_of(load(folder / "2").provenance)
-    assert [recipe["train"]["seed"] for recipe in recipes] == [6, 5, 0]
+    assert [recipe["optimizer"]["learning_rate"] for recipe in recipes] == [0.006, 0.005, 0.01]
 
 
 def test_a_run_that_started_from_another_resumes_bit_for_bit(chain, tmp_path):
     folder, results = chain
     again = shutil.copytree(folder / "1", tmp_path / "again")
     shutil.rmtree(again / "checkpoints" / "2")
-    knobs = KNOBS | {"model.source": str(folder / "0"), "train.seed": 5}
+    knobs = KNOBS | {"model.source": str(folder / "0"), "optimizer.learning_rate": 0.005}
     assert fit(read_recipe("tiny", knobs), again).heldout_loss == results[1].heldout_loss
     for one, other in zip(*(jax.tree.leaves(trained(load(at))) for at in (again, folder / "1")), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -75,7 +74,7 @@ def test_an_adapter_and_an_export_with_a_stream_are_gone_on_with(chain, tmp_path
     for format in ("adapter", "sst"):
         argv = ["--from", str(folder / "0"), "--to", str(tmp_path / format), "--format", format]
         assert run(export.main, argv) == 0
-        knobs = KNOBS | {"model.source": str(tmp_path / format), "train.steps": 1, "train.seed": 7}
+        knobs = KNOBS | {"model.source": str(tmp_path / format), "train.steps": 1}
         found = fit(read_recipe("tiny", knobs), tmp_path / f"{format}-run")
         assert found.heldout_before == pytest.approx(results[0].heldout_after, rel=1e-4)
         assert load(tmp_path / f"{format}-run").provenance.started_from["model"] == str(tmp_path / format)
@@ -87,7 +86,6 @@ def test_an_adapter_and_an_export_with_a_stream_are_gone_on_with(chain, tmp_path
         ({"adapter.rank": 4}, 'another adapter: set "--config.adapter.rank=8"'),
         ({"stream.alpha_range": (0.0, 1.0)}, 'another stream: set "--config.stream.alpha_range=(0.015, 0.1)"'),
         ({"stream.on": False}, "stream.on=False would lose it"),
-        ({"model.quantize": "nf4"}, "set --config.model.quantize=none"),
     ],
 )
 def test_a_recipe_for_another_adapter_or_stream_is_refused_with_the_knob(chain, tmp_path, knobs, message):

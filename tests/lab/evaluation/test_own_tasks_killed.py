@@ -82,8 +82,10 @@ def test_sixty_rows_come_to_the_same_after_a_kill(model, tmp_path, grade):
         assert (found["right"], found["of"], found["value"]) == (right, ROWS, right / ROWS)
         assert (found["low"], found["high"]) == pytest.approx(proportion_confint(right, ROWS, method="wilson"))
     (change,) = result["between_policies"]
-    assert change["broken_items"] == [f"row{n}" for n in range(ROWS) if n % 3 == 0 and n % 2]  # 10 regressions
-    assert change["mended_items"] == [f"row{n}" for n in range(ROWS) if n % 3 and n % 2 == 0]  # 20 fixes
+    assert change["broken_items"] == [
+        f"task.jsonl/row{n}" for n in range(ROWS) if n % 3 == 0 and n % 2
+    ]  # 10 regressions
+    assert change["mended_items"] == [f"task.jsonl/row{n}" for n in range(ROWS) if n % 3 and n % 2 == 0]  # 20 fixes
     assert change["p"] == pytest.approx(stats.binomtest(10, 30).pvalue)
 
     killed, seen = dictated(model, made, kill_at=11)
