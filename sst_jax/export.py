@@ -105,18 +105,23 @@ def main(argv: Sequence[str]) -> None:
             f"logits of the export against the model's on {gap['tokens']} tokens: {gap['relative']:.2e} apart "
             f"(relative norm), top-1 agreement {gap['same_best']:.0%}"
         )
-    print(f"next: {next_step(args.format, target)}")
+    print(f"next: {next_step(args.format, target, result.get('base_name'))}")
     if args.push:
         result["push"] = upload(args, target)
     if args.json:
         write_json(args.json, result)
 
 
-def next_step(kind: str, target: Path) -> str:
-    """Return the Python call that opens an export."""
+def next_step(kind: str, target: Path, base: str | None = None) -> str:
+    """Return the Python call that opens an export; `base`: of an adapter, the name that PEFT finds in it."""
     load = "transformers.AutoModelForCausalLM.from_pretrained"
     if kind == "adapter":
-        return f'peft.PeftModel.from_pretrained({load}(BASE), "{target}")'
+        from sst_jax.data.records import is_hub_id
+
+        if base is not None and (is_hub_id(base) or Path(base).is_dir()):
+            return f'peft.AutoPeftModelForCausalLM.from_pretrained("{target}")'
+        call = f'peft.PeftModel.from_pretrained({load}(BASE), "{target}")'
+        return f"{call}, where BASE is a folder or hub id: PEFT cannot load {base}. --base-name BASE writes it down"
     return f'{load}("{target}"' + (", trust_remote_code=True)" if kind == "sst" else ")")
 
 

