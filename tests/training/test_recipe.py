@@ -129,7 +129,7 @@ def test_a_file_of_ones_own_comes_before_the_packages(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["tinny", "configs/tinny.py", "elsewhere/tiny.py", "tiny.json", ""])
 def test_an_unknown_recipe_lists_those_that_there_are(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    there = "baseline, quickstart, recirculation, sst, sst_v1, statetrack, t2mlr, tiny"
+    there = "baseline, quickstart, recirculation, rooms, sst, sst_v1, statetrack, t2mlr, tiny"
     with pytest.raises(InputError, match=f"does not exist; the recipes .* {there}"):
         read(name)
 
