@@ -298,10 +298,9 @@ def open_file(file: str | Path) -> Source:
         {name: tensor.read() for name, tensor in divisors.items()},
     )
     aside = [tensor.name for tensor in (factors, *divisors.values()) if tensor is not None]
-    headers = [tensor for tensor in tensors if tensor.name not in aside]
-    return Source(
-        "gguf", file, backbone, tuple(split_fused(headers, backbone, "gguf")), None, files, "float32", metadata
-    )
+    headers = split_fused([tensor for tensor in tensors if tensor.name not in aside], backbone, "gguf")
+    # Of a split file the first part stands for all: it has the keys, the tokenizer's among them.
+    return Source("gguf", files[0], backbone, tuple(headers), None, files, "float32", metadata)
 
 
 def package(name: str) -> Path:

@@ -192,7 +192,7 @@ class GgufFile(Reference):
         return self.source.backbone
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.file)
+        return load_tokenizer(self.source.path)  # of a split file the first part, which has the keys
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         return _from_source(self.source, dtype, self.location, quantize, lazy)

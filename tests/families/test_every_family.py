@@ -16,7 +16,7 @@ from sst_jax.model import decoder, rules, sharding
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.quantization import storages
 from sst_jax.weights import gguf as gguf_reader
-from sst_jax.weights import key_map, peft
+from sst_jax.weights import key_map, peft, references
 from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.huggingface import open_folder, write_folder
 from sst_jax.weights.source import fill_base
@@ -238,7 +238,7 @@ def test_a_gguf_file_is_the_same_model(family, member, tmp_path):
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-7)  # 1 + w is rounded where it is stored
 
 
-def test_a_split_gguf_file_opens_by_any_of_its_parts(tmp_path):
+def test_a_split_gguf_file_opens_by_any_of_its_parts(tmp_path, monkeypatch):
     family = BY_NAME["phi3"]
     state = drawn(family.tiny)
     gguf_file(tmp_path / "tiny.gguf", family, state, split_max_tensors=5)
@@ -247,7 +247,9 @@ def test_a_split_gguf_file_opens_by_any_of_its_parts(tmp_path):
     whole = gguf_reader.open_file(gguf_file(tmp_path / "whole.gguf", family, state))
     for part in parts[:2]:
         source = gguf_reader.open_file(part)
-        assert source.files == parts
+        assert (source.path, source.files) == (parts[0], parts)
+        monkeypatch.setattr(references, "load_tokenizer", lambda file: file)
+        assert references.GgufFile(part).tokenizer() == parts[0]
         got, expected = fill_base(source, "float32"), fill_base(whole, "float32")
         assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
     parts[-1].rename(tmp_path / "elsewhere")
