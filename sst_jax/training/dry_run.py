@@ -14,6 +14,7 @@ from sst_jax.training.data_report import spelled
 from sst_jax.training.distributed import initialize_distributed
 from sst_jax.training.inputs import Inputs, check_inputs, heldout_batches
 from sst_jax.training.optimizer import make_optimizer
+from sst_jax.training.progress import in_millions
 from sst_jax.training.recipe import Recipe
 from sst_jax.training.step import ForwardConfig, init_state, train_step
 from sst_jax.training.telemetry import GIB
@@ -102,7 +103,7 @@ def describe(found: Json, recipe: Recipe, workdir: Path) -> str:
     shapes = ", ".join(f"{name} {shape}" for name, shape in batch["shapes"].items())
     row = batch["first_row"]
     lines = [
-        f"{model['source']}: {model['frozen'] / 1e6:,.1f}M frozen parameters in {model['layers']} layers; "
+        f"{model['source']}: {in_millions(model['frozen'])} frozen parameters in {model['layers']} layers; "
         f"{model['adapter']:,} of LoRA and {model['blend']:,} of the stream are trained, by {recipe.forward.forward}",
         f"{' + '.join(f'{size:,}' for size in found['training']['examples'])} examples of {found['training']['name']}; "
         f"{found['heldout']['examples']} held out, in {found['heldout']['batches']} batches"

@@ -37,7 +37,7 @@ from sst_jax.training.evaluating import (
 )
 from sst_jax.training.inputs import check_inputs
 from sst_jax.training.open_run import Programs, Run, compile_programs, open_run
-from sst_jax.training.progress import Clock, Progress, StepLines
+from sst_jax.training.progress import Clock, Progress, StepLines, in_millions
 from sst_jax.training.recipe import Recipe, read_recipe, resolve
 from sst_jax.training.report import RunResult, write_report, write_samples
 from sst_jax.training.scoring import Score
@@ -126,7 +126,7 @@ def begin(run: Run, programs: Programs) -> None:
         print_line(seen)
     trainable = run.state.trainable
     print_line(
-        f"{Path(recipe.model.source).name}: {config.backbone.num_params / 1e6:,.0f}M frozen parameters, training "
+        f"{Path(recipe.model.source).name}: {in_millions(config.backbone.num_params)} frozen parameters, training "
         f"{count(trainable['adapter']):,} of LoRA and {count(trainable['blend']):,} of the stream "
         f"({recipe.forward.forward}, {recipe.model.dtype}) on {sum(map(len, run.inputs.sources)):,} examples of "
         f"{run.inputs.split.name}; {len(run.inputs.heldout)} held out"

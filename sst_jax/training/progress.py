@@ -57,6 +57,11 @@ class Progress:
         )
 
 
+def in_millions(count: int) -> str:
+    """Return a number of parameters as it is read: "268M", or all of its digits below a million."""
+    return f"{count / 1e6:,.0f}M" if count >= 1_000_000 else f"{count:,}"
+
+
 class StepLines:
     """A line now and then on how training goes, for logs: a terminal has a progress bar.
 

@@ -2,7 +2,7 @@
 
 import time
 
-from sst_jax.training.progress import StepLines
+from sst_jax.training.progress import StepLines, in_millions
 
 
 def lines_of(monkeypatch, capsys, *, terminal):
@@ -26,3 +26,7 @@ def test_a_line_comes_every_thirty_seconds_with_rate_and_time_left(monkeypatch, 
 
 def test_a_terminal_has_a_bar_instead(monkeypatch, capsys):
     assert lines_of(monkeypatch, capsys, terminal=True) == []
+
+
+def test_small_models_are_counted_in_full():
+    assert [in_millions(count) for count in (512, 999_999, 1_000_000, 268_098_176)] == ["512", "999,999", "1M", "268M"]
