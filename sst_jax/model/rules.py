@@ -33,6 +33,7 @@ from sst_jax.model.links import Solved, scan_stack, stacked_passes
 from sst_jax.model.loops import chunked_scan, fixed_point
 from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
 from sst_jax.model.scales import LayerScales, StepSquares, layer_scales, step_squares
+from sst_jax.model.sharding import constrain
 from sst_jax.model.state import Masks, initial_state, shift_right, state_update
 from sst_jax.types import (
     AllStates,
@@ -398,7 +399,8 @@ def hidden_and_scales(
     assert squares is not None
     depth = squares.residual.shape[-1] // tokens.shape[1]
     real = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-    return out, layer_scales(squares, real, depth)
+    scales = layer_scales(squares, real, depth)  # read on every host of a mesh
+    return out, jax.tree.map(lambda part: constrain(part, None, None), scales)
 
 
 def _solve(
