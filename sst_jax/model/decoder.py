@@ -26,7 +26,7 @@ from sst_jax.model import compiler
 from sst_jax.model.attention import Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.config import ModelConfig, StreamConfig
-from sst_jax.model.layers import Adapter, Base, Blend, Block, to_float32, unit_rms
+from sst_jax.model.layers import Adapter, Base, Blend, Block, narrowed, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
 from sst_jax.model.sharding import constrain, gather, on_a_mesh
@@ -309,6 +309,7 @@ def run_layers(
         if context.segment_ids is not None:  # a single position has less to send than a layer has
             base, adapter = gather(base), gather(adapter)
             residuals = jax.tree.map(lambda x: constrain(x, "rows", "sequence", None), residuals)
+            adapter = narrowed(adapter, dtype)  # a single position multiplies by each factor but once
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
         with jax.named_scope("weights"):
             block = nnx.merge(graphdef, storages.unpack(base, dtype, stacks, facts.number), adapter, blend)

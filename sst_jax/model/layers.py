@@ -7,6 +7,7 @@ layers, [L, ...], they are what `model/decoder.py` scans over. How a layer compu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from sst_jax.model import compiler
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.quantization.storages import product
-from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Positions, RotaryTable, Tokens
+from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Params, Positions, RotaryTable, Tokens
 
 
 class Base(nnx.Param):
@@ -104,6 +106,43 @@ def _up_product_backward(saved: tuple[AnyFloat, AnyFloat], dy: AnyFloat) -> tupl
 up_product.defvjp(_up_product_forward, _up_product_backward)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A LoRA factor in two types, in the place of its array: cast once a layer, and not at every position of a walk."""
+
+    value: AnyFloat  # what is trained
+    narrow: AnyFloat  # what multiplies
+
+
+def narrowed(adapter: Params, dtype: DTypeLike) -> Params:
+    """Return a layer's adapter with its factors ready to multiply activations of a type, where that saves time.
+
+    On GPUs a cast is a kernel of its own wherever a product is a library's; on CPUs and TPUs it goes into the product.
+    """
+    if compiler.platform() not in ("cuda", "rocm", "interpreted") or dtype == jnp.float32:
+        return adapter
+    return jax.tree.map(lambda value: Factor(value, jax.lax.stop_gradient(value).astype(dtype)), adapter)
+
+
+@jax.custom_vjp
+def factor_product(z: AnyFloat, value: AnyFloat, narrow: AnyFloat) -> AnyFloat:
+    """Return z times a factor in z's type; the factor's gradient is added up in its own type."""
+    return z @ narrow
+
+
+def _factor_product_forward(z: AnyFloat, value: AnyFloat, narrow: AnyFloat) -> tuple[AnyFloat, tuple]:
+    return z @ narrow, (z, narrow)
+
+
+def _factor_product_backward(saved: tuple, dy: AnyFloat) -> tuple:
+    z, narrow = saved
+    return dy @ narrow.T, jnp.einsum("...r,...n->rn", z, dy, preferred_element_type=jnp.float32), None
+
+
+factor_product.defvjp(_factor_product_forward, _factor_product_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b + scale * (x * drop) A B, in x's type.
 
@@ -137,8 +176,11 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if self.rank:
             z = x if drop is None else x * drop.astype(x.dtype)
-            z = z @ self.lora_a[...].astype(x.dtype)
-            y = y + up_product(z, self.lora_b[...].astype(x.dtype)) * self.scale
+            a, b = self.lora_a.get_value(), self.lora_b.get_value()
+            if isinstance(a, Factor):
+                low = factor_product(z, a.value, a.narrow)
+                return y + factor_product(low, b.value, b.narrow) * self.scale
+            y = y + up_product(z @ a.astype(x.dtype), b.astype(x.dtype)) * self.scale
         return y
 
 
