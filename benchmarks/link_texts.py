@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE")
     parser.add_argument("--documents", type=int, default=10, metavar="N", help="of each kind (default: 10)")
     parser.add_argument("--essays", default=ESSAYS, metavar="FOLDER")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="characters at the head of each (default: 0)")
     args = parser.parse_args()
     count = args.documents
     kinds = {"scripture": scripture(count), "essay": essays(args.essays, count), "reference": reference(count)}
@@ -68,7 +69,7 @@ def main() -> None:
         for start in range(0, count, 2):
             for kind, texts in kinds.items():
                 for text in texts[start : start + 2]:
-                    file.write(json.dumps({"kind": kind, "text": text}) + "\n")
+                    file.write(json.dumps({"kind": kind, "text": text[args.skip :]}) + "\n")
     print(f"{args.out}: {sum(map(len, kinds.values()))} documents")
 
 
