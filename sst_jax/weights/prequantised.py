@@ -82,14 +82,14 @@ def _without_nf4(by_name: dict[str, Tensor]) -> list[Tensor]:
         if missing:
             raise InputError(f"{tensor.file}: key {missing[0]} is missing beside {name}")
         count = math.prod(state.shape)
-        parts = {part.removeprefix(linear).lstrip(".") or "codes": by_name[part] for part in names}
-        if math.prod(parts["codes"].shape) * 2 != count or math.prod(parts["absmax"].shape) * state.block != count:
+        parts = {part.removeprefix(linear).lstrip(".") or "packed": by_name[part] for part in names}
+        if math.prod(parts["packed"].shape) * 2 != count or math.prod(parts["absmax"].shape) * state.block != count:
             raise InputError(
-                f"{tensor.file}: key {linear} has shape {list(parts['codes'].shape)}, which is not {state}"
+                f"{tensor.file}: key {linear} has shape {list(parts['packed'].shape)}, which is not {state}"
             )
         used |= {name, *names}
         found.append(
-            Tensor(linear, state.shape, "NF4", parts["codes"].file, functools.partial(_read_nf4, parts, state))
+            Tensor(linear, state.shape, "NF4", parts["packed"].file, functools.partial(_read_nf4, parts, state))
         )
     return [tensor for name, tensor in by_name.items() if name not in used] + found
 
@@ -124,7 +124,7 @@ def _read_nf4(parts: Mapping[str, Tensor], state: _BlockState) -> HostFloats:
     if state.nested_block is not None:
         wide = np.repeat(read["nested_absmax"].astype(np.float32), state.nested_block)[: len(scales)]
         scales = read["nested_quant_map"][scales] * wide + np.float32(state.nested_offset)
-    packed = read["codes"]
+    packed = read["packed"]
     codes = np.stack([packed >> 4, packed & 15], axis=-1)  # the first of two in the high half
     values = read["quant_map"].astype(np.float32)[codes].reshape(-1, state.block) * scales.astype(np.float32)[:, None]
     return values.astype(_WIDEST[state.dtype]).astype(np.float32).reshape(state.shape)
