@@ -83,7 +83,8 @@ class HubId(Reference):
     def backbone(self) -> BackboneConfig:
         """The backbone by the size in the name; nothing is fetched for it."""
         name = self.location.lower()
-        named = [preset for part, preset in HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b", name)]
+        other = "(?!-(?:mini|multimodal))"  # Phi-4-mini is no Phi-4
+        named = [preset for part, preset in HUB_NAMES.items() if re.search(rf"\b{re.escape(part)}\b{other}", name)]
         if not named:
             raise InputError(
                 f"{self.location} does not exist here, and its name does not tell its size (gemma-3-1b and the like do)"
