@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 from sst_jax.errors import InputError
 from sst_jax.families.registry import SPLITTINGS
@@ -114,8 +114,10 @@ def vocabulary_from_gguf(
 
 
 # ------------------------------------------------------------------------------------- SentencePiece's ModelProto
+# What runs for every piece of a vocabulary, millions of times, is not checked at run time.
 
 
+@no_type_check
 def _varint(number: int) -> bytes:
     out = bytearray()
     while number > 0x7F:
@@ -124,6 +126,7 @@ def _varint(number: int) -> bytes:
     return bytes(out) + bytes([number])
 
 
+@no_type_check
 def _field(number: int, value: int | float | str | bytes) -> bytes:
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
@@ -133,30 +136,35 @@ def _field(number: int, value: int | float | str | bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
+@no_type_check
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return the number that begins at a place, and the place behind it."""
+    number = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return number, at
+        if shift > 63:  # the format's limit, and without one the time grows with the square of the length
+            raise InputError("not a SentencePiece model: a number has more than 64 bits")
+
+
+@no_type_check
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (field number, value) of one protobuf message: int, float, or the bytes of a submessage or string."""
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        number = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            number |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return number
-            if shift > 63:  # the format's limit, and without one the time grows with the square of the length
-                raise InputError("not a SentencePiece model: a number has more than 64 bits")
-
     while at < len(data):
-        number, wire = divmod(varint(), 8)
+        tag, at = _read_varint(data, at)
+        number, wire = divmod(tag, 8)
         if wire == 0:
-            number_value = varint()
-            yield number, number_value - (1 << 64) if number_value >> 63 else number_value
+            value, at = _read_varint(data, at)
+            yield number, value - (1 << 64) if value >> 63 else value
             continue
-        length = {1: 8, 5: 4}.get(wire) or varint()
+        length = {1: 8, 5: 4}.get(wire)
+        if length is None:
+            length, at = _read_varint(data, at)
         chunk = data[at : at + length]
         at += length
         yield number, chunk if wire == 2 else struct.unpack("<f" if wire == 5 else "<d", chunk)[0]
