@@ -81,12 +81,12 @@ class LayerStack(Protocol):
 PyTree = Array | np.ndarray | Mapping[str, Any] | Sequence[Any] | None  # a tree of arrays, as JAX maps over it
 Json = dict[str, Any]  # a JSON object
 ReadOnlyJson = Mapping[str, Any]
-FieldValue = bool | int | float | str | tuple | None  # of a config's field
+FieldValue = bool | int | float | str | tuple | list | None  # of a config's field
 JsonValue = None | bool | int | float | str | list[Any] | Json  # anything that JSON may hold
 HostArray = np.ndarray  # of any shape and type, in the host's memory
 HostArrays = dict[str, np.ndarray]  # by name
-HostFloats = Float[np.ndarray, "*shape"]
-HostInts = Int[np.ndarray, "*shape"]
+HostFloats = Float[np.ndarray, "..."]  # of any shape, each its own
+HostInts = Int[np.ndarray, "..."]
 
 # Training. M counts the positions of all rows, one after another.
 AnswerMask = Bool[AnyArray, "B T"]  # tokens that are learned
@@ -110,11 +110,13 @@ RowFloats = Float[Array, "B"]
 RowBools = Bool[Array, "B"]
 RowHidden = Float[Array, "B D"]  # normed hidden states of one position
 RowStates = Float[Array, "L B D"]  # each layer's state
+PastStates = Float[Array, "steps L B D"]  # of several steps
 RowLogits = Float[Array, "B V"]
 SomeLogits = Float[Array, "*B V"]  # of positions in any arrangement
 SomeTokens = Int[Array, "*B"]
 PositionHidden = Float[Array, "T D"]  # normed hidden states of one sequence
 PositionTokens = Int[AnyArray, "T"]
+TokenIds = Sequence[int] | Int[np.ndarray, "T"]  # of a text
 PickedRows = Int[Array, "picked"]  # places in a batch
 PickedHidden = Float[Array, "picked D"]
 CacheStack = Float[Array, "layers B _ K H"]  # keys or values of one kind of layers, of slots or of new positions

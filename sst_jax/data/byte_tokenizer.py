@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from sst_jax.data import vocabulary as vocabularies
 from sst_jax.data.chat_template import END_OF_TURN, START_OF_TURN
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import MARKER, exported
 from sst_jax.files import json_bytes
-from sst_jax.types import JsonValue
+from sst_jax.types import JsonValue, TokenIds
 
 
 class ByteTokenizer(Tokenizer):
@@ -22,7 +22,7 @@ class ByteTokenizer(Tokenizer):
     def _text_ids(self, text: str) -> list[int]:
         return [len(self.SPECIALS) + byte for byte in text.encode("utf-8")]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         first = len(self.SPECIALS)
         return bytes(i - first for i in map(int, ids) if first <= i < self.vocab_size).decode("utf-8", errors="replace")
 

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from sst_jax.data.generation_config import GenerationConfig
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import NAMED, tokenizer_config
 from sst_jax.errors import InputError
-from sst_jax.types import Json, JsonValue
+from sst_jax.types import Json, JsonValue, TokenIds
 
 if TYPE_CHECKING:
     import tokenizers
@@ -158,7 +158,7 @@ class HuggingFaceTokenizer(Tokenizer):
         made.encode_special_tokens = True
         return made
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         known = [i for i in map(int, ids) if i < len(self._tokenizer)]
         return self._tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 

@@ -8,7 +8,7 @@ from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import MARKER
 from sst_jax.errors import InputError
 from sst_jax.files import json_bytes
-from sst_jax.types import JsonValue
+from sst_jax.types import JsonValue, TokenIds
 
 
 class NoTokenizer(Tokenizer):
@@ -44,7 +44,7 @@ class NoTokenizer(Tokenizer):
     ) -> str:
         raise self._refusal()
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         return ""
 
     def piece_id(self, piece: str) -> int | None:

@@ -12,7 +12,7 @@ from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import MARKER, exported
 from sst_jax.errors import InputError
 from sst_jax.files import json_bytes
-from sst_jax.types import JsonValue
+from sst_jax.types import JsonValue, TokenIds
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -54,7 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _text_ids(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         sp = self._processor
         return sp.decode(
             [i for i in map(int, ids) if i < self.vocab_size and not (sp.is_control(i) or sp.is_unknown(i))]

@@ -16,7 +16,7 @@ from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 from sst_jax.families.registry import TEXT_ENDS, TURN_ENDS
 from sst_jax.files import contents_digest, json_bytes
-from sst_jax.types import Json, JsonValue
+from sst_jax.types import Json, JsonValue, TokenIds
 
 NOTHING_SAID = GenerationConfig()
 _SPACES = re.compile(r"\s*")
@@ -48,7 +48,7 @@ class Tokenizer(abc.ABC):
         """Return ids of the text alone: no BOS, no control tokens."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Return the text; special tokens and ids beyond the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
 
     @abc.abstractmethod
@@ -198,7 +198,7 @@ class Tokenizer(abc.ABC):
         """What the template writes behind an assistant's words."""
         return list(_turn_tail(self, self.template).last)
 
-    def decode_next(self, ids: Sequence[int], preceded: bool) -> str:
+    def decode_next(self, ids: TokenIds, preceded: bool) -> str:
         """Return the text that ids add to one, with the space that `decode` takes off the first word of a text.
 
         preceded: whether any text stands before them, see `has_text`.
@@ -208,7 +208,7 @@ class Tokenizer(abc.ABC):
         before, text = self._some_text
         return self.decode([*before, *ids])[len(text) :]
 
-    def has_text(self, ids: Sequence[int]) -> bool:
+    def has_text(self, ids: TokenIds) -> bool:
         """Return whether ids hold any text, not special tokens alone."""
         return any(self.decode([index]) for index in reversed(ids))
 

@@ -72,7 +72,12 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
     required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     missing = sorted(required - set(mapping))
     require(not missing, f"{cls.__name__} lacks the field {', '.join(missing)}")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
+    return cls(**{key: as_tuples(value) for key, value in mapping.items()})
+
+
+def as_tuples(value: Any) -> Any:
+    """Return a value with its lists, and those in them, as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def fields_of(config: object) -> tuple[dataclasses.Field, ...]:

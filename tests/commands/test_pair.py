@@ -122,7 +122,7 @@ def test_the_memoryless_arm_computes_the_same_whatever_came_before():
     from sst_jax.model import rules
     from tests.support import toys
 
-    memoryless = resolved(*arms.overrides("memoryless", resolved(), None))
+    memoryless = resolved(*arms.overrides("memoryless", resolved(), arms.Costs(2.0, 1.0, 0, 1)))
     config = dataclasses.replace(toys.config(), stream=memoryless.stream.config)
     params, tokens = toys.params(config), toys.tokens(2, 12)
     outputs = [np.asarray(rules.hidden(config, params, tokens, forward=name)) for name in ("two_pass", "exact")]

@@ -57,7 +57,15 @@ def test_draws_are_what_is_drawn_as_often_as_they_say(settings):
         assert abs(drawn.count(one) / 2000 - share) <= 4 * np.sqrt(share * (1 - share) / 2000)
 
 
-@pytest.mark.parametrize("depths", [(), (0,), (1.5,), (2, "3")])
+@pytest.mark.parametrize(
+    "depths",
+    [
+        (),
+        (0,),
+        pytest.param((1.5,), marks=pytest.mark.wrong_types),
+        pytest.param((2, "3"), marks=pytest.mark.wrong_types),
+    ],
+)
 def test_bad_depths_are_refused(depths):
     with pytest.raises(InputError, match="depth"):
         ForwardConfig("exact", depths=depths)

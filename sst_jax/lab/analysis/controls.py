@@ -64,7 +64,7 @@ def collect_batch(runner: TextRunner, batch: Batch, shallow: DepthStates, deep: 
         pairs[name] = (shallow, seen)
     return [
         {name: compared(*(each.row(row, count) for each in pair)) for name, pair in pairs.items()}
-        for row, count in enumerate(batch.counts)
+        for row, count in enumerate(batch.counts.tolist())
     ]
 
 

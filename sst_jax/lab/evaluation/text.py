@@ -38,7 +38,18 @@ from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import to_float32
 from sst_jax.model.scales import LayerScales, scalars
 from sst_jax.training.run import environment
-from sst_jax.types import BlockLosses, Hidden, Json, Params, RandomKey, RowHidden, RowStates, ScalarInt, Tokens
+from sst_jax.types import (
+    BlockLosses,
+    Hidden,
+    Json,
+    Params,
+    PastStates,
+    RandomKey,
+    RowHidden,
+    RowStates,
+    ScalarInt,
+    Tokens,
+)
 
 FIGURE = "by_position.png"
 EARLIER = 16  # positions, of states="earlier"
@@ -119,7 +130,7 @@ def with_setting(model: Model, setting: Setting) -> Model:
 def earlier_states(layers: int, rows: int, size: int, delay: int) -> links.StepIntervention:
     """Return the intervention by which the states of `delay` steps before enter, once there are so many."""
 
-    def change(ring: links.AllSteps, entering: RowStates, number: ScalarInt) -> tuple:
+    def change(ring: PastStates, entering: RowStates, number: ScalarInt) -> tuple:
         old = ring[number % delay]
         return ring.at[number % delay].set(entering), jnp.where(number < delay, entering, old.astype(entering.dtype))
 

@@ -160,7 +160,7 @@ def with_odds(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return p * odds / (p * odds + 1 - p)
 
 
-def log_odds(labels: np.ndarray) -> np.ndarray:
+def log_odds(labels: np.ndarray) -> np.ndarray | np.floating:
     return np.log(labels.sum(-1) / (labels.shape[-1] - labels.sum(-1)))
 
 

@@ -146,7 +146,7 @@ def test_the_real_states_in_their_own_places_are_no_control():
     own = np.tile(np.arange(64, dtype=np.int32), (2, 1))
     (same,) = runner(batch, 3, intervene=collect.Swap(np.arange(2), own))
     (deep,) = runner(batch, 3)
-    for row, count in enumerate(batch.counts):
+    for row, count in enumerate(batch.counts.tolist()):
         np.testing.assert_allclose(same.row(row, count).states, deep.row(row, count).states, atol=2e-4)
 
 
