@@ -9,7 +9,7 @@
 Zero-shot and greedy. The same command on the same folder resumes. --task takes this project's tasks:
 gsm8k, gpqa_diamond, arc_challenge, math_500, words; gsm8k:result and words:result for models that write no steps;
 the stories boxes, shelves, rooms, chain, lamp and clock, as rooms:8; and text, perplexity over windows of --data FILE
-(plain text, or .jsonl with a "text" a line), whose settings a --protocol FILE can fix beforehand. --tasks takes the
+(plain text, or rows with a field "text"), whose settings a --protocol FILE can fix beforehand. --tasks takes the
 names of lm-evaluation-harness (extra `eval`).
 """
 
@@ -113,7 +113,7 @@ def over_texts(args: argparse.Namespace, policies: Sequence[Policy]) -> Json:
             if getattr(args, flag) != default:
                 raise InputError(f"--{flag.replace('_', '-')} is fixed by --protocol {args.protocol}")
     elif args.data is None:
-        raise InputError("--task text needs --data FILE (plain text, or .jsonl with a text a line), or --protocol FILE")
+        raise InputError("--task text needs --data FILE (plain text, or rows with a field text), or --protocol FILE")
     elif not all(policy.is_flat for policy in policies):
         raise InputError(f"--depth {args.depth}: a known text is scored at flat depths, such as 1,2,4")
     from sst_jax.inference import model

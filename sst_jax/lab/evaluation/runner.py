@@ -81,11 +81,8 @@ class Folder:
         have = {(outcome["policy"], outcome["id"]) for outcome in there}
         whole = {key for batch in plan if have.issuperset(batch.keys) for key in batch.keys}
         kept = [outcome for outcome in there if (outcome["policy"], outcome["id"]) in whole]
-        file = self.path / OUTCOMES
-        temporary = file.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(outcome) + "\n" for outcome in kept), encoding="utf-8")
-        temporary.replace(file)
-        self._file = file.open("a", encoding="utf-8")
+        write_outcomes(self.path, kept)
+        self._file = (self.path / OUTCOMES).open("a", encoding="utf-8")
         return kept
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
@@ -153,6 +150,14 @@ def read_outcomes(path: Path, torn: bool = False) -> list[Outcome]:
             raise InputError(f"{file}, line {number}: not an outcome ({error})") from None
         outcomes.append(outcome)
     return outcomes
+
+
+def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write a folder's outcomes anew, whole or not at all."""
+    file = path / OUTCOMES
+    temporary = file.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(outcome) + "\n" for outcome in outcomes), encoding="utf-8")
+    temporary.replace(file)
 
 
 def run_batches(

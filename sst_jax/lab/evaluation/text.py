@@ -25,6 +25,7 @@ import numpy as np
 
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
+from sst_jax.data.records import READERS, Record, check_text, read_file
 from sst_jax.errors import InputError
 from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.kv_cache import Cache, init_cache
@@ -68,31 +69,28 @@ class Window(NamedTuple):
 
 
 def read_documents(path: str | Path) -> list[Json]:
-    """Return the documents of a file: each line's {"text": ..., "kind": ...} of a .jsonl, else the file as one.
+    """Return the documents of a file as {"text": ..., "kind": ...}.
+
+    Each row of a .jsonl, .json, .csv or .parquet is one, by its fields "text" and "kind" (which it may lack); any other
+    file is one document of plain text.
 
     Raises: InputError naming the file and the line.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"--data {path}: there is no such file; it is plain text, or .jsonl with a text a line")
+    file = Path(path).expanduser()
+    if file.suffix.lower() in READERS:
+        return [_document(record) for record in read_file(file)]
+    check_text(file)
     try:
-        whole = file.read_text(encoding="utf-8")
+        return [{"text": file.read_text(encoding="utf-8-sig"), "kind": "text"}]
     except UnicodeDecodeError as error:
-        raise InputError(f"--data {path} is not UTF-8 text ({error})") from None
-    if file.suffix != ".jsonl":
-        return [{"text": whole, "kind": "text"}]
-    found = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"--data {path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise InputError(f'--data {path}, line {number}: a document is {{"text": "..."}}')
-        found.append({"text": row["text"], "kind": str(row.get("kind", "text"))})
-    return found
+        raise InputError(f"{file}: not UTF-8 ({error})") from None
+
+
+def _document(record: Record) -> Json:
+    row = record.value
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f'{record.where}: a document is {{"text": "..."}}')
+    return {"text": row["text"], "kind": str(row.get("kind", "text"))}
 
 
 def cut(model: Model, documents: Sequence[Json], protocol: Protocol) -> list[Window]:
@@ -272,7 +270,7 @@ def run(model: Model, protocol: Protocol, out: Path) -> Json:
     write_json(out / runner.HEADER, header)
     stages: Json = {}
     try:
-        outcomes = Outcomes(out / runner.OUTCOMES)
+        outcomes = Outcomes(out)
         for stage, settings, some in plan(protocol, windows):
             chosen = None
             if stage == "test":
@@ -295,9 +293,11 @@ def run(model: Model, protocol: Protocol, out: Path) -> Json:
 class Outcomes:
     """The lines of OUT/outcomes.jsonl: what is there is not measured again."""
 
-    def __init__(self, file: Path):
-        self.file = file
-        whole = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    def __init__(self, folder: Path):
+        """Read what an earlier call has left; a line that a kill cut off is dropped from the file."""
+        self.file = folder / runner.OUTCOMES
+        whole = runner.read_outcomes(folder, torn=True)
+        runner.write_outcomes(folder, whole)
         self.there = {(line["stage"], line["policy"], line["id"]): line for line in whole}
 
     def collect(
@@ -310,9 +310,11 @@ class Outcomes:
                     batch = windows[start : start + protocol.batch_size]
                     if not all((stage, setting.name, window.id) in self.there for window in batch):
                         lines = [{"stage": stage, **line} for line in measure(model, setting, batch)]
+                        fresh = {(stage, line["policy"], line["id"]): line for line in lines}
+                        fresh = {key: line for key, line in fresh.items() if key not in self.there}
                         with self.file.open("a", encoding="utf-8") as file:
-                            file.writelines(json.dumps(line) + "\n" for line in lines)
-                        self.there.update({(stage, line["policy"], line["id"]): line for line in lines})
+                            file.writelines(json.dumps(line) + "\n" for line in fresh.values())
+                        self.there.update(fresh)
                     meter.update(len(batch))
         return {
             setting.name: [self.there[stage, setting.name, window.id] for window in windows] for setting in settings

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -97,6 +98,38 @@ def test_the_protocol_s_digest_is_kept(measured, folder):
     assert json.loads((folder / "out" / "evaluation.json").read_text())["protocol_sha256"] == result["protocol_sha256"]
 
 
+def test_documents_are_rows_or_a_whole_file(tmp_path):
+    """U+2028 ends no line of JSON, and a byte order mark is no text."""
+    rows = [{"text": "one\u2028two"}, {"text": "three", "kind": "novel"}]
+    lines = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    expected = [{"text": "one\u2028two", "kind": "text"}, {"text": "three", "kind": "novel"}]
+    for name, content in (("a.jsonl", lines), ("a.json", json.dumps(rows)), ("a.txt", "\ufeffthree")):
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert text.read_documents(tmp_path / "a.jsonl") == expected
+    assert text.read_documents(tmp_path / "a.json") == expected
+    assert text.read_documents(tmp_path / "a.txt") == [{"text": "three", "kind": "text"}]
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
+    with pytest.raises(InputError, match=r"b\.jsonl, line 2: a document is"):
+        text.read_documents(tmp_path / "b.jsonl")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(InputError, match=r"c\.txt: is UTF-16"):
+        text.read_documents(tmp_path / "c.txt")
+
+
+def test_a_line_that_a_kill_cut_off_is_measured_again(measured, model, folder, tmp_path, monkeypatch):
+    result, fixed = measured
+    shutil.copytree(folder / "out", tmp_path / "out")
+    file = tmp_path / "out" / "outcomes.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    again, measure = [], text.measure
+    monkeypatch.setattr(text, "measure", lambda *arguments: again.append(arguments) or measure(*arguments))
+    resumed = text.run(model, fixed, tmp_path / "out")
+    assert len(again) == 1
+    assert [line["nats"] for line in lines_of(tmp_path)] == [line["nats"] for line in lines_of(folder)]
+    shown = {name: record["perplexity"] for name, record in resumed["policies"].items()}
+    assert shown == {name: record["perplexity"] for name, record in result["policies"].items()}
+
+
 def test_a_second_call_measures_nothing_again(measured, model, folder, monkeypatch):
     result, fixed = measured
     monkeypatch.setattr(text, "measure", None)
@@ -181,7 +214,7 @@ def test_evaluations_of_texts_are_compared_over_documents(measured, model, folde
     ("flags", "culprit"),
     [
         (["--task", "text"], "--task text needs --data FILE"),
-        (["--task", "text", "--data", "missing.txt"], "missing.txt: there is no such file"),
+        (["--task", "text", "--data", "missing.txt"], "missing.txt: no such file"),
         (["--task", "words", "--window", "64"], "--window goes with --task text"),
         (["--task", "text", "--protocol", "p.json", "--depth", "2"], "--depth is fixed by --protocol p.json"),
         (["--task", "text", "--data", "x.txt", "--grade", "exact"], "--grade is not for --task text"),
