@@ -44,8 +44,13 @@ def open_source(source: str, dtype: str, quantize: str, base: str | Path | None)
 
     Raises: InputError as `open_model`.
     """
-    on_a_base = isinstance(resolve(source), OnABase)
-    return open_model(source, dtype, quantize, base=base) if on_a_base else open_model(base or source, dtype, quantize)
+    if base is None:
+        return open_model(source, dtype, quantize)
+    try:
+        on_a_base = isinstance(resolve(source), OnABase)
+    except InputError:
+        on_a_base = False  # it is gone, and `base` stands for it
+    return open_model(source, dtype, quantize, base=base) if on_a_base else open_model(base, dtype, quantize)
 
 
 def start_of(opened: LoadedModel, config: ModelConfig, source: str) -> Start | None:
