@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tensorboardX import SummaryWriter
 
@@ -20,6 +20,7 @@ WANDB_FILE = "wandb.json"  # in the run folder: the run's id there, by which a r
 WANDB_PROJECT = "sst_jax"  # unless WANDB_PROJECT says otherwise
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes a run's metrics. It is opened anew by each process that the run takes, one after another."""
 

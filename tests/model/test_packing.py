@@ -121,7 +121,10 @@ def test_positions_count_within_documents(layout):
 
 @pytest.mark.parametrize("name", ["plain", "two_pass", "local", "exact"])
 def test_in_float32_a_document_stays_within_rounding_wherever_it_lies(name):
-    """The published alphas, logits of 40 tokens alone, packed, and padded on either side: 1e-6 of their norm."""
+    """The published alphas, logits of 40 tokens alone, packed, and padded on either side, in relation to their norm.
+
+    The CPU has a say in it: below 1e-6 on most, 1.03e-6 has been seen.
+    """
     from sst_jax.families.registry import PRESETS
     from sst_jax.model.config import ModelConfig, StreamConfig
 
@@ -133,4 +136,4 @@ def test_in_float32_a_document_stays_within_rounding_wherever_it_lies(name):
         row = np.concatenate([front, document, back], axis=1)
         ids = np.repeat(segments, [30, 40, 20])[None].astype(np.int32)
         inside = np.asarray(rules.logits(config, params, row, forward=name, segment_ids=ids))[:, 30:70]
-        assert np.linalg.norm(inside - alone) <= 1e-6 * np.linalg.norm(alone)
+        assert np.linalg.norm(inside - alone) <= 2e-6 * np.linalg.norm(alone)

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -172,7 +173,7 @@ def test_earlier_and_random_states_enter_instead(model):
     assert np.linalg.norm(found - truth) <= 1e-5 * np.linalg.norm(truth)
     assert np.linalg.norm(found - own) > 1e-2 * np.linalg.norm(own)
     states = np.random.default_rng(0).standard_normal((3, 2, 32)).astype(np.float32)
-    _, noise = text.random_states(jax.random.key(0)).change(None, states, 3)
+    _, noise = text.random_states(jax.random.key(0)).change(None, jnp.asarray(states), jnp.int32(3))
     assert np.allclose(np.linalg.norm(noise, axis=-1), np.linalg.norm(states, axis=-1), rtol=1e-5)
 
 
