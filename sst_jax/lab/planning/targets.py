@@ -124,6 +124,9 @@ _ALL: tuple[Gpu | Slice, ...] = (
 )
 TARGETS = {sheet.name: sheet.target() for sheet in _ALL}
 
+# Pallas finds a described card's capability by its name, and jax 0.12 knows of 12.0 the RTX PRO's alone.
+_KNOWN_AS = {(12, 0): "NVIDIA RTX PRO 6000 Blackwell"}
+
 # Per compute capability: threads a multiprocessor, its shared memory, and what of that one block may have (bytes).
 _LIMITS = {
     (8, 0): (2048, 167_936, 166_912),
@@ -185,7 +188,7 @@ def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str
             "}",
             'platform_name: "CUDA"',
             f"dnn_version_info {{ {version} }}",
-            f'device_description_str: "{target.title}"',
+            f'device_description_str: "{_KNOWN_AS.get(target.capability, target.title)}"',
             "",
         ]
     )

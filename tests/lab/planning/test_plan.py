@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -86,6 +87,9 @@ def test_descriptions_of_gpus_are_complete(name):
     assert text.count("{") == text.count("}")
     assert 'platform_name: "CUDA"' in text
     assert ": 0\n" not in text
+    gpu_info = pytest.importorskip("jax._src.pallas.triton.gpu_info", reason="this jax asks for no card's name")
+    (title,) = re.findall(r'device_description_str: "(.*)"', text)
+    assert gpu_info.gpu_version_from_device_kind(title) is not None, "or kernels do not compile for the described card"
 
 
 @pytest.mark.parametrize(
