@@ -6,6 +6,7 @@ Exit codes: 0 success, 2 bad input (one line on standard error that names the cu
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import os
@@ -159,6 +160,9 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains while closing
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whatever option it came from
+            print(f"error: {str(error.filename)[:80]}...: {os.strerror(error.errno)}", file=sys.stderr)
+            return 2
         from sst_jax.files import disk_error  # it comes with JAX
 
         reason = disk_error(error) if isinstance(error, OSError) else None

@@ -8,6 +8,7 @@ one of them, its letter, or its place from 0.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def find(spelling: str, allow_code: bool = False) -> OwnTask | None:
     Raises: InputError where the grade is missing or unknown; where it is code, unless `allow_code`.
     """
     ends = [*(place.start() for place in re.finditer(":", spelling)), len(spelling)]
-    end = next((end for end in ends if Path(spelling[:end]).expanduser().is_file()), None)
+    end = next((end for end in ends if os.path.isfile(os.path.expanduser(spelling[:end]))), None)
     if end is None:
         return None
     file, grade = spelling[:end], spelling[end + 1 :]

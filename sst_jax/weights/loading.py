@@ -12,6 +12,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -298,6 +299,12 @@ def _resolve(name: str, base: str | Path | None) -> Reference:
     if kind == "random" and rest:
         return RandomPreset(name)
     path = Path(name).expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of a name with a null character
+        pass
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(f"{name[:80]}{'...' * (len(name) > 80)}: {error.strerror}") from None
     if path.is_file():
         check_no_pointer(path)
         if gguf.is_gguf(path):
@@ -335,7 +342,7 @@ def _foreign_folder(
 
 def names_of(record: BaseRecord) -> list[str]:
     """Return the names of a recorded base: a hub id at its revision, and where a digest guards it at any."""
-    if record.revision is None or "@" in record.path or not is_hub_id(record.path) or Path(record.path).is_dir():
+    if record.revision is None or "@" in record.path or not is_hub_id(record.path) or os.path.isdir(record.path):
         return [record.path]
     return [f"{record.path}@{record.revision}", *([record.path] if record.digest is not None else [])]
 

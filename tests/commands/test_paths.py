@@ -174,3 +174,13 @@ def test_what_a_disk_says_is_told_from_other_errors(tmp_path, error, reason):
     with pytest.raises(Exception), staged_folder(tmp_path / "new"):  # noqa: B017, PT011 - as above
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
+    def main(argv):
+        (tmp_path / argv[0]).stat()
+
+    assert run_command(main, ["x" * 300]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /")
+    assert error.endswith("...: File name too long\n")

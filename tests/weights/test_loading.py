@@ -64,6 +64,7 @@ def test_what_is_none_of_them_is_refused_before_anything_is_read(tmp_path):
         (tmp_path / "empty", "is neither a Hugging Face folder"),
         (tmp_path / "weights.bin", "is a file, but not a GGUF file"),
         ("random:nothing", "random:nothing is unknown; presets are"),
+        ("x" * 5000, r"^x{80}\.\.\.: File name too long$"),
     ):
         with pytest.raises(InputError, match=message):
             loading.resolve(name)
