@@ -8,7 +8,6 @@ import json
 
 import pytest
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 import sst_jax
 from sst_jax.inference.model import Generation, TextDelta
@@ -81,7 +80,8 @@ def test_sixty_rows_come_to_the_same_after_a_kill(model, tmp_path, grade):
     for policy, right in (("1", 20), ("4", 30)):
         found = result["policies"][policy]["strict"]
         assert (found["right"], found["of"], found["value"]) == (right, ROWS, right / ROWS)
-        assert (found["low"], found["high"]) == pytest.approx(proportion_confint(right, ROWS, method="wilson"))
+        interval = stats.binomtest(right, ROWS).proportion_ci(method="wilson")
+        assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
     (change,) = result["between_policies"]
     assert change["broken_items"] == [
         f"task.jsonl/row{n}" for n in range(ROWS) if n % 3 == 0 and n % 2
