@@ -49,7 +49,7 @@ def check(inputs, outputs, rows, kind):
         assert ours.shape == exact.shape
         rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
         unlike = np.asarray(ours, np.float64) != rounded
-        assert unlike.mean() <= 1e-3, unlike.mean()
+        assert unlike.sum() <= max(1, unlike.size / 1000), unlike.mean()
         # One unit of rounding, where sums in another order fall on the other side; small sums of large terms move more.
         size = np.abs(np.asarray(x if theirs is weights else dy, np.float64)) @ np.abs(theirs)
         assert (np.abs(np.asarray(ours, np.float64) - exact) <= 2**-7 * np.abs(exact) + 1e-6 * size).all()
