@@ -97,7 +97,7 @@ class Conversation:
 
     def _answer(self, messages: list[dict[str, str]], policy: Policy) -> Iterator[str]:
         tokens, started = self.model.tokenizer.chat(messages), time.monotonic()
-        most = self.model.config.backbone.max_positions
+        most = self.model.config.backbone.position_limit
         if len(tokens) + self.settings.max_new_tokens > most:
             raise InputError(
                 f"the conversation has {len(tokens)} tokens, which with max_new_tokens="

@@ -72,7 +72,7 @@ class TrainTask:
 
         Raises: InputError where one leaves no room for an answer, or the policy needs a stream that the model lacks.
         """
-        most = config.backbone.max_positions
+        most = config.backbone.position_limit
         try:
             check_policy(config, parse(self.policy))
         except InputError as error:

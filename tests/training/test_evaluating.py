@@ -15,9 +15,12 @@ from sst_jax import train
 from sst_jax.console.command import run
 from sst_jax.data import grading
 from sst_jax.data.documents import Item, Pair, Problem
+from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
+from sst_jax.families.registry import PRESETS
 from sst_jax.inference.model import load
 from sst_jax.model import sharding
+from sst_jax.model.config import ModelConfig
 from sst_jax.training import evaluating, fit, read_recipe, scoring
 from sst_jax.training.inputs import check_inputs
 from sst_jax.training.progress import Progress
@@ -92,6 +95,16 @@ def test_held_out_rows_of_ones_own_are_graded_word_for_word_and_named_ones_as_th
     assert task.grading.is_right(task.grading.extract("4\n", True), task.items[0], "4\n")
     assert read_task(train, "words", [Problem("a", "q", "", "18.0")]).items[0].problem.result == "18"
     assert read_task(TrainConfig(), "words", []) is None
+
+
+def test_a_question_and_its_answer_fit_the_positions_that_are_computed():
+    """Of LongRoPE's fewer than the config has."""
+    config = ModelConfig(PRESETS["tiny-phi3"])
+    assert config.backbone.position_limit == 1024 < config.backbone.max_positions
+    task = TrainTask("t", [Item(Problem("a", "q", "", "1"))], grading.WORD, 1020, "1")
+    with pytest.raises(InputError, match=r"t: a has \d+ tokens, which with 1020 .* exceed the model's 1024 positions"):
+        task.asked(ByteTokenizer(), "plain", config)
+    assert dataclasses.replace(task, max_new_tokens=8).asked(ByteTokenizer(), "plain", config).prompts
 
 
 @pytest.mark.parametrize(
