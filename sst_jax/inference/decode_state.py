@@ -61,7 +61,7 @@ class StepCarry(NamedTuple):
     active: RowBools  # rows that iterate again
     used: RowInts  # iterations that each row has had
     hidden: RowHidden  # normed, after each row's last iteration
-    first: RowHidden  # normed, after its first
+    first: RowHidden | None  # normed, after its first, where logits are of that one
     kv: KV
     state: RowStates | None
 
@@ -157,16 +157,18 @@ def decode_step(
         new = decoder.final_norm(config, params, x[:, 0])
         more = wants_more(i + 1, active, new, carry.hidden, state)
         hidden = jnp.where(active[:, None], new, carry.hidden)
-        return StepCarry(i + 1, more, carry.used + active, hidden, jnp.where(i == 0, hidden, carry.first), kv, state)
+        first = None if carry.first is None else jnp.where(i == 0, hidden, carry.first)
+        return StepCarry(i + 1, more, carry.used + active, hidden, first, kv, state)
 
     active = jnp.asarray(depth > start)
     if start and halting is not None:
         active = wants_more(jnp.int32(start), active, hidden, jnp.zeros_like(hidden), cache.state)
-    first = StepCarry(jnp.int32(start), active, jnp.where(depth > 0, start, 0), hidden, hidden, cache.kv, cache.state)
-    last = jax.lax.while_loop(lambda carry: jnp.any(carry.active), iterate, first)
+    first = hidden if stream is not None and stream.readout == "first" else None
+    begin = StepCarry(jnp.int32(start), active, jnp.where(depth > 0, start, 0), hidden, first, cache.kv, cache.state)
+    last = jax.lax.while_loop(lambda carry: jnp.any(carry.active), iterate, begin)
     ran = depth > 0
     has_state, length = jnp.where(ran, leaves_state, cache.has_state), jnp.where(ran, position + 1, cache.length)
-    given = last.first if stream is not None and stream.readout == "first" else last.hidden
+    given = last.hidden if last.first is None else last.first
     return given, Cache(last.kv, last.state, has_state, length), last.used
 
 
