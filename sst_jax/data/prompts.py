@@ -7,13 +7,14 @@ template (`conversations.py`), as the field does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sst_jax.data import conversations
-from sst_jax.data.documents import Conversation, Document, Pair, Problem
+from sst_jax.data.documents import Conversation, Document, Item, Pair, Problem
 from sst_jax.data.formats import shown
 from sst_jax.data.records import READERS, is_object, read_file
 from sst_jax.data.tokenizer import Tokenizer
@@ -63,6 +64,31 @@ def asked_tokens(document: Document, tokenizer: Tokenizer, format: str = "plain"
         case Conversation():
             _check_chat(document, format)
             return conversations.asked(document, tokenizer)
+
+
+def asked_with_room(
+    items: Sequence[Item], tokenizer: Tokenizer, format: str, room: int, positions: int, room_name: str
+) -> list[list[int]]:
+    """Return the prompt of each item, as `asked_tokens` does.
+
+    Args:
+      items: that are asked.
+      tokenizer: of the model.
+      format: "plain" or "chat".
+      room: tokens that an answer may have.
+      positions: that the model computes.
+      room_name: what `room` is called in messages.
+
+    Raises: InputError as `asked_tokens`, and where the longest prompt leaves less than `room` positions to answer in.
+    """
+    found = [asked_tokens(item.problem, tokenizer, format) for item in items]
+    longest = max(range(len(found)), key=lambda row: len(found[row]))
+    if len(found[longest]) + room > positions:
+        raise InputError(
+            f"{items[longest].id} has {len(found[longest])} tokens, which with {room_name} exceed the model's "
+            f"{positions} positions"
+        )
+    return found
 
 
 def answer_text(problem: Problem) -> str:

@@ -14,7 +14,7 @@ from scipy import stats
 from sst_jax.data import datasets, grading, tasks
 from sst_jax.data.documents import Document, Item, Problem
 from sst_jax.data.grading import Grading
-from sst_jax.data.prompts import asked_tokens
+from sst_jax.data.prompts import asked_with_room
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.model import Model
@@ -72,18 +72,15 @@ class TrainTask:
 
         Raises: InputError where one leaves no room for an answer, or the policy needs a stream that the model lacks.
         """
-        most = config.backbone.position_limit
         try:
             check_policy(config, parse(self.policy))
         except InputError as error:
             raise InputError(f"train.eval_{error}") from None
-        found = [asked_tokens(item.problem, tokenizer, format) for item in self.items]
-        longest = max(range(len(found)), key=lambda row: len(found[row]))
-        if len(found[longest]) + self.max_new_tokens > most:
-            raise InputError(
-                f"train.eval_task={self.name}: {self.items[longest].id} has {len(found[longest])} tokens, which with "
-                f"{self.max_new_tokens} of an answer exceed the model's {most} positions"
-            )
+        room, most = self.max_new_tokens, config.backbone.position_limit
+        try:
+            found = asked_with_room(self.items, tokenizer, format, room, most, f"{room} of an answer")
+        except InputError as error:
+            raise InputError(f"train.eval_task={self.name}: {error}") from None
         return dataclasses.replace(self, prompts=found)
 
 

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 from sst_jax.console.command import write_json
 from sst_jax.data.documents import Item
-from sst_jax.data.prompts import asked_tokens, render
+from sst_jax.data.prompts import asked_with_room, render
 from sst_jax.data.tasks import Task
 from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
@@ -181,14 +181,9 @@ def prompts(model: Model, items: Sequence[Item], format: str, room: int) -> dict
 
     Raises: InputError when the longest leaves less than `room` positions to answer in.
     """
-    found = {item.id: asked_tokens(item.problem, model.tokenizer, format) for item in items}
-    longest, most = max(found, key=lambda name: len(found[name])), model.config.backbone.position_limit
-    if len(found[longest]) + room > most:
-        raise InputError(
-            f"{longest} has {len(found[longest])} tokens, which with --max-new-tokens {room} exceed the "
-            f"model's {most} positions"
-        )
-    return found
+    most = model.config.backbone.position_limit
+    found = asked_with_room(items, model.tokenizer, format, room, most, f"--max-new-tokens {room}")
+    return {item.id: prompt for item, prompt in zip(items, found, strict=True)}
 
 
 def answer(
