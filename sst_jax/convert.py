@@ -26,6 +26,7 @@ def parser() -> Parser:
         help="a Hugging Face folder, a hub id (owner/name or owner/name@revision), a GGUF file, a converted folder or "
         "a training run",
     )
+    parser.takes_template()
     parser.takes_base()
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder; one that holds anything is refused")
     parser.add_argument(
@@ -55,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     if args.calibrate and args.quantize == "none":
         raise InputError("--calibrate needs --quantize nf4 or nf4_double: nothing else is fitted to texts")
 
+    from sst_jax.data.template_file import use_template_file
     from sst_jax.inference.model import Model
     from sst_jax.weights import converting, loading
 
@@ -66,11 +68,14 @@ def main(argv: Sequence[str]) -> None:
             "folder or GGUF file that it was made from"
         )
     if source is not None:
-        options = converting.ConvertOptions(dtype, args.quantize, args.calibrate, args.calibrate_tokens, args.text_only)
+        names = ("quantize", "calibrate", "calibrate_tokens", "text_only", "chat_template")
+        options = converting.ConvertOptions(dtype, **{name: getattr(args, name) for name in names})
         provenance = converting.convert_source(source, reference.location, target, options, reference.revision)
         backbone = source.backbone
     else:
         model = Model(*reference.open(dtype, args.quantize))
+        if args.chat_template:
+            use_template_file(model.tokenizer, args.chat_template, "--chat-template")
         model.save(target, vision=not args.text_only)
         provenance, backbone = model.provenance, model.config.backbone
     seconds = time.monotonic() - started

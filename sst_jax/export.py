@@ -34,6 +34,7 @@ MEASURED = 500_000_000  # parameters up to which the logit gap is measured witho
 def parser() -> Parser:
     parser = Parser(prog="python -m sst_jax.export", description=__doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a training run or any other MODEL")
+    parser.takes_template()
     parser.takes_base()
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder; one that holds anything is refused")
     parser.add_argument(
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
     if args.measure_gap and args.format == "adapter":
         raise InputError("--measure-gap is for --format sst or merged, not adapter")
 
+    from sst_jax.data.template_file import use_template_file
     from sst_jax.weights import exporting, hub, loading
 
     names = ("format", "dtype", "merge_base", "keep_lora", "base_name", "layout", "text_only")
@@ -90,6 +92,8 @@ def main(argv: Sequence[str]) -> None:
         hub.check(args.push, args.force)
     started, reference = time.monotonic(), loading.resolve(args.source, args.base)
     model = reference.open(reference.dtype, lazy=True)  # narrowed or widened as it is written
+    if args.chat_template:
+        use_template_file(model.tokenizer, args.chat_template, "--chat-template")
     small, source = model.config.backbone.num_params <= MEASURED, model.provenance.to_json()
     result = {"to": str(target), "format": args.format, "source": source}
     result |= exporting.export_model(model, target, options)

@@ -90,10 +90,14 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add the flags for the model, its chat template, and another place of its base; `opening` reads the latter."""
         self.add_argument("--model", required=True, metavar="MODEL", help=help)
+        self.takes_template()
+        self.takes_base()
+
+    def takes_template(self) -> None:
+        """Add the flag for another chat template than the model's own."""
         self.add_argument(
             "--chat-template", metavar="FILE", help="a Jinja template for chats (default: the one that the model has)"
         )
-        self.takes_base()
 
     def takes_base(self) -> None:
         """Add the flag for another place of the base that a run or an adapter records."""

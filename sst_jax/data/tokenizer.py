@@ -99,7 +99,7 @@ def adapter_tokenizer(folder: Path, base: Tokenizer) -> Tokenizer:
     if not any((folder / name).is_file() for name in (MARKER, "tokenizer.json", "tokenizer.model")):
         if (template := read_template(folder)) is not None:
             base.use_template(template)
-            base.from_adapter = True
+            base.is_replaced = True
         return base
     own = load_tokenizer(folder)
     advice = "an adapter's tokenizer must have its base's vocabulary: take it out of the folder to use the base's"
@@ -115,7 +115,7 @@ def adapter_tokenizer(folder: Path, base: Tokenizer) -> Tokenizer:
         if moved is not None:
             named = f"{moved!r} has the id {pieces[moved]}, and {known[moved]} in the base's"
         raise InputError(f"{folder}: its tokenizer does not fit: {named}; {advice}")
-    own.from_adapter = True
+    own.is_replaced = True
     if own.template is None:
         own.template = base.template
     own.generation = GenerationConfig(

@@ -29,7 +29,7 @@ class Tokenizer(abc.ABC):
     template is the chat template that came with the vocabulary; None: there was none.
     generation is what the folder says of answers: which tokens end them beside eos, and how to sample.
     rows are those of the embedding that the ids look up, once `set_rows` has been told; None: not known.
-    from_adapter says that an adapter brought it, or its template, and that the adapter's base has another.
+    is_replaced says that an adapter or a file brought it, or its template, and that the base below has another.
     """
 
     vocab_size: int
@@ -40,7 +40,7 @@ class Tokenizer(abc.ABC):
     template: ChatTemplate | None = None
     generation: GenerationConfig = NOTHING_SAID
     rows: int | None = None
-    from_adapter = False
+    is_replaced = False
     _has_warned = False
 
     @abc.abstractmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from sst_jax.console.progress import bar
+from sst_jax.data.template_file import use_template_file
 from sst_jax.data.tokenizer import load_tokenizer
 from sst_jax.files import digest
 from sst_jax.types import Json
@@ -28,6 +29,7 @@ class ConvertOptions:
     calibrate         a file of texts to quantise for, see `calibrate.read_texts`; None: for the weights alone
     calibrate_tokens  tokens of these texts
     text_only         whether a vision tower is left out
+    chat_template     file of a Jinja template for chats, which is stored; None: the checkpoint's own
     """
 
     dtype: str
@@ -35,6 +37,7 @@ class ConvertOptions:
     calibrate: str | None = None
     calibrate_tokens: int = 32_768
     text_only: bool = False
+    chat_template: str | None = None
 
 
 def convert_source(
@@ -55,6 +58,8 @@ def convert_source(
     Raises: InputError as `Conversion` and `calibrate.read_texts`.
     """
     tokenizer, texts = load_tokenizer(source.path, required=False), None
+    if options.chat_template is not None:
+        use_template_file(tokenizer, options.chat_template, "--chat-template")
     tokenizer.set_rows(source.backbone.vocab_size)
     if options.calibrate is not None:
         texts = calibrate.read_texts(options.calibrate, tokenizer, options.calibrate_tokens)

@@ -160,7 +160,7 @@ def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gap
         named, revision = split_revision(options.base_name)
         name = named if revision else options.base_name
     files = export_format.stream_files(config, params["blend"], provenance)
-    if tokenizer.from_adapter:  # another adapter's, which its base does not have
+    if tokenizer.is_replaced:  # which the base does not have
         files |= tokenizer.export_files()
     files["README.md"] = _card(model, options, gaps).encode()
     peft.write_folder(target, config, params["adapter"], name, provenance.layout or "text", files, revision)
