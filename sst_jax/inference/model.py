@@ -141,7 +141,9 @@ class Model:
         what = "plain" if stream is None else f"stream {stream.state}, {count(self.params['blend']):,} parameters"
         return (
             f"Model({self.provenance.path or backbone.family}: {backbone.num_layers} layers, "
-            f"{backbone.num_params / 1e6:,.0f}M parameters, {what}, {self.dtype})"
+            f"{backbone.num_params / 1e6:,.0f}M parameters, {what}, {self.dtype}"
+            + f", {backbone.reach_text}" * bool(backbone.reach_text)
+            + ")"
         )
 
     def logits(

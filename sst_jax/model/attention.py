@@ -9,6 +9,7 @@ one scan. The arithmetic is the library's, behind `attention`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -231,17 +232,27 @@ def rotate_queries(q: Heads, table: Table, scale: QueryScale | None) -> Heads:
     return q if scale is None else q * scale[..., None].astype(q.dtype)
 
 
-def by_kind(backbone: BackboneConfig, is_global: ScalarBool, branch: Callable[[str], tuple]) -> tuple:
-    """Return `branch(kind)` for this layer's kind; no `lax.cond` where all layers are of one kind."""
-    kinds = sorted(set(backbone.layer_types))
+class LayerKind(NamedTuple):
+    """One layer's attention."""
+
+    is_global: ScalarBool
+    cache_index: ScalarInt  # the layer's place among the layers that share its caches
+    number: ScalarInt | None = None  # in `backbone.attention_kinds`; None: local ones are 0, global ones 1
+
+
+def by_kind(backbone: BackboneConfig, layer: LayerKind, branch: Callable[[str, int | None], tuple]) -> tuple:
+    """Return `branch(kind, window)` for this layer's kind; no `lax.cond` where all layers are of one kind."""
+    kinds = backbone.attention_kinds
     if len(kinds) == 1:
-        return branch(kinds[0])
+        return branch(*kinds[0])
     with jax.named_scope(LAYER_KIND):
-        return jax.lax.cond(is_global, lambda: branch("global"), lambda: branch("local"))
+        if layer.number is None:
+            return jax.lax.cond(layer.is_global, lambda: branch(*kinds[1]), lambda: branch(*kinds[0]))
+        return jax.lax.switch(layer.number, [functools.partial(branch, *kind) for kind in kinds])
 
 
 def attend_sequences(
-    backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, sequences: Sequences
+    backbone: BackboneConfig, layer: LayerKind, qkv: QKV, sequences: Sequences
 ) -> tuple[AttentionOutput, tuple[PositionKeys, PositionKeys]]:
     """Attend causally within documents.
 
@@ -249,9 +260,8 @@ def attend_sequences(
     own from iteration i (keep="overwrite"), or all positions' from iteration 1 (keep="first").
 
     Args:
-      backbone: heads, window, scale.
-      is_global: the layer's kind.
-      cache_index: the layer's place among the layers of its kind.
+      backbone: heads, windows, scale.
+      layer: its kind.
       qkv: of the layer's input.
       sequences: what all layers share.
 
@@ -259,35 +269,41 @@ def attend_sequences(
       The output [B, T*I, N*H], and the keys and values [B, T, K, H] that a cache would now hold.
     """
 
-    def branch(kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def branch(kind: str, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        look = _Look(kind, _fitting(window, sequences.segment_ids.shape[1]), layer.cache_index, _scale(backbone))
         if sequences.depth == 1 and sequences.past is None:
-            return _attend_positions(backbone, kind, qkv, sequences)
-        return _attend_iterations(backbone, kind, cache_index, qkv, sequences)
+            return _attend_positions(look, qkv, sequences)
+        return _attend_iterations(look._replace(window=window), qkv, sequences)
 
-    out, k, v = by_kind(backbone, is_global, branch)
+    out, k, v = by_kind(backbone, layer, branch)
     return out.reshape(*out.shape[:2], -1), (k, v)
 
 
-def _attend_positions(
-    backbone: BackboneConfig, kind: str, qkv: QKV, sequences: Sequences
-) -> tuple[Queries, PositionKeys, PositionKeys]:
+class _Look(NamedTuple):
+    """How the layers of one kind look back."""
+
+    kind: str
+    window: int | None
+    cache_index: ScalarInt
+    scale: float
+
+
+def _attend_positions(look: _Look, qkv: QKV, sequences: Sequences) -> tuple[Queries, PositionKeys, PositionKeys]:
     """Attend over sequences of one iteration, by the kernel that has been picked."""
     (q, k, v), segment_ids = qkv, sequences.segment_ids
-    table, window, scale = sequences.ropes.of(kind), _window(backbone, kind, q.shape[1]), _scale(backbone)
+    table = sequences.ropes.of(look.kind)
     q, k = rotate_queries(q, table, sequences.ropes.query_scale), rotate(k, table)
     if sequences.kernel in KERNELS:
-        return KERNELS[sequences.kernel](q, k, v, segment_ids, scale, window), k, v
-    visible = Visible(k, v, same_document(segment_ids), is_causal=True, window=window)
-    return attention(q, visible, scale), k, v
+        return KERNELS[sequences.kernel](q, k, v, segment_ids, look.scale, look.window), k, v
+    visible = Visible(k, v, same_document(segment_ids), is_causal=True, window=look.window)
+    return attention(q, visible, look.scale), k, v
 
 
-def _attend_iterations(
-    backbone: BackboneConfig, kind: str, cache_index: ScalarInt, qkv: QKV, sequences: Sequences
-) -> tuple[Queries, PositionKeys, PositionKeys]:
+def _attend_iterations(look: _Look, qkv: QKV, sequences: Sequences) -> tuple[Queries, PositionKeys, PositionKeys]:
     """Attend with the iterations side by side, [B * I, T, heads, H], and over caches where rows have a past."""
     depth, (batch, length) = sequences.depth, sequences.segment_ids.shape
     table, query_scale = jax.tree.map(
-        lambda part: jnp.repeat(part, depth, axis=0), (sequences.ropes.of(kind), sequences.ropes.query_scale)
+        lambda part: jnp.repeat(part, depth, axis=0), (sequences.ropes.of(look.kind), sequences.ropes.query_scale)
     )
 
     def side_by_side(part: jax.Array) -> jax.Array:
@@ -298,12 +314,12 @@ def _attend_iterations(
     q, k = rotate_queries(q, table, query_scale), rotate(k, table)
     kept = 0 if sequences.keep == "first" else depth - 1
     kept_k, kept_v = (part.reshape(batch, depth, *part.shape[1:])[:, kept] for part in (k, v))
-    visible = last_iteration(kept_k, kept_v, sequences, _window(backbone, kind, length))
+    visible = last_iteration(kept_k, kept_v, sequences, _fitting(look.window, length))
     if sequences.past is not None:
-        visible = with_cache(visible, backbone, kind, cache_index, sequences)
+        visible = with_cache(visible, look, sequences)
     if sequences.keep == "overwrite" and depth > 1:
         visible = with_own_iteration(visible, k, v)
-    out = attention(q, visible, _scale(backbone))
+    out = attention(q, visible, look.scale)
     out = jnp.moveaxis(out.reshape(batch, depth, length, *out.shape[2:]), 1, 2)
     return out.reshape(qkv.q.shape), kept_k, kept_v
 
@@ -315,7 +331,7 @@ def last_iteration(k: PositionKeys, v: PositionKeys, sequences: Sequences, windo
       k: [B, T, K, H], rotated.
       v: beside k.
       sequences: their documents, and how many iterations look.
-      window: of a local layer; None: everything before.
+      window: of the layer; None: everything before.
     """
     index, depth = jnp.arange(k.shape[1]), sequences.depth
     distance = index[:, None] - index[None, :]
@@ -325,30 +341,29 @@ def last_iteration(k: PositionKeys, v: PositionKeys, sequences: Sequences, windo
     return Visible(k, v, mask)
 
 
-def with_cache(
-    visible: Visible, backbone: BackboneConfig, kind: str, cache_index: ScalarInt, sequences: Sequences
-) -> Visible:
+def with_cache(visible: Visible, look: _Look, sequences: Sequences) -> Visible:
     """Return what is visible with the caches of the positions before behind it.
 
     Args:
       visible: of the positions that continue them.
-      backbone: its window.
-      kind: "local" or "global".
-      cache_index: the layer's place among the layers of its kind.
+      look: the layer's kind, window and caches.
       sequences: with a past.
     """
     assert sequences.past is not None
-    (stack_k, stack_v), length = sequences.past.kv.of(kind), sequences.past.length
+    (stack_k, stack_v), length = sequences.past.kv.of(look.kind), sequences.past.length
     rows, size = stack_k.shape[1:3]
-    held = jnp.broadcast_to(jnp.arange(size), (rows, size)) if kind == "global" else ring_positions(length - 1, size)
+    held = (
+        jnp.broadcast_to(jnp.arange(size), (rows, size)) if look.kind == "global" else ring_positions(length - 1, size)
+    )
     seen = ((held >= 0) & (held < length[:, None]))[:, None, :]
     count = sequences.segment_ids.shape[1]
-    if kind == "local" and backbone.window is not None:
+    if look.window is not None:
         queries = length[:, None] + jnp.arange(count)
-        seen = seen & (queries[:, :, None] - held[:, None, :] < backbone.window)
+        seen = seen & (queries[:, :, None] - held[:, None, :] < look.window)
     seen = jnp.broadcast_to(seen, (rows, count, size))
     k, v, seen = (
-        jnp.repeat(part, sequences.depth, axis=0) for part in (stack_k[cache_index], stack_v[cache_index], seen)
+        jnp.repeat(part, sequences.depth, axis=0)
+        for part in (stack_k[look.cache_index], stack_v[look.cache_index], seen)
     )
     return Visible(
         jnp.concatenate([visible.keys, k.astype(visible.keys.dtype)], axis=1),
@@ -372,9 +387,8 @@ def with_own_iteration(visible: Visible, k: Heads, v: Heads) -> Visible:
     )
 
 
-def _window(backbone: BackboneConfig, kind: str, length: int) -> int | None:
-    """Return the window of a layer's kind; None where it sees everything before."""
-    window = backbone.window if kind == "local" else None
+def _fitting(window: int | None, length: int) -> int | None:
+    """Return a window; None where a row of this length is seen whole."""
     return window if window is None or window < length else None
 
 
@@ -398,13 +412,13 @@ class KeptStep(NamedTuple):
 
 
 def attend_kept(
-    backbone: BackboneConfig, is_global: ScalarBool, qkv: QKV, kept: tuple[PositionKeys, PositionKeys], step: KeptStep
+    backbone: BackboneConfig, layer: LayerKind, qkv: QKV, kept: tuple[PositionKeys, PositionKeys], step: KeptStep
 ) -> tuple[AttentionOutput, tuple[PositionKeys, PositionKeys]]:
     """Attend from one step of every row, [B, 1, ...], over the keys that the positions of the row have left so far.
 
     Args:
-      backbone: heads, window, scale.
-      is_global: the layer's kind.
+      backbone: heads, windows, scale.
+      layer: its kind.
       qkv: of the step, not yet rotated.
       kept: keys, rotated, and values of all positions; those behind the step are not looked at.
       step: what all layers share.
@@ -414,11 +428,11 @@ def attend_kept(
     """
     (q, k, v), (keys, values), place = qkv, kept, step.place
 
-    def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
+    def rotated(kind: str, window: int | None) -> tuple[jax.Array, jax.Array]:
         table = step.ropes.of(kind)
         return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
 
-    q, k = by_kind(backbone, is_global, rotated)
+    q, k = by_kind(backbone, layer, rotated)
     keys, values = (
         jnp.where(step.writes, jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, axis=1), old)
         for old, new in ((keys, k), (values, v))
@@ -427,24 +441,22 @@ def attend_kept(
     distance = place - jnp.arange(segments.shape[1])
     mine = segments == jax.lax.dynamic_slice_in_dim(segments, place, 1, axis=1)
 
-    def branch(kind: str) -> tuple[jax.Array]:
-        window = _window(backbone, kind, segments.shape[1])
+    def branch(kind: str, window: int | None) -> tuple[jax.Array]:
         within = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         return (attention_once(q, keys, values, mine & within, _scale(backbone)),)
 
-    (out,) = by_kind(backbone, is_global, branch)
+    (out,) = by_kind(backbone, layer, branch)
     return out.reshape(*q.shape[:2], -1), (keys, values)
 
 
 def attend_cached(
-    backbone: BackboneConfig, is_global: ScalarBool, cache_index: ScalarInt, qkv: QKV, step: CachedStep, kv: KV
+    backbone: BackboneConfig, layer: LayerKind, qkv: QKV, step: CachedStep, kv: KV
 ) -> tuple[AttentionOutput, KV]:
     """Attend from one position a row over the caches, which take in its key and value first.
 
     Args:
-      backbone: heads, window, scale.
-      is_global: the layer's kind.
-      cache_index: the layer's place among the layers of its kind.
+      backbone: heads, windows, scale.
+      layer: its kind.
       qkv: of one position a row.
       step: where the rows stand, and which of them write.
       kv: the caches.
@@ -459,14 +471,14 @@ def attend_cached(
     def put(cache: jax.Array, new: jax.Array, mine: jax.Array, index: jax.Array) -> jax.Array:
         # An index past the end drops the write: for rows that keep what they have, and for the other kind's stack.
         row = jnp.where(step.write & mine, rows, cache.shape[1])
-        return cache.at[cache_index, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
+        return cache.at[layer.cache_index, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
 
-    def rotated(kind: str) -> tuple[jax.Array, jax.Array]:
+    def rotated(kind: str, window: int | None) -> tuple[jax.Array, jax.Array]:
         table = step.ropes.of(kind)
         return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
 
-    q, k = by_kind(backbone, is_global, rotated)
-    local, glob = ~is_global, is_global
+    q, k = by_kind(backbone, layer, rotated)
+    local, glob = ~layer.is_global, layer.is_global
     kv = KV(
         put(kv.local_k, k, local, position % ring),
         put(kv.local_v, v, local, position % ring),
@@ -474,13 +486,17 @@ def attend_cached(
         put(kv.global_v, v, glob, position),
     )
 
-    def branch(kind: str) -> tuple[jax.Array]:
-        keys, values = (stack[cache_index].astype(q.dtype) for stack in kv.of(kind))
+    def branch(kind: str, window: int | None) -> tuple[jax.Array]:
+        keys, values = (stack[layer.cache_index].astype(q.dtype) for stack in kv.of(kind))
         if kind == "global":
-            seen = jnp.arange(capacity)[None, :] <= position[:, None]
+            held = jnp.arange(capacity)[None, :]
+            seen = held <= position[:, None]
         else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
-            seen = ring_positions(position, ring) >= 0
+            held = ring_positions(position, ring)
+            seen = held >= 0
+        if window is not None and window < keys.shape[1]:
+            seen = seen & (position[:, None] - held < window)
         return (attention_once(q, keys, values, seen, _scale(backbone)),)
 
-    (out,) = by_kind(backbone, is_global, branch)
+    (out,) = by_kind(backbone, layer, branch)
     return out.reshape(*q.shape[:2], -1), kv

@@ -45,6 +45,8 @@ class BackboneConfig:
     rope_original    positions that LongRoPE's short divisors are for
     rope_magnitude   what cosines and sines of global layers are multiplied by: YaRN's and LongRoPE's attention factor
     query_scaling    None, or (beta, N): queries are multiplied by 1 + beta * log(1 + floor(position / N))
+    attention_window  positions that a query sees at most, its own included, whatever the layer's kind: of all layers,
+                     or one number a layer. No checkpoint's: a recipe asks for it. None: the kinds alone decide
     """
 
     num_layers: int
@@ -84,6 +86,7 @@ class BackboneConfig:
     rope_original: int | None = _later(None)
     rope_magnitude: float = _later(1.0)
     query_scaling: tuple[float, int] | None = _later(None)
+    attention_window: tuple[int, ...] | None = _later(None)
 
     def __post_init__(self) -> None:
         require(isinstance(self.family, str), f"backbone.family={self.family!r} must be a name")
@@ -124,6 +127,20 @@ class BackboneConfig:
             self.window is not None or "local" not in self.layer_types,
             "backbone.window is None, but layer_types has local layers",
         )
+        self._check_attention_window()
+
+    def _check_attention_window(self) -> None:
+        """Make `attention_window` one number a layer, and refuse what is none."""
+        given = self.attention_window
+        if given is None:
+            return
+        windows = tuple(given) if isinstance(given, list | tuple) else (given,)
+        require(
+            len(windows) in (1, self.num_layers) and all(type(window) is int and window > 0 for window in windows),
+            f"attention_window={given!r} must be a number of positions, 1 or more, or {self.num_layers} of them, one a "
+            "layer",
+        )
+        object.__setattr__(self, "attention_window", windows * (self.num_layers // len(windows)))
 
     def _check_rotation(self) -> None:
         """Raise InputError naming the field where what RoPE is told does not fit together."""
@@ -188,6 +205,39 @@ class BackboneConfig:
     def position_limit(self) -> int:
         """Positions that the block computes as its checkpoint's own code does: all but LongRoPE's long contexts."""
         return int(self.max_positions if self.rope_original is None else min(self.rope_original, self.max_positions))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Positions that a query sees in each layer, its own included; None: all up to its own."""
+        own = [self.window if kind == "local" else None for kind in self.layer_types]
+        if self.attention_window is None:
+            return tuple(own)
+        return tuple(
+            asked if window is None else min(window, asked)
+            for window, asked in zip(own, self.attention_window, strict=True)
+        )
+
+    @property
+    def reach(self) -> int | None:
+        """How many positions back the newest one that attention alone carries anything from; None: any number."""
+        if None in self.windows:
+            return None
+        return sum(window - 1 for window in self.windows if window is not None)
+
+    @property
+    def reach_text(self) -> str:
+        """What a person is told of windows that were asked for; "" where none were."""
+        if self.attention_window is None:
+            return ""
+        windows = list(dict.fromkeys(self.windows))
+        each = f"{windows[0]}" if len(windows) == 1 else f"{self.windows}"
+        return f"attention windows of {each} in {self.num_layers} layers reach {self.reach} positions back"
+
+    @property
+    def attention_kinds(self) -> tuple[tuple[str, int | None], ...]:
+        """The kinds of layers, each with its window, local ones first: more than two only with `attention_window`."""
+        found = set(zip(self.layer_types, self.windows, strict=True))
+        return tuple(sorted(found, key=lambda pair: (pair[0] == "global", pair[1] or 0)))
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sst_jax.model import compiler
-from sst_jax.model.attention import Past, Ropes, ropes
+from sst_jax.model.attention import LayerKind, Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, narrowed, to_float32, unit_rms
@@ -43,7 +43,6 @@ from sst_jax.types import (
     RandomKey,
     Scalar,
     ScalarBool,
-    ScalarInt,
     SegmentIds,
     Tokens,
 )
@@ -64,8 +63,7 @@ class Layer(NamedTuple):
     """One layer, unpacked: what a rule works with."""
 
     block: Block
-    is_global: ScalarBool
-    cache_index: ScalarInt  # the layer's place among the layers of its kind
+    kind: LayerKind
     maybe_stream: LayerStream | None  # None where no stream is
     drop: dict[str, AnyFloat]  # LoRA dropout factors by linear, [B, 1, inputs]
     rotates: ScalarBool | None = None  # whether queries and keys are rotated; None: as in all layers
@@ -88,6 +86,7 @@ class LayerFacts(NamedTuple):
     rotates: np.ndarray | jax.Array | None = None  # None: all do
 
 
+    kind_number: np.ndarray | jax.Array | None = None  # of `LayerKind`
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
     """Settings that a forward has of its own. This class is for a forward that has none."""
@@ -175,9 +174,18 @@ def layer_facts(config: ModelConfig) -> LayerFacts:
         ~np.isin(number, config.backbone.nope_layers) if config.backbone.nope_layers else None,
     )
 
+        kind_numbers(config.backbone),
 
 def init_params(config: ModelConfig, key: RandomKey, dtype: DTypeLike = jnp.float32) -> Params:
     """Return random parameters: base in `dtype`, adapter and blend in float32."""
+def kind_numbers(backbone: BackboneConfig) -> np.ndarray | None:
+    """Return every layer's number in `backbone.attention_kinds`, [L]; None where its kind says it."""
+    if backbone.attention_window is None:
+        return None
+    pairs = zip(backbone.layer_types, backbone.windows, strict=True)
+    return np.array([backbone.attention_kinds.index(pair) for pair in pairs], np.int32)
+
+
     backbone = config.backbone
     embed_key, layers_key = jax.random.split(key)
 
@@ -362,7 +370,9 @@ def unpack(block: Block, facts: LayerFacts, context: Context) -> Layer:
             shape = (rows, 1, config.backbone.linear_shapes[name][0])
             drop[name] = jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
     rotates = None if facts.rotates is None else jnp.asarray(facts.rotates)
-    return Layer(block, jnp.asarray(facts.is_global), jnp.asarray(facts.cache_index), stream, drop, rotates)
+    number = None if facts.kind_number is None else jnp.asarray(facts.kind_number)
+    kind = LayerKind(jnp.asarray(facts.is_global), jnp.asarray(facts.cache_index), number)
+    return Layer(block, kind, stream, drop, rotates)
 
 
 @jax.named_scope("embed")

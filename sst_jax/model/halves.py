@@ -81,7 +81,7 @@ def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual
     ropes = ropes_of_layer(context.ropes, layer.rotates)
     sequences = Sequences(ropes, context.segment_ids, context.depth, keep, context.attention, context.past)
     qkv = project(layer, x, context)
-    out, kv = attend_sequences(backbone, layer.is_global, layer.cache_index, qkv, sequences)
+    out, kv = attend_sequences(backbone, layer.kind, qkv, sequences)
     return attention_residual(layer, x, out), kv
 
 

@@ -174,7 +174,7 @@ def scan_stack(
         def rule(layer: Layer, residuals: Residuals, extra: tuple, context: Context) -> tuple[Residuals, tuple]:
             (x,), (k, v, entering) = residuals, extra
             here = kept_step._replace(ropes=ropes_of_layer(one.tables, layer.rotates))
-            out, (k, v) = attend_kept(backbone, layer.is_global, project(layer, x, context), (k, v), here)
+            out, (k, v) = attend_kept(backbone, layer.kind, project(layer, x, context), (k, v), here)
             masks = layer.stream.masks
             s = jnp.where(masks.has_state, entering[:, None], initial_state(stream, x))
             o, m = recurrent_step(layer, attention_residual(layer, x, out), s, masks, context, x.dtype)

@@ -132,6 +132,8 @@ def begin(run: Run, programs: Programs) -> None:
         f"{run.inputs.split.name}; {len(run.inputs.heldout)} held out"
         + (f"; resuming at step {progress.step}" if progress.step else "")
     )
+    if reach := config.backbone.reach_text:
+        print_line(reach)
     if progress.step:
         best = best_step(progress, recipe.train) if recipe.train.keep_best else None
         run.checkpoints.best = best

@@ -84,6 +84,11 @@ class Recipe:
 
     def model_config(self, backbone: BackboneConfig, bos_id: int | None = None) -> ModelConfig:
         """Return the config of the model that trains on this backbone, with its tokenizer's `bos_id`."""
+        if self.model.attention_window:
+            try:
+                backbone = dataclasses.replace(backbone, attention_window=self.model.attention_window)
+            except InputError as error:
+                raise InputError(f"model.{error}") from None
         return ModelConfig(backbone, self.stream.config, self.adapter, bos_id, self.model.dtype)
 
     def to_json(self) -> Json:

@@ -43,14 +43,24 @@ class SourceConfig:
     quantize   storage of the base's linears: "none", "nf4" or "nf4_double"
     attention  kernel that attends over whole sequences: "auto", "xla", "cudnn", "splash" or "chunked", see
                `model/kernels.py`
+    attention_window  positions that a query sees at most, its own included: one number for all layers or one a layer,
+               in training, evaluation and decoding alike; (): as the source has them. L layers with windows W reach
+               sum(W - 1) positions back: what lies further a model has in its stream or not at all
     """
 
     source: str = ""
     dtype: str = "bfloat16"
     quantize: str = "none"
     attention: str = "auto"
+    attention_window: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        windows = self.attention_window
+        if not isinstance(windows, tuple) or not all(type(window) is int and window > 0 for window in windows):
+            raise InputError(
+                f"model.attention_window={windows!r} must be a number of positions, 1 or more, or one a layer, such as "
+                "(5,) or (1,1,17)"
+            )
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
         if self.quantize not in storages.kinds():

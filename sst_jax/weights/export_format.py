@@ -77,6 +77,7 @@ def sst_config(config: ModelConfig, provenance: Provenance, keep_lora: bool) -> 
             "adapter": dataclasses.asdict(config.adapter) if keep_lora and config.adapter.rank else None,
             "prompts": provenance.prompt_format,
             "base": provenance.export_record(),
+            **({} if (windows := config.backbone.attention_window) is None else {"attention_window": list(windows)}),
         },
     }
 
@@ -176,6 +177,8 @@ def read_carried(source: Source) -> StreamBundle:
         stream, blend, prompts = read_stream(folder, backbone)
         return StreamBundle(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend}, prompts)
     where, options = f"{folder / 'config.json'}: sst", source.metadata["sst"]
+    if options.get("attention_window") is not None:
+        backbone = dataclasses.replace(backbone, attention_window=options["attention_window"])
     stream = from_mapping(StreamConfig, _options(options, "stream", where))
     adapter = AdapterConfig(rank=0)
     if options.get("adapter") is not None:

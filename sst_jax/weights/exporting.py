@@ -104,6 +104,11 @@ def _check_model(model: LoadedModel, options: ExportOptions) -> None:
         raise InputError(f"{name} has no stream: export it with --format merged")
     if options.format == "adapter" and not config.adapter.rank:
         raise InputError(f"{name} has no LoRA adapter: export it with --format sst or merged")
+    if options.format != "sst" and config.backbone.attention_window is not None:
+        raise InputError(
+            f"{name} was trained with model.attention_window={config.backbone.attention_window}, which --format "
+            f"{options.format} cannot say to those who load it: export it with --format sst"
+        )
     family = family_of(config.backbone)
     if family.fused and config.adapter.rank and (options.format == "adapter" or options.keep_lora):
         apart = "--keep-lora" if options.keep_lora else "--format adapter"

@@ -242,7 +242,8 @@ class RunFolder(OnABase):
             use_template_file(opened.tokenizer, path / TEMPLATE_FILE, "chat template")
         fix_date(opened.tokenizer, recorded_date(content, path / "config.json"))
         config = ModelConfig.from_dict(content["model_config"])
-        if config.backbone != opened.config.backbone:
+        own, there = (dataclasses.replace(each.backbone, attention_window=None) for each in (config, opened.config))
+        if own != there:
             raise InputError(f"{path / 'config.json'}: its backbone is not that of the base, {self.base[1].path}")
         shapes = decoder.abstract_params(config)
         trainable = restore_trainable(path, step, {name: shapes[name] for name in ("adapter", "blend")})

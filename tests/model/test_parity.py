@@ -159,7 +159,7 @@ def test_layer_and_its_attention(pair, number):
     def rule(unpacked, residuals, extra, context):
         qkv = halves.project(unpacked, jnp.asarray(x), context)
         rows = Sequences(context.ropes, context.segment_ids)
-        out, _ = attend_sequences(config.backbone, unpacked.is_global, unpacked.cache_index, qkv, rows)
+        out, _ = attend_sequences(config.backbone, unpacked.kind, qkv, rows)
         (o,), _ = rules.plain(unpacked, (jnp.asarray(x),), None, context)
         return residuals, (unpacked.block.o(out), o)
 

@@ -92,6 +92,8 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
         if write:
             cache[layer][t] = (k, v)
         first = max(0, t - backbone.window + 1) if kind == "local" else 0
+        if backbone.attention_window is not None:
+            first = max(first, t - backbone.attention_window[layer] + 1)
         keys = xp.stack([cache[layer][p][0] for p in range(first, t + 1)])  # [S, K, H]
         values = xp.stack([cache[layer][p][1] for p in range(first, t + 1)])
         out = []

@@ -94,3 +94,39 @@ def test_a_recipe_for_another_adapter_or_stream_is_refused_with_the_knob(chain, 
         fit(read_recipe("tiny", KNOBS | {"model.source": str(folder / "0")} | knobs), tmp_path / "run")
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_windows_of_a_recipe_are_those_of_its_run(tmp_path, capsys):
+    """Held-out losses, the opened run and a further run all look through them; the base on disk has none."""
+    knobs = KNOBS | {"model.attention_window": "(2,)", "stream.on": False}
+    fit(read_recipe("tiny", knobs), tmp_path / "run")
+    opened = load(tmp_path / "run")
+    layers = opened.config.backbone.num_layers
+    assert opened.config.backbone.attention_window == (2,) * layers
+    said = f"attention windows of 2 in {layers} layers reach {layers} positions back"
+    assert said in capsys.readouterr().out
+    assert said in repr(opened)
+    tokens = np.arange(30, 30 + 2 * layers)[None]
+    other = tokens.copy()
+    other[0, 0] += 1
+    moved = np.abs(np.asarray(opened.logits(tokens)) - np.asarray(opened.logits(other)))[0].max(-1)
+    assert moved[layers] > 0
+    assert moved[layers + 1 :].max() == 0
+    with pytest.raises(InputError, match=r"holds a run of another config \(recipe.model.attention_window"):
+        fit(read_recipe("tiny", KNOBS | {"stream.on": False}), tmp_path / "run")
+    further = fit(
+        read_recipe("tiny", KNOBS | {"model.source": str(tmp_path / "run"), "stream.on": False}), tmp_path / "2"
+    )
+    assert load(tmp_path / "2").config.backbone.attention_window == (2,) * layers
+    assert further.heldout_before == pytest.approx(load_loss(tmp_path / "run"), rel=1e-6)
+
+
+def load_loss(run):
+    return json.loads((run / "result.json").read_text())["heldout_after"]
+
+
+def test_windows_that_do_not_fit_the_layers_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"model.attention_window=\(3, 2\) must be .* one a layer"):
+        fit(read_recipe("tiny", KNOBS | {"model.attention_window": "(3,2)"}), tmp_path / "run")
+    with pytest.raises(InputError, match=r"model.attention_window=.*1 or more"):
+        read_recipe("tiny", KNOBS | {"model.attention_window": "0"})

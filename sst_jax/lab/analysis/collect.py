@@ -82,8 +82,8 @@ class Swap(NamedTuple):
         if self.key is None:
             wrong = by_position[self.row[:, None], self.order]
         else:
-            kind = jax.random.fold_in(self.key, layer.is_global.astype(jnp.int32))
-            noise = jax.random.normal(jax.random.fold_in(kind, layer.cache_index), by_position.shape)
+            kind = jax.random.fold_in(self.key, layer.kind.is_global.astype(jnp.int32))
+            noise = jax.random.normal(jax.random.fold_in(kind, layer.kind.cache_index), by_position.shape)
             length = jnp.linalg.norm(to_float32(by_position), axis=-1, keepdims=True)
             wrong = (noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)).astype(states.dtype)
         again = (jnp.arange(states.shape[1]) % depth > 0)[:, None]

@@ -72,7 +72,10 @@ def measure(recipe: Recipe, backbone: BackboneConfig, sizes: Sizes, trace: Path 
     """
     device, whole = jax.devices()[0], backbone.num_layers
     backbone = dataclasses.replace(
-        backbone, num_layers=sizes.layers, layer_types=tuple(backbone.layer_types[: sizes.layers])
+        backbone,
+        num_layers=sizes.layers,
+        layer_types=tuple(backbone.layer_types[: sizes.layers]),
+        attention_window=backbone.attention_window and backbone.attention_window[: sizes.layers],
     )
     recipe = with_attention_kernel(recipe, lambda name, dtype: kernels.here(name, dtype, backbone.head_dim))
     target = target_of(device.device_kind)

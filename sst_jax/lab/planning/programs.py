@@ -72,11 +72,12 @@ def abstract_parameters(config: ModelConfig, dtype: str, quantize: str) -> tuple
     return base, {"adapter": params["adapter"], "blend": params["blend"]}
 
 
-def branches(backbone: BackboneConfig) -> dict[str, tuple[float, float]]:
+def branches(backbone: BackboneConfig) -> dict[str, tuple[float, ...]]:
     """Return how often the branches run of what is decided on the device, as `Assumed` takes them."""
-    share = backbone.layer_types.count("global") / backbone.num_layers
+    layers = list(zip(backbone.layer_types, backbone.windows, strict=True))
+    shares = tuple(layers.count(kind) / backbone.num_layers for kind in backbone.attention_kinds)
     greedy_and_settled = {policies.READS_LOGITS: (1.0, 0.0), sampling.DRAWN: (1.0, 0.0), rules.SETTLED: (0.0, 1.0)}
-    return {attention.LAYER_KIND: (1.0 - share, share), **greedy_and_settled}
+    return {attention.LAYER_KIND: shares, **greedy_and_settled}
 
 
 def batch(rows: int, length: int) -> Params:
@@ -108,7 +109,7 @@ def training(recipe: Recipe, backbone: BackboneConfig, parameters: Parameters = 
     def parts(state: TrainState, base: Params, batch: Params, _: jax.Array) -> Parts:
         return {"base": base, "adapter and stream": state.trainable, "optimizer": state.optimizer, "batch": batch}
 
-    assumed = Assumed(branches=branches(backbone))
+    assumed = Assumed(branches=branches(recipe.model_config(backbone).backbone))
     return Program(step, counted, arguments, recipe.forward.attention, parts, assumed=assumed)
 
 
@@ -134,7 +135,7 @@ def evaluation(
         return base, trainable, batch(rows, recipe.data.length)
 
     counted = losses(with_attention_kernel(recipe, lambda *_: "xla"))
-    assumed = Assumed(branches=branches(backbone))
+    assumed = Assumed(branches=branches(config.backbone))
     return Program(losses(recipe), counted, arguments, recipe.heldout_forward.attention, donated=False, assumed=assumed)
 
 
@@ -179,7 +180,7 @@ def decoding(
         trained = [params["adapter"], params["blend"]]
         return {"base": params["base"], "adapter and stream": trained, "caches": state.cache}
 
-    assumed = Assumed((CHUNK, depth), branches(backbone))
+    assumed = Assumed((CHUNK, depth), branches(config.backbone))
     return Program(step, counted, arguments, parts=parts, trips=depth, flash=False, assumed=assumed, turns=CHUNK)
 
 
@@ -212,5 +213,5 @@ def prefilling(
         return filled, (hidden, positions)
 
     # A jaxpr's costlier branch, the walk, stands for the last of the sweeps.
-    assumed = Assumed((SWEEPS - 1,), branches(backbone))
+    assumed = Assumed((SWEEPS - 1,), branches(config.backbone))
     return Program(step, step, arguments, trips=SWEEPS - 2, assumed=assumed)

@@ -3,7 +3,8 @@
     "sst": {"format": "sst_jax.sst", "version": 1, "stream": {...}, "adapter": {...} or null, "forward": "exact"}
 
 `stream` holds the fields of `Stream` below, `adapter` LoRA factors kept apart from the weights, and `forward` what a
-call of the model runs unless it is told (see `modeling_sst.py`).
+call of the model runs unless it is told (see `modeling_sst.py`). Where "attention_window" stands there too, [layers],
+each layer sees so many positions at most, its own included.
 """
 
 import dataclasses

@@ -170,8 +170,7 @@ class StreamCache(Cache):
     the layers have a state, `live` [B]. It cannot be cropped: a state does not say which was before it."""
 
     def __init__(self, config):
-        sliding = [kind == "sliding_attention" for kind in layer_kinds(config)]
-        super().__init__(layers=[StreamLayer(config.sliding_window if slides else None) for slides in sliding])
+        super().__init__(layers=[StreamLayer(window) for window in layer_windows(config)])
         self.segments = self.live = None
 
     def get_seq_length(self, layer_idx=0):
@@ -214,11 +213,21 @@ class Steps:
     """What all layers share in one call: T positions are S steps, `place` [S] the position of each.
 
     live, begins   where a state enters, bool [B, S, 1]: from the step before, or the document's initial one
-    masks          additive, of each kind of layer, [B, 1, S, past + S]
+    masks          additive, by the layers' window, [B, 1, S, past + S]
     rotations      cosines and sines of each kind of layer
     """
 
     forward: str
+def layer_windows(config):
+    """How many positions every layer sees, its own included; None: all up to its own."""
+    asked = (config.sst or {}).get("attention_window") or [None] * config.num_hidden_layers
+    found = []
+    for kind, window in zip(layer_kinds(config), asked, strict=True):
+        both = [window, config.sliding_window if kind == "sliding_attention" else None]
+        found.append(min((one for one in both if one is not None), default=None))
+    return found
+
+
     passes: int
     stream: object
     place: torch.Tensor
@@ -244,13 +253,12 @@ def iterations(depth, positions):
     return torch.tensor(depths)
 
 
-def attention_mask_of(config, kind, segments, place, seen, dtype):
-    """The additive mask [B, 1, S, past + S] of one kind of layer.
+def attention_mask_of(config, window, segments, place, seen, dtype):
+    """The additive mask [B, 1, S, past + S] of the layers that see `window` positions, None: all before.
 
     `segments` [B, P + T] numbers the documents of past and present positions, `seen` are the steps [T] whose keys and
     values later positions see. With kv="first" they are also what a position's own later iterations see.
     """
-    window = config.sliding_window if kind == "sliding_attention" else None
     past = segments.shape[1] - len(seen)
     held = past if window is None else min(past, window - 1)
     at = past + place
@@ -330,8 +338,8 @@ class StreamModel:
         seen = last - counts + 1 if stream.kv == "first" else last
         segments, position_ids = self.documents(rows, length, attention_mask, position_ids, cache, device)
         live, begins, alive = self.entries(segments, length, place, last - counts + 1, input_ids, cache)
-        kinds = set(layer_kinds(config))
-        masks = {kind: attention_mask_of(config, kind, segments, place, seen, x.dtype) for kind in kinds}
+        windows = set(layer_windows(config))
+        masks = {window: attention_mask_of(config, window, segments, place, seen, x.dtype) for window in windows}
         steps = Steps(
             forward,
             2 if forward == "two_pass" else passes,
@@ -352,9 +360,9 @@ class StreamModel:
                 layer.kept = seen
 
         if stream.is_linked and stream.alpha != 0.0 and forward != "plain":
-            out = self.linked(x[:, place], steps, cache)
+            out = self.linked(x, steps, cache)
         else:
-            streams = (x[:, place],) * (steps.passes if forward in ("two_pass", "k_pass") else 1)
+            streams = (x,) * (steps.passes if forward in ("two_pass", "k_pass") else 1)
             for index, layer in enumerate(self.layers):
                 alpha, gain = self.alpha_and_gain(index, steps)
                 streams = layer(alpha, gain, *streams, steps=steps, past_key_values=cache)
@@ -521,11 +529,11 @@ class StreamLayerMixin:
         return tuple(outputs)
 
     def attend(self, x, steps, cache=None):
-        kind = layer_kinds(self.self_attn.config)[self.self_attn.layer_idx]
+        config, index = self.self_attn.config, self.self_attn.layer_idx
         out, _ = self.self_attn(
             hidden_states=self.attention_input(x),
-            position_embeddings=steps.rotations[kind],
-            attention_mask=steps.masks[kind],
+            position_embeddings=steps.rotations[layer_kinds(config)[index]],
+            attention_mask=steps.masks[layer_windows(config)[index]],
             **{CACHE: cache},
             **self.attention_arguments(steps),
         )
