@@ -153,7 +153,8 @@ def decode_step(
         if stream is not None and carry.state is not None:
             linked = stream.is_linked
             state_in = StateIn(carry.state, carry.state[sources_of(config)] if linked else carry.state)
-        (x, kv), state = decoder.run_layers(params, rule, (embedded, carry.kv), context, state_in)
+        x = decoder.marked(config, params, embedded, i)
+        (x, kv), state = decoder.run_layers(params, rule, (x, carry.kv), context, state_in)
         new = decoder.final_norm(config, params, x[:, 0])
         more = wants_more(i + 1, active, new, carry.hidden, state)
         hidden = jnp.where(active[:, None], new, carry.hidden)

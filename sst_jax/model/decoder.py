@@ -34,6 +34,7 @@ from sst_jax.model.state import LayerStream, Masks, alpha_and_gain, masks_for
 from sst_jax.types import (
     Activations,
     AnyFloat,
+    AnyInts,
     Embedding,
     HeadTable,
     Hidden,
@@ -53,6 +54,7 @@ from sst_jax.types import (
 REMAT = ("none", "products", "memories", "layer", "offload")
 # States at the borders of `exact`'s chunks: 6% of the layers' inputs, which spare it one of four scans.
 KEPT = "kept"
+MARKS = "iteration"  # of the tree "blend", the one that is not stacked over layers: [I - 1, D]
 RESIDUALS = "residuals"
 Residuals = tuple[Hidden, ...]
 Carry = TypeVar("Carry")  # carried from layer to layer: `Residuals`, with caches beside them in decoding
@@ -84,9 +86,9 @@ class LayerFacts(NamedTuple):
     cache_index: np.ndarray | jax.Array
     has_stream: np.ndarray | jax.Array
     rotates: np.ndarray | jax.Array | None = None  # None: all do
-
-
     kind_number: np.ndarray | jax.Array | None = None  # of `LayerKind`
+
+
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
     """Settings that a forward has of its own. This class is for a forward that has none."""
@@ -172,12 +174,10 @@ def layer_facts(config: ModelConfig) -> LayerFacts:
         np.array([kinds[:layer].count(kind) for layer, kind in enumerate(kinds)], np.int32),
         has_stream,
         ~np.isin(number, config.backbone.nope_layers) if config.backbone.nope_layers else None,
+        kind_numbers(config.backbone),
     )
 
-        kind_numbers(config.backbone),
 
-def init_params(config: ModelConfig, key: RandomKey, dtype: DTypeLike = jnp.float32) -> Params:
-    """Return random parameters: base in `dtype`, adapter and blend in float32."""
 def kind_numbers(backbone: BackboneConfig) -> np.ndarray | None:
     """Return every layer's number in `backbone.attention_kinds`, [L]; None where its kind says it."""
     if backbone.attention_window is None:
@@ -186,6 +186,8 @@ def kind_numbers(backbone: BackboneConfig) -> np.ndarray | None:
     return np.array([backbone.attention_kinds.index(pair) for pair in pairs], np.int32)
 
 
+def init_params(config: ModelConfig, key: RandomKey, dtype: DTypeLike = jnp.float32) -> Params:
+    """Return random parameters: base in `dtype`, adapter and blend in float32."""
     backbone = config.backbone
     embed_key, layers_key = jax.random.split(key)
 
@@ -197,6 +199,8 @@ def kind_numbers(backbone: BackboneConfig) -> np.ndarray | None:
     base, adapter, blend = (nnx.to_pure_dict(state) for state in states)
     if config.stream is not None and config.stream.granularity == "scalar":
         blend = {name: value[:1] if name == "theta" else value for name, value in blend.items()}
+    if config.stream is not None and config.stream.iteration_embedding:
+        blend = {**blend, MARKS: jnp.zeros((config.stream.iteration_embedding - 1, backbone.d_model), float)}
 
     head = {}
     if not backbone.tied_head:
@@ -255,7 +259,7 @@ def run(
       layer, [L, ...].
     """
     config, depth = context.config, context.depth
-    x = jnp.repeat(embed(config, params, tokens), depth, axis=1)
+    x = embed_steps(config, params, tokens, depth)
     residuals, left = run_layers(params, rule, (x,) * context.options.num_residuals, context, extras, remat=remat)
     return read_out(config, params, residuals[-1], depth, every=every), left
 
@@ -308,7 +312,7 @@ def run_layers(
     dtype = jax.tree.leaves(residuals)[0].dtype if residuals else jnp.bfloat16
     block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     graphdef = nnx.split(block, Base, Adapter, Blend)[0]
-    blend = dict(params["blend"])
+    blend = {name: value for name, value in params["blend"].items() if name != MARKS}
     if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
         blend["theta"] = jnp.broadcast_to(blend["theta"], (layers, 1))
 
@@ -381,6 +385,28 @@ def embed(config: ModelConfig, params: Params, tokens: Tokens) -> Hidden:
     return embed_tokens(
         config.backbone, params["base"]["embed"]["embedding"], jnp.asarray(tokens), jnp.dtype(config.dtype)
     )
+
+
+def embed_steps(config: ModelConfig, params: Params, tokens: Tokens, depth: int) -> Hidden:
+    """Return what enters the first layer at every step: the position's embedding, marked where it is iterated again."""
+    x = jnp.repeat(embed(config, params, tokens), depth, axis=1)
+    return marked(config, params, x, jnp.tile(jnp.arange(depth), tokens.shape[1]))
+
+
+def marked(config: ModelConfig, params: Params, x: Hidden, iteration: AnyInts) -> Hidden:
+    """Return embeddings with the vectors of their iterations added, as `stream.iteration_embedding` asks for them.
+
+    Args:
+      config: of the model.
+      params: the three trees.
+      x: embeddings of steps.
+      iteration: of every step of a row, or of all, counted from 0: that one has no vector.
+    """
+    if config.stream is None or not config.stream.iteration_embedding:
+        return x
+    table = params["blend"][MARKS]
+    rows = jnp.concatenate([jnp.zeros_like(table[:1]), table])
+    return x + rows[jnp.minimum(iteration, len(table))].astype(x.dtype)
 
 
 @jax.named_scope("final_norm")

@@ -278,4 +278,4 @@ def fixed_point_stack(
 
 
 def _embedded(params: Params, tokens: Tokens, context: Context) -> Hidden:
-    return jnp.repeat(decoder.embed(context.config, params, tokens), context.depth, axis=1)
+    return decoder.embed_steps(context.config, params, tokens, context.depth)

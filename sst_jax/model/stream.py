@@ -33,6 +33,9 @@ class StreamConfig:
                  iteration before), "next" (the first alone), "same" (later ones alone: replay of the same token).
     site         where it is blended in: "ffn" (the residual stream before the feed-forward block) or "output" (what
                  leaves the layer, which a state="block" then is).
+    iteration_embedding  how many iterations of a position are told apart by a learned vector each, which is added to
+                 the token's embedding before the first layer; 0: none are. The first iteration has none, so that
+                 depth 1 is as without; those beyond the number have the last one's; training begins from zeros.
     readout      iteration whose hidden state gives a position's logits, "last" or "first"; caches keep the last one's.
     alpha_warmup optimizer steps over which alpha rises from the range's lower end, in training alone: held-out losses
                  and decoding use the full alpha. 0 is none.
@@ -85,6 +88,7 @@ class StreamConfig:
     timing: str = _since("both")
     site: str = _since("ffn")
     readout: str = _since("last")
+    iteration_embedding: int = _since(0)
 
     def __post_init__(self) -> None:
         check_one_of("stream", "prefill", self.prefill, ("sweeps", "sequential"))
@@ -126,6 +130,11 @@ class StreamConfig:
         require(self.sweep_cap >= 2, f"stream.sweep_cap={self.sweep_cap} must be at least 2")
         require(self.alpha_warmup >= 0, f"stream.alpha_warmup={self.alpha_warmup} must not be negative")
         require(self.ramp >= 0, f"stream.ramp={self.ramp} must not be negative")
+        marks = self.iteration_embedding
+        require(
+            type(marks) is int and (marks == 0 or marks >= 2),
+            f"stream.iteration_embedding={marks!r} must be a number of iterations, 2 or more, or 0 for none",
+        )
         self._check_links()
 
     def _check_links(self) -> None:

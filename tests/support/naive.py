@@ -115,6 +115,8 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
     def one_iteration(t, i):
         x = params["base"]["embed"]["embedding"][tokens[t]]
         x = x * np.sqrt(backbone.d_model) if backbone.scale_embedding else x
+        if i and stream is not None and stream.iteration_embedding:
+            x = x + blend["iteration"][min(i, stream.iteration_embedding - 1) - 1]
         before = list(memory)  # what every layer held before this iteration
         reads = stream is not None and stream.timing in (("both", "next") if i == 0 else ("both", "same"))
         for layer in range(backbone.num_layers):

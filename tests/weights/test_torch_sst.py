@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
+from sst_jax.inference.model import load
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import StreamConfig
 from sst_jax.model.fields import written_name
@@ -80,6 +82,48 @@ def test_links_give_the_numbers_of_the_plain_mechanism(tmp_path, fields):
             out = loaded(token, depth=2, past_key_values=out.past_key_values)
     assert apart(np.stack([*steps, out.logits[0, -1].numpy()]), expected[4:]) <= 1e-4
     assert apart(oracle(model(None, SHALLOW), tokens, 1), oracle(ours, tokens, 2)) > 1e-3
+
+
+def test_iterations_are_marked_as_ours_are(tmp_path):
+    """A text at depth 3, then decoded with depths that differ."""
+    ours = model({**WILD, "iteration_embedding": 3}, SHALLOW)
+    drawn = np.random.default_rng(1).standard_normal((2, SHALLOW.d_model)).astype(np.float32)
+    ours.params["blend"]["iteration"] = jnp.asarray(drawn)
+    loaded, tokens, depths, steps, cache = (
+        torch_model(ours, tmp_path / "sst"),
+        toys.tokens(6),
+        [1, 4, 2, 3, 1, 2],
+        [],
+        None,
+    )
+    assert apart(run(loaded, tokens[None], depth=3)[0], oracle(ours, tokens, 3)) <= 1e-4
+    with torch.no_grad():
+        for token, depth in zip(tokens, depths, strict=True):
+            out = loaded(torch.tensor([[int(token)]]), depth=depth, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits[0, -1].numpy())
+    assert apart(np.stack(steps), oracle(ours, tokens, depths)) <= 1e-4
+    assert np.array_equal(load(tmp_path / "sst").params["blend"]["iteration"], drawn)
+
+
+def test_windows_of_a_run_are_those_of_its_export(tmp_path):
+    """A text, and decoded position by position; what opens the folder again has the windows too."""
+    ours = model(WILD, dataclasses.replace(SHALLOW, attention_window=(2, 3, 1, 4)))
+    folder = tmp_path / "sst"
+    loaded, tokens = torch_model(ours, folder), toys.tokens(12)
+    expected, steps, cache = oracle(ours, tokens, 2), [], None
+    assert apart(run(loaded, tokens[None], depth=2)[0], expected) <= 1e-4
+    assert apart(oracle(model(WILD, SHALLOW), tokens, 2), expected) > 1e-2
+    with torch.no_grad():
+        for token in tokens:
+            out = loaded(torch.tensor([[int(token)]]), depth=2, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits[0, -1].numpy())
+    assert apart(np.stack(steps), expected) <= 1e-4
+    assert load(folder).config.backbone.windows == (2, 3, 1, 4)
+    for kind in ("merged", "adapter"):
+        with pytest.raises(InputError, match=f"attention_window.*--format {kind} cannot say"):
+            write(ours, tmp_path / kind, kind)
 
 
 def test_a_late_state_in_an_early_layer_writes_the_same_text(tmp_path):

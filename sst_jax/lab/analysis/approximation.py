@@ -28,7 +28,7 @@ from sst_jax.inference.model import Model
 from sst_jax.lab.analysis.texts import running_text
 from sst_jax.model import rules as forwards
 from sst_jax.model.config import AdapterConfig, ModelConfig, StreamConfig
-from sst_jax.model.decoder import abstract_params
+from sst_jax.model.decoder import MARKS, abstract_params
 from sst_jax.model.quantization import storages
 from sst_jax.types import AnyArray, Fraction, HostFloats, Json, Logits, Params, Tokens
 
@@ -127,7 +127,7 @@ def with_alpha(config: ModelConfig, alpha: float) -> tuple[ModelConfig, Params]:
     config = dataclasses.replace(config, stream=stream)
     shapes = abstract_params(config)["blend"]
     theta = float(np.log(alpha / (1.0 - alpha)))
-    fill = {"theta": theta, "gain": stream.gain}
+    fill = {"theta": theta, "gain": stream.gain, MARKS: 0.0}
     return config, {name: jnp.full(leaf.shape, fill[name], leaf.dtype) for name, leaf in shapes.items()}
 
 

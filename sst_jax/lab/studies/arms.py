@@ -22,7 +22,7 @@ from sst_jax.errors import InputError
 from sst_jax.inference.model import count
 from sst_jax.lab.planning.compile import training_work
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig
-from sst_jax.model.decoder import abstract_params
+from sst_jax.model.decoder import MARKS, abstract_params
 from sst_jax.model.state import carriers
 from sst_jax.training.recipe import Recipe
 from sst_jax.types import Params
@@ -56,7 +56,10 @@ def costs(stream: Recipe, baseline: Recipe, backbone: BackboneConfig) -> Costs:
         """Return what the stream learns: parameters of layers that carry no state are there, and do nothing."""
         whole = trained(stream.adapter, stream.stream.config)["blend"]
         return jax.eval_shape(
-            lambda: {name: carriers(stream.stream.state, jnp.zeros(x.shape)) for name, x in whole.items()}
+            lambda: {
+                name: jnp.zeros(x.shape) if name == MARKS else carriers(stream.stream.state, jnp.zeros(x.shape))
+                for name, x in whole.items()
+            }
         )
 
     one = trained(dataclasses.replace(baseline.adapter, rank=1), None)

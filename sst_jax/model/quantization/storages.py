@@ -20,7 +20,7 @@ STORAGES: dict[str, LinearStorage] = {
 }
 
 # Names that other arrays of the parameter trees have.
-_TAKEN = {"scale", "embedding", "bias", "lora_a", "lora_b", "theta", "gain"}
+_TAKEN = {"scale", "embedding", "bias", "lora_a", "lora_b", "theta", "gain", "iteration"}
 
 Tree = TypeVar("Tree")
 

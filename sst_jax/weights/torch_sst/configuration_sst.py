@@ -62,6 +62,8 @@ class Stream:
     timing       iterations that read a state: "both", "next" (the first alone), "same" (later ones alone).
     site         where it is blended in: "ffn" (before the feed-forward block) or "output" (what leaves the layer).
     readout      the iteration that logits are of, "last" or "first".
+    iteration_embedding  how many iterations are told apart by a vector that is added to the embedding (none at the
+                 first, the last one's beyond); 0: none are.
     """
 
     state: str = "ffn"
@@ -90,6 +92,7 @@ class Stream:
     timing: str = "both"
     site: str = "ffn"
     readout: str = "last"
+    iteration_embedding: int = 0
 
     def __post_init__(self):
         for field, allowed in CHOICES.items():

@@ -87,7 +87,8 @@ def linear_scan(a, b):
 
 
 class StreamParameters(nn.Module):
-    """theta [L, D] or [L, 1] or [1, 1] (where alpha is learned) and gain [L, 1] (where it is), float32.
+    """theta [L, D] or [L, 1] or [1, 1] (where alpha is learned), gain [L, 1] (where it is) and the iterations' vectors,
+    float32.
 
     `warmth` in [0, 1] scales a learned alpha up from the range's lower end; a trainer may raise it over alpha_warmup.
     """
@@ -102,6 +103,15 @@ class StreamParameters(nn.Module):
             self.theta = nn.Parameter(torch.logit(share).repeat(shape[stream.granularity]))
         if stream.learn_gain:
             self.gain = nn.Parameter(torch.full((layers, 1), float(stream.gain)))
+        if stream.iteration_embedding:
+            self.iteration = nn.Parameter(torch.zeros(stream.iteration_embedding - 1, config.hidden_size))
+
+    def marked(self, x, iteration):
+        """x [B, S, D] with the vectors of the steps' iterations [S] added, counted from 0: that one has none."""
+        if not hasattr(self, "iteration"):
+            return x
+        rows = F.pad(self.iteration, (0, 0, 1, 0))
+        return x + rows[iteration.clamp(max=len(self.iteration))].to(x.dtype)
 
     def of(self, stream, layer, device):
         """alpha and gain of a layer."""
@@ -208,16 +218,6 @@ def layer_kinds(config):
     return getattr(config, "layer_types", None) or [one] * config.num_hidden_layers
 
 
-@dataclasses.dataclass
-class Steps:
-    """What all layers share in one call: T positions are S steps, `place` [S] the position of each.
-
-    live, begins   where a state enters, bool [B, S, 1]: from the step before, or the document's initial one
-    masks          additive, by the layers' window, [B, 1, S, past + S]
-    rotations      cosines and sines of each kind of layer
-    """
-
-    forward: str
 def layer_windows(config):
     """How many positions every layer sees, its own included; None: all up to its own."""
     asked = (config.sst or {}).get("attention_window") or [None] * config.num_hidden_layers
@@ -228,6 +228,16 @@ def layer_windows(config):
     return found
 
 
+@dataclasses.dataclass
+class Steps:
+    """What all layers share in one call: T positions are S steps, `place` [S] the position of each.
+
+    live, begins   where a state enters, bool [B, S, 1]: from the step before, or the document's initial one
+    masks          additive, by the layers' window, [B, 1, S, past + S]
+    rotations      cosines and sines of each kind of layer
+    """
+
+    forward: str
     passes: int
     stream: object
     place: torch.Tensor
@@ -359,6 +369,8 @@ class StreamModel:
             for layer in cache.layers:
                 layer.kept = seen
 
+        first = last - counts + 1
+        x = self.stream.marked(x[:, place], torch.arange(len(place), device=device) - first[place])
         if stream.is_linked and stream.alpha != 0.0 and forward != "plain":
             out = self.linked(x, steps, cache)
         else:
