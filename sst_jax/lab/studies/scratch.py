@@ -22,7 +22,8 @@ import optax
 from safetensors.numpy import load_file, save_file
 
 from sst_jax.console.progress import bar
-from sst_jax.data import statetrack
+from sst_jax.data import pointers, statetrack
+from sst_jax.data.pointers import Pointers
 from sst_jax.data.statetrack import Automaton
 from sst_jax.errors import InputError
 from sst_jax.model import decoder, rules
@@ -49,6 +50,8 @@ ARMS: dict[str, Json] = {
     "own": OWN,
     "own_two_pass": {**OWN, "forward": "two_pass"},
     "depths": {"depths": (1, 2, 3, 4)},
+    "marked": {"depths": (1, 2, 3, 4), "iteration_embedding": 4},
+    "deep": {"depths": (4,)},
     # These continue from the weights of `stream`, with an optimizer of their own, for train.further_steps.
     "longer": {},
     "deepened": {"depths": (1, 2, 3, 4)},
@@ -66,6 +69,24 @@ def defaults() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(dataclasses.asdict(Schedule()))
     config.test = ml_collections.ConfigDict({"times": (1, 2, 4), "rows": 512, "depths": (1,)})
     return config.lock()
+
+
+Task = Automaton | Pointers
+
+
+def find(name: str) -> Task:
+    """Return the task of that name. Raises: InputError with the known names."""
+    known: dict[str, Task] = {**statetrack.TASKS, **pointers.TASKS}
+    if name not in known:
+        raise InputError(f"task.name={name!r} is not one of {', '.join(map(repr, known))}")
+    return known[name]
+
+
+def draw(task: Task, split: str, rows: int, length: int, seed: tuple[int, ...]) -> statetrack.Words:
+    """Return random words of one split, the same for the same arguments."""
+    if isinstance(task, Pointers):
+        return task.draw(split, rows, length, seed)
+    return statetrack.draw(task, split, rows, length, seed)
 
 
 class Arm(NamedTuple):
@@ -126,7 +147,7 @@ def make_arm(backbone: BackboneConfig, knobs: Json) -> Arm:
     return Arm(ModelConfig(backbone, stream), section.forward(remat="none"))
 
 
-def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: int) -> BackboneConfig:
+def make_backbone(task: Task, layers: int, d_model: int, d_ff: int, heads: int) -> BackboneConfig:
     """Return a small Gemma 3 backbone with global attention in every layer."""
     if heads < 1 or d_model < 1 or d_model % (2 * heads):
         raise InputError(f"model.d_model={d_model} must be an even number for each of model.heads={heads}")
@@ -148,7 +169,7 @@ def make_backbone(task: Automaton, layers: int, d_model: int, d_ff: int, heads: 
 
 
 def fit(
-    arm: Arm, task: Automaton, length: int, schedule: Schedule, start: Params | None = None, title: str = "training"
+    arm: Arm, task: Task, length: int, schedule: Schedule, start: Params | None = None, title: str = "training"
 ) -> tuple[Params, np.ndarray]:
     """Return weights of all seeds, [seeds, ...], and losses [steps, seeds]. `start`: initial weights."""
     if continued := start is not None:
@@ -167,8 +188,7 @@ def fit(
     with bar(schedule.steps, title, "step") as meter:
         for step in range(schedule.steps):
             words = [
-                statetrack.draw(task, "train", schedule.batch_size, length, (0, int(continued), int(seed), step))
-                for seed in seeds
+                draw(task, "train", schedule.batch_size, length, (0, int(continued), int(seed), step)) for seed in seeds
             ]
             state, loss = compiled(arm.settings.at(step, seed=0))(
                 state, jax.tree.map(lambda *parts: np.stack(parts), *words)

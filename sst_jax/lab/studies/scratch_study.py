@@ -33,7 +33,7 @@ from sst_jax.files import read_json
 from sst_jax.inference.model import Model
 from sst_jax.lab.statistics import bootstrap_mean, finite, holm, mcnemar, t_mean
 from sst_jax.lab.studies import scratch
-from sst_jax.lab.studies.scratch import Arm, Schedule
+from sst_jax.lab.studies.scratch import Arm, Schedule, Task
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig, from_mapping
 from sst_jax.model.decoder import Params
@@ -51,7 +51,7 @@ TESTS = 1  # the first number of a test's seed; that of training is 0
 class Study(NamedTuple):
     """A resolved recipe."""
 
-    task: Automaton
+    task: Task
     length: int
     arms: dict[str, Arm]
     schedule: Schedule
@@ -62,7 +62,7 @@ class Study(NamedTuple):
 
 def resolve(recipe: ml_collections.ConfigDict) -> Study:
     """Check a recipe. Raises: InputError naming the knob."""
-    task, names, test = statetrack.find(recipe.task.name), recipe.arms.split(","), recipe.test
+    task, names, test = scratch.find(recipe.task.name), recipe.arms.split(","), recipe.test
     for number, name in enumerate(names):
         if name not in scratch.ARMS or name in names[:number]:
             raise InputError(f"arms={recipe.arms}: {name!r} is not one more of {', '.join(scratch.ARMS)}")
@@ -164,29 +164,29 @@ def measure_arm(study: Study, name: str, target: Path) -> None:
 
 
 def measure(
-    arm: Arm, params: Params, task: Automaton, length: int, rows: int, times: Sequence[int], depths: Sequence[int]
+    arm: Arm, params: Params, task: Task, length: int, rows: int, times: Sequence[int], depths: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """Return what the test's words come to, by "TIMES/DEPTH", depths above 1 at the first of `times` only.
 
     share    [seeds, rows]        accuracy over a word's answers
     last     [seeds, rows]        whether its last one is correct
-    reread   [seeds, rows]        with depths: accuracy, had every symbol stood once an iteration
+    reread   [seeds, rows]        of an automaton with depths: accuracy, had every symbol stood once an iteration
     overlap  [seeds, L, rows, T]  with depths: cosine similarity of a state after the first and after the last iteration
     """
     found = {}
     for factor in times:
-        words = statetrack.draw(task, "test", rows, length * factor, (TESTS, factor))
+        words = scratch.draw(task, "test", rows, length * factor, (TESTS, factor))
         for depth in depths if arm.config.stream and factor == times[0] else (1,):
             guesses = np.asarray(_guess(arm.config, arm.judge, depth, params, words.symbols))
             right, asked = statetrack.right(words, guesses), words.asked.sum(-1)
             final = words.asked.shape[1] - 1 - words.asked[:, ::-1].argmax(1)
             found[f"share {factor}/{depth}"] = right.sum(-1) / asked
             found[f"last {factor}/{depth}"] = np.take_along_axis(right, final[None, :, None], 2)[..., 0]
-            if factor == times[0] and max(depths) > 1:
+            if factor == times[0] and max(depths) > 1 and isinstance(task, Automaton):
                 again = statetrack.right(statetrack.reread(task, words, depth), guesses)
                 found[f"reread {factor}/{depth}"] = again.sum(-1) / asked
     if arm.config.stream and max(depths) > 1:
-        words = statetrack.draw(task, "test", min(rows, OVERLAPS), length, (TESTS, 1))
+        words = scratch.draw(task, "test", min(rows, OVERLAPS), length, (TESTS, 1))
         found["overlap"] = np.asarray(_overlaps(arm.config, max(depths), params, words.symbols))
     return found
 
@@ -278,9 +278,9 @@ def report(result: Json, study: Study) -> None:
         seeds = " ".join(f"{value:.3f}" for value in cells[f"{study.times[-1]}/1"]["seeds"])
         print(f"{name:10}" + "".join(f"{cell:>24}" for cell in row) + f"    {seeds}")
     for title, cells in (("at depth", result["arms"]), ("rereading", result["reread"])):
-        if len(study.depths) > 1:
+        if len(study.depths) > 1 and cells:
             print(f"\n{title:10}" + "".join(f"{depth:>24}" for depth in study.depths))
-            for name in result["reread"]:
+            for name in cells:
                 if study.arms[name].config.stream:
                     row = [_cell(cells[name][f"{study.times[0]}/{depth}"]) for depth in study.depths]
                     print(f"{name:10}" + "".join(f"{text:>24}" for text in row))
