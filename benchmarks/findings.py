@@ -2,6 +2,9 @@
 
     python benchmarks/findings.py --study scratch          S3 and parity from scratch, also deeper: minutes
     python benchmarks/findings.py --study further          the same with two passes, and at mixed depths from the start
+    python benchmarks/findings.py --study marks            at mixed depths from the start, with iterations told apart
+    python benchmarks/findings.py --study pointers         pointers followed one to six times, k told, at mixed depths
+    python benchmarks/findings.py --study lengths          words of 12, 32 and 64 symbols, tested at 1,024
     python benchmarks/findings.py --study rooms            SmolLM2-135M on entity tracking: streams, LoRA, equal compute
     python benchmarks/findings.py --study hidden --config.data.path=DIR --data DIR       GSM8K, its steps not shown
 
@@ -62,6 +65,14 @@ MAIN = ("exact-free", "baseline", "two-range", "exact-range", "compute")
 STUDIES: dict[str, Pretrained | Scratch] = {
     "scratch": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,plain,range,longer,deepened")),
     "further": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,published,two_pass,depths,mixed")),
+    "marks": Scratch(("s3", "parity"), (DEPTHS, "--config.arms=stream,depths,marked")),
+    "pointers": Scratch(("pointers",), (
+        DEPTHS, "--config.arms=plain,stream,depths,marked,deep", "--config.task.length=24", "--config.test.times=(1,)",
+    )),
+    "lengths": Scratch(("parity", "mod5", "s3", "s5"), (
+        "--config.arms=stream,plain", "--config.train.lengths=(12,32,64)", "--config.task.length=64",
+        "--config.train.steps=900", "--config.test.times=(1,4,16)", "--config.test.rows=128",
+    )),
     "rooms": Pretrained(("--config.data.name=rooms:1-4",), ("rooms:1-4", "rooms:8"), MAIN),
     "boxes": Pretrained(("--config.data.name=boxes:1-4", "--config.train.steps=400"), ("boxes:1-4", "boxes:8"), MAIN),
     "hidden": Pretrained(

@@ -5,9 +5,9 @@
 
 Two layers of width 64, trained at length 12 with three seeds, tested with new words of that length and of two and four
 times it. The stream trains by exact backpropagation through time with alpha free, starting from 0.5; the arm `range` is
-the same with alpha in the published [0.015, 0.10]. Tasks: s3, s5, parity, sums, arithmetic. A few minutes on two cores;
-docs/findings.md says what came of it. Variations: the published training too, and what iterating at a position does to
-models that were trained at depth 1 or at depths 1 to 4:
+the same with alpha in the published [0.015, 0.10]. Tasks: s3, s5, parity, mod5, sums, arithmetic, pointers. A few
+minutes on two cores; docs/findings.md says what came of it. Variations: the published training too, and what iterating
+at a position does to models that were trained at depth 1 or at depths 1 to 4:
 
     --config.arms=stream,plain,range,published
     --config.arms=stream,longer,deepened,mixed --config.test.depths="(1,2,3,4)"

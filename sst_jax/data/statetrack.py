@@ -2,7 +2,8 @@
 
 s3, s5       a symbol is a permutation of three or five things; the answer is the product so far
 parity       of the ones so far
-sums         of the digits so far, modulo seven
+mod5         the sum of the digits so far, modulo five
+sums         the same modulo seven
 arithmetic   additions and multiplications modulo ten; only where "=" stands is the value asked for, and it is never
              written, so that every intermediate result is hidden
 
@@ -83,6 +84,7 @@ TASKS = {
         Automaton("s3", group(3)),
         Automaton("s5", group(5)),
         Automaton("parity", cyclic(2)),
+        Automaton("mod5", cyclic(5)),
         Automaton("sums", cyclic(7)),
         Automaton("arithmetic", calculator(), query=True),
     )

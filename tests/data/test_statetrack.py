@@ -39,6 +39,7 @@ REFERENCES = {
     "s3": lambda word: by_matrices(3, word),
     "s5": lambda word: by_matrices(5, word),
     "parity": lambda word: [sum(word[: end + 1]) % 2 for end in range(len(word))],
+    "mod5": lambda word: [sum(word[: end + 1]) % 5 for end in range(len(word))],
     "sums": lambda word: [sum(word[: end + 1]) % 7 for end in range(len(word))],
     "arithmetic": lambda word: by_calculating([int(symbol) for symbol in word]),
 }

@@ -109,6 +109,7 @@ class Schedule:
     further_steps  the same, of an arm that continues another
     learning_rate  rising over warmup_steps and falling along a cosine
     seeds          models that train side by side
+    lengths        of the words that are trained on, each for as many steps, the first one first; (): the task's alone
     """
 
     steps: int = 600
@@ -117,6 +118,7 @@ class Schedule:
     warmup_steps: int = 100
     further_steps: int = 300
     seeds: int = 3
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "further_steps", "seeds"):
@@ -127,6 +129,12 @@ class Schedule:
             raise InputError(f"train.warmup_steps={self.warmup_steps} must be below the number of steps, {fewest}")
         if not self.learning_rate > 0:
             raise InputError(f"train.learning_rate={self.learning_rate} must be positive")
+        if any(type(length) is not int or length < statetrack.SHORTEST for length in self.lengths):
+            raise InputError(f"train.lengths={self.lengths} must be whole numbers of at least {statetrack.SHORTEST}")
+
+    def length_at(self, step: int, length: int) -> int:
+        """Return the length of the words of a step; `length` is the task's."""
+        return self.lengths[step * len(self.lengths) // self.steps] if self.lengths else length
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -187,8 +195,9 @@ def fit(
     losses = []
     with bar(schedule.steps, title, "step") as meter:
         for step in range(schedule.steps):
+            now = schedule.length_at(step, length)
             words = [
-                draw(task, "train", schedule.batch_size, length, (0, int(continued), int(seed), step)) for seed in seeds
+                draw(task, "train", schedule.batch_size, now, (0, int(continued), int(seed), step)) for seed in seeds
             ]
             state, loss = compiled(arm.settings.at(step, seed=0))(
                 state, jax.tree.map(lambda *parts: np.stack(parts), *words)
