@@ -80,6 +80,8 @@ def open_run(inputs: Inputs, workdir: Path, watch: Watch, allow_changed: bool = 
     folder = RunFolder(workdir, run_config, base_record, writes=is_primary(), allow_changed=allow_changed)
     if recipe.data.chat_template and (template := inputs.opened.tokenizer.template) is not None:
         folder.keep_template(template.source)
+    if start is not None and inputs.opened.tokenizer.is_replaced:
+        folder.keep_tokenizer(inputs.opened.tokenizer.files())
     compiling = CompileClock()
     with compiling, contextlib.closing(folder):
         key = jax.random.key(recipe.train.seed)

@@ -6,6 +6,7 @@ RUN/environment.json  versions                      RUN/figures/         learnin
 RUN/checkpoints/      see weights/checkpoint.py     RUN/tensorboard/     the metrics again
 RUN/bad_batches/      of steps that were skipped    RUN/stall.txt        stacks, where no step came for long
 RUN/chat_template.jinja  the one of data.chat_template
+RUN/tokenizer/        of an adapter that the run started from
 RUN/best.json         the checkpoint that it opens as, where train.keep_best asks for the best one
 """
 
@@ -27,14 +28,16 @@ from safetensors.numpy import save_file
 
 from sst_jax.console.command import write_json
 from sst_jax.data.chat_template import TEMPLATE_FILE
+from sst_jax.data.tokenizer_identity import changes
 from sst_jax.errors import InputError, RunInterrupted
 from sst_jax.files import diff, read_json
 from sst_jax.model.config import ModelConfig
-from sst_jax.training.identity import changes, check_changes
+from sst_jax.training.identity import check_changes
 from sst_jax.training.loggers import LOGGERS, Logger
 from sst_jax.training.recipe import RENAMED, RETIRED, default_record
 from sst_jax.types import HostArrays, Json, ReadOnlyJson
 from sst_jax.weights.checkpoint import BEST, newest_good, read_metrics
+from sst_jax.weights.run_tokenizer import TOKENIZER_FOLDER
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -162,6 +165,13 @@ class RunFolder:
         """Keep the chat template that the run is trained with, so that it opens with it."""
         if self.writes:
             (self.path / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+
+    def keep_tokenizer(self, files: Mapping[str, bytes]) -> None:
+        """Keep the tokenizer that the run is trained with, where it is not its base's."""
+        if self.writes:
+            (self.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+            for name, data in files.items():
+                (self.path / TOKENIZER_FOLDER / name).write_bytes(data)
 
     def write_best(self, best: Json) -> None:
         """Record which checkpoint the run opens as."""

@@ -15,13 +15,9 @@ import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 
-from sst_jax.data.chat_template import TEMPLATE_FILE
 from sst_jax.data.records import is_hub_id, split_revision
-from sst_jax.data.template_date import fix_date, parse_date
-from sst_jax.data.template_file import use_template_file
 from sst_jax.data.tokenizer import adapter_tokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import HUB_NAMES
@@ -41,6 +37,7 @@ from sst_jax.weights.references import (
     Reference,
     VisionTower,
 )
+from sst_jax.weights.run_tokenizer import run_tokenizer
 from sst_jax.weights.source import Source
 
 RUN_FILES = ("config.json", "base.json")
@@ -101,17 +98,6 @@ class HubId(Reference):
 
     def read(self, dtype: str, quantize: str, lazy: bool) -> LoadedModel:
         return self.folder.read(dtype, quantize, lazy)
-
-
-def recorded_date(content: Json, where: Path) -> datetime | None:
-    """Return the date that chat templates wrote for a run, by its config.json; None where it does not say.
-
-    Raises: InputError, beginning with `where`, where it is none.
-    """
-    date = content.get("date")
-    if date is None:
-        return None
-    return parse_date(str(date), f"{where}: date")
 
 
 class OnABase(Reference):
@@ -238,9 +224,7 @@ class RunFolder(OnABase):
                 f"{path}: no usable checkpoint under checkpoints/; train on, or restore a copy of the folder"
             )
         opened = self.open_base(dtype, "none", lazy)
-        if (path / TEMPLATE_FILE).is_file():
-            use_template_file(opened.tokenizer, path / TEMPLATE_FILE, "chat template")
-        fix_date(opened.tokenizer, recorded_date(content, path / "config.json"))
+        tokenizer = run_tokenizer(path, opened.tokenizer, content, prompt_format)
         config = ModelConfig.from_dict(content["model_config"])
         own, there = (dataclasses.replace(each.backbone, attention_window=None) for each in (config, opened.config))
         if own != there:
@@ -255,7 +239,7 @@ class RunFolder(OnABase):
             prompt_format=prompt_format,
             started_from=content.get("started_from"),
         )
-        return LoadedModel(config, {"base": opened.params["base"], **trainable}, opened.tokenizer, provenance)
+        return LoadedModel(config, {"base": opened.params["base"], **trainable}, tokenizer, provenance)
 
 
 def _recipe_of(content: Json, where: Path) -> tuple[Json | None, str | None]:

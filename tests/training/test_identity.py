@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sst_jax import export
+from sst_jax.console.command import run as command
 from sst_jax.data import chat_template, template_date
 from sst_jax.data.chat_template import CHAT_TEMPLATE, ChatTemplate
 from sst_jax.data.prompts import Example
 from sst_jax.data.tokenizer import ByteTokenizer
+from sst_jax.data.tokenizer_identity import changes, tokenizer_digests
 from sst_jax.errors import InputError
 from sst_jax.inference.model import load
 from sst_jax.lab.evaluation.evaluation import fixed_date
 from sst_jax.training import fit, identity, read_recipe
-from sst_jax.training.identity import changes, data_record, examples_digest, sources_digest, tokenizer_digests
+from sst_jax.training.identity import data_record, examples_digest, sources_digest
 
 pytestmark = pytest.mark.optimised  # random bases are known by their bits
 
@@ -244,3 +247,45 @@ def test_an_evaluation_goes_on_with_its_date(on, tmp_path):
     assert fixed_date(tokenizer, {}, file, "chat") == {}  # of 0.1.0
     with pytest.raises(InputError, match=r"evaluation\.json: date='once' is no date"):
         fixed_date(tokenizer, {"date": "once"}, file, "chat")
+
+
+# ------------------------------------------------------------------------------------------------ opening a run
+
+
+def said(caplog, run):
+    """What is warned of when a run opens."""
+    caplog.clear()
+    load(run)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_run_whose_bases_tokenizer_or_template_changed_opens_with_a_word(begun, caplog, monkeypatch):
+    run = begun[1]
+    assert said(caplog, run) == []
+    monkeypatch.setattr(ByteTokenizer, "template", ChatTemplate(DATED, {"bos_token": "<bos>"}), raising=False)
+    (line,) = said(caplog, run)
+    assert line.startswith(f"{run} was trained with another tokenizer: chat template (")
+    monkeypatch.undo()
+    monkeypatch.setattr(ByteTokenizer, "files", lambda self: {"tokenizer.json": b"another"})
+    assert "another tokenizer: tokenizer (" in said(caplog, run)[0]
+
+
+def test_a_run_from_an_adapter_or_a_run_with_a_template_keeps_it(begun, tmp_path, caplog):
+    """Though the base under both has another; so does the adapter that is made of it."""
+    (tmp_path / "own.jinja").write_text(DATED.replace("strftime_now('%d %b %Y')", "'Hear me'"))
+    write_rows(tmp_path / "data")
+    knobs = begun[0] | {"data.path": str(tmp_path / "data"), "train.steps": 1, "train.eval_every": 1}
+    fit(read_recipe("tiny", knobs | {"data.chat_template": str(tmp_path / "own.jinja")}), tmp_path / "0")
+    for source, target in (("0", "adapter"), ("1", "last")):
+        if source == "1":
+            fit(read_recipe("tiny", knobs | {"model.source": str(tmp_path / "adapter")}), tmp_path / "1")
+        argv = ["--from", str(tmp_path / source), "--to", str(tmp_path / target), "--format", "adapter"]
+        assert command(export.main, [*argv, "--no-measure-gap"]) == 0
+    fit(read_recipe("tiny", knobs | {"model.source": str(tmp_path / "1")}), tmp_path / "2")
+    expected = None
+    for name in ("0", "adapter", "1", "last", "2"):
+        assert said(caplog, tmp_path / name) == []
+        tokenizer = load(tmp_path / name).tokenizer
+        expected = expected or tokenizer.chat([{"role": "user", "content": "hi"}])
+        assert asked(tokenizer).startswith("Hear me"), name
+        assert tokenizer.chat([{"role": "user", "content": "hi"}]) == expected
