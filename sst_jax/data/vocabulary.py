@@ -8,12 +8,14 @@ ModelProto needs only a dozen of its fields.
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, no_type_check
 
 from sst_jax.errors import InputError
 from sst_jax.families.registry import SPLITTINGS
+from sst_jax.types import Json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same numbers in GGUF and in a ModelProto
 SPACE = "\u2581"  # how a piece writes a space
@@ -253,12 +255,11 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
 
     SentencePiece joins the neighbours whose join scores highest; the library wants a ranked list of pairs, so every
     split of every piece into two other pieces is listed, best score first.
+
+    Raises: InputError where a space is prefixed, there are user-defined pieces, and some other piece is not what its
+    own characters are joined to: there is no such file then.
     """
     prefix = vocabulary.add_dummy_prefix
-    if prefix and USER_DEFINED in vocabulary.types:  # the library would put a space behind each of them too
-        raise InputError(
-            "a SentencePiece model that prefixes a space and has user-defined pieces cannot be a tokenizer.json"
-        )
     ids = {piece: index for index, piece in enumerate(vocabulary.pieces)}
     normal = {piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == NORMAL}
     scores = dict(zip(vocabulary.pieces, vocabulary.scores, strict=True))
@@ -268,11 +269,15 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
+    defined = [piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == USER_DEFINED]
+    # The library would prefix a space to added tokens too, and find them behind spaces only: cut out before the model,
+    # and taken whole by it, they are found where SentencePiece finds them.
+    cut_out = defined if prefix else []
     added = [
         # Pieces with spaces match only after the normaliser has escaped those of the text.
         _added_token(index, piece, special=kind != USER_DEFINED, normalized=kind == USER_DEFINED)
         for index, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and not prefix)
     ]
     escapes = SPACE in ids  # a vocabulary of bytes alone spells a space as its byte
     bos = None if vocabulary.bos_id is None or not add_bos else vocabulary.pieces[vocabulary.bos_id]
@@ -282,7 +287,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
         "padding": None,
         "added_tokens": added,
         "normalizer": _escaping(prefix) if escapes else None,
-        "pre_tokenizer": None,
+        "pre_tokenizer": _cutting(cut_out) if cut_out else None,
         "post_processor": _template(bos, vocabulary.bos_id),
         "decoder": {
             "type": "Sequence",
@@ -306,7 +311,30 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
             "merges": merges,
         },
     }
+    if cut_out:
+        _check_joined(tokenizer["model"], normal)
+        tokenizer["model"]["ignore_merges"] = True
     return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")
+
+
+def _cutting(pieces: Sequence[str]) -> Json:
+    """Return the pre-tokenizer that cuts pieces out of a text, at each place the longest."""
+    longest_first = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+    return {"type": "Split", "pattern": {"Regex": longest_first}, "behavior": "Isolated", "invert": False}
+
+
+def _check_joined(model: Json, pieces: Iterable[str]) -> None:
+    """Raise InputError where taking a piece whole is another thing than joining its characters."""
+    from tokenizers import Tokenizer
+
+    bare = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    ordered = sorted(pieces)
+    for piece, found in zip(ordered, bare.encode_batch(ordered, add_special_tokens=False), strict=True):
+        if len(found.ids) != 1:
+            raise InputError(
+                "this SentencePiece model, which prefixes a space and has user-defined pieces, cannot be a "
+                f"tokenizer.json: its characters are not joined to the piece {piece!r}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------- byte-level BPE
