@@ -45,6 +45,7 @@ LEARNED = {
     "qwen2.5": ["b 1<|im_end|>", " d <|im_end|>"],
     "qwen3": ["b 1<|im_end|>", f"{THINK} d <|im_end|>"],  # the last answer gets a place to think, which it must write
     "smollm2": ["b 1<|im_end|>", " d <|im_end|>"],
+    "smollm3": ["b 1<|im_end|>", " d <|im_end|>"],
     "solar": ["b 1", " d </s>"],  # what ends a turn stands behind the last one alone
     "tulu": ["b 1</s>", " d </s>"],
     "vicuna": [" b 1</s>", " d</s>"],

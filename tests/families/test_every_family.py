@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
@@ -23,6 +22,7 @@ from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.huggingface import open_folder, write_folder
 from sst_jax.weights.source import fill_base
 from tests.support import guides, toys
+from tests.support.tiny_files import drawn, gguf_file, written
 from tests.support.torch_exports import apart, model, open_torch, write
 
 STREAM = {"alpha_range": (0.0, 1.0), "iterate_prompt": "all"}
@@ -31,31 +31,6 @@ STREAM = {"alpha_range": (0.0, 1.0), "iterate_prompt": "all"}
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def family(request):
     return request.param
-
-
-def drawn(backbone, dtype=np.float32, seed=0):
-    """A state dict with sharp attention, norms away from one and biases that matter."""
-    rng, state = np.random.default_rng(seed), {}
-    for key, entry in key_map.expected(backbone).items():
-        value, name = rng.standard_normal(entry.shape), entry.row.path.split("/")
-        if name[-1] == "scale":
-            value = 0.2 * value + 1.0 - backbone.norm_offset + (0.3 if name[-2] in ("q_norm", "k_norm") else 0.0)
-        elif name[-1] == "bias":
-            value *= 0.5
-        else:
-            value *= (1.2 if name[-2] in ("q", "k") else 1.0) * entry.shape[-1] ** -0.5
-        state[key] = value.astype(np.float32).astype(dtype)
-    return state
-
-
-def written(folder, backbone, state, dtype="float32"):
-    folder.mkdir()
-    for whole, parts in key_map.fused_keys(backbone).items():
-        state = {**state, whole: np.concatenate([state[part.key] for part in parts])}
-        state = {key: value for key, value in state.items() if key not in [part.key for part in parts]}
-    (folder / "config.json").write_text(json.dumps(config_json(backbone, dtype)))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def raw(folder):
@@ -172,67 +147,11 @@ def test_a_multimodal_folder_is_read_for_its_text(family, member, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def gguf_file(file, family, state, **split):
-    """A state dict as a GGUF, as the family's converter writes it."""
-    gguf = pytest.importorskip("gguf")
-    backbone, prefix = family.tiny, family.gguf.architecture
-    pairs = {
-        "block_count": backbone.num_layers, "embedding_length": backbone.d_model, "feed_forward_length": backbone.d_ff,
-        "attention.head_count": backbone.num_heads, "attention.head_count_kv": backbone.num_kv_heads,
-        "attention.key_length": backbone.head_dim, "context_length": backbone.max_positions,
-        "attention.layer_norm_rms_epsilon": backbone.norm_eps, "rope.freq_base": backbone.rope_theta_global,
-    }  # fmt: skip
-    if backbone.window is not None:
-        pairs["attention.sliding_window"] = backbone.window
-    if backbone.family == "granite":
-        pairs |= {
-            "attention.scale": backbone.query_pre_attn_scalar**-0.5, "embedding_scale": backbone.embed_multiplier,
-            "residual_scale": backbone.residual_scale, "logit_scale": backbone.logit_divisor,
-        }  # fmt: skip
-    if backbone.rope_yarn is not None:
-        pairs |= {
-            "rope.scaling.type": "yarn", "rope.scaling.factor": backbone.rope_scale_global,
-            "rope.scaling.original_context_length": backbone.rope_yarn[2],
-        }  # fmt: skip
-    if backbone.rope_short:
-        pairs |= {
-            "rope.dimension_count": backbone.rotary_dims, "rope.scaling.attn_factor": backbone.rope_magnitude,
-            "rope.scaling.original_context_length": backbone.rope_original,
-        }  # fmt: skip
-    writer = gguf.GGUFWriter(file, prefix, **split)
-    for key, value in pairs.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{prefix}.{key}", value)
-    for name in ("short", "long") if backbone.rope_short else ():
-        writer.add_tensor(f"rope_factors_{name}.weight", np.float32(getattr(backbone, f"rope_{name}")))
-    fused = {part.key: whole for whole, parts in key_map.fused_keys(backbone, "gguf").items() for part in parts}
-    together: dict = {}
-    for key, entry in key_map.expected(backbone).items():
-        value = state[key]
-        if entry.row.transform == "norm":
-            value = value + np.float32(1)
-        elif entry.row.transform == "rotary":  # halves become neighbours
-            heads = len(value) // backbone.head_dim
-            value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-        name = entry.row.gguf.format(layer=entry.layer)
-        if name in fused:
-            together.setdefault(fused[name], []).append(value)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(value))
-    for name, parts in together.items():
-        writer.add_tensor(name, np.concatenate(parts))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
 def test_a_gguf_file_is_the_same_model(family, member, tmp_path):
     if family.gguf is None:
         pytest.skip("the family has no GGUF files")
     backbone, state, folder = member
-    source = gguf_reader.open_file(gguf_file(tmp_path / "tiny.gguf", family, state))
+    source = gguf_reader.open_file(gguf_file(tmp_path / "tiny.gguf", family.tiny, state))
     assert source.backbone == backbone
     ours, theirs = fill_base(open_folder(folder), "float32"), fill_base(source, "float32")
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -243,10 +162,10 @@ def test_a_gguf_file_is_the_same_model(family, member, tmp_path):
 def test_a_split_gguf_file_opens_by_any_of_its_parts(tmp_path, monkeypatch):
     family = BY_NAME["phi3"]
     state = drawn(family.tiny)
-    gguf_file(tmp_path / "tiny.gguf", family, state, split_max_tensors=5)
+    gguf_file(tmp_path / "tiny.gguf", family.tiny, state, split_max_tensors=5)
     parts = sorted(tmp_path.glob("tiny-0000*-of-0000*.gguf"))
     assert len(parts) > 2
-    whole = gguf_reader.open_file(gguf_file(tmp_path / "whole.gguf", family, state))
+    whole = gguf_reader.open_file(gguf_file(tmp_path / "whole.gguf", family.tiny, state))
     read: list[Path] = []
     monkeypatch.setattr(references, "load_tokenizer", lambda file: read.append(file) or ByteTokenizer())
     for part in parts[:2]:

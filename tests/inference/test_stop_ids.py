@@ -1,5 +1,6 @@
 """Greedy answers end where transformers' do, whichever file of the folder says so, and so do those of exports."""
 
+import dataclasses
 import itertools
 import json
 
@@ -10,9 +11,10 @@ import sst_jax
 from sst_jax import export
 from sst_jax.console.command import run
 from sst_jax.data.tokenizer import load_tokenizer
-from sst_jax.families.registry import backbone
+from sst_jax.families.registry import FAMILIES, backbone
 from sst_jax.weights.huggingface import write_folder
 from tests.support.template_folders import SPECIALS, TEMPLATES, write_byte_level
+from tests.support.tiny_files import drawn, written
 
 END = SPECIALS.index("<|end_of_role|>")  # a token whose name tells nothing
 WIDTH = 288
@@ -103,3 +105,34 @@ def test_exports_keep_the_stop_ids_and_how_to_sample(scripted, tmp_path):
     assert END in config["eos_token_id"] == written["eos_token_id"]
     assert "top_p" in written
     assert "top_p" not in config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_answers_of_every_family_end_where_transformers_does(family, tmp_path):
+    """At a token that generation_config.json alone names, of the folder and of what is exported from it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    shape = dataclasses.replace(family.tiny, vocab_size=WIDTH)
+    folder = written(tmp_path / "model", shape, drawn(shape))
+    write_byte_level(folder, TEMPLATES["chatml"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("the cab sat")["input_ids"]
+
+    def theirs(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
+
+    whole = theirs(folder)
+    assert len(whole) == 12
+    end = next(token for at, token in enumerate(whole) if at > 2 and token not in whole[:at])
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, end]}))
+    expected = theirs(folder)
+    assert expected == whole[: whole.index(end) + 1]
+    assert run(export.main, ["--from", str(folder), "--to", str(tmp_path / "merged"), "--format", "merged"]) == 0
+    kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert kept[:2] == [1, end]
+    assert theirs(tmp_path / "merged") == expected
+    for source in (folder, tmp_path / "merged"):
+        (answer,) = sst_jax.load(source, "float32").generate([prompt], max_new_tokens=12)
+        assert (answer.tokens, answer.finished) == (expected, True)
+        assert answer.text == tokenizer.decode(expected[:-1], skip_special_tokens=True)
