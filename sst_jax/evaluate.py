@@ -35,7 +35,7 @@ def parser() -> Parser:
     parser.takes_model()
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task", metavar="NAME", help="one of this project's tasks, or a file of questions and answers")
-    which.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")
+    which.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness; mmlu_* is a pattern")
     add("--out", required=True, metavar="DIR", help="outcomes.jsonl and result.json go here")
     add("--depth", default="1", metavar="P,Q", help="policies: 1,4,first_token:4,until_stable:0.01:4,probe:FILE")
     add("--data", metavar="DIR", help="folder with the task's file (default: from the hub)")
@@ -61,6 +61,7 @@ def parser() -> Parser:
     )
     add("--fewshot", type=int, metavar="K", help="few-shot examples in the prompt (--tasks only; default: the task's)")
     add("--include", metavar="DIR", help="folder with your own task files (--tasks only)")
+    add("--system", metavar="TEXT", help="system message before each prompt (--tasks only)")
     add("--json", metavar="FILE", help="write the result to FILE too (always in DIR/result.json)")
     return parser
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     elif args.task == "text":
         result = over_texts(args, depths)
     else:
-        for flag in ("fewshot", "include"):
+        for flag in ("fewshot", "include", "system"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} goes with --tasks")
         config = evaluation.EvalConfig(
@@ -142,9 +143,11 @@ def through_harness(args: argparse.Namespace, policies: Sequence[Policy]) -> Jso
         from sst_jax.lab.evaluation import harness, report
     except ImportError as error:
         raise InputError(f"--tasks needs lm-evaluation-harness: pip install 'sst-jax[eval]' ({error})") from None
-    names = tuple(name for name in args.tasks.split(",") if name)
+    names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
     depths = tuple(policy.first for policy in policies)
-    config = harness.HarnessConfig(names, depths, args.format, args.limit, args.fewshot, args.batch_size, args.include)
+    config = harness.HarnessConfig(
+        names, depths, args.format, args.limit, args.fewshot, args.batch_size, args.include, args.system
+    )
     manager = harness.prepare(config, Path(args.out))
     result, measured = harness.run(model.load(args.model, args.dtype, **opening(args)), config, Path(args.out), manager)
     report.print_harness(measured)

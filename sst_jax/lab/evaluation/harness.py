@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -160,8 +161,18 @@ def task_manager(include: str | None) -> TaskManager:
     return TaskManager(include_path=include)
 
 
+def matching(manager: TaskManager, names: Sequence[str]) -> list[str]:
+    """Return the tasks that names stand for: "mmlu_*" for all that begin so; a name that is none stays as it is."""
+    found: list[str] = []
+    for name in names:
+        known = name in manager.all_tasks or not any(mark in name for mark in "*?[")
+        found += [name] if known else sorted(fnmatch.filter(manager.all_tasks, name)) or [name]
+    return list(dict.fromkeys(found))
+
+
 def check_names(manager: TaskManager, names: Sequence[str]) -> None:
     """Raise InputError naming an unknown task and its neighbours, or a data set that cannot be read."""
+    names = matching(manager, names)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -179,13 +190,14 @@ def check_names(manager: TaskManager, names: Sequence[str]) -> None:
 class HarnessConfig:
     """Tasks of lm-evaluation-harness, and how they are run.
 
-    tasks       their names
+    tasks       their names, or patterns of names, "mmlu_*"
     depths      iterations at every position, one run of the harness each
     format      of prompts, "plain" or "chat"; None: as the run was trained, else plain
     limit       only the first items of each task (0: all)
     fewshot     examples in front of each question; None: as the task says
     batch_size  texts scored or continued together
     include     folder with task definitions of one's own
+    system      message before each prompt: the conversation's first, or plain text; None: the task's own
     """
 
     tasks: tuple[str, ...]
@@ -195,6 +207,7 @@ class HarnessConfig:
     fewshot: int | None = None
     batch_size: int = 8
     include: str | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("limit", 0), ("batch_size", 1)):
@@ -243,6 +256,7 @@ def run(model: Model, config: HarnessConfig, out: Path, manager: TaskManager | N
         "fewshot": config.fewshot,
         "batch_size": config.batch_size,
         "include": definitions(config.include),
+        **({} if config.system is None else {"system": config.system}),
     }
     with runner.locked(out):
         found = {str(depth): measure(model, depth, config, header, manager, out) for depth in config.depths}
@@ -271,10 +285,11 @@ def measure(model: Model, depth: int, config: HarnessConfig, header: Json, manag
     header = {**header, "depth": depth}
     found = simple_evaluate(
         model=HarnessModel(model, depth, config.batch_size),
-        tasks=list(config.tasks),
+        tasks=matching(manager, config.tasks),
         task_manager=manager,
         limit=config.limit or None,
         num_fewshot=config.fewshot,
+        system_instruction=config.system,
         apply_chat_template=(config.format or model.prompt_format) == "chat",
         torch_random_seed=None,
         bootstrap_iters=BOOTSTRAPS,

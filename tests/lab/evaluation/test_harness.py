@@ -215,6 +215,23 @@ def test_tasks_run_through_the_harness_and_stand_when_run_again(streaming, manag
     assert harness.measured(tmp_path, {"tasks": names}) == {"2": results}
 
 
+def test_patterns_of_names_and_a_system_message(streaming, manager, tmp_path, monkeypatch):
+    assert harness.matching(manager, ["sst_*", "sst_sums", "other"]) == ["sst_bakers", "sst_sums", "other"]
+    with pytest.raises(InputError, match=r"--tasks nothing_\* is not a task"):
+        harness.check_names(manager, ["nothing_*"])
+    asked = []
+    monkeypatch.setattr(
+        harness,
+        "simple_evaluate",
+        lambda **given: asked.append(given) or {"results": {}, "samples": {}, "versions": {}},
+    )
+    config = harness.HarnessConfig(("sst_*",), (1,), "chat", system="Be brief.")
+    harness.run(streaming, config, tmp_path, manager)
+    assert (asked[0]["tasks"], asked[0]["system_instruction"]) == (["sst_bakers", "sst_sums"], "Be brief.")
+    with pytest.raises(InputError, match="results of other settings"):
+        harness.run(streaming, dataclasses.replace(config, system=None), tmp_path, manager)
+
+
 def test_other_definitions_of_a_task_are_another_test(own_tasks, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(own_tasks, copy)
