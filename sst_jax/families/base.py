@@ -87,13 +87,15 @@ class ConfigFormat(NamedTuple):
 
 
 class Metadata:
-    """The metadata keys `ARCHITECTURE.NAME` of one GGUF file."""
+    """The metadata keys `ARCHITECTURE.NAME` of one GGUF file; `asked` are the names that somebody looked at."""
 
     def __init__(self, pairs: JsonObject, where: str):
         self.pairs, self.where = pairs, where
         self.architecture = pairs.get("general.architecture")
+        self.asked: set[str] = set()
 
     def value(self, name: str, default: object = None) -> Any:
+        self.asked.add(name)
         return self.pairs.get(f"{self.architecture}.{name}", default)
 
     def scalar(self, name: str, default: object = None) -> Any:
@@ -117,6 +119,13 @@ class Metadata:
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**40:
             raise self.error(name, f"must be a positive {kind.__name__}")
         return kind(value)
+
+    def without(self, part: str) -> Metadata:
+        """Return the same keys but those whose names begin with `part`."""
+        kept = {key: value for key, value in self.pairs.items() if f".{part}" not in key}
+        other = Metadata(kept, self.where)
+        other.asked = self.asked
+        return other
 
     def error(self, name: str, problem: str) -> InputError:
         return InputError(f"{self.where}: metadata key {self.architecture}.{name}={self.value(name)!r} {problem}")

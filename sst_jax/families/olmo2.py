@@ -55,8 +55,7 @@ PRESETS = {
 def read_metadata(metadata: Metadata, fields: Fields) -> Fields:
     """Return `GGUFFormat.read` of OLMo 2, and of OLMo 3, whose files say the same architecture and have a window."""
     layers, name = fields["num_layers"], "attention.sliding_window"
-    pairs = {key: value for key, value in metadata.pairs.items() if f".{name}" not in key}
-    found = read_llama_metadata(Metadata(pairs, metadata.where), fields)
+    found = read_llama_metadata(metadata.without(name), fields)
     if not metadata.scalar(name):
         return {**found, "family": "olmo2"}
     pattern = metadata.value(f"{name}_pattern", [(layer + 1) % 4 != 0 for layer in range(layers)])

@@ -55,6 +55,9 @@ _ROPE_KEYS = (
     "scaling.yarn_beta_fast",
     "scaling.yarn_beta_slow",
 )
+# Keys `ARCHITECTURE.KEY` that change no number of a text: counts that the tensors tell too, embeddings', pictures'.
+_UNUSED = ("vocab_size", "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon")
+_UNUSED_PARTS = ("rope.", "vision.", "mm.")  # of RoPE's keys `_rope_scaling` has refused those that are not known
 _ROWS = 4096  # rows dequantised at a time
 
 
@@ -165,8 +168,10 @@ def backbone_from_metadata(
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
     fields |= {"family": family.name, **rope}
     fields |= family.gguf.read(keys, fields)
-    if keys.number("attention.value_length", default=fields["head_dim"]) != fields["head_dim"]:
+    lengths = (keys.number(f"attention.{name}_length", default=fields["head_dim"]) for name in ("key", "value"))
+    if any(length != fields["head_dim"] for length in lengths):
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
+    _check_understood(keys)
     fields |= {"vocab_size": vocab_size, "tied_head": tied_head}
     if divisors:
         fields |= _longrope(keys, divisors)
@@ -180,6 +185,19 @@ def backbone_from_metadata(
         return BackboneConfig(**{**family.block, **fields})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _check_understood(keys: Metadata) -> None:
+    """Raise InputError naming a key of the architecture that nothing has read, unless it switches something off."""
+    if keys.scalar("attention.causal", True) is not True:
+        raise keys.error("attention.causal", "is unsupported")
+    prefix = f"{keys.architecture}."
+    for key, value in keys.pairs.items():
+        name = key.removeprefix(prefix)
+        known = name in keys.asked or name in _UNUSED or name.startswith(_UNUSED_PARTS)
+        is_set = value.any() if isinstance(value, np.ndarray) else bool(value)
+        if key.startswith(prefix) and not known and is_set:
+            raise keys.error(name, "is not understood, and may change what the model computes")
 
 
 def _rope_scaling(keys: Metadata, longrope: bool) -> Json:

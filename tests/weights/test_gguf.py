@@ -139,6 +139,14 @@ def test_optional_metadata():
         "local" if s else "global" for s in sliding
     )
     assert read(**{"gemma3.final_logit_softcapping": 0.0}).num_layers == 7
+    # What changes nothing: an empty list of experts, the size of a table that is there, pictures.
+    unused = {
+        "gemma3.expert_count": 0,
+        "gemma3.attention.causal": True,
+        "gemma3.vocab_size": 67,
+        "gemma3.mm.tokens_per_image": 256,
+    }
+    assert read(**unused) == read()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +166,10 @@ def test_optional_metadata():
         ("gemma3.rope.scaling.yarn_ext_factor", 1.0, "rope.scaling.yarn_ext_factor=1.0 is unknown; known are"),
         ("gemma3.rope.dimension_sections", [1, 2], r"rope.dimension_sections=\[1, 2\] is unknown"),
         ("gemma3.rope.scaling.attn_factor", 0.5, "rope.scaling.attn_factor=0.5 is unsupported"),
+        ("gemma3.attention.clamp_kqv", 8.0, "attention.clamp_kqv=8.0 is not understood"),
+        ("gemma3.attention.causal", False, "attention.causal=False is unsupported"),
+        ("gemma3.expert_count", 8, "expert_count=8 is not understood"),
+        ("gemma3.attention.scale", 0.5, "attention.scale=0.5 is not understood"),
         ("gemma3.rope.dimension_count", 4, "rope.dimension_count=4 is unsupported"),
         ("gemma3.attention.value_length", 8, "value_length differ"),
         ("gemma3.attention.sliding_window_pattern", np.ones(3, bool), "sliding_window_pattern="),
