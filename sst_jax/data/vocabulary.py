@@ -281,7 +281,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
     ]
     escapes = SPACE in ids  # a vocabulary of bytes alone spells a space as its byte
     bos = None if vocabulary.bos_id is None or not add_bos else vocabulary.pieces[vocabulary.bos_id]
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -368,7 +368,7 @@ def byte_level_json(facts: Mapping[str, Any]) -> bytes:
             raise InputError(f"GGUF vocabulary has the merge {' '.join(pair)!r}, which is not of two of its tokens")
     bos_id = facts.get("tokenizer.ggml.bos_token_id") if adds_bos(facts) else None
     splitting = SPLITTINGS[pre]
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
