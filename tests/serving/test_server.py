@@ -158,6 +158,26 @@ def test_lm_evaluation_harness_own_client(model, client, tmp_path):
     assert text == model.generate("hello", max_new_tokens=12, stop=["\n"])[0].text
 
 
+@pytest.mark.slow
+def test_lm_evaluation_harness_own_chat_client(model, client):
+    """Its conversations, with a system message and few-shot turns, are answered as the model answers them."""
+    pytest.importorskip("tenacity", reason="a part of lm-eval[api]")
+    models = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    theirs = models.LocalChatCompletion(base_url=f"http://127.0.0.1:{client.port}/v1/chat/completions", model="tiny")
+    asked = {"role": "user", "content": "hello"}
+    shot = [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]
+    talks = [[asked], [{"role": "system", "content": "Be brief."}, asked], [*shot, *shot, asked]]
+    settings = {"until": ["\n"], "max_gen_toks": 12, "temperature": 0}
+    requests = [
+        Instance("generate_until", {}, (theirs.apply_chat_template(talk), dict(settings)), at)
+        for at, talk in enumerate(talks)
+    ]
+    expected = [model.generate([model.tokenizer.chat(talk)], max_new_tokens=12, stop=["\n"])[0].text for talk in talks]
+    assert theirs.generate_until(requests) == expected
+
+
 def test_depth_changes_answers_and_is_counted(client):
     body = {"prompt": "a deep question", "max_tokens": 12, "temperature": 0}
     shallow, deep = client.complete(**body, depth=1), client.complete(**body, depth=6)
