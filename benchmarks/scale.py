@@ -106,7 +106,7 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
                     remat="layer",
                     attention=attention,
                 )
-                return answer_losses(hidden, head_table(base), tokens, mask).sum()
+                return answer_losses(hidden, head_table(base), tokens, mask, config.backbone.logit_cap).sum()
 
             return jax.value_and_grad(loss)(trainable)
 

@@ -120,7 +120,7 @@ def decode_step(
         going = active & (iteration < depth)
         if halting is None:
             return going
-        seen = StepSeen(iteration, new, old, state, lambda: decoder.head(params, new), halting.threshold)
+        seen = StepSeen(iteration, new, old, state, lambda: decoder.head(config, params, new), halting.threshold)
         return going & ~halted(halting, seen, going)
 
     def iterate(carry: StepCarry) -> StepCarry:
@@ -140,7 +140,7 @@ def decode_step(
             with jax.named_scope("attention"):
                 qkv = project(layer, x, context)
                 here = step._replace(ropes=ropes_of_layer(tables, layer.rotates))
-                out, kv = attend_cached(backbone, layer.kind, qkv, here, kv)
+                out, kv = attend_cached(context.config.backbone, layer.kind, qkv, here, kv)
                 h = attention_residual(layer, x, out)
             if stream is None or state_in is None:
                 return (feed(layer, h, context, x.dtype)[0], kv), None

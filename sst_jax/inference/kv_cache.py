@@ -38,9 +38,10 @@ def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
     """Return an empty cache for `batch` sequences of at most `capacity` positions."""
     backbone = config.backbone
     count = backbone.layer_types.count
-    heads = (backbone.num_kv_heads, backbone.head_dim)
 
     def stack(kind: str, slots: int) -> CacheStack:
+        one = backbone.of_kind(kind) if backbone.has_stacks_by_kind else backbone
+        heads = (one.num_kv_heads, one.head_dim)
         # A kind without layers keeps one empty stack of one layer, so that both branches have an array to look at.
         return jnp.zeros((max(count(kind), 1), batch, slots, *heads), jnp.dtype(config.dtype))
 

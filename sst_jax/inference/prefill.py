@@ -21,6 +21,7 @@ from sst_jax.model.attention import KV, Past, ring_positions
 from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
+from sst_jax.model.kinds import ByKind
 from sst_jax.model.rules import SETTLED, Rule, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
 from sst_jax.model.state import read_in
@@ -105,8 +106,8 @@ def prefill_chunks(
 class ChunkOutputs(NamedTuple):
     """What a chunk leaves in a layer."""
 
-    k: PositionKeys | None
-    v: PositionKeys | None
+    k: PositionKeys | ByKind | None
+    v: PositionKeys | ByKind | None
     state: RowHidden | None  # after each row's last position
 
 
@@ -291,6 +292,7 @@ def update_kv_cache(config: ModelConfig, cache: Cache, left: ChunkOutputs, count
     ):
         if kind in kinds and left.k is not None and left.v is not None:
             for name, part in zip(names, (left.k, left.v), strict=True):
-                new = part[kinds == kind].astype(kv.local_k.dtype)
+                mine = part.get(kind) if isinstance(part, ByKind) else part[kinds == kind]
+                new = mine.astype(kv.local_k.dtype)
                 kv = kv._replace(**{name: put(getattr(kv, name), new)})
     return kv

@@ -49,6 +49,7 @@ STATIC = ("config", "stop_ids", "top")
 
 
 def _sample(
+    config: ModelConfig,
     params: Params,
     state: DecodeState,
     hidden: RowHidden,
@@ -57,7 +58,7 @@ def _sample(
     scored: ScalarBool | None,
 ) -> tuple[DecodeState, Scores | None]:
     """Return the state with every row's next token, counted off `state.left`, and the tokens' scores."""
-    logits = decoder.head(params, hidden)
+    logits = decoder.head(config, params, hidden)
     token = sample(state.sampling_params, logits, state.cache.length)
     scores = None
     if top:
@@ -102,7 +103,7 @@ def begin(
         used = budget.now
     if iterated != "none":
         state = state._replace(depth_budget=budget._replace(now=budget.rest))
-    state, scores = _sample(params, state, hidden, stop_ids, top, scored)
+    state, scores = _sample(config, params, state, hidden, stop_ids, top, scored)
     columns = jax.tree.map(lambda part: part[:, None], (state.token, used, scores))
     return _seen(SampledTokens(columns[0], columns[1], state.done, columns[2]), state)
 
@@ -137,7 +138,7 @@ def decode_chunk(
         depth = jnp.where(state.done, 0, budget.now)
         hidden, cache, used = decode_step(config, params, state.token, state.cache, depth, budget.halting)
         moved = state._replace(cache=cache, depth_budget=budget._replace(now=budget.rest))
-        after, scores = _sample(params, moved, hidden, stop_ids, top, scored)
+        after, scores = _sample(config, params, moved, hidden, stop_ids, top, scored)
         new = (jnp.where(state.done, -1, after.token), used, scores)
         return i + 1, jax.tree.map(lambda column, part: column.at[:, i].set(part), columns, new), after
 
@@ -175,12 +176,15 @@ def seat(batch: DecodeState, one: DecodeState, row: ScalarInt) -> DecodeState:
     return DecodeState(map_rows(put, batch.cache, one.cache), *rest)
 
 
-@program(static_argnames=("top",))
-def score_positions(params: Params, hidden: PositionHidden, following: PositionTokens, *, top: int) -> Scores:
+@program(static_argnames=("config", "top"))
+def score_positions(
+    config: ModelConfig, params: Params, hidden: PositionHidden, following: PositionTokens, *, top: int
+) -> Scores:
     """Score the tokens `following` [T] the positions of hidden [T, D], a block of logits at a time."""
     blocks = hidden.reshape(-1, min(BLOCK, hidden.shape[0]), hidden.shape[1])
     found = jax.lax.map(
-        lambda part: score(decoder.head(params, part[0]), part[1], top), (blocks, following.reshape(blocks.shape[:2]))
+        lambda part: score(decoder.head(config, params, part[0]), part[1], top),
+        (blocks, following.reshape(blocks.shape[:2])),
     )
     return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), found)
 

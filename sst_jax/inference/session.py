@@ -208,7 +208,9 @@ class Session:
         for part in parts:
             size = part.positions.shape[1]
             if request.prompt_scored:
-                found = score_positions(self.params, part.positions[0], following[0, at : at + size], top=self._top)
+                found = score_positions(
+                    self.config, self.params, part.positions[0], following[0, at : at + size], top=self._top
+                )
                 scores += each_score(found, min(size, len(request.tokens) - 1 - at))
             at += size
             yield size

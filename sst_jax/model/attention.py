@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sst_jax.errors import InputError
 from sst_jax.model import compiler
 from sst_jax.model.config import BackboneConfig
-from sst_jax.model.kernels import KERNELS, same_document
+from sst_jax.model.kernels import KERNELS, fitting, same_document
 from sst_jax.model.layers import rope_frequencies, rope_table, rotate
 from sst_jax.types import (
     AttentionMask,
@@ -68,7 +69,7 @@ class QKV(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Key/value caches, stacked over the layers of each kind, keys already rotated.
+    """Key/value caches, stacked over the layers of each kind, with its own heads, keys already rotated.
 
     Local layers keep a ring of W = min(window, S) slots, position p in slot p mod W; global layers keep all S.
     """
@@ -204,8 +205,15 @@ def ropes(backbone: BackboneConfig, positions: Positions) -> Ropes:
         )
     local = rope_frequencies(size, backbone.rope_theta_local, 1.0)
     glob = rope_frequencies(
-        size, backbone.rope_theta_global, scale, backbone.rope_llama3, backbone.rope_yarn, backbone.rope_short
+        backbone.global_head_dim or size,
+        backbone.rope_theta_global,
+        scale,
+        backbone.rope_llama3,
+        backbone.rope_yarn,
+        backbone.rope_short,
     )
+    if backbone.rope_angles_global is not None:
+        glob = np.where(np.arange(len(glob)) < backbone.rope_angles_global, glob, np.zeros_like(glob))
     positions = jnp.asarray(positions)
     tables = Ropes(rope_table(positions, local), rope_table(positions, glob))
     if backbone.rope_magnitude != 1.0:
@@ -293,8 +301,9 @@ def _attend_positions(look: _Look, qkv: QKV, sequences: Sequences) -> tuple[Quer
     (q, k, v), segment_ids = qkv, sequences.segment_ids
     table = sequences.ropes.of(look.kind)
     q, k = rotate_queries(q, table, sequences.ropes.query_scale), rotate(k, table)
-    if sequences.kernel in KERNELS:
-        return KERNELS[sequences.kernel](q, k, v, segment_ids, look.scale, look.window), k, v
+    kernel = fitting(sequences.kernel, q.shape[-1])
+    if kernel in KERNELS:
+        return KERNELS[kernel](q, k, v, segment_ids, look.scale, look.window), k, v
     visible = Visible(k, v, same_document(segment_ids), is_causal=True, window=look.window)
     return attention(q, visible, look.scale), k, v
 
@@ -469,6 +478,8 @@ def attend_cached(
     ring, capacity = kv.local_k.shape[2], kv.global_k.shape[2]
 
     def put(cache: jax.Array, new: jax.Array, mine: jax.Array, index: jax.Array) -> jax.Array:
+        if cache.shape[-2:] != new.shape[-2:]:  # the other kind's, where kinds have shapes of their own
+            return cache
         # An index past the end drops the write: for rows that keep what they have, and for the other kind's stack.
         row = jnp.where(step.write & mine, rows, cache.shape[1])
         return cache.at[layer.cache_index, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")

@@ -8,12 +8,18 @@ from typing import Any
 
 from sst_jax.model.fields import as_tuple, check_numbers, check_one_of, is_finite, require
 
+GLOBAL = "global_"  # what names of stacks of global layers begin with, where these have shapes of their own
 MAX_LAYERS = 4096  # a file may claim any number; beyond this the claim is nonsense, and tables so long are refused
 
 
 def _later(default: Any) -> Any:
     """Return a field that version 0.1.0 did not have."""
     return dataclasses.field(default=default, metadata={"since": "0.2.0"})
+
+
+def stack_name(kind: str, name: str) -> str:
+    """Return what a parameter of a kind of layers is called in the trees of a backbone with stacks by kind."""
+    return GLOBAL + name if kind == "global" else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,13 @@ class BackboneConfig:
     query_scaling    None, or (beta, N): queries are multiplied by 1 + beta * log(1 + floor(position / N))
     attention_window  positions that a query sees at most, its own included, whatever the layer's kind: of all layers,
                      or one number a layer. No checkpoint's: a recipe asks for it. None: the kinds alone decide
+    v_norm           whether each head's values are divided by their RMS
+    values_from_keys  whether values are what keys are before their norm; with global_head_dim in global layers alone
+    layer_scalar     whether a layer's output is multiplied by a number of its own
+    logit_cap        None, or where logits are capped softly, cap * tanh(logit / cap)
+    rope_angles_global  how many of a global head's H/2 angles turn, the first ones; None: all
+    global_head_dim  None, or the width of a head of global layers, whose parameters are then stacks of their own
+    global_num_kv_heads  of global layers with a width of their own; None: num_kv_heads
     """
 
     num_layers: int
@@ -87,18 +100,28 @@ class BackboneConfig:
     rope_magnitude: float = _later(1.0)
     query_scaling: tuple[float, int] | None = _later(None)
     attention_window: tuple[int, ...] | None = _later(None)
+    v_norm: bool = _later(False)
+    values_from_keys: bool = _later(False)
+    layer_scalar: bool = _later(False)
+    logit_cap: float | None = _later(None)
+    rope_angles_global: int | None = _later(None)
+    global_head_dim: int | None = _later(None)
+    global_num_kv_heads: int | None = _later(None)
 
     def __post_init__(self) -> None:
         require(isinstance(self.family, str), f"backbone.family={self.family!r} must be a name")
         check_one_of("backbone", "activation", self.activation, ("gelu_tanh", "silu"))
         whole = ["num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size"]
-        optional = ("window", "rotary_dims", "rope_original")
+        optional = (
+            "window", "rotary_dims", "rope_original", "rope_angles_global", "global_head_dim", "global_num_kv_heads",
+        )  # fmt: skip
         for field in whole + [name for name in optional if getattr(self, name) is not None]:
             value = getattr(self, field)
             require(isinstance(value, int) and value > 0, f"backbone.{field}={value!r} must be a positive integer")
         require(self.num_layers <= MAX_LAYERS, f"backbone.num_layers={self.num_layers} is beyond {MAX_LAYERS}")
         for field in (
-            "post_norms", "qk_norm", "scale_embedding", "tied_head", "qkv_bias", "pre_norms", "qk_norm_whole",
+            "post_norms", "qk_norm", "scale_embedding", "tied_head", "qkv_bias", "pre_norms", "qk_norm_whole", "v_norm",
+            "values_from_keys", "layer_scalar",
         ):  # fmt: skip
             check_one_of("backbone", field, getattr(self, field), (True, False))
         reals = (
@@ -107,9 +130,17 @@ class BackboneConfig:
         )  # fmt: skip
         check_numbers("backbone", self, *reals, positive=True)
         check_numbers("backbone", self, "norm_offset")
+        if self.logit_cap is not None:
+            check_numbers("backbone", self, "logit_cap", positive=True)
+        for field in ("num_kv_heads", "global_num_kv_heads"):
+            heads = getattr(self, field)
+            require(
+                heads is None or self.num_heads % heads == 0,
+                f"backbone.num_heads={self.num_heads} must be a multiple of {field}={heads}",
+            )
         require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"backbone.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+            self.global_head_dim is not None or self.global_num_kv_heads is None,
+            f"backbone.global_num_kv_heads={self.global_num_kv_heads} needs global_head_dim",
         )
         self._check_rotation()
         if self.layer_types in ((), None):  # None: as a JSON file may say it
@@ -141,10 +172,18 @@ class BackboneConfig:
             "layer",
         )
         object.__setattr__(self, "attention_window", windows * (self.num_layers // len(windows)))
+        require(
+            self.global_head_dim is None or len(set(windows)) == 1,
+            f"attention_window={given!r} must be one number where global layers have shapes of their own",
+        )
 
     def _check_rotation(self) -> None:
         """Raise InputError naming the field where what RoPE is told does not fit together."""
-        require(self.head_dim % 2 == 0, f"backbone.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        for field in ("head_dim", "global_head_dim"):
+            size = getattr(self, field)
+            require(size is None or size % 2 == 0, f"backbone.{field}={size} must be even: RoPE rotates pairs")
+        angles, of_all = self.rope_angles_global, (self.global_head_dim or self.head_dim) // 2
+        require(angles is None or angles <= of_all, f"backbone.rope_angles_global={angles} must be at most {of_all}")
         rotated = self.num_rotated
         require(
             rotated % 2 == 0 and rotated <= self.head_dim,
@@ -240,10 +279,41 @@ class BackboneConfig:
         return tuple(sorted(found, key=lambda pair: (pair[0] == "global", pair[1] or 0)))
 
     @property
+    def has_stacks_by_kind(self) -> bool:
+        """Whether global layers have shapes of their own, so that each kind of layers is a stack."""
+        return self.global_head_dim is not None
+
+    def of_kind(self, kind: str) -> BackboneConfig:
+        """Return the backbone that the layers of a kind, "local" or "global", would be all of: one shape, one stack."""
+        own: dict[str, Any] = {"values_from_keys": False}
+        if kind == "global":
+            own = {
+                "head_dim": self.global_head_dim or self.head_dim,
+                "num_kv_heads": self.global_num_kv_heads or self.num_kv_heads,
+            }
+        cleared: dict[str, Any] = {"global_head_dim": None, "global_num_kv_heads": None, "rope_angles_global": None}
+        return dataclasses.replace(self, layer_types=(kind,) * self.num_layers, **cleared, **own)
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the seven linears of a layer."""
+        """(inputs, outputs) of the linears of a layer; of stacks by kind, of both under the stacks' names."""
+        if self.has_stacks_by_kind:
+            return {
+                stack_name(kind, name): shape
+                for kind in dict.fromkeys(self.layer_types)
+                for name, shape in self.of_kind(kind).linear_shapes.items()
+            }
         d, f, q, kv = self.d_model, self.d_ff, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+        shapes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+        if self.values_from_keys:
+            del shapes["v"]
+        return shapes
+
+    def stack_layers(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of the layers whose parameters are in the stack of a name, such as "q" or "global_q"."""
+        kind = "global" if name.startswith(GLOBAL) else "local"
+        numbers = range(self.num_layers)
+        return tuple(number for number in numbers if not self.has_stacks_by_kind or self.layer_types[number] == kind)
 
     def qk_norm_size(self, name: str) -> int:
         """Return the length of the scale of the norm of "q" or "k"."""
@@ -257,9 +327,18 @@ class BackboneConfig:
     @property
     def num_params(self) -> int:
         """Parameters of the backbone; a tied head counts once."""
+        tables = (2 - self.tied_head) * self.vocab_size * self.d_model
+        if self.has_stacks_by_kind:
+            layers = sum(self.of_kind(kind).layer_params for kind in self.layer_types)
+        else:
+            layers = self.num_layers * self.layer_params
+        return tables + self.d_model + layers
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of a layer, where all have one shape."""
         shapes = self.linear_shapes
         linears = sum(i * o for i, o in shapes.values()) + sum(shapes[name][1] for name in self.biased)
         heads = self.qk_norm_size("q") + self.qk_norm_size("k")
         norms = (2 * self.pre_norms + 2 * self.post_norms) * self.d_model + self.qk_norm * heads
-        tables = (2 - self.tied_head) * self.vocab_size * self.d_model
-        return tables + self.d_model + self.num_layers * (linears + norms)
+        return linears + norms + self.layer_scalar

@@ -2,7 +2,8 @@
 
     params = {"base": {embed, final_norm, layers}, "adapter": {...}, "blend": {...}}      all layers stacked, [L, ...]
 
-An output head that is not tied to the embedding is base["head"].
+An output head that is not tied to the embedding is base["head"]. Where global layers have shapes of their own, each
+kind of layers is a stack, those of global ones under names that begin with "global_" (`model/kinds.py`).
 
 A rule takes (layer, residuals, per-layer extra, context) and returns (residuals, per-layer output). `run_layers`
 unpacks one layer's parameters at a time, quantised kernels included, under `jax.checkpoint` when training; `run` is the
@@ -19,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from sst_jax.model import compiler
+from sst_jax.model import compiler, kinds
 from sst_jax.model.attention import LayerKind, Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.config import ModelConfig, StreamConfig
-from sst_jax.model.layers import Adapter, Base, Blend, Block, narrowed, to_float32, unit_rms
+from sst_jax.model.layers import Adapter, Base, Blend, Block, capped, narrowed, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
+from sst_jax.model.remat import recomputed
 from sst_jax.model.sharding import constrain, gather, on_a_mesh
 from sst_jax.model.state import LayerStream, Masks, alpha_and_gain, masks_for
 from sst_jax.types import (
@@ -48,14 +49,7 @@ from sst_jax.types import (
     Tokens,
 )
 
-# What training keeps of a layer until its backward pass, in this order: everything that a gradient reads; the layer's
-# inputs and the results of its products with weights; its inputs and what is named KEPT; its inputs alone; its inputs,
-# in the host's memory.
-REMAT = ("none", "products", "memories", "layer", "offload")
-# States at the borders of `exact`'s chunks: 6% of the layers' inputs, which spare it one of four scans.
-KEPT = "kept"
 MARKS = "iteration"  # of the tree "blend", the one that is not stacked over layers: [I - 1, D]
-RESIDUALS = "residuals"
 Residuals = tuple[Hidden, ...]
 Carry = TypeVar("Carry")  # carried from layer to layer: `Residuals`, with caches beside them in decoding
 LayerOutput = TypeVar("LayerOutput")
@@ -114,6 +108,7 @@ class Context:
     attention: str = "xla"  # the kernel that attends over whole rows, see `model/kernels.py`
     recompute: bool = False  # whether `exact` runs its chunks again for their gradients, or keeps what these read
     past: Past | None = None  # what caches hold of earlier positions, where rows continue from them
+    kind: str | None = None  # of the layers that `config` is of, where each kind has shapes of its own
 
     @property
     def stream(self) -> StreamConfig:
@@ -121,6 +116,15 @@ class Context:
         if self.config.stream is None:
             raise ValueError("the model has no stream")
         return self.config.stream
+
+    def of_kind(self, kind: str) -> Context:
+        """Return the context of the layers of one kind, of a backbone with stacks by kind."""
+        config = dataclasses.replace(self.config, backbone=self.config.backbone.of_kind(kind))
+        return dataclasses.replace(self, config=config, kind=kind)
+
+    def by_kind(self, value: Any) -> Any:
+        """Return what a layer leaves whose shape is its kind's: marked, where kinds have shapes of their own."""
+        return value if self.kind is None else kinds.ByKind.of(self.kind, value)
 
 
 def row_context(
@@ -163,15 +167,15 @@ def document_positions(segment_ids: SegmentIds) -> Positions:
 
 def layer_facts(config: ModelConfig) -> LayerFacts:
     """Return what the config says of each layer."""
-    kinds, stream = config.backbone.layer_types, config.stream
-    number = np.arange(len(kinds), dtype=np.int32)
-    has_stream = np.ones(len(kinds), bool)
+    types, stream = config.backbone.layer_types, config.stream
+    number = np.arange(len(types), dtype=np.int32)
+    has_stream = np.ones(len(types), bool)
     if stream is not None and stream.carriers is not None:
         has_stream = np.isin(number, stream.carriers)
     return LayerFacts(
         number,
-        np.array([kind == "global" for kind in kinds]),
-        np.array([kinds[:layer].count(kind) for layer, kind in enumerate(kinds)], np.int32),
+        np.array([kind == "global" for kind in types]),
+        np.array([types[:layer].count(kind) for layer, kind in enumerate(types)], np.int32),
         has_stream,
         ~np.isin(number, config.backbone.nope_layers) if config.backbone.nope_layers else None,
         kind_numbers(config.backbone),
@@ -191,12 +195,24 @@ def init_params(config: ModelConfig, key: RandomKey, dtype: DTypeLike = jnp.floa
     backbone = config.backbone
     embed_key, layers_key = jax.random.split(key)
 
-    def one_layer(layer_key: RandomKey) -> tuple[nnx.State, ...]:
-        block = Block(config, dtype, nnx.Rngs(layer_key))
-        return nnx.split(block, Base, Adapter, Blend)[1:]
+    def stacked(config: ModelConfig, keys: RandomKey) -> tuple[Params, ...]:
+        def one_layer(layer_key: RandomKey) -> tuple[nnx.State, ...]:
+            block = Block(config, dtype, nnx.Rngs(layer_key))
+            return nnx.split(block, Base, Adapter, Blend)[1:]
 
-    states = jax.vmap(one_layer)(jax.random.split(layers_key, backbone.num_layers))
-    base, adapter, blend = (nnx.to_pure_dict(state) for state in states)
+        return tuple(nnx.to_pure_dict(state) for state in jax.vmap(one_layer)(keys))
+
+    keys = jax.random.split(layers_key, backbone.num_layers)
+    if backbone.has_stacks_by_kind:
+        types = np.array(backbone.layer_types)
+        found = {
+            kind: stacked(dataclasses.replace(config, backbone=backbone.of_kind(kind)), keys[types == kind])
+            for kind in dict.fromkeys(backbone.layer_types)
+        }
+        base, adapter = (kinds.joined({kind: trees[part] for kind, trees in found.items()}) for part in (0, 1))
+        blend = kinds.in_order(backbone.layer_types, {kind: trees[2] for kind, trees in found.items()})
+    else:
+        base, adapter, blend = stacked(config, keys)
     if config.stream is not None and config.stream.granularity == "scalar":
         blend = {name: value[:1] if name == "theta" else value for name, value in blend.items()}
     if config.stream is not None and config.stream.iteration_embedding:
@@ -251,7 +267,7 @@ def run(
       tokens: of whole rows.
       context: of the same rows.
       extras: [L, ...], handed out a layer at a time; None: nothing.
-      remat: one of REMAT.
+      remat: one of `remat.REMAT`.
       every: return each of the I iterations, not one alone: the last, or as `stream.readout` says.
 
     Returns:
@@ -303,58 +319,62 @@ def run_layers(
       residuals: what is carried from layer to layer; the first is a residual stream.
       context: what all layers share.
       extras: [L, ...], handed out a layer at a time; None: nothing.
-      remat: one of REMAT.
+      remat: one of `remat.REMAT`.
 
     Returns:
       The residuals behind the last layer, and what the rule left in each, stacked, [L, ...].
     """
-    config, layers = context.config, context.config.backbone.num_layers
+    config, backbone = context.config, context.config.backbone
+    blend = {name: value for name, value in params["blend"].items() if name != MARKS}
+    if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
+        blend["theta"] = jnp.broadcast_to(blend["theta"], (backbone.num_layers, 1))
+    stacks, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
+    shared = (blend, layer_facts(config), extras)
+
+    def one_layer(context: Context, stacks: Params) -> Callable[[Carry, tuple], tuple[Carry, LayerOutput]]:
+        return recomputed(layer_body(rule, context, stacks, residuals), remat)
+
+    with jax.named_scope("layers"):
+        if not backbone.has_stacks_by_kind:
+            return jax.lax.scan(one_layer(context, stacks), residuals, ((sliced, params["adapter"]), shared))
+        here = dict.fromkeys(backbone.layer_types)
+        bodies = {kind: one_layer(context.of_kind(kind), kinds.of_kind(stacks, kind)) for kind in here}
+        own = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(params["adapter"], kind)) for kind in here}
+        return kinds.scan_kinds(backbone.layer_types, bodies, own, shared, residuals)
+
+
+def layer_body(
+    rule: Callable[[Layer, Carry, Any, Context], tuple[Carry, LayerOutput]],
+    context: Context,
+    stacks: Params,
+    residuals: Carry,
+) -> Callable[[Carry, tuple], tuple[Carry, LayerOutput]]:
+    """Return one layer of `run_layers` as a scan takes it, its parameters unpacked.
+
+    Args:
+      rule: as there.
+      context: of the layers that are scanned over.
+      stacks: linears whose products read the whole stack.
+      residuals: as there, of which the type is used.
+    """
+    config = context.config
     dtype = jax.tree.leaves(residuals)[0].dtype if residuals else jnp.bfloat16
     block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     graphdef = nnx.split(block, Base, Adapter, Blend)[0]
-    blend = {name: value for name, value in params["blend"].items() if name != MARKS}
-    if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
-        blend["theta"] = jnp.broadcast_to(blend["theta"], (layers, 1))
 
     def body(residuals: Carry, slices: tuple) -> tuple[Carry, LayerOutput]:
-        base, adapter, blend, facts, extra = slices
+        (base, adapter), (blend, facts, extra) = slices
         if context.segment_ids is not None:  # a single position has less to send than a layer has
             base, adapter = gather(base), gather(adapter)
             residuals = jax.tree.map(lambda x: constrain(x, "rows", "sequence", None), residuals)
             adapter = narrowed(adapter, dtype)  # a single position multiplies by each factor but once
         # Here, so that all passes share one dequantised copy and none outlives its layer, backward pass included.
+        place = facts.number if context.kind is None else facts.cache_index  # in its stack
         with jax.named_scope("weights"):
-            block = nnx.merge(graphdef, storages.unpack(base, dtype, stacks, facts.number), adapter, blend)
+            block = nnx.merge(graphdef, storages.unpack(base, dtype, stacks, place), adapter, blend)
         return rule(unpack(block, facts, context), residuals, extra, context)
 
-    stacks, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
-    xs = (sliced, params["adapter"], blend, layer_facts(config), extras)
-    with jax.named_scope("layers"):
-        return jax.lax.scan(recomputed(body, remat), residuals, xs)
-
-
-def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Return a layer whose backward pass recomputes what `remat` does not keep of its forward pass."""
-    if remat == "none":
-        return body
-    policies = jax.checkpoint_policies
-    policy = {
-        "layer": None,
-        "memories": policies.save_only_these_names(KEPT),
-        "products": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
-        ),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[KEPT], names_which_can_be_offloaded=[RESIDUALS], offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }[remat]  # fmt: skip
-
-    def named(residuals: Carry, slices: tuple) -> tuple[Carry, Any]:
-        return body(checkpoint_name(residuals, RESIDUALS), slices)
-
-    # The scan already keeps XLA from undoing the recomputation, so the costly barrier is not needed.
-    return jax.checkpoint(named, prevent_cse=False, policy=policy)
+    return body
 
 
 def unpack(block: Block, facts: LayerFacts, context: Context) -> Layer:
@@ -423,7 +443,8 @@ def head_table(base: Params) -> HeadTable:
 
 
 @jax.named_scope("head")
-def head(params: Params, hidden: Activations) -> AnyFloat:
+def head(config: ModelConfig, params: Params, hidden: Activations) -> AnyFloat:
     """Return logits [..., V] of normed hidden states [..., D], accumulated in float32 or wider."""
     table, out = head_table(params["base"]), jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=out)
+    logits = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=out)
+    return capped(logits, config.backbone.logit_cap)

@@ -14,9 +14,12 @@ from jax.typing import DTypeLike
 
 from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_layer
 from sst_jax.model.decoder import Context, Layer
-from sst_jax.model.layers import ACTIVATIONS, to_float32
+from sst_jax.model.kinds import ByKind
+from sst_jax.model.layers import ACTIVATIONS, to_float32, unscaled_unit_rms
 from sst_jax.model.state import Masks, blend
 from sst_jax.types import AttentionOutput, Hidden, PositionKeys
+
+LeftKeys = PositionKeys | ByKind  # what a cache would hold of a layer; marked, where kinds have shapes of their own
 
 
 class AttentionResidual(NamedTuple):
@@ -37,17 +40,19 @@ def project(layer: Layer, x: Hidden, context: Context) -> QKV:
     @jax.checkpoint
     def linears(x: jax.Array) -> tuple[jax.Array, ...]:
         y = block.pre_attn_norm(x).astype(x.dtype)
-        return tuple(
-            linear(y, layer.drop.get(name)) for name, linear in zip("qkv", (block.q, block.k, block.v), strict=True)
-        )
+        parts = {"q": block.q, "k": block.k, "v": block.v}
+        return tuple(linear(y, layer.drop.get(name)) for name, linear in parts.items() if linear is not None)
 
     def normed(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype)
 
-    q, k, v = linears(x)
+    q, k, *own = linears(x)
+    v = own[0] if own else k  # before it is normed
     if backbone.qk_norm_whole:
         q, k = normed(q, k)
     q, k, v = (part.reshape(*part.shape[:2], -1, backbone.head_dim) for part in (q, k, v))
+    if backbone.v_norm:
+        v = unscaled_unit_rms(v, backbone.norm_eps).astype(x.dtype)
     return QKV(q, k, v) if backbone.qk_norm_whole else QKV(*normed(q, k), v)
 
 
@@ -69,7 +74,7 @@ def scaled(layer: Layer, out: Hidden) -> Hidden:
 
 
 @jax.named_scope("attention")
-def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual, tuple[PositionKeys, PositionKeys]]:
+def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual, tuple[LeftKeys, LeftKeys]]:
     """Return h, not yet summed, and the keys and values that a cache would hold.
 
     Raises: ValueError without segment ids in the context: one position that is being decoded has none.
@@ -82,7 +87,7 @@ def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual
     sequences = Sequences(ropes, context.segment_ids, context.depth, keep, context.attention, context.past)
     qkv = project(layer, x, context)
     out, kv = attend_sequences(backbone, layer.kind, qkv, sequences)
-    return attention_residual(layer, x, out), kv
+    return attention_residual(layer, x, out), (context.by_kind(kv[0]), context.by_kind(kv[1]))
 
 
 @jax.named_scope("feed_forward")
@@ -129,5 +134,5 @@ def feed(
 
     mixed, gate, up = widen(h, s)
     f = scaled(layer, block.post_ffn_norm(narrow(gate, up)))
-    o = mixed + f
+    o = mixed + f if block.layer_scalar is None else block.layer_scalar(mixed + f)
     return (blended(o, s) if site == "output" else o).astype(dtype), f

@@ -23,6 +23,7 @@ from sst_jax.types import AttentionMask, KeysValues, Queries, SegmentIds
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "chunked")
 AUTO = {"gpu": ("cudnn", "chunked"), "tpu": ("splash",)}  # what is tried in this order, before XLA's
+WIDEST = 256  # of cuDNN's heads, on any card
 LANES = 128  # of a TPU's vector unit: splash wants lengths and head dims in multiples of it
 
 
@@ -43,7 +44,7 @@ def pick(
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     # NVIDIA documents the backward of wider heads for Hopper and data-centre Blackwell, not for RTX Blackwell (12.0).
-    widest = 256 if capability is not None and capability[0] in (9, 10) else 128
+    widest = WIDEST if capability is not None and capability[0] in (9, 10) else 128
     obstacles = {
         "cudnn": (
             "it needs an NVIDIA GPU" if backend != "gpu"
@@ -63,6 +64,14 @@ def pick(
     if obstacles[implementation] is not None:
         raise InputError(f"attention={implementation!r} does not fit: {obstacles[implementation]}")
     return implementation
+
+
+def fitting(kernel: str, head_dim: int) -> str:
+    """Return the kernel that a layer takes of a model for which `kernel` was picked by the heads of its local layers.
+
+    cuDNN takes no head that is wider than WIDEST: such layers attend by chunks.
+    """
+    return "chunked" if kernel == "cudnn" and head_dim > WIDEST else kernel
 
 
 def runnable(dtype: str, head_dim: int) -> list[str]:

@@ -62,6 +62,12 @@ def scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> 
     return unit_rms(x, eps) * (offset + to_float32(scale))
 
 
+@functools.partial(jax.checkpoint, static_argnums=(1,))
+def unscaled_unit_rms(x: AnyFloat, eps: float) -> AnyFloat:
+    """Return `unit_rms`, of whose computation only x is kept for the gradient."""
+    return unit_rms(x, eps)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * (offset + scale), computed and returned in float32 or wider; callers cast the result.
 
@@ -82,6 +88,21 @@ class NoNorm(nnx.Module):
 
     def __call__(self, x: AnyFloat) -> AnyFloat:
         return to_float32(x)
+
+
+class LayerScalar(nnx.Module):
+    """A number that a layer's output is multiplied by."""
+
+    def __init__(self, dtype: DTypeLike):
+        self.scale = Base(jnp.ones(1, dtype))
+
+    def __call__(self, x: AnyFloat) -> AnyFloat:
+        return x * to_float32(self.scale[...])
+
+
+def capped(logits: AnyFloat, cap: float | None) -> AnyFloat:
+    """Return logits capped softly, cap * tanh(logits / cap); as they are where cap is None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 @jax.custom_vjp
@@ -204,7 +225,8 @@ class Block(nnx.Module):
             return Linear(shape, rank, adapter.scale, dtype, rngs, bias=name in backbone.biased)
 
         self.pre_attn_norm = norm(backbone.d_model, backbone.pre_norms)
-        self.q, self.k, self.v = linear("q"), linear("k"), linear("v")
+        self.q, self.k = linear("q"), linear("k")
+        self.v = None if backbone.values_from_keys else linear("v")
         width = {
             name: backbone.linear_shapes[name][1] if backbone.qk_norm_whole else backbone.head_dim for name in "qk"
         }
@@ -215,6 +237,7 @@ class Block(nnx.Module):
         self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
         self.post_ffn_norm = norm(backbone.d_model, backbone.post_norms)
         self.residual_scale = backbone.residual_scale
+        self.layer_scalar = LayerScalar(dtype) if backbone.layer_scalar else None
         if stream is not None and stream.alpha is None:
             size = backbone.d_model if stream.granularity == "dimension" else 1
             self.theta = Blend(jnp.full(size, initial_theta(stream), float))

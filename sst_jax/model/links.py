@@ -22,8 +22,10 @@ import jax.numpy as jnp
 
 from sst_jax.model import decoder
 from sst_jax.model.attention import KeptStep, Ropes, attend_kept, ropes_of_layer
+from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.halves import attend, attention_residual, project
+from sst_jax.model.kinds import ByKind
 from sst_jax.model.layers import to_float32
 from sst_jax.model.loops import chunked_scan, fixed_point
 from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
@@ -57,8 +59,8 @@ class PassOutputs(NamedTuple):
     """What a pass leaves in a layer."""
 
     state_out: Hidden
-    k: PositionKeys
-    v: PositionKeys
+    k: PositionKeys | ByKind
+    v: PositionKeys | ByKind
     o: Hidden
 
 
@@ -74,7 +76,7 @@ def stacked_passes(
       params: the three trees.
       tokens: of whole rows.
       context: of the same rows.
-      remat: of each layer, one of `decoder.REMAT`.
+      remat: of each layer, one of `remat.REMAT`.
       every: as for `decoder.read_out`.
     """
     sources = sources_of(context.config)
@@ -141,7 +143,7 @@ def scan_stack(
       params: the three trees.
       tokens: of whole rows.
       context: of the same rows.
-      remat: of each layer within a step, one of `decoder.REMAT`.
+      remat: of each layer within a step, one of `remat.REMAT`.
       every: as for `decoder.read_out`.
       intervene: what enters every step instead of its states; None: these.
     """
@@ -151,7 +153,6 @@ def scan_stack(
     assert context.masks is not None
     x = _embedded(params, tokens, context)
     rows, length = segments.shape
-    layers, heads = backbone.num_layers, (backbone.num_kv_heads, backbone.head_dim)
     number = jnp.broadcast_to(jnp.arange(length * depth), (rows, length * depth))
 
     def per_step(part: AnyArray) -> AnyArray:
@@ -174,11 +175,11 @@ def scan_stack(
         def rule(layer: Layer, residuals: Residuals, extra: tuple, context: Context) -> tuple[Residuals, tuple]:
             (x,), (k, v, entering) = residuals, extra
             here = kept_step._replace(ropes=ropes_of_layer(one.tables, layer.rotates))
-            out, (k, v) = attend_kept(backbone, layer.kind, project(layer, x, context), (k, v), here)
+            out, (k, v) = attend_kept(context.config.backbone, layer.kind, project(layer, x, context), (k, v), here)
             masks = layer.stream.masks
             s = jnp.where(masks.has_state, entering[:, None], initial_state(stream, x))
             o, m = recurrent_step(layer, attention_residual(layer, x, out), s, masks, context, x.dtype)
-            return (o,), ((k, v, m[:, 0]), step_squares(o, m))
+            return (o,), ((context.by_kind(k), context.by_kind(v), m[:, 0]), step_squares(o, m))
 
         k, v, state, memo = carry
         entering = state[sources]
@@ -191,8 +192,14 @@ def scan_stack(
         ys = (jnp.moveaxis(state, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
         return (*left, memo), (o[:, 0], *ys)
 
-    kept = jnp.zeros((layers, rows, length, *heads), x.dtype)
-    state = jnp.zeros((layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
+    def empty(layers: int, one: BackboneConfig) -> PositionKeys:
+        return jnp.zeros((layers, rows, length, one.num_kv_heads, one.head_dim), x.dtype)
+
+    kept: Any = empty(backbone.num_layers, backbone)
+    if backbone.has_stacks_by_kind:
+        counts = {kind: backbone.layer_types.count(kind) for kind in ("local", "global")}
+        kept = ByKind(*(empty(count, backbone.of_kind(kind)) if count else None for kind, count in counts.items()))
+    state = jnp.zeros((backbone.num_layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
     first = (kept, kept, state, None if intervene is None else intervene.memo)
     o, states, squares = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
     states, squares = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), (states, squares))

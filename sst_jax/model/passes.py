@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from sst_jax.model.config import StreamConfig
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.halves import AttentionResidual, feed, residual_after_attention
+from sst_jax.model.layers import to_float32
 from sst_jax.model.state import Masks, PassValues, decay_state, scan_states, shift_right, state_update
 from sst_jax.types import Hidden, RowHidden
 
@@ -38,7 +39,9 @@ def pass_once(
       o, and the state after every step.
     """
     o, f = feed(layer, h, context, x.dtype, s, layer.stream.masks)
-    values = PassValues(x, residual_after_attention(layer, h), f, o)
+    scalar = layer.block.layer_scalar
+    scale = None if scalar is None else to_float32(scalar.scale[...])
+    values = PassValues(x, residual_after_attention(layer, h), f, o, scale)
     with jax.named_scope("states"):
         return o, scan_states(context.stream, layer.stream, values, before)
 

@@ -28,10 +28,12 @@ from sst_jax.model import decoder
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, ForwardOptions, Layer, Params, Residuals
 from sst_jax.model.halves import attend, feed, residual_after_attention
+from sst_jax.model.kinds import ByKind
 from sst_jax.model.layers import to_float32
 from sst_jax.model.links import Solved, scan_stack, stacked_passes
 from sst_jax.model.loops import chunked_scan, fixed_point
 from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
+from sst_jax.model.remat import KEPT
 from sst_jax.model.scales import LayerScales, StepSquares, layer_scales, step_squares
 from sst_jax.model.sharding import constrain
 from sst_jax.model.state import Masks, initial_state, shift_right, state_update
@@ -57,8 +59,8 @@ CHUNK = 32  # positions of `exact` between checkpoints, at most
 class LayerOutputs(NamedTuple):
     """What a rule returns of a layer besides its residuals; unused outputs are not computed."""
 
-    k: PositionKeys | None = None  # rotated, what a cache would hold
-    v: PositionKeys | None = None
+    k: PositionKeys | ByKind | None = None  # rotated, what a cache would hold
+    v: PositionKeys | ByKind | None = None
     state_out: Hidden | None = None  # the state after every step
     sweeps: ScalarInt | None = None  # what `fixed_point_states` took
 
@@ -174,7 +176,7 @@ def scan_positions(
 
     first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
     inputs = (h, s0, *masks)
-    return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=decoder.KEPT)
+    return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=KEPT)
 
 
 def fixed_point_states(
@@ -379,7 +381,7 @@ def hidden(
       positions: None: counted within each document.
       alpha_warmup_fraction: in [0, 1], how far alpha has been warmed up; None: all the way.
       dropout_key: of LoRA's dropout; None: no dropout.
-      remat: what the backward pass recomputes of each layer; one of `decoder.REMAT`.
+      remat: what the backward pass recomputes of each layer; one of `remat.REMAT`.
       attention: the kernel, as `kernels.pick` names it.
 
     Raises: InputError as `bind`.
@@ -445,7 +447,7 @@ def _solve(
 @functools.partial(jax.jit, static_argnames=SETTINGS)
 def logits(config: ModelConfig, params: Params, tokens: Tokens, **settings: Any) -> Logits:
     """Return logits, float32 or wider; settings as for `hidden`."""
-    return decoder.head(params, hidden(config, params, tokens, **settings))
+    return decoder.head(config, params, hidden(config, params, tokens, **settings))
 
 
 @functools.partial(jax.jit, static_argnames=SETTINGS)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sst_jax.errors import InputError
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import GLOBAL, BackboneConfig
 from sst_jax.model.quantization import storages
 
 AXES = ("data", "fsdp", "tensor")
@@ -56,6 +56,7 @@ _NARROW = {
     "lora_b": (None, None, "model"),
 }
 _LINEARS = {**dict.fromkeys(("q", "k", "v", "gate", "up"), _WIDEN), **dict.fromkeys(("o", "down"), _NARROW)}
+_LINEARS |= {f"{GLOBAL}{name}": leaf for name, leaf in _LINEARS.items()}
 _CACHE = (None, "rows", None, "heads", None)  # [layers, B, S, K, H]
 _OTHERS: dict[str, Axes] = {
     "embedding": ("vocab", None),
@@ -130,10 +131,11 @@ def check(
     """Raise InputError naming a dimension of a model or batch (of the recipe's `knob`) that a mesh does not divide."""
     if batch_size is not None and batch_size % rows(mesh):
         raise InputError(f"{knob}={batch_size} does not divide by mesh.data x mesh.fsdp = {rows(mesh)}")
-    for axis, names in () if backbone is None else (("fsdp", ("d_model",)), ("tensor", ("num_kv_heads", "d_ff"))):
+    dimensions = (("fsdp", ("d_model",)), ("tensor", ("num_kv_heads", "global_num_kv_heads", "d_ff")))
+    for axis, names in () if backbone is None else dimensions:
         for name in names:
             size = getattr(backbone, name)
-            if size % mesh.shape[axis]:
+            if size is not None and size % mesh.shape[axis]:
                 raise InputError(f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} of {size}")
 
 

@@ -70,6 +70,7 @@ class PassValues(NamedTuple):
     h: Hidden  # after attention, float32 or wider
     f: Hidden  # of the feed-forward, float32 or wider
     o: Hidden  # out of the layer
+    scalar: AnyFloat | None = None  # what the layer's output is multiplied by; None: nothing
 
 
 def learned_alpha(stream: StreamConfig, theta: AnyFloat, alpha_warmup_fraction: Scalar | float | None) -> AnyFloat:
@@ -178,18 +179,22 @@ def scan_states(
       values: of the pass.
       before: the state entering the first step of rows continued from a cache; None: there are none.
     """
-    x, h, f, o = values
+    x, h, f, o, scalar = values
     masks, gain = layer.masks, layer.gain
     alpha = ramped(layer.alpha, masks)
     u = state_update(stream, o, f)
     if stream.decay == 0.0 and not stream.linear_carry:
         return u
     through, rest = jnp.zeros_like(alpha), to_float32(u)
-    if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in
+    if (
+        stream.linear_carry
+    ):  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in, times the layer's scalar
         through, rest = (
             alpha * gain,
             jnp.where(masks.blends, (1.0 - alpha) * to_float32(h), to_float32(h)) + to_float32(f),
         )
+        if scalar is not None:
+            through, rest = through * scalar, rest * scalar
     a = jnp.broadcast_to(stream.decay + (1.0 - stream.decay) * through, rest.shape)
     b = jnp.where(masks.blends, (1.0 - stream.decay) * rest, rest)
     b = b + jnp.where(masks.is_initial, a * to_float32(initial_state(stream, x)), 0.0)

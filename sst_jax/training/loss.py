@@ -9,14 +9,18 @@ and a block reads the table once, where blocks of whole rows of logits read and 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from sst_jax.model.layers import capped
 from sst_jax.model.sharding import constrain, on_a_mesh
 from sst_jax.types import (
     AnswerMask,
+    AnyFloat,
     BlockHidden,
     BlockLosses,
     FlatHidden,
@@ -37,7 +41,12 @@ MESH_ROWS = 128  # with whole rows of logits: a table that is cut over devices i
 
 
 def _chunked(
-    hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask, with_gradient: bool
+    hidden: FlatHidden,
+    embedding: HeadTable,
+    targets: FlatTokens,
+    scored: FlatMask,
+    cap: float | None,
+    with_gradient: bool,
 ) -> tuple[FlatLosses, FlatHidden | None]:
     """Return per-position losses and, where asked, their gradients with respect to hidden."""
     targets, scored = jnp.asarray(targets), jnp.asarray(scored)  # a traced index does not index numpy's arrays
@@ -50,7 +59,7 @@ def _chunked(
     block = _whole_block if whole else _tiled_block
 
     def compute(index: FlatIndex) -> tuple[BlockLosses, BlockHidden | None]:
-        return block(constrain(hidden[index], "scored", None), embedding, targets[index], out, with_gradient)
+        return block(constrain(hidden[index], "scored", None), embedding, targets[index], out, cap, with_gradient)
 
     def skip(index: FlatIndex) -> tuple[BlockLosses, BlockHidden | None]:
         return jnp.zeros(rows, out), jnp.zeros((rows, width), hidden.dtype) if with_gradient else None
@@ -67,13 +76,13 @@ def _chunked(
 
 
 def _whole_block(
-    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: DTypeLike, with_gradient: bool
+    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: DTypeLike, cap: float | None, with_gradient: bool
 ) -> tuple[FlatLosses, FlatHidden | None]:
     """Return the losses of a block of positions and their gradients, from all of its logits [M, V]."""
     table = embedding.astype(x.dtype)
 
     def losses(x: FlatHidden) -> FlatLosses:
-        logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
+        logits = capped(jnp.einsum("md,vd->mv", x, table, preferred_element_type=out), cap)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
 
     if not with_gradient:
@@ -83,7 +92,7 @@ def _whole_block(
 
 
 def _tiled_block(
-    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: DTypeLike, with_gradient: bool
+    x: FlatHidden, embedding: HeadTable, y: FlatTokens, out: DTypeLike, cap: float | None, with_gradient: bool
 ) -> tuple[FlatLosses, FlatHidden | None]:
     """Return what `_whole_block` does, from tiles of logits, [M, COLUMNS] each."""
     size = len(embedding)
@@ -94,7 +103,8 @@ def _tiled_block(
         # The last tile begins early enough to be whole, and leaves out what the one before has had.
         start = jnp.minimum(number * COLUMNS, size - COLUMNS)
         table = jax.lax.dynamic_slice_in_dim(embedding, start, COLUMNS).astype(x.dtype)
-        logits = jnp.einsum("md,vd->mv", x, table, preferred_element_type=out)
+        logits = capped(jnp.einsum("md,vd->mv", x, table, preferred_element_type=out), cap)
+        slope = _slope(logits, cap)
         if size % COLUMNS:
             logits = jnp.where(start + jnp.arange(COLUMNS) >= number * COLUMNS, logits, -jnp.inf)
         highest = jnp.maximum(top, logits.max(axis=1))
@@ -104,6 +114,8 @@ def _tiled_block(
             # The mean divides by the sum of the weights as rounded, so that it is one of embeddings whatever the type.
             weights = weights.astype(x.dtype)
             rounded_total = rounded_total * fade + weights.sum(axis=1, dtype=out)
+            if slope is not None:
+                weights = (weights * slope).astype(x.dtype)
             mean = mean * fade[:, None] + jnp.einsum("mv,vd->md", weights, table, preferred_element_type=out)
         return (highest, total, rounded_total, mean), None
 
@@ -111,12 +123,22 @@ def _tiled_block(
     start = (jnp.full(len(x), -jnp.inf, out), zeros, zeros, jnp.zeros(x.shape, out))
     (top, total, rounded_total, mean), _ = jax.lax.scan(tile, start, jnp.arange(tiles))
     own = embedding[y].astype(x.dtype)
-    nll = jnp.log(total) + top - jnp.einsum("md,md->m", x, own, preferred_element_type=out)
+    logits = capped(jnp.einsum("md,md->m", x, own, preferred_element_type=out), cap)
+    nll, slope = jnp.log(total) + top - logits, _slope(logits, cap)
+    if slope is not None:
+        own = own * slope[:, None]
     return nll, (mean / rounded_total[:, None] - own).astype(x.dtype) if with_gradient else None
 
 
-@jax.custom_vjp
-def token_losses(hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask) -> FlatLosses:
+def _slope(logits: AnyFloat, cap: float | None) -> AnyFloat | None:
+    """Return the derivative of capped logits with respect to what they were before; None where none are capped."""
+    return None if cap is None else 1.0 - jnp.square(logits / cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def token_losses(
+    hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask, cap: float | None = None
+) -> FlatLosses:
     """Return the cross-entropy of targets under the output head.
 
     The gradient with respect to hidden is computed with the loss, so that the backward pass repeats no product with
@@ -127,27 +149,30 @@ def token_losses(hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, 
         embedding: the head's table, [V, D]; frozen, it gets no gradient.
         targets: token ids, [M].
         scored: which of them are learned, [M].
+        cap: where logits are capped softly; None: nowhere.
 
     Returns:
         Nats, [M]; 0 where `scored` is False.
     """
-    return _chunked(hidden, embedding, targets, scored, with_gradient=False)[0]
+    return _chunked(hidden, embedding, targets, scored, cap, with_gradient=False)[0]
 
 
 def _forward(
-    hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask
+    hidden: FlatHidden, embedding: HeadTable, targets: FlatTokens, scored: FlatMask, cap: float | None = None
 ) -> tuple[FlatLosses, FlatHidden | None]:
-    return _chunked(hidden, embedding, targets, scored, with_gradient=True)
+    return _chunked(hidden, embedding, targets, scored, cap, with_gradient=True)
 
 
-def _backward(gradient: FlatHidden, cotangent: FlatLosses) -> tuple[FlatHidden, None, None, None]:
+def _backward(cap: float | None, gradient: FlatHidden, cotangent: FlatLosses) -> tuple[FlatHidden, None, None, None]:
     return (cotangent[:, None] * gradient).astype(gradient.dtype), None, None, None
 
 
 token_losses.defvjp(_forward, _backward)
 
 
-def answer_losses(hidden: Hidden, embedding: HeadTable, tokens: Tokens, answer_mask: AnswerMask) -> Losses:
+def answer_losses(
+    hidden: Hidden, embedding: HeadTable, tokens: Tokens, answer_mask: AnswerMask, cap: float | None = None
+) -> Losses:
     """Return the losses of learned tokens, each predicted from the position before it.
 
     Args:
@@ -155,10 +180,11 @@ def answer_losses(hidden: Hidden, embedding: HeadTable, tokens: Tokens, answer_m
         embedding: the head's table, [V, D].
         tokens: token ids, [B, T].
         answer_mask: which of them are learned, [B, T].
+        cap: where logits are capped softly, as for `token_losses`.
 
     Returns:
         Nats, [B, T]; 0 where nothing is learned.
     """
     x, y, scored = hidden[:, :-1], tokens[:, 1:], answer_mask[:, 1:]
-    nll = token_losses(x.reshape(-1, x.shape[-1]), embedding, y.reshape(-1), scored.reshape(-1))
+    nll = token_losses(x.reshape(-1, x.shape[-1]), embedding, y.reshape(-1), scored.reshape(-1), cap)
     return jnp.pad(nll.reshape(y.shape), ((0, 0), (1, 0)))

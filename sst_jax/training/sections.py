@@ -253,7 +253,7 @@ class TrainConfig:
                    "loss", the highest score on the "task", or "" for the newest one
     patience       evaluations without a better one, by keep_best (by loss where it is ""), that end the run; 0: never
     loggers        where metrics go beside metrics.jsonl: "tensorboard", "wandb", both by a comma, or ""
-    remat          activations kept for the backward pass, see `decoder.REMAT`
+    remat          activations kept for the backward pass, see `remat.REMAT`
     max_skipped    steps skipped one after another, for numbers that are not finite, that end the run
     sample_tokens  length of these answers, and of those written at the end
     """

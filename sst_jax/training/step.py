@@ -13,7 +13,8 @@ import optax
 from sst_jax.errors import InputError
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
-from sst_jax.model.decoder import REMAT, Params, head_table
+from sst_jax.model.decoder import Params, head_table
+from sst_jax.model.remat import REMAT
 from sst_jax.model.scales import LayerScales
 from sst_jax.training.loss import answer_losses
 from sst_jax.training.optimizer import AccumulatorState, all_finite
@@ -62,7 +63,7 @@ class ForwardSchedule:
 class ForwardConfig(ForwardSchedule):
     """A schedule, and how its forwards are computed.
 
-    remat      activations kept for the backward pass, see `decoder.REMAT`
+    remat      activations kept for the backward pass, see `remat.REMAT`
     dtype      of activations: "float32" or "bfloat16"
     attention  kernel that attends over whole sequences
     """
@@ -147,7 +148,7 @@ def batch_losses(
         alpha_warmup_fraction=alpha_warmup_fraction,
         dropout_key=dropout_key,
     )
-    return _losses(hidden, base, batch)
+    return _losses(config, hidden, base, batch)
 
 
 def heldout_losses(
@@ -157,7 +158,7 @@ def heldout_losses(
     hidden, scales = rules.hidden_and_scales(
         *_arguments(config, settings, base, trainable, batch), **_forward_settings(settings, batch)
     )
-    return _losses(hidden, base, batch), scales
+    return _losses(config, hidden, base, batch), scales
 
 
 def _arguments(
@@ -179,10 +180,10 @@ def _forward_settings(settings: ForwardConfig, batch: Batch) -> Json:
     }
 
 
-def _losses(hidden: Hidden, base: Params, batch: Batch) -> Losses:
+def _losses(config: ModelConfig, hidden: Hidden, base: Params, batch: Batch) -> Losses:
     tokens, answers = jnp.asarray(batch["tokens"]), jnp.asarray(batch["answer_mask"])
     with jax.named_scope("loss"):
-        return answer_losses(hidden, head_table(base), tokens, answers)
+        return answer_losses(hidden, head_table(base), tokens, answers, config.backbone.logit_cap)
 
 
 def alpha_warmup_fraction_at(config: ModelConfig, state: TrainState) -> Fraction | None:

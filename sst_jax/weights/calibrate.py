@@ -22,7 +22,8 @@ from sst_jax.data.records import read_file
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.files import sha256
-from sst_jax.model import decoder, halves
+from sst_jax.model import decoder, halves, kinds
+from sst_jax.model.backbone import stack_name
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.layers import ACTIVATIONS, Block, embed, to_float32
 from sst_jax.model.quantization import gptq, storages
@@ -157,10 +158,14 @@ def calibrated(
     batches = [np.split(part, cuts) for part in (texts.tokens, texts.segment_ids)]
     for number, kind in enumerate(backbone.layer_types):
         nope = (0,) if number in backbone.nope_layers else ()
-        config = ModelConfig(dataclasses.replace(backbone, num_layers=1, layer_types=(kind,), nope_layers=nope))
+        one = backbone.of_kind(kind) if backbone.has_stacks_by_kind else backbone
+        config = ModelConfig(dataclasses.replace(one, num_layers=1, layer_types=(kind,), nope_layers=nope))
+        place, own = number, layers
+        if backbone.has_stacks_by_kind:
+            place, own = backbone.layer_types[:number].count(kind), kinds.of_kind(layers, kind)
         layer = {
-            name: {part: jnp.asarray(stack[number], jnp.float32) for part, stack in leaf.items()}
-            for name, leaf in layers.items()
+            name: {part: jnp.asarray(stack[place], jnp.float32) for part, stack in leaf.items()}
+            for name, leaf in own.items()
         }
         grams: dict[str, jax.Array] = {}
         for at, (x, rows, segment_ids) in enumerate(zip(states, *batches, strict=True)):
@@ -168,13 +173,16 @@ def calibrated(
             grams = {name: gram + grams.get(name, 0.0) for name, gram in found.items()}
         factors: dict[str, jax.Array] = {}
         for name, observed in OBSERVED.items():
-            slot = f"layers/{name}/kernel"
-            if done(slot, number):
+            stack = stack_name(kind, name) if backbone.has_stacks_by_kind else name
+            slot = f"layers/{stack}/kernel"
+            if name not in layer:  # values that are made of keys
+                continue
+            if done(slot, place):
                 yield None
                 continue
             if observed not in factors:
                 factors = {observed: gptq.compensation(grams.pop(observed))}  # one at a time, they are large
             leaf = storage.quantise_for(layer[name]["kernel"], factors[observed])
             yield ConvertedTensor(
-                slot, number, {f"layers/{name}/{part}": np.asarray(value) for part, value in leaf.items()}
+                slot, place, {f"layers/{stack}/{part}": np.asarray(value) for part, value in leaf.items()}
             )

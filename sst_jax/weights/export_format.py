@@ -30,6 +30,7 @@ from sst_jax.errors import InputError
 from sst_jax.families import registry
 from sst_jax.files import read_json
 from sst_jax.model import decoder
+from sst_jax.model.backbone import GLOBAL
 from sst_jax.model.config import AdapterConfig, BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.model.fields import written_fields
 from sst_jax.types import HostArray, HostArrays, Json, Params
@@ -224,8 +225,12 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path, *
 
     Raises: InputError naming a key that is unknown, missing or of another shape than the config's.
     """
-    places, wanted = key_map.expected(config.backbone), config.adapter.targets if config.adapter.rank else ()
-    found: dict[str, dict[str, list[HostArray | None]]] = {}
+    places, wanted = key_map.expected(config.backbone), _adapted(config)
+
+    def empty(name: str) -> dict[str, list[HostArray | None]]:
+        return {side: [None] * len(config.backbone.stack_layers(name)) for side in ("lora_a", "lora_b")}
+
+    found = {name: empty(name) for name in wanted} if sparse else {}
     for key, tensor in factors.items():
         match = _FACTOR.fullmatch(key)
         linear = None if match is None else key_map.normalise(f"{match['linear']}.weight")[0]
@@ -235,11 +240,12 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path, *
         name = entry.row.path.split("/")[1]
         if name not in wanted:
             raise InputError(f"{tensor.file}: unknown key {tensor.name}")
-        stacks = found.setdefault(name, {side: [None] * config.backbone.num_layers for side in ("lora_a", "lora_b")})
-        stacks[f"lora_{match['side'].lower()}"][entry.layer] = tensor.read().astype(np.float32, copy=False).T
+        found.setdefault(name, empty(name))[f"lora_{match['side'].lower()}"][entry.layer] = (
+            tensor.read().astype(np.float32, copy=False).T
+        )
     for name, sides in found.items() if sparse else ():
         inputs, outputs = config.backbone.linear_shapes[name]
-        for layer in range(config.backbone.num_layers):
+        for layer in range(len(sides["lora_a"])):
             if sides["lora_a"][layer] is None and sides["lora_b"][layer] is None:
                 sides["lora_a"][layer] = np.zeros((inputs, config.adapter.rank), np.float32)
                 sides["lora_b"][layer] = np.zeros((config.adapter.rank, outputs), np.float32)
@@ -259,6 +265,13 @@ def read_lora(factors: Mapping[str, Tensor], config: ModelConfig, where: Path, *
             if wrong:
                 raise InputError(f"{where}: {side} of {name} has shape {wrong[0]}, not {shape} as its config says")
     return {name: {side: np.stack(whole[name, side]) for side in sides} for name, sides in found.items()}
+
+
+def _adapted(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the stacks of linears that an adapter is on."""
+    adapter = config.adapter
+    stacks = config.backbone.linear_shapes if adapter.rank else ()
+    return tuple(name for target in adapter.targets for name in stacks if name.removeprefix(GLOBAL) == target)
 
 
 def _is_ours(key: str) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 from sst_jax.errors import InputError
 from sst_jax.families.base import ParamSpec
 from sst_jax.families.registry import IGNORED, LAYOUTS, family_of
-from sst_jax.model.config import BackboneConfig
+from sst_jax.model.backbone import GLOBAL, BackboneConfig, stack_name
 from sst_jax.types import HostArray, LayerStack, Params
 
 
@@ -50,6 +50,7 @@ TRANSFORMS: dict[str, dict[str, Callable[[HostArray, int], HostArray]]] = {
     },
 }
 
+LAYERS = "layers/"  # what paths of arrays that are stacked begin with
 HEADS = {"huggingface": ("lm_head.weight", "language_model.lm_head.weight"), "gguf": ("output.weight",)}
 
 
@@ -59,7 +60,7 @@ class CheckpointKey(NamedTuple):
     key: str
     shape: tuple[int, ...]
     row: ParamSpec
-    layer: int | None
+    layer: int | None  # its place in the stack, which is the layer's number where all layers are one stack
 
 
 @runtime_checkable
@@ -86,40 +87,69 @@ class Binding(Generic[Header]):
 
 
 def table(config: BackboneConfig) -> tuple[ParamSpec, ...]:
-    """Return the arrays of a config's base tree: its family's, without the output head where it is tied."""
-    return tuple(row for row in family_of(config).params if not (config.tied_head and row.path == "head/embedding"))
+    """Return the arrays of a config's base tree: its family's, without the output head where it is tied.
+
+    Where kinds of layers have shapes of their own, those of layers are there once for each kind.
+    """
+    rows = tuple(row for row in family_of(config).params if not (config.tied_head and row.path == "head/embedding"))
+    if not config.has_stacks_by_kind:
+        return rows
+    found = [row for row in rows if not row.path.startswith(LAYERS)]
+    for kind in dict.fromkeys(config.layer_types):
+        linears = config.of_kind(kind).linear_shapes
+        for row in rows:
+            name = row.path.removeprefix(LAYERS)
+            if row.path.startswith(LAYERS) and (name.partition("/")[0] in linears or not name.endswith("/kernel")):
+                found.append(row._replace(path=LAYERS + stack_name(kind, name)))
+    return tuple(found)
+
+
+def own_shape(row: ParamSpec, config: BackboneConfig) -> BackboneConfig:
+    """Return the backbone whose sizes an array's are: the config's, or that of its kind of layers."""
+    if not config.has_stacks_by_kind or not row.path.startswith(LAYERS):
+        return config
+    return config.of_kind("global" if row.path.startswith(LAYERS + GLOBAL) else "local")
+
+
+def stack_of(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
+    """Return the numbers of the layers whose arrays are in a row's stack."""
+    return config.stack_layers(row.path.removeprefix(LAYERS))
 
 
 def param_shape(row: ParamSpec, config: BackboneConfig) -> tuple[int, ...]:
     """Return the shape of an array of the base tree, [L, ...] under "layers/"."""
+    one = own_shape(row, config)
     sizes = {
-        "V": config.vocab_size,
-        "D": config.d_model,
-        "F": config.d_ff,
-        "H": config.head_dim,
-        "P": config.num_heads * config.head_dim,
-        "Q": config.num_kv_heads * config.head_dim,
+        "V": one.vocab_size,
+        "D": one.d_model,
+        "F": one.d_ff,
+        "H": one.head_dim,
+        "P": one.num_heads * one.head_dim,
+        "Q": one.num_kv_heads * one.head_dim,
+        "1": 1,
     }
-    stack = (config.num_layers,) if row.path.startswith("layers/") else ()
+    stack = (len(stack_of(row, config)),) if row.path.startswith(LAYERS) else ()
     return (*stack, *(sizes[axis] for axis in row.axes))
 
 
 def transform(row: ParamSpec, config: BackboneConfig, kind: str) -> Callable[[HostArray], HostArray]:
     """Return the transform from the tensor on disk to one layer's array, and for "huggingface" its inverse."""
-    return lambda value: TRANSFORMS[kind][row.transform](value, config.head_dim)
+    head_dim = own_shape(row, config).head_dim
+    return lambda value: TRANSFORMS[kind][row.transform](value, head_dim)
 
 
 def expected(config: BackboneConfig, kind: str = "huggingface") -> dict[str, CheckpointKey]:
     """Return every key that a checkpoint of `kind` ("huggingface", "gguf") must hold, layer by layer."""
     rows = table(config)
-    stacked = [row for row in rows if row.path.startswith("layers/")]
+    stacked = {row: stack_of(row, config) for row in rows if row.path.startswith(LAYERS)}
+    shapes = {row: param_shape(row, config) for row in rows}
     order: list[tuple[ParamSpec, int | None]] = [(row, None) for row in rows if row not in stacked]
-    order += [(row, layer) for layer in range(config.num_layers) for row in stacked]
+    order += [(row, layer) for layer in range(config.num_layers) for row in stacked if layer in stacked[row]]
     entries = {}
     for row, layer in order:
-        shape = param_shape(row, config)[0 if layer is None else 1 :]
-        key = getattr(row, kind).format(layer=layer)
-        entries[key] = CheckpointKey(key, shape[::-1] if row.path.endswith("/kernel") else shape, row, layer)
+        shape = shapes[row][0 if layer is None else 1 :]
+        key, place = getattr(row, kind).format(layer=layer), None if layer is None else stacked[row].index(layer)
+        entries[key] = CheckpointKey(key, shape[::-1] if row.path.endswith("/kernel") else shape, row, place)
     return entries
 
 

@@ -243,6 +243,6 @@ def lazy_base(source: Source) -> Params:
         if None in found:
             key_map.set_param(base, row.path, transform(found[None]()))
         else:
-            layers = [found[layer] for layer in range(source.backbone.num_layers)]
+            layers = [found[layer] for layer in range(len(found))]
             key_map.set_param(base, row.path, SourceStack(key_map.param_shape(row, source.backbone), layers, transform))
     return base

@@ -77,11 +77,11 @@ def by_hand(config, params, prompt, policy, new=NEW):
             before = hidden_at
             if policy.halt == "until_stable" and still:
                 break
-            sure = float(jax.nn.softmax(decoder.head(params, hidden_at)[0]).max())
+            sure = float(jax.nn.softmax(decoder.head(config, params, hidden_at)[0]).max())
             if policy.halt == "until_confident" and sure >= policy.threshold:
                 break
         hidden, cache, start = hidden_at, cache_at, 0
-        token = int(decoder.head(params, hidden)[0].argmax())
+        token = int(decoder.head(config, params, hidden)[0].argmax())
         out.append(token)
         depths.append(depth)
         limit, fresh = (policy.first if fresh else policy.rest), False

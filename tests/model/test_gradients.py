@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sst_jax.lab.planning.count import count
-from sst_jax.model import decoder, rules
+from sst_jax.model import rules
+from sst_jax.model.remat import REMAT
 from sst_jax.model.rules import hidden
 from tests.support import naive, toys
 
@@ -102,7 +103,7 @@ def test_exact_is_backpropagation_through_time(config, depth, float64):
     assert error <= 1e-10
 
 
-@pytest.mark.parametrize("remat", decoder.REMAT[1:])
+@pytest.mark.parametrize("remat", REMAT[1:])
 @pytest.mark.parametrize("settings", [{"forward": "two_pass"}, {"forward": "exact", "depth": 1}])
 def test_remat_changes_no_gradient(settings, remat, float64):
     base, trainable = split(FFN)
@@ -111,7 +112,7 @@ def test_remat_changes_no_gradient(settings, remat, float64):
     assert largest_difference(again, kept) <= 1e-12
 
 
-@pytest.mark.parametrize("remat", decoder.REMAT)
+@pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("chunk", [3, 7])
 def test_chunks_of_exact_change_no_gradient(chunk, remat, float64, monkeypatch):
     """Eight positions in three chunks of three (one of them padding) and in two of four."""

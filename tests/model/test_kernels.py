@@ -91,14 +91,19 @@ def test_splash_has_the_gradients_of_xla():
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("window", [None, 16], ids=["global", "window 16"])
-def test_chunks_have_the_gradients_of_xla_and_store_no_square_of_scores(window):
-    q, k, v, segments = inputs(16, SEGMENTS["packed and padded"])
+@pytest.mark.parametrize(
+    ("window", "head_dim"), [(None, 16), (16, 16), (None, 512)], ids=["global", "window 16", "512 wide"]
+)
+def test_chunks_have_the_gradients_of_xla_and_store_no_square_of_scores(window, head_dim):
+    q, k, v, segments = inputs(head_dim, SEGMENTS["packed and padded"])
+    q = q * (16 / head_dim) ** 0.5
 
     def pull(kernel):
         return jax.grad(lambda *qkv: jnp.sin(kernel(*qkv, jnp.asarray(segments), 0.3, window)).sum(), (0, 1, 2))
 
     blocks = functools.partial(chunked, block=8)
+    out = blocks(q, k, v, jnp.asarray(segments), 0.3, window)
+    assert np.abs(out - reference(q, k, v, segments, 0.3, window)).max() <= 2e-5
     for ours, theirs in zip(jax.jit(pull(blocks))(q, k, v), jax.jit(pull(xla))(q, k, v), strict=True):
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
     written = str(jax.make_jaxpr(pull(blocks))(q, k, v))
@@ -142,6 +147,11 @@ def test_auto_takes_what_fits(where, head_dim, dtype, expected):
         for name in ("cudnn", "splash"):
             with pytest.raises(InputError, match=name):
                 kernels.pick(name, head_dim, dtype, *where)
+
+
+def test_layers_with_heads_beyond_cudnns_go_by_chunks():
+    assert [kernels.fitting("cudnn", size) for size in (128, 256, 512)] == ["cudnn", "cudnn", "chunked"]
+    assert [kernels.fitting(name, 512) for name in ("xla", "splash")] == ["xla", "splash"]
 
 
 def test_unknown_kernels_are_named():

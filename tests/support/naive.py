@@ -15,7 +15,10 @@ def rotation(xp, position, backbone, kind):
     """Cosines and sines for one position."""
     theta = backbone.rope_theta_global if kind == "global" else backbone.rope_theta_local
     factor = backbone.rope_scale_global if kind == "global" else 1.0
-    turns = theta ** -(np.arange(0, backbone.head_dim, 2) / backbone.head_dim)
+    size = (kind == "global" and backbone.global_head_dim) or backbone.head_dim
+    turns = theta ** -(np.arange(0, size, 2) / size)
+    if kind == "global" and backbone.rope_angles_global is not None:
+        turns = np.where(np.arange(size // 2) < backbone.rope_angles_global, turns, 0.0)
     if backbone.rope_llama3 is None:
         turns = turns / factor
     else:
@@ -42,11 +45,18 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
     backbone, stream = config.backbone, config.stream
     depths = [depths] * len(tokens) if isinstance(depths, int) else depths
     layers, adapter, blend = params["base"]["layers"], params["adapter"], params["blend"]
-    group = backbone.num_heads // backbone.num_kv_heads
+    kinds = backbone.layer_types
     cache = [{} for _ in range(backbone.num_layers)]  # per layer: position -> (k, v)
     memory = [None] * backbone.num_layers
 
+    def stack(name, layer):
+        """The name of the stack that a layer's parameters are in, and its place there."""
+        if backbone.global_head_dim is None:
+            return name, layer
+        return ("global_" if kinds[layer] == "global" else "") + name, kinds[:layer].count(kinds[layer])
+
     def linear(name, layer, x):
+        name, layer = stack(name, layer)
         y = x @ layers[name]["kernel"][layer]
         if "bias" in layers[name]:
             y = y + layers[name]["bias"][layer]
@@ -55,6 +65,7 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
         return y
 
     def norm(name, layer, x):
+        name, layer = stack(name, layer)
         if name not in layers:
             return x
         return x / rms(xp, x, backbone.norm_eps) * (backbone.norm_offset + layers[name]["scale"][layer])
@@ -82,12 +93,17 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
         return h + alpha_of(layer, t) * (gain * normed - h)
 
     def attention(layer, t, x, write):
-        kind = backbone.layer_types[layer]
+        kind = kinds[layer]
         table = rotation(xp, t, backbone, kind)
         y = norm("pre_attn_norm", layer, x)
         q = linear("q", layer, y).reshape(backbone.num_heads, -1)
-        k = linear("k", layer, y).reshape(backbone.num_kv_heads, -1)
-        v = linear("v", layer, y).reshape(backbone.num_kv_heads, -1)
+        heads = (kind == "global" and backbone.global_num_kv_heads) or backbone.num_kv_heads
+        group = backbone.num_heads // heads
+        k = linear("k", layer, y).reshape(heads, -1)
+        own = not backbone.values_from_keys or (backbone.global_head_dim is not None and kind == "local")
+        v = linear("v", layer, y).reshape(heads, -1) if own else k
+        if backbone.v_norm:
+            v = v / rms(xp, v, backbone.norm_eps)
         q, k = rotate(xp, norm("q_norm", layer, q), table), rotate(xp, norm("k_norm", layer, k), table)
         if write:
             cache[layer][t] = (k, v)
@@ -121,8 +137,10 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
         reads = stream is not None and stream.timing in (("both", "next") if i == 0 else ("both", "same"))
         for layer in range(backbone.num_layers):
             h = x + attention(layer, t, x, write=i == 0 or stream is None or stream.kv == "overwrite")
+            name, place = stack("layer_scalar", layer)
+            scalar = layers[name]["scale"][place] if backbone.layer_scalar else 1.0
             if stream is None:
-                x = h + feed_forward(layer, h)
+                x = (h + feed_forward(layer, h)) * scalar
                 keep(outputs, (layer, t, i), x)
                 continue
             source = source_of(layer)
@@ -131,7 +149,7 @@ def hidden(config, params, tokens, depths=1, bos_id=None, xp=np, memories=None, 
                 s = x / rms(xp, x) if stream.initial == "own" else 0.0 * x
             mixed = h if s is None or stream.site == "output" else mixed_with(layer, t, h, s)
             f = feed_forward(layer, mixed)
-            o = mixed + f
+            o = (mixed + f) * scalar
             o = o if s is None or stream.site == "ffn" else mixed_with(layer, t, o, s)
             u = f if stream.state == "ffn" else o
             memory[layer] = u if s is None or not stream.decay else stream.decay * s + (1.0 - stream.decay) * u
@@ -159,4 +177,6 @@ def keep(taken, key, value):
 def logits(config, params, tokens, depths=1, bos_id=None, xp=np, outputs=None):
     """Logits [T, V], as `hidden`."""
     head = params["base"]["embed" if config.backbone.tied_head else "head"]["embedding"]
-    return hidden(config, params, tokens, depths, bos_id, xp, outputs=outputs) @ head.T
+    found = hidden(config, params, tokens, depths, bos_id, xp, outputs=outputs) @ head.T
+    cap = config.backbone.logit_cap
+    return found if cap is None else cap * xp.tanh(found / cap)

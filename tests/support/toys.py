@@ -34,6 +34,12 @@ LLAMA = dataclasses.replace(
     BACKBONE, family="llama", rope_llama3=(1.0, 4.0, 64), tied_head=False, **{**BY_NAME["llama"].block, **_SMALL}
 )
 QWEN3 = dataclasses.replace(BACKBONE, family="qwen3", **{**BY_NAME["qwen3"].block, **_SMALL})
+# Global layers with heads of their own, and all that Gemma 4 has besides; two periods of a local and a global layer.
+GEMMA4 = dataclasses.replace(
+    BACKBONE, family="gemma4", num_layers=4, layer_types=("local", "global") * 2, global_head_dim=14,
+    global_num_kv_heads=1, values_from_keys=True, rope_angles_global=3, logit_cap=2.0, norm_offset=0.0, v_norm=True,
+    layer_scalar=True, query_pre_attn_scalar=1.0,
+)  # fmt: skip
 SHALLOW = dataclasses.replace(BACKBONE, num_layers=4, layer_types=("local", "global", "local", "local"))
 BOS = 2
 

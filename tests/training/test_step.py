@@ -28,9 +28,10 @@ def tiles(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "more", "share"), [(1, -1, 1.0), (1, 0, 0.5), (1, 1, 0.3), (3, -2, 0.02), (2, 0, 0.0)]
+    ("blocks", "more", "share", "cap"),
+    [(1, -1, 1.0, None), (1, 0, 0.5, 2.0), (1, 1, 0.3, None), (3, -2, 0.02, 5.0), (2, 0, 0.0, None)],
 )
-def test_tiled_loss_equals_full_logits(tiles, blocks, more, share):
+def test_tiled_loss_equals_full_logits(tiles, blocks, more, share, cap):
     """Value and gradient within 1e-6, for whole and broken blocks and for blocks with nothing to score."""
     positions = blocks * tiles + more
     rng = np.random.default_rng(positions)
@@ -41,11 +42,13 @@ def test_tiled_loss_equals_full_logits(tiles, blocks, more, share):
     weight = jnp.asarray(rng.random(positions), jnp.float32)
 
     def plain(hidden):
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets)
+        logits = hidden @ table.T
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
         return (jnp.where(scored, losses, 0.0) * weight).sum()
 
     def ours(hidden):
-        return (token_losses(hidden, table, targets, scored) * weight).sum()
+        return (token_losses(hidden, table, targets, scored, cap) * weight).sum()
 
     (expected, wanted), (got, gradient) = (jax.value_and_grad(function)(hidden) for function in (plain, ours))
     assert float(got) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)

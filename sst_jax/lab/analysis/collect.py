@@ -187,7 +187,7 @@ def _top(
     """Return the TOP tokens and their logits, [B, T, I, TOP], of hidden states [B, T, I, D]."""
     # One row at a time, so that a vocabulary's worth of logits exists for one row's positions only.
     top_logits, top_ids = jax.lax.map(
-        lambda row: jax.lax.top_k(decoder.head(params, row), min(TOP, config.backbone.vocab_size)), hidden
+        lambda row: jax.lax.top_k(decoder.head(config, params, row), min(TOP, config.backbone.vocab_size)), hidden
     )
     return top_ids, top_logits
 

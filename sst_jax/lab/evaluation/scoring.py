@@ -69,13 +69,16 @@ def _score(
     depth: int,
 ) -> tuple[jax.Array, jax.Array]:
     hidden = rules.hidden(config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids)
-    return token_scores(params, hidden, tokens, places)
+    return token_scores(config, params, hidden, tokens, places)
 
 
-def token_scores(params: Params, hidden: Hidden, tokens: Tokens, places: FlatIndex) -> tuple[BlockLosses, BlockMask]:
+def token_scores(
+    config: ModelConfig, params: Params, hidden: Hidden, tokens: Tokens, places: FlatIndex
+) -> tuple[BlockLosses, BlockMask]:
     """Return the log-probability of the token that follows each place, and whether it is the top-1 token.
 
     Args:
+        config: of the model.
         params: the three trees.
         hidden: normed, [B, T, D].
         tokens: [B, T].
@@ -84,7 +87,7 @@ def token_scores(params: Params, hidden: Hidden, tokens: Tokens, places: FlatInd
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
 
     def some(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, wanted = decoder.head(params, flat[part]), targets[part]
+        logits, wanted = decoder.head(config, params, flat[part]), targets[part]
         picked = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
         return picked - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == wanted
 

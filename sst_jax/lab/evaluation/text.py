@@ -196,7 +196,7 @@ def score_windows(
         hidden = links.scan_stack(params, tokens, context, intervene=wrong).hidden[:, :, 0]
     places = (jnp.arange(rows)[:, None] * length + jnp.arange(length - 1)).reshape(-1)
     padded = jnp.pad(places, (0, -len(places) % CHUNK))
-    return -token_scores(params, hidden, tokens, padded)[0][: len(places)], scales
+    return -token_scores(config, params, hidden, tokens, padded)[0][: len(places)], scales
 
 
 def measure(model: Model, setting: Setting, windows: Sequence[Window]) -> list[Json]:

@@ -174,7 +174,7 @@ def decoding(
     def counted(state: DecodeState, params: Params, _: jax.Array) -> jax.Array:
         depths = jnp.asarray(state.depth_budget.now)
         hidden = decode_step_at_depth(config, params, jnp.asarray(state.token), state.cache, depths)[0]
-        return decoder.head(params, hidden)
+        return decoder.head(config, params, hidden)
 
     def parts(state: DecodeState, params: Params, _: jax.Array) -> Parts:
         trained = [params["adapter"], params["blend"]]

@@ -56,7 +56,7 @@ def by_decoding(model, text, depth):
     for token in inputs:
         hidden, cache = STEP(config, params, jnp.array([token]), cache, jnp.array([depth]))
         states.append(np.asarray(cache.state[:, 0]))
-        logits.append(np.asarray(decoder.head(params, hidden)[0]))
+        logits.append(np.asarray(decoder.head(config, params, hidden)[0]))
     return np.stack(states), np.stack(logits)
 
 
