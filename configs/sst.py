@@ -38,6 +38,7 @@ SIZES = {
     "270m": ("google/gemma-3-270m-pt", 32, 1), "1b": ("google/gemma-3-1b-pt", 16, 2),
     "4b": ("google/gemma-3-4b-pt", 8, 4), "12b": ("google/gemma-3-12b-pt", 4, 8),
     "27b": ("google/gemma-3-27b-pt", 1, 32),
+    "gemma-4-12b": ("google/gemma-4-12B", 4, 8), "gemma-4-31b": ("google/gemma-4-31B", 1, 32),
     # The batches of Gemma's nearest size.
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", 32, 1),
     "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", 32, 1),

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from sst_jax.errors import InputError
 from sst_jax.families import (
     gemma3,
+    gemma4,
+    gemma4_unified,
     granite,
     llama,
     ministral3,
@@ -35,6 +37,8 @@ FAMILIES: tuple[Family, ...] = (
     olmo3.FAMILY,
     seed_oss.FAMILY,
     phi3.FAMILY,
+    gemma4.FAMILY,
+    gemma4_unified.FAMILY,
 )
 
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}

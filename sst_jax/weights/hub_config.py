@@ -18,8 +18,6 @@ _LACKING = {
     "gemma2": "its attention and its logits are soft-capped",
     "gemma3n": "its layers read embeddings of their own",
     "gemma3n_text": "its layers read embeddings of their own",
-    "gemma4": "its global layers have heads of another width, values made of keys, and logits that are soft-capped",
-    "gemma4_text": "its global layers have heads of another width, values made of keys, and soft-capped logits",
     **dict.fromkeys(
         (
             "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "granitemoehybrid", "olmoe", "deepseek_v2",

@@ -10,7 +10,7 @@ from sst_jax.weights.hub_config import backbone_from_config, config_json
 from sst_jax.weights.huggingface import open_folder
 
 CLASSES = (
-    "gemma", "gemma2", "gemma3n_text", "gemma4_text", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3",
+    "gemma", "gemma2", "gemma3n_text", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3",
     "gpt2", "gpt_neox", "gpt_oss", "phi", "phimoe", "falcon", "cohere", "cohere2", "stablelm", "starcoder2", "glm4",
     "nemotron", "exaone4", "granitemoe", "llama4_text", "olmo", "ministral", "mamba", "bloom", "opt", "arcee",
 )  # fmt: skip
@@ -29,7 +29,11 @@ def test_a_class_that_is_not_known_is_refused_by_its_name(model_type, tmp_path):
 
 
 def test_what_is_lacking_is_said():
-    for model_type, words in (("gemma4", "another width"), ("mixtral", "experts"), ("gemma2", "soft-capped")):
+    for model_type, words in (
+        ("gemma3n", "embeddings of their own"),
+        ("mixtral", "experts"),
+        ("gemma2", "soft-capped"),
+    ):
         with pytest.raises(InputError, match=words):
             backbone_from_config({"model_type": model_type})
 
@@ -56,6 +60,13 @@ def test_what_is_lacking_is_said():
         ("seed_oss", "attention_bias", False),
         ("seed_oss", "attention_out_bias", True),
         ("phi3", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("gemma4", "hidden_size_per_layer_input", 256),
+        ("gemma4", "num_kv_shared_layers", 2),
+        ("gemma4", "enable_moe_block", True),
+        ("gemma4", "use_bidirectional_attention", "all"),
+        ("gemma4", "rope_parameters", {"full_attention": {"rope_type": "linear", "factor": 2.0}}),
+        ("gemma4", "per_layer_config", {"2": {"head_dim": 32}, "5": {"head_dim": 64}}),
+        ("gemma4", "layer_types", ["full_attention"] * 5 + ["sliding_attention"]),
         ("gemma3", "final_logit_softcapping", 30.0),
         ("gemma3", "attn_logit_softcapping", 50.0),
     ],
@@ -63,7 +74,7 @@ def test_what_is_lacking_is_said():
 def test_a_field_of_a_known_class_is_refused_by_its_name(family, field, value):
     known = config_json(BY_NAME[family].tiny, "float32")
     if field == "rope_parameters":
-        known.pop("rope_scaling")
+        known.pop("rope_scaling", None)
     backbone_from_config(known)
     with pytest.raises(InputError) as caught:
         backbone_from_config({**known, field: value})

@@ -20,7 +20,11 @@ def drawn(backbone, dtype=np.float32, seed=0):
     for key, entry in key_map.expected(backbone).items():
         value, name = rng.standard_normal(entry.shape), entry.row.path.split("/")
         if name[-1] == "scale":
-            value = 0.2 * value + 1.0 - backbone.norm_offset + (0.3 if name[-2] in ("q_norm", "k_norm") else 0.0)
+            value = 0.2 * value + 1.0 - backbone.norm_offset
+            if name[-2].removeprefix("global_") in ("q_norm", "k_norm"):
+                # As sharp where scores are not divided by sqrt(H), which checkpoints have in these scales.
+                whole = (backbone.query_pre_attn_scalar / entry.shape[0]) ** 0.25 if backbone.v_norm else 1.0
+                value = (value + 0.3) * whole
         elif name[-1] == "bias":
             value *= 0.5
         else:

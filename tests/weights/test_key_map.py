@@ -38,7 +38,7 @@ def backbones(draw, families=tuple(BY_NAME)):
         vocab_size=draw(size),
         query_pre_attn_scalar=1.0,
         family=family,
-        tied_head=family == "gemma3" or draw(st.booleans()),
+        tied_head=BY_NAME[family].always_tied or draw(st.booleans()),
         **{"window": 4, **BY_NAME[family].block},
     )
 
@@ -87,7 +87,8 @@ def test_linear_shapes_agree_with_the_config():
         for row in key_map.table(preset):
             linear = row.path.removeprefix("layers/").removesuffix("/kernel")
             if linear in preset.linear_shapes:
-                assert key_map.param_shape(row, preset) == (preset.num_layers, *preset.linear_shapes[linear])
+                layers = len(preset.stack_layers(linear))
+                assert key_map.param_shape(row, preset) == (layers, *preset.linear_shapes[linear])
         total = sum(int(np.prod(key_map.param_shape(row, preset))) for row in key_map.table(preset))
         assert total == preset.num_params
 

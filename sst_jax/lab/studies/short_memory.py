@@ -382,7 +382,7 @@ def exchanged(
     context = decoder.row_context(config, tokens, segments)
     context = dataclasses.replace(context, options=rules.Intervened())
     hidden, _ = decoder.run(params, rule, tokens, context)
-    return decoder.head(params, hidden[:, :, 0])
+    return decoder.head(config, params, hidden[:, :, 0])
 
 
 def scan_with(layer: Layer, x: Hidden, h: Hidden, other: Hidden, where: jax.Array, context: Context) -> Hidden:

@@ -301,6 +301,8 @@ class StreamModel:
             for name in adapter["targets"] if adapter else ():
                 path, _, attribute = LINEARS[name].partition(".")
                 owner = layer.get_submodule(path)
+                if getattr(owner, attribute) is None:  # of a layer whose values are its keys
+                    continue
                 linear = LoRALinear(getattr(owner, attribute), adapter["rank"], adapter["alpha"] / adapter["rank"])
                 setattr(owner, attribute, linear)
         self.stream = StreamParameters(config)
@@ -498,6 +500,8 @@ class StreamLayerMixin:
     """Mixin before a transformers decoder layer, cut in two halves: `attention_input` begins attention's and `rejoin`
     ends it, `feed_forward` is the other. Here are those of Llama's layout; a backbone with other norms has its own."""
 
+    output_scale = 1.0  # what the layer's output is multiplied by
+
     def attention_input(self, x):
         """What attention reads of the layer's input."""
         return self.input_layernorm(x)
@@ -554,7 +558,11 @@ class StreamLayerMixin:
     def feed(self, mixed, dtype):
         """(o in `dtype`, f in float32)."""
         f = self.feed_forward(mixed, dtype)
-        return (mixed + f).to(dtype), f
+        return self.leave(mixed + f).to(dtype), f
+
+    def leave(self, o):
+        """What leaves the layer, of the residual stream behind its halves."""
+        return o * self.output_scale
 
 
 class _Recurrence:
@@ -584,8 +592,9 @@ class _Recurrence:
         if stream.decay == 0.0 and not stream.linear_carry:
             return o, u
         through, rest = torch.zeros_like(self.alpha), u.float()
-        if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in
+        if stream.linear_carry:  # o = (1 - alpha) h + alpha gain s + f wherever a state is blended in, times the scale
             through, rest = self.alpha * self.gain, torch.where(steps.blends, (1.0 - self.alpha) * h, h) + f
+            through, rest = through * self.layer.output_scale, rest * self.layer.output_scale
         a = (stream.decay + (1.0 - stream.decay) * through).expand_as(rest)
         b = torch.where(steps.blends, (1.0 - stream.decay) * rest, rest)
         b = b + torch.where(steps.begins, a * initial(stream, x).float(), 0.0)
@@ -603,7 +612,7 @@ class _Recurrence:
         if stream.site == "ffn":
             return self.layer.feed(blend(stream, alpha, self.gain, h, s, where), dtype)
         f = self.layer.feed_forward(h, dtype)
-        return blend(stream, alpha, self.gain, h + f, s, where).to(dtype), f
+        return blend(stream, alpha, self.gain, self.layer.leave(h + f), s, where).to(dtype), f
 
     def shift_right(self, x, state_out, before=None):
         """Return the state entering every step: the one after the step before, or the initial state."""

@@ -109,7 +109,7 @@ def test_a_state_is_taken_away_where_it_is_said_and_the_recurrence_runs_on(finis
                 cache = cache._replace(state=jnp.zeros_like(state) if zero else jnp.roll(state, 1, axis=1))
             hidden, cache = step(params, tokens[:, position], cache, ones)
             _, clean = step(params, tokens[:, position], clean, ones)
-            found.append(decoder.head(params, hidden))
+            found.append(decoder.head(config, params, hidden))
         ours = study.exchanged(config, params, tokens, segments, where, zero=zero)
         np.testing.assert_allclose(ours, np.stack(found, 1), rtol=1e-4, atol=1e-4)
     nowhere = study.exchanged(config, params, tokens, segments, jnp.zeros_like(where), zero=True)
