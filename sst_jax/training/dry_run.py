@@ -44,6 +44,7 @@ def dry_run(recipe: Recipe, workdir: Path, base: str | Path | None = None) -> Js
                 "layers": inputs.config.backbone.num_layers,
                 "frozen": inputs.config.backbone.num_params,
                 **{name: count(tree) for name, tree in _abstract_trainable(inputs).items()},
+                "reach": inputs.config.backbone.reach_text,
             },
             "training": {"name": inputs.split.name, "examples": [len(source) for source in inputs.sources]},
             "heldout": {
@@ -104,7 +105,9 @@ def describe(found: Json, recipe: Recipe, workdir: Path) -> str:
     row = batch["first_row"]
     lines = [
         f"{model['source']}: {in_millions(model['frozen'])} frozen parameters in {model['layers']} layers; "
-        f"{model['adapter']:,} of LoRA and {model['blend']:,} of the stream are trained, by {recipe.forward.forward}",
+        f"{model['adapter']:,} of LoRA and {model['blend']:,} of the stream are trained, by {recipe.forward.forward}"
+        + f"; {model['reach']}"
+        * bool(model["reach"]),
         f"{' + '.join(f'{size:,}' for size in found['training']['examples'])} examples of {found['training']['name']}; "
         f"{found['heldout']['examples']} held out, in {found['heldout']['batches']} batches"
         + (f"; scored on {found['heldout']['task']}" if found["heldout"]["task"] else ""),
