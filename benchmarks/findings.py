@@ -69,9 +69,10 @@ STUDIES: dict[str, Pretrained | Scratch] = {
     "pointers": Scratch(("pointers",), (
         DEPTHS, "--config.arms=plain,stream,depths,marked,deep", "--config.task.length=24", "--config.test.times=(1,)",
     )),
-    "lengths": Scratch(("parity", "mod5", "s3", "s5"), (
-        "--config.arms=stream,plain", "--config.train.lengths=(12,32,64)", "--config.task.length=64",
-        "--config.train.steps=900", "--config.test.times=(1,4,16)", "--config.test.rows=128",
+    "lengths": Scratch(("s5", "mod5", "s3", "parity"), (
+        "--config.arms=stream", "--config.train.lengths=(12,32,64)", "--config.task.length=64",
+        "--config.train.steps=1500", "--config.test.times=(1,4,16)", "--config.test.rows=128",
+        "--config.model.d_model=128", "--config.model.d_ff=256",
     )),
     "rooms": Pretrained(("--config.data.name=rooms:1-4",), ("rooms:1-4", "rooms:8"), MAIN),
     "boxes": Pretrained(("--config.data.name=boxes:1-4", "--config.train.steps=400"), ("boxes:1-4", "boxes:8"), MAIN),

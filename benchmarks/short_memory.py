@@ -1,7 +1,7 @@
 """What a stream gives back of what a short window takes: language models from scratch, from one command.
 
     python benchmarks/short_memory.py --data DIR            DIR holds GSM8K's train.jsonl and test.jsonl
-    python benchmarks/short_memory.py --data DIR --only stream,plain --seeds 0
+    python benchmarks/short_memory.py --data DIR --only stream,plain --seeds 0       tables of some arms and seeds
 
 The protocol file says data, model, arms and comparisons, and was written before any outcome; its SHA-256 stands in
 every result. Whatever the folder holds is not computed again, and several processes may share one folder: each takes
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
             short_memory.train(protocol, name, seed, texts, folder)
         if not (folder / "losses.npz").is_file():
             short_memory.measure(protocol, name, texts, folder)
-    result = memory_tables.summarise(protocol, texts, workdir, seeds)
+    result = memory_tables.summarise(protocol, texts, workdir, seeds, names)
     if result is None:
         print("runs are still missing: the tables come from the process that finds all")
         return

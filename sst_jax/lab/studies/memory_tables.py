@@ -17,20 +17,24 @@ from scipy import stats
 from sst_jax.console.figure import new_figure
 from sst_jax.files import read_json
 from sst_jax.lab.statistics import RESAMPLES, Interval, clustered_ratio, finite, t_mean
-from sst_jax.lab.studies.short_memory import Protocol, Texts, distance_to_last
+from sst_jax.lab.studies.short_memory import PLAIN, STREAM, Protocol, Texts, distance_to_last
 from sst_jax.types import Json
 
 POWER, DRAWS = 0.8, 2_000
-LAST = ((1, 16), (17, 32), (33, 64), (65, 10**6))  # positions back at which a token last stood
-AFTER = ((0, 0), (1, 4), (5, 16), (17, 32), (33, 64), (65, 10**6))  # positions behind a cut
+LAST = ((1, 4), (5, 16), (17, 32), (33, 64), (65, 10**6))  # positions back at which a token last stood
+AFTER = ((0, 0), (1, 4), (5, 8), (9, 64))  # positions behind a cut
 
 Losses = dict[str, np.ndarray]  # by what was measured, [documents, T - 1]
 
 
-def summarise(protocol: Protocol, texts: Texts, workdir: Path, seeds: Sequence[int]) -> Json | None:
-    """Return the tables of what a folder holds; None where a run of the protocol's arms is missing."""
-    folders = {name: [workdir / f"{name}-{seed}" for seed in seeds] for name in protocol.arms}
+def summarise(
+    protocol: Protocol, texts: Texts, workdir: Path, seeds: Sequence[int], names: Sequence[str]
+) -> Json | None:
+    """Return the tables of what a folder holds of some arms and seeds; None where a run of them is missing."""
+    folders = {name: [workdir / f"{name}-{seed}" for seed in seeds] for name in names}
     if not all((folder / "losses.npz").is_file() for each in folders.values() for folder in each):
+        return None
+    if not {STREAM, PLAIN} <= set(names):
         return None
     losses: dict[str, list[Losses]] = {}
     for name, each in folders.items():
@@ -41,16 +45,18 @@ def summarise(protocol: Protocol, texts: Texts, workdir: Path, seeds: Sequence[i
     result: Json = {
         "protocol": protocol.sha256, "about": protocol.about, "seeds": list(seeds),
         "documents": len(real), "tokens": int(real.sum()),
-        "arms": {name: {**arm_facts(facts[name]), **level(own[name], real)} for name in protocol.arms},
+        "arms": {name: {**arm_facts(facts[name]), **level(own[name], real)} for name in names},
+        "missing": [name for name in protocol.arms if name not in names],
         "against": {
-            name: difference(own["stream"], own[name], real) for name in protocol.against
+            name: difference(own[STREAM], own[name], real) for name in protocol.against if name in names
         },
-        "took": difference(own["plain"], own[protocol.full], real),
-        "given_back": given_back(own["plain"], own["stream"], own[protocol.full], real),
     }  # fmt: skip
-    result["by_last_mention"] = by_last_mention(own, texts, protocol.full)
-    result["without_its_state"] = without_its_state(losses["stream"], real)
-    result["carried"] = carried(losses["stream"], texts, protocol)
+    if protocol.full in names:
+        result["took"] = difference(own[PLAIN], own[protocol.full], real)
+        result["given_back"] = given_back(own[PLAIN], own[STREAM], own[protocol.full], real)
+    result["by_last_mention"] = by_last_mention(own, texts)
+    result["without_its_state"] = without_its_state(losses[STREAM], real)
+    result["carried"] = carried(losses[STREAM], texts, protocol)
     result["hours"] = sum(one["core_seconds"] for each in facts.values() for one in each) / 3600
     return result
 
@@ -116,10 +122,10 @@ def given_back(
     return {"value": value, "low": float(low), "high": float(high), "by_seed": each}
 
 
-def by_last_mention(own: dict[str, list[np.ndarray]], texts: Texts, full: str) -> list[Json]:
-    """Return plain, stream and full attention by how far back the predicted token last stood, and where it never did.
+def by_last_mention(own: dict[str, list[np.ndarray]], texts: Texts) -> list[Json]:
+    """Return every arm by how far back the predicted token last stood, and where it never did.
 
-    Within the window's reach (1 to 16 positions) attention has seen it; beyond, a stream alone can have kept it.
+    Within the windows' reach attention has seen it; beyond, a stream alone can have kept it.
     """
     real, distance = texts.heldout.real[:, 1:], distance_to_last(texts.heldout)
     bins = [(f"{low} to {high}" if high < 10**6 else f"{low} and more", low, high) for low, high in LAST]
@@ -130,8 +136,8 @@ def by_last_mention(own: dict[str, list[np.ndarray]], texts: Texts, full: str) -
             continue
         rows.append({
             "last": name, "tokens": int(where.sum()),
-            "plain": level(own["plain"], where), "stream": level(own["stream"], where), full: level(own[full], where),
-            "stream_minus_plain": difference(own["stream"], own["plain"], where),
+            "arms": {arm: level(seeds, where) for arm, seeds in own.items()},
+            "stream_minus_plain": difference(own[STREAM], own[PLAIN], where),
         })  # fmt: skip
     return rows
 
@@ -208,16 +214,20 @@ def report(result: Json) -> str:
         more = "| |" if against is None else f"{interval(against)} | {'yes' if against['settled'] else 'no'} |"
         cost = f"{arm['flops'] / 1e12:.2f} | {arm['parameters']:,}"
         lines.append(f"| `{name}` | {arm['nats']['value']:.3f} | {seeds} | {cost} | {more}")
-    back = result["given_back"]
+    if result["missing"]:
+        lines.append(f"\nwithout the arms {', '.join(result['missing'])}, which were not asked for")
+    if back := result.get("given_back"):
+        lines.append(
+            f"\nthe window took {interval(result['took'])} nats a token; of that the stream gives back "
+            f"{back['value']:.0%} [{back['low']:.0%}, {back['high']:.0%}] (by seed "
+            f"{' '.join(f'{value:.0%}' for value in back['by_seed'])})"
+        )
     lines += [
-        f"\nthe window took {interval(result['took'])} nats a token; of that the stream gives back {back['value']:.0%} "
-        f"[{back['low']:.0%}, {back['high']:.0%}] (by seed {' '.join(f'{value:.0%}' for value in back['by_seed'])})\n",
-        "| the token last stood | tokens | plain | stream | full attention | stream minus plain |",
-        "|---|---|---|---|---|---|",
+        "\n| the token last stood | tokens | plain | stream | stream minus plain |",
+        "|---|---|---|---|---|",
     ]
     for row in result["by_last_mention"]:
-        full = next(key for key in row if key not in ("last", "tokens", "plain", "stream", "stream_minus_plain"))
-        values = " | ".join(f"{row[key]['nats']['value']:.3f}" for key in ("plain", "stream", full))
+        values = " | ".join(f"{row['arms'][key]['nats']['value']:.3f}" for key in (PLAIN, STREAM))
         lines.append(f"| {row['last']} | {row['tokens']:,} | {values} | {interval(row['stream_minus_plain'])} |")
     lines += ["\n| the stream, tested with its states | minus itself |", "|---|---|"]
     lines += [f"| {name} | {interval(found)} |" for name, found in result["without_its_state"].items()]

@@ -85,6 +85,11 @@ def test_what_is_there_is_not_computed_again_and_is_of_one_protocol(finished, mo
     assert run(command.main, arguments(finished)) == 0
     assert (finished / "run" / "result.json").read_bytes() == before
     assert "the window took" in capsys.readouterr().out
+    assert run(command.main, [*arguments(finished), "--only", "plain,stream", "--seeds", "1"]) == 0
+    some = json.loads((finished / "run" / "result.json").read_text())
+    assert (some["seeds"], some["missing"], set(some["against"])) == ([1], ["full", "compute"], {"plain"})
+    assert some["against"]["plain"]["over_seeds"]["low"] is None
+    assert "given_back" not in some
     (finished / "other.json").write_text(json.dumps({**PROTOCOL, "heldout": 5}))
     assert run(command.main, [*arguments(finished), "--protocol", str(finished / "other.json")]) == 2
     assert "holds a run of another protocol" in capsys.readouterr().err
