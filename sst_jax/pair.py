@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
     config = pairs.PairConfig(args.config, tuple(overrides), args.seeds, names, measured)
     result = pairs.pair(config, Path(args.workdir))
     pairs.print_heldout(result)
+    if args.task:
+        pairs.print_differences(result)
     if args.json:
         write_json(args.json, result)
 

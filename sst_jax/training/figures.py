@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -78,44 +79,71 @@ def scales_figure(run: Path, title: str) -> Path | None:
     return target
 
 
-def study_figure(result: Json, outcomes: dict[str, HostArrays], losses: HostArrays, target: Path) -> Path:
-    """Draw a study: accuracy over length and training loss; with depths, accuracy over depth and similarities too."""
+def study_figure(
+    result: Json, outcomes: dict[str, HostArrays], losses: HostArrays, target: Path, continued: Sequence[str] = ()
+) -> Path:
+    """Draw a study: accuracy over length and training loss; with depths, accuracy over depth and similarities too.
+
+    `continued` are the arms whose training begins where that of `stream` ended.
+
+    Arms have a colour, a marker and a dash of their own in every panel, so that curves on top of each other are seen.
+    """
     deep = {name: found["overlap"] for name, found in outcomes.items() if "overlap" in found}
-    figure = new_figure(9.0, 7.0 if deep else 3.6)
+    figure = new_figure(9.0, 7.4 if deep else 4.0)
     axes = figure.subplots(2 if deep else 1, 2, squeeze=False)
     for number, name in enumerate(outcomes):
-        cells, colour = result["arms"][name], f"C{number}"
+        cells, look = result["arms"][name], _look(number)
         lengths = {
             int(key.split("/")[0]) * result["trained_at"]: cells[key]["seeds"] for key in cells if key.endswith("/1")
         }
-        _curve(axes[0, 0], lengths, colour, name)
-        axes[0, 1].plot(np.arange(1, len(losses[name]) + 1), losses[name].mean(1), color=colour, linewidth=0.8)
+        _curve(axes[0, 0], lengths, look, name)
+        line = {key: look[key] for key in ("color", "linestyle")}
+        axes[0, 1].plot(np.arange(1, len(losses[name]) + 1), losses[name].mean(1), linewidth=0.9, **line)
         if name in deep:
             first = next(iter(cells)).split("/")[0]
             depths = {int(key.split("/")[1]): cells[key]["seeds"] for key in cells if key.startswith(f"{first}/")}
-            _curve(axes[1, 0], depths, colour, name)
-            axes[1, 1].hist(deep[name].ravel(), np.linspace(-1, 1, 61), histtype="step", color=colour, density=True)
+            _curve(axes[1, 0], depths, look, name)
+            axes[1, 1].hist(deep[name].ravel(), np.linspace(-1, 1, 61), histtype="step", density=True, **line)
     for ax, x in (
         (axes[0, 0], "length (positions)"),
         *(((axes[1, 0], "iterations per token"),) if deep else ()),
     ):
-        ax.axhline(result["chance"], color="0.6", linewidth=0.8, linestyle=":", label="chance")
-        ax.set(xlabel=x, ylabel="accuracy", ylim=(0, 1.05), xticks=ax.get_lines()[0].get_xdata())
+        points = ax.get_lines()[0].get_xdata()
+        ax.axhline(result["chance"], color="0.4", linewidth=0.9, linestyle=":")
+        ax.annotate(
+            f"chance, {result['chance']:.2f}".replace("0.", "."), (points[0], result["chance"]), (0, -9),
+            textcoords="offset points", fontsize=8, color="0.4",
+        )  # fmt: skip
+        ax.set(xlabel=x, ylabel="accuracy", ylim=(0, 1.05), xticks=points)
         ax.grid(alpha=0.3)
-    axes[0, 0].legend()
-    axes[0, 1].set(xlabel="step", ylabel="training loss (nats)")
+    goes_on = f" ({' and '.join(continued)}: of the training after stream's)" if continued else ""
+    axes[0, 1].set(xlabel=f"step{goes_on}", ylabel="training loss (nats)")
     axes[0, 1].grid(alpha=0.3)
     if deep:
         axes[1, 1].set(xlabel="cosine similarity of a state after the first and the last iteration", ylabel="density")
         axes[1, 1].set(yscale="log", xticks=np.linspace(-1, 1, 5))
     seeds = f"mean and range of {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     figure.suptitle(f"{result['task']}, from scratch, trained at length {result['trained_at']}; {seeds}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(target, dpi=110)
     return target
 
 
-def _curve(axes: Axes, points: dict[int, list[float]], colour: str, label: str) -> None:
+_MARKERS, _DASHES = "os^Dv", ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":")
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Return the look of the arm of that number."""
+    return {
+        "color": f"C{number}",
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+    }
+
+
+def _curve(axes: Axes, points: dict[int, list[float]], look: dict[str, Any], label: str) -> None:
     """Draw the mean of the seeds over x, and their range."""
     x, seeds = sorted(points), np.array([points[key] for key in sorted(points)])
-    axes.plot(x, seeds.mean(1), "o-", color=colour, markersize=4, label=label)
-    axes.fill_between(x, seeds.min(1), seeds.max(1), color=colour, alpha=0.2)
+    axes.plot(x, seeds.mean(1), markersize=5, markerfacecolor="none", label=label, **look)
+    axes.fill_between(x, seeds.min(1), seeds.max(1), color=look["color"], alpha=0.2)

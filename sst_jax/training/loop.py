@@ -55,6 +55,7 @@ def fit(
     watch: Watch | None = None,
     base: str | Path | None = None,
     allow_changed: bool = False,
+    brief: bool = False,
 ) -> RunResult:
     """Train a recipe, or resume the run of it that the folder holds, to its last step.
 
@@ -67,6 +68,7 @@ def fit(
         watch: deadlines of a run while it trains; None: the defaults of `Watch`.
         base: where the base of a run that resumes lies now, by its digest the same; None: where the recipe says.
         allow_changed: whether to resume where base or data are not those that the run began with, and record it.
+        brief: whether the summary leaves out the answers and what to do next: for one of several runs.
 
     Returns:
         What the run came to, as DIR/result.json holds it.
@@ -106,7 +108,7 @@ def fit(
                     else:
                         progress.consecutive_skips = 0
                     after_step(run, programs, metrics, clock)
-            return finish(run)
+            return finish(run, brief)
 
 
 def as_recipe(recipe: Recipe | ConfigDict | str | Path) -> Recipe:
@@ -248,7 +250,7 @@ def cost(run: Run, metrics: dict[str, float]) -> str:
     return f"{metrics['tokens_per_second']:.0f} tokens/s, {peak:.1f} GiB, {run.compiling.total:.0f} s of compiling"
 
 
-def finish(run: Run) -> RunResult:
+def finish(run: Run, brief: bool = False) -> RunResult:
     """Answer a held-out problem, and write down and report what the run came to."""
     inputs, progress, recipe = run.inputs, run.progress, run.inputs.recipe
     losses, best = progress.heldout, best_step(progress, recipe.train)
@@ -276,5 +278,5 @@ def finish(run: Run) -> RunResult:
     )
     if is_primary():
         title = f"{Path(recipe.model.source).name}, {recipe.forward.forward}, {inputs.split.name}"
-        result = write_report(result, run.folder, title, with_stream=inputs.config.stream is not None)
+        result = write_report(result, run.folder, title, with_stream=inputs.config.stream is not None, brief=brief)
     return result

@@ -80,7 +80,9 @@ def write_samples(model: Model, problem: Document, format: str, tokens: int, ste
     return [Sample(problem.question, problem.result, answer.depth, answer.text, step) for answer in answers]
 
 
-def write_report(result: RunResult, folder: RunFolder, title: str, *, with_stream: bool) -> RunResult:
+def write_report(
+    result: RunResult, folder: RunFolder, title: str, *, with_stream: bool, brief: bool = False
+) -> RunResult:
     """Write samples.jsonl, the learning curve and result.json, and print a summary; return the result with paths."""
     workdir, there = folder.path, folder.samples()
     known = [(sample["step"], sample["depth"]) for sample in there]
@@ -96,12 +98,12 @@ def write_report(result: RunResult, folder: RunFolder, title: str, *, with_strea
         before=[Sample(**sample) for sample in there if sample["step"] == 0],
     )
     write_json(workdir / "result.json", result.to_json())
-    print_line(describe(result, workdir, with_stream=with_stream))
+    print_line(describe(result, workdir, with_stream=with_stream, brief=brief))
     return result
 
 
-def describe(result: RunResult, workdir: Path, *, with_stream: bool) -> str:
-    """Return the summary that a person reads: losses, answers, and the commands that come next."""
+def describe(result: RunResult, workdir: Path, *, with_stream: bool, brief: bool = False) -> str:
+    """Return the summary that a person reads: losses, and unless `brief`, answers and the commands that come next."""
     before, after = result.heldout_before, result.heldout_after
     lines = [f"\nheld-out loss ({result.heldout_forward}): {before:.4f} -> {after:.4f} in {result.seconds:.0f} s"]
     best = min(result.heldout_loss, key=lambda step: result.heldout_loss[step])
@@ -118,7 +120,10 @@ def describe(result: RunResult, workdir: Path, *, with_stream: bool) -> str:
     if result.skipped:
         lines.append(f"{result.skipped} of {result.steps} steps were skipped; batches: {workdir / 'bad_batches'}")
     first = result.samples[0]
-    lines += [f"learning curve: {result.figure}", f"\nQ: {first.question}\n(expected {first.expected})"]
+    lines.append(f"learning curve: {result.figure}")
+    if brief:
+        return "\n".join(lines)
+    lines += [f"\nQ: {first.question}\n(expected {first.expected})"]
     for when, samples in (("before training, ", result.before), ("", result.samples)):
         lines += [f"{when}depth {sample.depth}: {sample.answer.strip()}" for sample in samples]
     depth = " --depth 4" if with_stream else ""

@@ -7,7 +7,7 @@ import pytest
 from sst_jax import pair
 from sst_jax.console.command import run
 from sst_jax.lab.planning.compile import training_work
-from sst_jax.lab.studies import arms
+from sst_jax.lab.studies import arms, pairs
 from sst_jax.training import recipe
 from sst_jax.weights.checkpoint import read_metrics
 from sst_jax.weights.loading import resolve
@@ -62,10 +62,19 @@ def test_the_result_compares_stream_with_every_arm(paired):
     assert result["results"]["compute"][0]["steps"] == result["arms"]["compute"]["steps"]
 
 
+def test_one_table_ends_it_with_every_difference(capsys):
+    found = {"difference": -0.25, "over_items": {"low": -0.5, "high": 0.125}}
+    seeds = {"over_seeds": {"low": None, "high": None}}
+    comparisons = {"baseline": [{"A": "1", "B": "1", **found}, {"A": "4", "B": "1", **found, **seeds}]}
+    pairs.print_differences({"seeds": [0], "comparisons": comparisons})
+    *_, header, one, other = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["arm", "depth"]
+    assert one.split() == ["baseline", "1", "-0.25", "[-0.5,", "0.125]"]
+    assert other.split() == ["baseline", "4", "v", "1", "-0.25", "[-0.5,", "0.125]"]
+
+
 @pytest.mark.slow
 def test_what_is_finished_is_not_done_again(paired, monkeypatch):
-    from sst_jax.lab.studies import pairs
-
     for name in ("fit", "load"):
         monkeypatch.setattr(pairs, name, None)
     before = json.loads((paired / "result.json").read_text())

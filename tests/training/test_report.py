@@ -24,6 +24,13 @@ def test_the_lowest_loss_is_told_where_it_is_not_the_last(tmp_path):
     assert "it was lowest" not in describe(result({0: 2.25, 24: 1.25}), tmp_path, with_stream=True)
 
 
+def test_one_of_several_runs_tells_its_losses_alone(tmp_path):
+    said = describe(result({0: 2.25, 24: 1.25}), tmp_path, with_stream=True, brief=True)
+    assert "2.2500 -> 1.2500" in said
+    assert said.endswith("figure.png")
+    assert "next" not in said
+
+
 @pytest.mark.parametrize(("program", "begins"), [("sst-jax ", ["sst-jax", "generate"]), (None, [sys.executable, "-m"])])
 def test_the_commands_that_come_next_are_called_as_this_one(monkeypatch, tmp_path, program, begins):
     if program is not None:

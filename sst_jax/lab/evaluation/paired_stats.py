@@ -7,6 +7,7 @@ depth). Holm's adjustment runs over all those comparisons.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,28 +228,61 @@ def differing_items(a: Side, b: Side) -> list[Json]:
     return found
 
 
+def _shared(texts: Sequence[str]) -> str:
+    """Return how texts begin, all of them."""
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in alike)
+
+
+def side_names(result: Json) -> tuple[str, str]:
+    """Return what the folders of A and B are called where they differ, of several seeds what they share; else "A", "B".
+
+    runs/stream/gsm8k and runs/baseline/gsm8k are stream and baseline; stream-0,stream-1 are stream too.
+    """
+    sides = [[Path(path).parts for path in result[side]] for side in "AB"]
+    every = [*sides[0], *sides[1]]
+    shortest = min(map(len, every))
+    lead = next((at for at in range(shortest) if len({parts[at] for parts in every}) > 1), shortest)
+    tail = next((at for at in range(shortest) if len({parts[-1 - at] for parts in every}) > 1), shortest)
+    one, other = (
+        _shared(["/".join(parts[lead : len(parts) - tail]) for parts in side]).rstrip("-_/") for side in sides
+    )
+    return (one, other) if one and other and one != other else ("A", "B")
+
+
 def figure(result: Json, target: Path) -> None:
-    """Draw the scores of both sides by policy, and the differences, each with its interval."""
-    loss = result["measure"] == "loss"
+    """Draw the scores of both sides by policy, and the differences, with their intervals, each seed's beside."""
+    loss, sides = result["measure"] == "loss", dict(zip("AB", side_names(result), strict=True))
     picture = new_figure(9.0, 3.8)
     left, right = picture.subplots(1, 2)
     names = list(dict.fromkeys([*result["scores"]["A"], *result["scores"]["B"]]))
     for place, side in enumerate("AB"):
-        label: str | None = side
+        label: str | None = sides[side]
         for policy, seeds in result["scores"][side].items():
             for index, found in enumerate(seeds):
                 at = names.index(policy) + 0.3 * (place - 0.5) + 0.06 * (index - (len(seeds) - 1) / 2)
                 _bar(left, at, found, f"C{place}", label)
                 label = None
     left.set_xticks(range(len(names)), names)
-    left.set(xlabel="depth policy", ylabel="nats per answer token" if loss else "accuracy (strict)")
+    left.set(
+        xlabel="depth policy", xlim=(-0.5, len(names) - 0.5),
+        ylabel="nats per answer token" if loss else "accuracy (strict)",
+    )  # fmt: skip
     left.legend()
     for number, record in enumerate(result["comparisons"]):
-        _bar(right, number, record["over_items"], "C2", None)
+        several = len(record["each_seed"]) > 1
+        _bar(right, number, record["over_items"], "C2", "all seeds" if several and not number else None)
+        for index, found in enumerate(record["each_seed"] if several else ()):
+            _bar(right, number + 0.12 * (index + 1), found, "0.6", None if number or index else "each seed")
     right.axhline(0.0, color="0.5", linewidth=0.8)
-    labels = [f"{record['A']} v {record['B']}" for record in result["comparisons"]]
+    labels = [
+        record["A"] if record["A"] == record["B"] else f"{record['A']} v {record['B']}"
+        for record in result["comparisons"]
+    ]
     right.set_xticks(range(len(labels)), labels)
-    right.set(xlabel="policies of A and B", ylabel="A minus B")
+    right.set(xlabel="depth policy", ylabel=f"{sides['A']} minus {sides['B']}", xlim=(-0.6, len(labels) - 0.4))
+    if right.get_legend_handles_labels()[1]:
+        right.legend()
     picture.suptitle(f"{result['task']}, {result['items']} items, 95% intervals")
     picture.savefig(target, dpi=150)
 

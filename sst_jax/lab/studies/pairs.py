@@ -133,7 +133,7 @@ def train_one(config: str, overrides: Sequence[str], folder: Path) -> None:
     """Train one run, unless it is finished."""
     if not (folder / "result.json").is_file():
         print(f"\n--- {folder}")
-        fit(recipes.read(config, overrides), folder)
+        fit(recipes.read(config, overrides), folder, brief=True)
         gc.collect()  # the base of one run is gone before the next is read
         jax.clear_caches()
 
@@ -174,6 +174,18 @@ def compare_arms(workdir: Path, names: Sequence[str], seeds: Sequence[int]) -> J
             report.print_comparison(result)
             found[arm] = result["comparisons"]
     return found
+
+
+def print_differences(result: Json) -> None:
+    """Print every difference between the stream and another arm in one table."""
+    several = len(result["seeds"]) > 1
+    seeds = f"{'95% over seeds':26}" if several else ""
+    print(f"\nstream minus each other arm:\n{'arm':14}{'depth':22}{'difference':>12}  {'95% over items':26}{seeds}")
+    for arm, records in result["comparisons"].items():
+        for record in records:
+            depth = record["A"] if record["A"] == record["B"] else f"{record['A']} v {record['B']}"
+            row = f"{arm:14}{depth:22}{record['difference']:12.4g}  {report.interval(record['over_items'], 1.0):26}"
+            print(row + (report.interval(record["over_seeds"], 1.0) if several else ""))
 
 
 def print_arms(record: Json) -> None:

@@ -65,7 +65,8 @@ def resolve(recipe: ml_collections.ConfigDict) -> Study:
     task, names, test = scratch.find(recipe.task.name), recipe.arms.split(","), recipe.test
     for number, name in enumerate(names):
         if name not in scratch.ARMS or name in names[:number]:
-            raise InputError(f"arms={recipe.arms}: {name!r} is not one more of {', '.join(scratch.ARMS)}")
+            problem = "named twice" if name in names[:number] else "unknown"
+            raise InputError(f"arms={recipe.arms}: {name!r} is {problem}; arms are {', '.join(scratch.ARMS)}")
         if name in scratch.CONTINUED and "stream" not in names[:number]:
             raise InputError(f"arms={recipe.arms}: {name} continues stream, which must stand before it")
     for key, low in (("times", 1), ("depths", 1)):
@@ -112,7 +113,8 @@ def run(recipe: ml_collections.ConfigDict, workdir: Path) -> Json:
             **summarise(outcomes, study.times, study.length),
         }
         losses = {name: np.load(workdir / name / "losses.npy") for name in study.arms}
-        result["figure"] = str(study_figure(result, outcomes, losses, workdir / "figure.png"))
+        continued = [name for name in outcomes if name in scratch.CONTINUED]
+        result["figure"] = str(study_figure(result, outcomes, losses, workdir / "figure.png", continued))
         write_json(workdir / "result.json", result)
         report(result, study)
         return result

@@ -115,6 +115,21 @@ def test_losses(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "names"),
+    [
+        (["runs/stream/gsm8k"], ["runs/baseline/gsm8k"], ("stream", "baseline")),
+        (["p/e/stream-0", "p/e/stream-1"], ["p/e/baseline-0", "p/e/baseline-1"], ("stream", "baseline")),
+        (["one"], ["two/of/it"], ("one", "two/of/it")),
+        (["x/a/1", "x/a/2"], ["x/b/1", "x/b/2"], ("a", "b")),
+        (["same"], ["same"], ("A", "B")),
+        (["x/0", "x/1"], ["x/2", "x/3"], ("A", "B")),
+    ],
+)
+def test_sides_are_called_by_what_tells_their_folders_apart(a, b, names):
+    assert paired_stats.side_names({"A": a, "B": b}) == names
+
+
 def test_settings_that_differ_are_shown(tmp_path):
     a = write(tmp_path / "a", {"1": "110000"}, model={"path": "a"})
     b = write(tmp_path / "b", {"1": "110000"}, format="chat")

@@ -174,8 +174,8 @@ def test_arms_differ_from_the_stream_in_what_they_say():
     ("override", "culprit"),
     [
         ("--config.task.name=s4", "task.name='s4'"),
-        ("--config.arms=stream,nothing", "'nothing' is not one more of"),
-        ("--config.arms=stream,stream", "'stream' is not one more of"),
+        ("--config.arms=stream,nothing", "'nothing' is unknown; arms are stream, plain"),
+        ("--config.arms=stream,stream", "'stream' is named twice"),
         ("--config.arms=deepened,stream", "deepened continues stream"),
         ("--config.train.seeds=0", "train.seeds=0"),
         ("--config.train.warmup_steps=3", "train.warmup_steps=3"),
