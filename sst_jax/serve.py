@@ -66,6 +66,7 @@ def parser() -> Parser:
         metavar="S",
         help="seconds to finish running requests before exit (default: %(default)s)",
     )
+    parser.add_argument("--no-request-log", action="store_true", help="print no line for each call on standard error")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--json", metavar="FILE", help="write counts of answers and tokens to FILE at exit")
     return parser
@@ -112,16 +113,36 @@ def main(argv: Sequence[str]) -> None:
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         print(
-            f"serving {name} at http://{where}:{port}/v1, {args.rows} rows of {engine.capacity} positions", flush=True
+            f"serving {name} at http://{where}:{port}/v1, {args.rows} rows of {engine.capacity} positions\n"
+            f"try: {example(f'http://{where}:{port}', allowed.key is not None)}",
+            flush=True,
         )
 
-    server = app.Server(app.make_app(engine, name, limits, allowed), engine, args.deadline, announce)
+    server = app.Server(
+        app.make_app(engine, name, limits, allowed, None if args.no_request_log else told),
+        engine,
+        args.deadline,
+        announce,
+    )
     asyncio.run(server.serve(sockets=[listener]))
     finished = engine.close(0.0)
     note = "" if finished else "; some were not finished in time"
     print(f"answers given: {engine.answered}, of {engine.tokens} tokens in all{note}")
     if args.json:
         write_json(args.json, {"model": args.model, "answered": engine.answered, "tokens": engine.tokens})
+
+
+def told(line: str) -> None:
+    """Print a line of the request log, on standard error as all that is no result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def example(address: str, with_key: bool) -> str:
+    """Return a command that asks the server, to be pasted; a key is named by its variable and not shown."""
+    from sst_jax.serving.access import KEY_VARIABLE
+
+    key = f'-H "Authorization: Bearer ${KEY_VARIABLE}" ' * with_key
+    return f"""curl {address}/v1/completions {key}-d '{{"prompt": "2 + 2 =", "max_tokens": 8, "temperature": 0}}'"""
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -24,29 +25,39 @@ from sst_jax.errors import InputError
 from sst_jax.serving.access import Access
 from sst_jax.serving.protocol import Call, Limits, Refused, parse, read_chat, read_completion
 from sst_jax.serving.queue import Busy, Closing, Engine, Job
+from sst_jax.serving.request_log import JOBS, RequestLog
 from sst_jax.serving.responses import Writer
 from sst_jax.types import Json
 
 ANYONE = Access()
+ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/models", "/health"]
 CLIENT_GONE = 499  # nginx's number; the client has closed the connection and does not read it
 
 
-def make_app(engine: Engine, name: str, limits: Limits, access: Access = ANYONE) -> Starlette:
-    """Return an ASGI application that answers with `engine` under the model's `name`, to those who have `access`."""
+def make_app(
+    engine: Engine, name: str, limits: Limits, access: Access = ANYONE, log: Callable[[str], None] | None = None
+) -> Starlette:
+    """Return an ASGI application that answers with `engine` under the model's `name`, to those who have `access`.
+
+    log: is called with a line for every call; None: nothing is told.
+    """
     api = Api(engine, name, limits)
 
     def post(path: str, read: Callable[..., Call]) -> Route:
         return Route(path, functools.partial(api.complete, read=read), methods=["POST"])
 
     routes = [
+        Route("/", api.root),
         Route("/health", api.health),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.one_model),
         post("/v1/completions", read_completion),
         post("/v1/chat/completions", read_chat),
+        Route("/v1/responses", api.no_responses, methods=["GET", "POST"]),
     ]
     handlers: dict[Any, Any] = {Refused: _refused, InputError: _bad_input, HTTPException: _http, Exception: _broken}
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=access.middleware())
+    middleware = access.middleware() if log is None else [Middleware(RequestLog, write=log), *access.middleware()]
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware)
 
 
 class Api:
@@ -55,6 +66,12 @@ class Api:
     def __init__(self, engine: Engine, name: str, limits: Limits):
         self.engine, self.name, self.limits = engine, name, limits
         self.card = {"id": name, "object": "model", "created": 0, "owned_by": "sst_jax"}
+
+    async def root(self, request: HttpRequest) -> Response:
+        return JSONResponse({"model": self.name, "routes": ROUTES, "documentation": "sst-jax serve --help"})
+
+    async def no_responses(self, request: HttpRequest) -> Response:
+        raise Refused(404, "/v1/responses is not served: ask /v1/chat/completions (chat.completions.create)")
 
     async def health(self, request: HttpRequest) -> Response:
         closing = self.engine.closing
@@ -77,6 +94,7 @@ class Api:
         writer = Writer(call, self.name, self.engine.model.tokenizer)
         events: asyncio.Queue = asyncio.Queue()
         jobs = self._submit(call, events)
+        request.scope.get(JOBS, []).extend(jobs)
         if call.stream:
             return StreamingResponse(stream_events(self.engine, writer, jobs, events), media_type="text/event-stream")
         gone = asyncio.ensure_future(_disconnected(request))

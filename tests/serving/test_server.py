@@ -390,6 +390,7 @@ def test_unknown_routes_and_methods(client):
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/completions", 405),
         ("POST", "/health", 405),
+        ("POST", "/v1/responses", 404),
     ):
         found, answer = client.send(method, path)
         assert found == status

@@ -18,7 +18,7 @@ class Client:
         self.port = port
 
     def connect(self):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
 
     def send(self, method, path, body=None, raw=None):
         """(status, parsed body or text)."""
@@ -54,12 +54,12 @@ class Client:
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def start(engine, deadline=20.0, access=None, **limits):
+def start(engine, deadline=20.0, access=None, log=None, **limits):
     """(client, server, thread) of a server that is up."""
     app = pytest.importorskip("sst_jax.serving.app", reason="the server is an extra: sst-jax[serve]")
     up, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
     given = {"positions": engine.capacity, "new_tokens": engine.capacity, **limits}
-    made = app.make_app(engine, "tiny", Limits(**given), access or app.ANYONE)
+    made = app.make_app(engine, "tiny", Limits(**given), access or app.ANYONE, log)
     server = app.Server(made, engine, deadline, up.set)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
