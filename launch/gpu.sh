@@ -6,6 +6,7 @@
 # All arguments go to `python -m sst_jax.train`. Needs Linux, the NVIDIA driver and `pip install 'sst-jax[cuda]'`; no CUDA
 # toolkit. Not yet run on a card. PYTHON chooses the interpreter, MIN_DISK_GB the free disk asked for (default 20).
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /{/^#/!d;/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 fail() { echo "launch/gpu.sh: $*" >&2; exit 2; }

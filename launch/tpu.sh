@@ -9,6 +9,7 @@
 # share (Filestore, NFS). Hosts find one another by the VM's metadata. A preempted VM gets SIGTERM and 30 seconds;
 # the same command on the next one resumes. PYTHON chooses the interpreter. Not yet run on a TPU.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /{/^#/!d;/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 fail() { echo "launch/tpu.sh: $*" >&2; exit 2; }

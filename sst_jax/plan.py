@@ -6,9 +6,9 @@
   sst-jax plan --config configs/sst.py --config.data.batch_size=8 --target v5e-8,h100x8
   sst-jax plan --config configs/sst.py --target h100x8 --config.mesh.fsdp=2 --config.mesh.tensor=4 ...
 
-Targets: rtx-pro-6000, h100, h200, b200, rtx-5090, rtx-4090, a100-80g, of each also several in one machine, as h100x8;
-TPU slices v5e-8, v5p-8 (4 chips, as Google counts), v5p-16, v6e-8. On several devices the recipe's mesh is compiled,
-by default all along fsdp.
+Targets: rtx-pro-6000, h100, h200, b200, rtx-5090, rtx-4090, rtx-3090, a6000, a100-80g, a100-40g, l40s, l4, t4, of each
+also several in one machine, as h100x8; TPU slices v5e-8, v5p-8 (4 chips, as Google counts), v5p-16, v6e-8. On several
+devices the recipe's mesh is compiled, by default all along fsdp.
 
 The real train step (or decode step) is compiled for the described hardware on a CPU; its compiler must be installed,
 the hardware and its driver need not: sst-jax[cuda] for GPUs, sst-jax[tpu] for TPU slices. All figures are estimates:

@@ -35,6 +35,25 @@ def test_each_says_how_it_is_used_and_what_it_needs(name):
     assert "ot yet" in head  # nothing here has run on such a machine
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_prints_its_head_for_help_and_checks_nothing(name):
+    bare = {"PATH": os.environ["PATH"]}  # neither a driver nor SLURM
+    found = subprocess.run(["bash", LAUNCH / name, "--help"], capture_output=True, text=True, env=bare, timeout=20)
+    assert (found.returncode, found.stderr) == (0, "")
+    first, *_ = found.stdout.splitlines()
+    assert first.startswith("Train ")
+    assert f"launch/{name} --config" in found.stdout
+    assert "SBATCH" not in found.stdout
+    assert "set -e" not in found.stdout
+
+
+def test_outside_slurm_it_says_how_it_is_submitted():
+    bare = {"PATH": os.environ["PATH"]}
+    found = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], capture_output=True, text=True, env=bare, timeout=20)
+    assert found.returncode == 2
+    assert "sbatch launch/slurm.sbatch" in found.stderr
+
+
 def on_path(folder, **programs):
     """An environment in which these shell programs are found first."""
     folder.mkdir()

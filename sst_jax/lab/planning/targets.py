@@ -1,8 +1,8 @@
 """Hardware that we describe to the compiler instead of having it.
 
-Figures are the vendors': NVIDIA's architecture whitepapers and product datasheets (A100, H100, H200, DGX B200, Ada and
-RTX Blackwell), its CUDA programming guide's table of limits per compute capability, and Google Cloud's TPU pages.
-Throughput is dense bfloat16 with float32 accumulation, without sparsity.
+Figures are the vendors': NVIDIA's architecture whitepapers and product datasheets (Turing, A100, GA102, H100, H200, DGX
+B200, Ada, L4 and L40S, RTX Blackwell), its CUDA programming guide's table of limits per compute capability, and Google
+Cloud's TPU pages. Throughput is dense bfloat16 with float32 accumulation, without sparsity.
 """
 
 from __future__ import annotations
@@ -116,6 +116,13 @@ _ALL: tuple[Gpu | Slice, ...] = (
     Gpu("rtx-5090", "NVIDIA GeForce RTX 5090", 31.8, 209.5, 1792, (12, 0), 170, 2.407, 96, 64),
     Gpu("rtx-4090", "NVIDIA GeForce RTX 4090", 23.6, 165.2, 1008, (8, 9), 128, 2.52, 72, 32),
     Gpu("a100-80g", "NVIDIA A100 SXM 80 GB", 79.1, 311.9, 2039, (8, 0), 108, 1.41, 40, 300),
+    Gpu("a100-40g", "NVIDIA A100 SXM 40 GB", 39.4, 311.9, 1555, (8, 0), 108, 1.41, 40, 300),
+    Gpu("l40s", "NVIDIA L40S", 44.4, 362.0, 864, (8, 9), 142, 2.52, 96, 32),
+    Gpu("a6000", "NVIDIA RTX A6000", 47.4, 154.8, 768, (8, 6), 84, 1.8, 6, 32),
+    Gpu("rtx-3090", "NVIDIA GeForce RTX 3090", 23.6, 71.2, 936, (8, 6), 82, 1.695, 6, 32),
+    Gpu("l4", "NVIDIA L4", 22.0, 121.0, 300, (8, 9), 58, 2.04, 48, 32),
+    # Turing's tensor cores have no bfloat16: its products run in float32, at that rate.
+    Gpu("t4", "NVIDIA T4", 14.7, 8.1, 320, (7, 5), 40, 1.59, 4, 16),
     # name, title, GB, TFLOP/s, GB/s, the compiler's topology, chips, GB/s sent. Google numbers v5p by its two cores.
     Slice("v5e-8", "TPU v5e", 16, 197, 819, "v5e:2x4", 8, 200),
     Slice("v5p-8", "TPU v5p", 95, 459, 2765, "v5p:2x2x1", 4, 600),
@@ -129,7 +136,9 @@ _KNOWN_AS = {(12, 0): "NVIDIA RTX PRO 6000 Blackwell"}
 
 # Per compute capability: threads a multiprocessor, its shared memory, and what of that one block may have (bytes).
 _LIMITS = {
+    (7, 5): (1024, 65_536, 65_536),
     (8, 0): (2048, 167_936, 166_912),
+    (8, 6): (1536, 102_400, 101_376),
     (8, 9): (1536, 102_400, 101_376),
     (9, 0): (2048, 233_472, 232_448),
     (10, 0): (2048, 233_472, 232_448),
@@ -170,7 +179,7 @@ def config_text(target: Target, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str
         "registers_per_core_limit": 65_536,
         "registers_per_block_limit": 65_536,
         "core_count": target.cores,
-        "fpus_per_core": 64 if target.capability == (8, 0) else 128,
+        "fpus_per_core": 64 if target.capability in ((7, 5), (8, 0)) else 128,
         "clock_rate_ghz": target.clock,
         "memory_bandwidth": int(target.bandwidth),
         "l2_cache_size": target.cache,
