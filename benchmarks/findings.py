@@ -40,6 +40,14 @@ ARMS = {
     "exact-warm": ("--config.stream.alpha_warmup=40",),  # alpha rises from 0 to where it would begin
     "mixed-depths": ("--config.stream.depths=(1,2,3,4)",),
 }  # fmt: skip
+LABELS = {  # in figures
+    "exact-free": "exact, alpha free", "exact-range": "exact, published alpha",
+    "exact-gain": "exact, published alpha, gain learned", "exact-faint": "exact, alpha from .001",
+    "exact-warm": "exact, alpha warmed up", "two-free": "two_pass, alpha free",
+    "two-range": "two_pass, published alpha", "two-gain": "two_pass, published alpha, gain learned",
+    "mixed-depths": "exact, depths 1 to 4", "baseline": "LoRA alone", "compute": "LoRA alone, equal compute",
+    "parameters": "LoRA alone, equal parameters",
+}  # fmt: skip
 CONTROLS = ("baseline", "compute", "parameters")
 REFERENCE = "two-range"  # what the controls are matched to
 DEEPER = "2,3,4"
@@ -246,24 +254,32 @@ def report(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
-    """Draw loss and accuracy of every arm, a point a seed, for each task."""
+    """Draw loss and accuracy of every arm, a point a seed and a bar at their mean, for each task; by loss."""
     from sst_jax.console.figure import new_figure
 
-    figure = new_figure(8.4, 3.4)
+    first = next(iter(result["tasks"].values()))["scores"]
+    order = sorted(first, key=lambda name: sum(first[name]["nats_per_token"]))
+    figure = new_figure(9.6, 4.4)
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
         panels, ("nats_per_token", "greedy"), ("loss (nats per answer token)", "accuracy"), strict=True
     ):
         for number, (task, found) in enumerate(result["tasks"].items()):
-            for place, (name, scores) in enumerate(found["scores"].items()):
-                at = place + 0.16 * (number - (len(result["tasks"]) - 1) / 2)
+            for place, name in enumerate(order):
+                at, values = place + 0.3 * (number - (len(result["tasks"]) - 1) / 2), found["scores"][name][key]
                 marker = "o" if name in ARMS else "s"
-                axes.plot([at] * len(scores[key]), scores[key], marker, color=f"C{number}", markersize=4)
-            axes.plot([], [], "o", color=f"C{number}", label=task)
-        axes.set_xticks(range(len(result["arms"])), result["arms"], rotation=30, ha="right")
+                if len(values) > 1:
+                    axes.plot([at] * len(values), values, marker, color=f"C{number}", markersize=4, alpha=0.6)
+                axes.hlines(sum(values) / len(values), at - 0.13, at + 0.13, color=f"C{number}", linewidth=2)
+            axes.plot([], [], "-", color=f"C{number}", label=f"{task}, mean")
+        for marker, means in (("o", "a seed, with a stream"), ("s", "a seed, without")):
+            axes.plot([], [], marker, color="0.5", markersize=4, label=means)
+        axes.set_xticks(range(len(order)), [LABELS.get(name, name) for name in order], rotation=35, ha="right")
         axes.set(ylabel=label)
         axes.grid(alpha=0.3, axis="y")
-    panels[0].legend()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+    figure.suptitle(f"{result['study']}: SmolLM2-135M, trained the same way in every arm, {result['seeds']} seeds")
     figure.savefig(target, dpi=110)
 
 

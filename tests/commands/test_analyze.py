@@ -3,7 +3,9 @@
 import base64
 import json
 import re
+import shlex
 import shutil
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -81,6 +83,34 @@ def test_the_result_holds_every_measure(report):
     assert sum(result["order_of_events"]["counts"].values()) == result["positions"]
     assert result["alpha"]["mean"] == pytest.approx(0.3)
     assert len(result["examples"]) == 4
+
+
+def test_what_the_model_writes_at_both_depths_stands_side_by_side(model, report):
+    result, page = json.loads((report / "result.json").read_text()), (report / "report.html").read_text("utf-8")
+    assert len(result["continuations"]) == 3
+    loaded = sst_jax.load(model, "float32")
+    for found in result["continuations"]:
+        assert [answer["depth"] for answer in found["answers"]] == [1, 3]
+        prompt = loaded.tokenizer.encode(found["prompt"])
+        for answer in found["answers"]:
+            (own,) = loaded.generate([prompt], depth=answer["depth"], max_new_tokens=10)
+            assert answer["text"] == own.text
+            assert escape(own.text) in page
+    assert "<th>prompt</th><th>depth 1</th><th>depth 3</th>" in page
+
+
+def test_the_page_says_how_when_and_with_what_it_was_made(model, report, tmp_path):
+    result, page = json.loads((report / "result.json").read_text()), (report / "report.html").read_text("utf-8")
+    for key in ("command", "date", "version"):
+        assert escape(result[key]) in page
+    assert result["version"] == sst_jax.__version__
+    program, command, *flags = shlex.split(result["command"])
+    assert (program, command) == ("sst-jax", "analyze")
+    again = [str(tmp_path / "again") if flag == str(report) else flag for flag in flags]
+    assert run(analyze.main, again) == 0
+    other = json.loads((tmp_path / "again" / "result.json").read_text())
+    same = ("by_depth", "tokens", "continuations")
+    assert [other[key] for key in same] == [result[key] for key in same]
 
 
 def test_the_page_stands_alone(report):

@@ -7,20 +7,26 @@ result = run(sst_jax.load("runs/27b"), AnalysisConfig(task="gsm8k", depths=(1, 2
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+from sst_jax import __version__
 from sst_jax.console import extras
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
 from sst_jax.errors import InputError
+from sst_jax.files import read_json
 from sst_jax.inference.halting_probe import Probe
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis import findings, report, texts
-from sst_jax.lab.analysis.collect import Settings
+from sst_jax.lab.analysis.collect import Settings, Text
 from sst_jax.lab.analysis.collection import collect
 from sst_jax.types import Json
 
 RESULT = "result.json"
+CONTINUED = 3  # prompts whose continuations at two depths stand side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +96,20 @@ class AnalysisConfig:
         del record["rounding"]
         return record
 
+    def command(self, model: Model, out: Path) -> str:
+        """Return the command that runs this analysis."""
+        given = [f"--model {shlex.quote(str(model.provenance.run or model.provenance.path))}"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            if field.name == "rounding":
+                given.append("--no-rounding")
+            else:
+                given.append(f"{flag} {shlex.quote(self.spelled if field.name == 'depths' else str(value))}")
+        return f"sst-jax analyze {' '.join(given)} --out {shlex.quote(str(out))}"
+
 
 def read_questions(config: AnalysisConfig) -> list[texts.Question]:
     """Return the prompts or questions that a config asks for, before any model is read.
@@ -150,7 +170,38 @@ def run(
     with bar(len(asked), "measuring", "problem") as meter:
         found = findings.measure(model, collection, settings, layer, meter.update)
     recorded = {**config.to_json(), "out": str(out), "probe": None if probe is None else probe.path}
-    result = {"model": {**model.provenance.to_json(), "recipe": None}, "settings": recorded, **found.result}
+    before = read_json(out / RESULT) if (out / RESULT).is_file() else {}
+    result = {
+        "model": {**model.provenance.to_json(), "recipe": None},
+        "settings": recorded,
+        "command": config.command(model, out),
+        "date": before.get("date") or f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",  # when it was run first
+        "version": __version__,
+        **found.result,
+        "continuations": continuations(model, asked, config),
+    }
     write_json(out / RESULT, result)
-    report.write(out, found, model, probe)
+    report.write(out, found._replace(result=result), model, probe)
     return result
+
+
+def continuations(model: Model, asked: Sequence[Text], config: AnalysisConfig) -> list[Json]:
+    """Return what the model writes after some prompts at the first depth and at the last, greedily.
+
+    Prompts that leave no room for it are left out.
+    """
+    most = model.config.backbone.position_limit - config.max_new_tokens
+    asked = [text for text in asked if len(text.prompt) <= most][:CONTINUED]
+    if not asked:
+        return []
+    depths = [config.depths[0], config.depths[-1]]
+    prompts = [text.prompt for text in asked for _ in depths]
+    answers = iter(model.generate(prompts, depth=depths * len(asked), max_new_tokens=config.max_new_tokens))
+    return [
+        {
+            "id": text.id,
+            "prompt": model.tokenizer.decode(text.prompt),
+            "answers": [{"depth": depth, "text": next(answers).text} for depth in depths],
+        }
+        for text in asked
+    ]

@@ -320,15 +320,27 @@ def figure(records: Sequence[Json], path: Path, title: str) -> None:
         names = list(dict.fromkeys(record["name"] for record in here))
         for name in names:
             points = sorted((record["alpha"], record["logits"]) for record in here if record["name"] == name)
-            axes.loglog(*zip(*points, strict=True), "o-", label=name, markersize=4)
+            axes.loglog(*zip(*points, strict=True), "o-", color=_colour(name, names), label=name, markersize=4)
         effect = sorted({(record["alpha"], record["stream_effect"]) for record in here})
         axes.loglog(*zip(*effect, strict=True), "k--", label="effect of the stream", linewidth=1)
-        axes.set(xlabel="alpha", title=f"depth {depth}, {length} positions")
+        if len(panels) > 1:
+            axes.set_title(f"depth {depth}, {length} positions")
+        axes.set(xlabel="alpha")
         axes.grid(alpha=0.3, which="both")
     row[0].set_ylabel("relative error of the logits against exact")
     row[0].legend(fontsize=8)
-    canvas.suptitle(title)
+    alone = f"\ndepth {panels[0][0]}, {panels[0][1]} positions" if len(panels) == 1 else ""
+    canvas.suptitle(title + alone, fontsize="medium")
     canvas.savefig(path, dpi=150)
+
+
+# The same in every figure, whichever forwards it has; others take the colours after these.
+COLOURS = {"two_pass": "C0", "k_pass:3": "C1", "k_pass:4": "C4", "local:2": "C2", "local:3": "C3"}
+
+
+def _colour(name: str, names: Sequence[str]) -> str:
+    spelled = name.replace(" k=", ":")
+    return COLOURS.get(spelled) or f"C{5 + [each for each in names if each not in COLOURS].index(name) % 5}"
 
 
 def print_orders(result: Json) -> None:

@@ -203,9 +203,9 @@ def shifted(measured: Sequence[TextMetrics], layer: int, found: MixtureFit) -> t
     contrast them. The text that is returned says so.
     """
     values = [logs(each.cosine_distance[-1, :, layer]) for each in measured]
-    cut, how = found.cut, "beyond the threshold of the fit"
+    cut, how = found.cut, "the positions beyond the fit's threshold"
     if cut is None:
-        cut, how = float(np.quantile(np.concatenate(values), 0.9)), "no shifts, but the tenth that moved most"
+        cut, how = float(np.quantile(np.concatenate(values), 0.9)), "the tenth of the positions that moved most"
     return [value > cut for value in values], cut, how
 
 

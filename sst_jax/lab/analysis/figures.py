@@ -74,7 +74,10 @@ def heat(found: AnalysisResult, first: int, last: int) -> CaptionedFigure:
         interpolation="nearest",
     )
     axes.set(xlabel="position in the text (0 gives its first token)", ylabel="layer")
+    axes.set_title("bright: the state changed most", fontsize="medium")
     bar = figure.colorbar(image, label=f"cosine similarity of depths {first} and {last}")
+    ends = image.get_clim()
+    bar.set_ticks([ends[0], *(tick for tick in range(-9, 1) if ends[0] + 0.2 < tick < ends[1] - 0.2), ends[1]])
     bar.ax.yaxis.set_major_formatter(as_similarity)
     return CaptionedFigure(
         "overlap",
@@ -87,17 +90,20 @@ def heat(found: AnalysisResult, first: int, last: int) -> CaptionedFigure:
 
 def as_similarity(value: float, _: float = 0.0) -> str:
     """Return the label of a tick at log10(1 - similarity): the similarity."""
-    rest = 10.0**value
-    return f"{1 - rest:.3g}" if rest > 5e-3 else f"1 − {rest:.0e}"
+    return f"1 − {10.0**value:.1g}"
 
 
 def histogram(found: AnalysisResult, first: int, last: int) -> CaptionedFigure:
     layer, mixture = found.result["layer"], found.mixture
     figure, axes = blank()
     values = basins.logs(np.concatenate([each.cosine_distance[-1, :, layer] for each in found.measured]))
-    _, edges, _ = axes.hist(values, bins=60, color="0.8", label="positions")
+    bins = int(np.clip(2 * np.sqrt(len(values)), 8, 60))  # so few positions have no ragged edge
+    _, edges, _ = axes.hist(values, bins=bins, color="0.8", label="positions")
     x = np.linspace(edges[0], edges[-1], 400)
     scale = len(values) * (edges[1] - edges[0])
+    if (spread := values.std()) > 0:
+        one = np.exp(-0.5 * ((x - values.mean()) / spread) ** 2) / (spread * np.sqrt(2 * np.pi)) * scale
+        axes.plot(x, one, color="0.4", linestyle=":", linewidth=1.2, label="one normal distribution")
     if min(mixture.deviations) > 0:
         parts = basins.density(x, mixture.means, mixture.deviations, mixture.weights) * scale
         for part, label in zip(parts, ("stable", "shifted") if mixture.bimodal else ("", ""), strict=True):
@@ -215,6 +221,8 @@ def noise(floor: Json) -> CaptionedFigure:
     axes.axhline(1.0, color="0.4", linewidth=0.8, label="rounding to bfloat16")
     over_layers(axes)
     axes.set(ylabel="depth / rounding", yscale="log")
+    axes.yaxis.set_major_formatter(plain_number)
+    axes.yaxis.set_minor_formatter(plain_number)
     axes.legend()
     return CaptionedFigure(
         "noise",
@@ -223,6 +231,11 @@ def noise(floor: Json) -> CaptionedFigure:
         "the effect of depth would be smaller than the noise that such computing makes anyway.",
         figure,
     )
+
+
+def plain_number(value: float, _: float = 0.0) -> str:
+    """Return the label of a tick on a log axis: the number, where it begins with 1, 2, 4 or 6."""
+    return f"{value:g}" if f"{value:e}"[0] in "1246" else ""
 
 
 def controls(found: AnalysisResult) -> CaptionedFigure:
@@ -259,7 +272,7 @@ def alpha(found: AnalysisResult) -> CaptionedFigure:
     low, middle, high = np.array(found.result["alpha"]["by_layer"]).T
     band(axes, low, middle, high, "5% to 95% of the dimensions")
     axes.set(ylabel="alpha")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return CaptionedFigure(
         "alpha",
         "How strongly each layer blends its state in",
@@ -287,6 +300,8 @@ def roc(curve: Sequence[Sequence[float]], auc: float) -> CaptionedFigure:
 
 def save(drawn: CaptionedFigure, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    if drawn.figure.get_suptitle() != drawn.title:
+        drawn.figure.suptitle(drawn.title)  # the file stands without the page's heading too
     target = folder / f"{drawn.name}.png"
     drawn.figure.savefig(target, dpi=130)
     return target

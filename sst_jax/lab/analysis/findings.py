@@ -158,8 +158,8 @@ def summary(result: Json) -> str:
     lines.append(f"layers with two kinds of position, Holm-adjusted: {bimodal} of {len(result['modes_by_layer'])}")
     shifted, stable = (result["tokens"][name] for name in ("shifted", "stable"))
     lines.append(
-        f"shifted are {result['shifted_are']}: the top-1 token changed at {number(shifted['changed'], '.1%')} of "
-        f"them, and at {number(stable['changed'], '.1%')} of the others"
+        f"another top-1 token at {number(shifted['changed'], '.1%')} of {result['shifted_are']}, and at "
+        f"{number(stable['changed'], '.1%')} of the others"
     )
     floor = result["noise_floor"]
     if floor and "everywhere" in floor:

@@ -15,11 +15,15 @@ from sst_jax.types import Json
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+p, h1, pre, figure { max-width: 46rem; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 figure { margin: 0; } img { display: block; max-width: 100%; height: auto; background: white; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
-td, th { padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+td, th { padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid var(--line); text-align: left; }
+td { white-space: nowrap; vertical-align: top; } th { vertical-align: bottom; max-width: 9rem; }
+.text td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; } code { overflow-wrap: anywhere; }
 """
 
@@ -44,6 +48,8 @@ def render(out: Path, found: AnalysisResult, model: Model, probe: Probe | None) 
     name = Path(model.provenance.run or model.provenance.path or "a model").name
     title = f"Inside {name}: {' to '.join(str(result['by_depth'][end]['depth']) for end in (0, -1))} iterations"
     body = [f"<h1>{escape(title)}</h1>", f"<p>{PREAMBLE}</p>", f"<pre>{escape(summary(result))}</pre>"]
+    if result.get("continuations"):
+        body += ["<h2>The same prompts at both depths</h2>", side_by_side(result)]
     for drawn in figures.draw(found):
         body += shown(drawn, out)
         if drawn.name == "depths":
@@ -51,7 +57,9 @@ def render(out: Path, found: AnalysisResult, model: Model, probe: Probe | None) 
             body += [events(result), "<h2>The tokens at a shift</h2>", at_shifts(result)]
     if probe is not None:
         body += of_probe(probe, out)
-    body += ["<h2>What was run</h2>", table(("", ""), [(key, str(getattr(model.provenance, key))) for key in FACTS])]
+    ran: list[tuple[str, str]] = [(key, str(result[key])) for key in ("command", "date", "version") if key in result]
+    ran += [(key, str(getattr(model.provenance, key))) for key in FACTS]
+    body += ["<h2>What was run</h2>", table(("", ""), ran, "wide text")]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -76,11 +84,18 @@ def shown(drawn: figures.CaptionedFigure, out: Path) -> list[str]:
     ]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an HTML table that scrolls in its own box when it is wider than the page."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], classes: str = "wide") -> str:
+    """Return an HTML table that scrolls in its own box when it is wider than the page; "wide text": its cells wrap."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
+    return f'<div class="{classes}"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
+
+
+def side_by_side(result: Json) -> str:
+    """Return the HTML of what follows the first prompts at the first depth and at the last."""
+    depths = [f"depth {each['depth']}" for each in result["continuations"][0]["answers"]]
+    rows = [(each["prompt"], *(answer["text"] for answer in each["answers"])) for each in result["continuations"]]
+    return table(("prompt", *depths), rows, "wide text")
 
 
 def by_depth(result: Json) -> str:
@@ -123,8 +138,8 @@ def events(result: Json) -> str:
         ("by chance", *(f"{value:.1f}" for value in found["by_chance"].values())),
     ]
     return (
-        "<p>Counts of positions by what happened at the smaller depth: the state's shift "
-        f"({escape(result['shifted_are'])}), or another top-1 token. By chance: with the two unrelated. The state "
+        "<p>Counts of positions by what happened at the smaller depth: the state moved as "
+        f"far as {escape(result['shifted_are'])}, or another top-1 token. By chance: with the two unrelated. The state "
         f"leads by {found['lead']} positions; p = {found['p']:.3g}.</p>" + table(("", *names), rows)
     )
 
@@ -135,7 +150,7 @@ def at_shifts(result: Json) -> str:
         ranks = found["winner_rank"]
         rows.append(
             (
-                name,
+                result["shifted_are"] if name == "shifted" else "the others",
                 str(found["positions"]),
                 number(found["changed"], ".1%"),
                 number(found["replaced"], ".1f"),
@@ -145,7 +160,7 @@ def at_shifts(result: Json) -> str:
     zero = result["position_zero"]
     rows.append(("first position of a text", "", number(zero["changed"]["first"], ".1%"), "", ""))
     head = ("positions", "how many", "other top-1 token", "of the top 100 replaced", "its rank before (median)")
-    return f"<p>Shifted means: {escape(result['shifted_are'])}.</p>" + table(head, rows)
+    return table(head, rows)
 
 
 def of_probe(probe: Probe, out: Path) -> list[str]:

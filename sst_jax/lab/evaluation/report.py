@@ -29,6 +29,8 @@ def print_evaluation(result: Json, out: Path) -> None:
                 f"depth {policy:<20} loss {loss['value']:.4f} [{low}, {high}] nats per token; "
                 f"greedy exact match {found['greedy']['value']:.1%}"
             )
+            if "rms" in found:
+                print(f"{'':26} {scales_line(found['rms'])}")
             continue
         strict, flexible = found["strict"], found["flexible"]
         print(
@@ -57,6 +59,16 @@ def print_evaluation(result: Json, out: Path) -> None:
     overlap = result["overlap"]
     shared = f"{len(overlap['same_question'])} test questions in training" if overlap["checked"] else overlap["reason"]
     print(f"train/test overlap: {shared}\noutcomes: {out}")
+
+
+def scales_line(rms: dict[str, float]) -> str:
+    """Return RMS in words, from the least layer and iteration to the largest; result.json has each."""
+    parts = []
+    for name, title in (("residual", "residual stream"), ("state", "states")):
+        values = [value for key, value in rms.items() if key.startswith(f"rms/{name}/")]
+        if values:
+            parts.append(f"{title} {min(values):.3g} to {max(values):.3g}")
+    return f"RMS by layer: {', '.join(parts)}"
 
 
 def print_comparison(result: Json) -> None:
