@@ -46,7 +46,8 @@ def read_file(file: Path) -> Iterator[Record]:
     Raises: InputError naming the file, and the line or row that is bad; for another suffix, those that are read.
     """
     if file.suffix.lower() not in READERS:
-        raise InputError(f"{file}: not one of the files that are read, {', '.join(READERS)}")
+        advice = '; a plain text is given as rows, {"text": "..."} a line' if file.suffix.lower() == ".txt" else ""
+        raise InputError(f"{file}: not one of the files that are read, {', '.join(READERS)}{advice}")
     return READERS[file.suffix.lower()](file)
 
 

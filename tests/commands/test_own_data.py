@@ -2,19 +2,15 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from sst_jax import dataset, evaluate, generate, train
+from sst_jax import dataset, evaluate, export, generate, train
 from sst_jax.console.command import run
 from sst_jax.inference.model import load
-from tests.support import ROOT
+from tests.support import kills
 from tests.support.problems import write_lines
-from tests.support.runs import SMALL, TINY, assert_same_run
+from tests.support.runs import SMALL, TINY
 
 AUTO = ["--config.data.name=auto", "--config.data.format=chat", "--config.data.length=96"]
 COLOURS = ["red", "green", "blue", "black", "white", "pink"]
@@ -64,16 +60,9 @@ def test_a_mixture_trains_and_is_told(mixture, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_mixture_that_is_killed_resumes_bit_for_bit(mixture, tmp_path, pack):
-    flags = [*mixture, f"--config.data.pack={pack}"]
-    assert trained(tmp_path / "whole", *flags) == 0
-    command = ["--config", TINY, *SMALL, *flags, "--workdir", str(tmp_path / "killed")]
-    child = subprocess.Popen([sys.executable, "-m", "sst_jax.train", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoints" / "2").is_dir() and child.poll() is None:
-        time.sleep(0.02)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    assert trained(tmp_path / "killed", *flags) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    """At random moments, while it trains or saves, three times."""
+    found = kills.kill(tmp_path / "runs", 3, 8, int(pack), [*mixture, f"--config.data.pack={pack}"])
+    assert found["kills"] == 3
 
 
 def test_a_path_that_would_not_be_read_is_refused(tmp_path, capsys):
@@ -143,7 +132,48 @@ def test_a_model_of_forty_rows_of_messages_ends_its_answers_itself(tmp_path):
     ]  # fmt: skip
     assert trained(tmp_path / "run", *flags) == 0
     model = load(tmp_path / "run")
-    prompts = [model.tokenizer.chat([{"role": "user", "content": f"Say {colour}"}]) for colour in COLOURS]
+    asked = [[{"role": "user", "content": f"Say {colour}"}] for colour in COLOURS]
+    prompts, written = [model.tokenizer.chat(messages) for messages in asked], {}
     for depth in (1, 4):
         answers = model.generate(prompts, depth=depth, max_new_tokens=24)
         assert [answer.finished for answer in answers] == [True] * len(COLOURS), [answer.text for answer in answers]
+        written[depth] = answers
+    assert_the_server_stops(model, asked, written)
+    assert_the_export_stops(tmp_path, prompts, written)
+
+
+def assert_the_server_stops(model, asked, written):
+    """Over the wire every answer ends by itself, and is the session's."""
+    pytest.importorskip("uvicorn", reason="the server is an extra: sst-jax[serve]")
+    from sst_jax.serving.queue import Engine
+    from tests.support.server import start
+
+    engine = Engine(model, rows=4, capacity=128)
+    client, server, thread = start(engine)
+    for depth, answers in written.items():
+        for messages, answer in zip(asked, answers, strict=True):
+            body = {"messages": messages, "max_tokens": 24, "temperature": 0, "depth": depth}
+            status, found = client.send("POST", "/v1/chat/completions", body)
+            assert status == 200, found
+            (choice,) = found["choices"]
+            assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", answer.text)
+    server.should_exit = True
+    thread.join(20)
+    engine.close(10)
+
+
+def assert_the_export_stops(folder, prompts, written):
+    """PyTorch's own `generate` ends where ours does, by the eos ids in the folder."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.support.torch_exports import open_torch
+
+    assert run(export.main, ["--from", str(folder / "run"), "--to", str(folder / "sst"), "--format", "sst"]) == 0
+    exported = open_torch(folder / "sst")
+    for depth, answers in written.items():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            found = exported.generate(torch.tensor([prompt]), depth=depth, max_new_tokens=24, do_sample=False)[0]
+            new = found[len(prompt) :].tolist()
+            assert len(new) < 24
+            assert new[-1] in exported.generation_config.eos_token_id
+            assert new == answer.tokens or new[:-1] == answer.tokens

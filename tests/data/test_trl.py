@@ -4,6 +4,7 @@ What runs is `SFTTrainer._prepare_dataset` itself, on a stand-in for the trainer
 """
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from sst_jax.data.own import Rows
 from sst_jax.data.prompts import render
 from sst_jax.data.tokenizer import load_tokenizer
 from tests.support.problems import write_lines
-from tests.support.template_folders import TEMPLATES, write_byte_level
+from tests.support.template_folders import CONVERSATIONS, TEMPLATES, write_byte_level
 
 PAIRS = [
     {"prompt": "1 + 1 =", "completion": " 2"},
@@ -43,8 +44,8 @@ def folder(tmp_path_factory):
     return made
 
 
-def prepared(rows, folder):
-    """(ids, labels) of rows as TRL trains on them."""
+def prepared(rows, folder, assistant=None):
+    """(ids, labels) of rows as TRL trains on them; `assistant`: on the parts that this template of theirs marks."""
     pytest.importorskip("torch")
     if importlib.util.find_spec("trl") is None:
         pytest.skip("trl is not installed: pip install --no-deps trl")
@@ -52,11 +53,13 @@ def prepared(rows, folder):
     datasets = pytest.importorskip("datasets")
     trainers = pytest.importorskip("trl.trainer.sft_trainer")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True, _is_vlm=False)
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=assistant, completion_only_loss=assistant is None, _is_vlm=False
+    )
     args = SimpleNamespace(
         dataset_num_proc=None,
         dataset_text_field="text",
-        assistant_only_loss=False,
+        assistant_only_loss=assistant is not None,
         max_length=None,
         packing=False,
         shuffle_dataset=False,
@@ -111,3 +114,24 @@ def test_completions_of_messages_are_trls_but_for_the_templates_own_line_break(f
         more = [label != -100 and not learned for label, learned in zip(labels, mask, strict=True)]
         assert tokenizer.decode([index for index, extra in zip(ids, more, strict=True) if extra]).strip() == ""
         assert all(label != -100 for label, learned in zip(labels, mask, strict=True) if learned)
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "llama3", "gemma3"])
+def test_assistants_turns_are_trls_but_for_the_templates_own_line_break(template, tmp_path):
+    """`assistant_only_loss` with the marked template that TRL puts in the place of a model's own."""
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        pytest.skip("trl is not installed: pip install --no-deps trl")
+    templates = Path(found.origin).parent / "chat_templates"
+    plain, marked = ((templates / f"{template}{part}.jinja").read_text("utf-8") for part in ("", "_training"))
+    write_byte_level(tmp_path / "folder", plain)
+    rows = [{"messages": CONVERSATIONS["turns"]}]
+    rows.append({"messages": [*CONVERSATIONS["turns"], {"role": "user", "content": "e"}, *CONVERSATIONS["turns"][1:2]]})
+    found, tokenizer = ours(rows, tmp_path / "folder", tmp_path, "chat")
+    for (_, tokens, mask), (ids, labels) in zip(found, prepared(rows, tmp_path / "folder", marked), strict=True):
+        assert tokens.tolist() == ids
+        learned = [label != -100 for label in labels]
+        more = [index for index, theirs, own in zip(ids, learned, mask, strict=True) if theirs and not own]
+        assert tokenizer.decode(more).strip() == ""
+        assert all(theirs for theirs, own in zip(learned, mask, strict=True) if own)
+        assert mask.sum() > 4

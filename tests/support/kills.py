@@ -55,8 +55,11 @@ def main(argv: Sequence[str]) -> None:
         write_json(args.json, result)
 
 
-def kill(workdir: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Trains undisturbed, then with kills; raises InputError where the two differ or a restart fails."""
+def kill(workdir: Path, kills: int, steps: int, seed: int, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains undisturbed, then with kills; raises InputError where the two differ or a restart fails.
+
+    more: further --config.KEY=VALUE arguments.
+    """
     started, rng, by = time.monotonic(), random.Random(seed), Counter()
     whole, killed = workdir / "whole", workdir / "killed"
     environment = {
@@ -65,7 +68,7 @@ def kill(workdir: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     environment.pop("XLA_FLAGS", None)
     settings = [f"--config.{key}={value}" for key, value in (SETTINGS | {"train.steps": steps}).items()]
-    command = [sys.executable, "-m", "sst_jax.train", "--config", "configs/tiny.py", *settings, "--workdir"]
+    command = [sys.executable, "-m", "sst_jax.train", "--config", "configs/tiny.py", *settings, *more, "--workdir"]
 
     def begin(folder: Path) -> subprocess.Popen:
         with (workdir / f"{folder.name}.log").open("a") as log:
