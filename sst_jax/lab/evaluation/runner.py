@@ -25,8 +25,9 @@ from sst_jax.errors import InputError
 from sst_jax.files import diff, read_json
 from sst_jax.inference.model import Model
 from sst_jax.inference.policies import Policy
-from sst_jax.lab.evaluation.scoring import score
+from sst_jax.lab.evaluation.scoring import score_and_scales
 from sst_jax.lab.evaluation.second_opinion import second_opinion
+from sst_jax.model.scales import scalars
 from sst_jax.types import Json
 
 Outcome = Json
@@ -239,7 +240,9 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
     # The answer is one run of tokens; what follows it, the chat template's newline, is not scored.
     spans = [example.answer_mask.nonzero()[0] for example in examples]
     rows = [example.tokens[: span[-1] + 1].tolist() for example, span in zip(examples, spans, strict=True)]
-    scores = score(model, rows, [int(span[0]) for span in spans], batch.policy.first)
+    scores, scales = score_and_scales(model, rows, [int(span[0]) for span in spans], batch.policy.first)
+    rms = {name: float(f"{value:.5g}") for name, value in scalars(scales).items()}
+    of_batch = {"rms": rms, "rms_positions": sum(map(len, rows))}  # of all its items; told with the first
     seconds = time.monotonic() - started
     return [
         {
@@ -250,6 +253,7 @@ def losses(model: Model, format: str, batch: Batch) -> list[Outcome]:
             "answer_tokens": len(span),
             "greedy": bool(scored.greedy.all()),
             "seconds": seconds / len(examples),
+            **(of_batch if row is rows[0] else {}),
         }
         for item, row, span, scored in zip(batch.items, rows, spans, scores, strict=True)
     ]

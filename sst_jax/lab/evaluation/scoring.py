@@ -14,6 +14,7 @@ from sst_jax.model import decoder, rules
 from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
+from sst_jax.model.scales import LayerScales
 from sst_jax.types import BlockLosses, BlockMask, FlatIndex, Hidden, SegmentIds, Tokens
 
 BUCKET = 64  # rows are padded to multiples of this, so that few shapes are compiled
@@ -28,10 +29,20 @@ class Scores(NamedTuple):
 
 
 def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], depth: int = 1) -> list[Scores]:
+    """Return the scores of `score_and_scales`."""
+    return score_and_scales(model, rows, starts, depth)[0]
+
+
+def score_and_scales(
+    model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], depth: int = 1
+) -> tuple[list[Scores], LayerScales]:
     """Score the tokens of each row from `starts` on, each given all before it, under the exact recurrence.
 
     With a stream, every position has `depth` iterations, as in `Model.logits`: generation gives them only from the
     first new token on. A row begins with its context, of at least one token.
+
+    Returns:
+        The scores, and RMS of residual stream and states by layer and iteration over all positions of all rows.
     """
     length = -(-max(map(len, rows)) // BUCKET) * BUCKET
     tokens = np.zeros((len(rows), length), np.int32)
@@ -45,7 +56,7 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
     ]
     flat = np.concatenate(places)
     padded = np.pad(flat, (0, -len(flat) % CHUNK)).astype(np.int32)
-    logprobs, greedy = _score(
+    logprobs, greedy, scales = _score(
         model.config,
         model.params,
         tokens,
@@ -55,7 +66,7 @@ def score(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], de
     )
     cuts = np.cumsum([len(part) for part in places])[:-1]
     parts = (np.split(np.asarray(array)[: len(flat)], cuts) for array in (logprobs, greedy))
-    return [Scores(*pair) for pair in zip(*parts, strict=True)]
+    return [Scores(*pair) for pair in zip(*parts, strict=True)], scales
 
 
 @program(static_argnames=("config", "depth"))
@@ -67,9 +78,11 @@ def _score(
     places: jax.Array,
     *,
     depth: int,
-) -> tuple[jax.Array, jax.Array]:
-    hidden = rules.hidden(config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids)
-    return token_scores(config, params, hidden, tokens, places)
+) -> tuple[jax.Array, jax.Array, LayerScales]:
+    hidden, scales = rules.hidden_and_scales(
+        config, params, tokens, forward="exact", depth=depth, segment_ids=segment_ids
+    )
+    return *token_scores(config, params, hidden, tokens, places), scales
 
 
 def token_scores(

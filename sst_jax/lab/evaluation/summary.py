@@ -69,7 +69,18 @@ def loss_summary(group: Sequence[Outcome]) -> Json:
         "answer_tokens": sum(outcome["answer_tokens"] for outcome in group),
         "of": len(group),
         "seconds": float(np.mean([outcome["seconds"] for outcome in group])),
+        **rms_over(group),
     }
+
+
+def rms_over(group: Sequence[Outcome]) -> Json:
+    """Return {"rms": by name, as `model/scales.py` has them} over all batches; nothing where none was measured."""
+    batches = [outcome for outcome in group if "rms" in outcome]
+    if not batches:  # evaluated by an earlier version
+        return {}
+    weights = np.array([outcome["rms_positions"] for outcome in batches], float)
+    squares = {name: np.array([outcome["rms"][name] for outcome in batches]) ** 2 for name in batches[0]["rms"]}
+    return {"rms": {name: float(np.sqrt(values @ weights / weights.sum())) for name, values in squares.items()}}
 
 
 def token_weighted(group: Sequence[Outcome]) -> np.ndarray:

@@ -7,11 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
+from sst_jax.data.prompts import render
 from sst_jax.data.tasks import find
 from sst_jax.errors import InputError
 from sst_jax.inference.policies import parse_list
-from sst_jax.lab.evaluation import runner, summary
+from sst_jax.lab.evaluation import report, runner, summary
 from sst_jax.lab.evaluation.scoring import Scores
+from sst_jax.model import rules
+from sst_jax.model.scales import LayerScales, scalars
 
 POLICIES = parse_list("1,3")
 HEADER = {"task": "words", "environment": {"jax": "1"}}
@@ -149,10 +152,36 @@ def test_losses_are_those_of_training(streaming, items, format):
 
 def test_an_answer_counts_as_written_when_every_token_is_the_likeliest(streaming, items, monkeypatch):
     greedy = [np.array([True, True]), np.array([True, False]), np.array([False, True])]
-    monkeypatch.setattr(runner, "score", lambda *_: [Scores(np.array([-0.5, -0.25]), row) for row in greedy])
+    scores = [Scores(np.array([-0.5, -0.25]), row) for row in greedy]
+    monkeypatch.setattr(runner, "score_and_scales", lambda *_: (scores, LayerScales(np.ones((7, 1)), None)))
     outcomes = runner.losses(streaming, "plain", runner.Batch(parse_list("1")[0], items[:3]))
     assert [outcome["greedy"] for outcome in outcomes] == [True, False, False]
     assert [outcome["loss"] for outcome in outcomes] == [0.75] * 3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_scales_are_the_roots_of_mean_squares_over_all_items(streaming, items, depth):
+    """Against the states of the texts one by one, and over batches of unequal length."""
+    policy = parse_list(str(depth))[0]
+    outcomes = [
+        outcome
+        for batch in runner.batches([policy], items, 2)
+        for outcome in runner.losses(streaming, "plain", batch)
+    ]  # fmt: skip
+    assert [("rms" in outcome) for outcome in outcomes] == [True, False, True, False, True]
+    found = summary.summarise(items, outcomes, "loss")["policies"][str(depth)]["rms"]
+    squares, positions = {}, 0
+    for item in items:
+        example = render(item.problem, streaming.tokenizer, "plain")
+        tokens = example.tokens[None, : example.answer_mask.nonzero()[0][-1] + 1]
+        _, scales = rules.hidden_and_scales(streaming.config, streaming.params, tokens, forward="exact", depth=depth)
+        for name, value in scalars(scales).items():
+            squares[name] = squares.get(name, 0.0) + value**2 * tokens.shape[1]
+        positions += tokens.shape[1]
+    assert {name.split("/")[1] for name in found} == {"residual", "state"}
+    assert found == {name: pytest.approx((value / positions) ** 0.5, rel=1e-4) for name, value in squares.items()}
+    assert "RMS by layer: residual stream" in report.scales_line(found)
+    assert ", states " in report.scales_line(found)
 
 
 def outcome(policy, number, strict, **more):
