@@ -45,12 +45,16 @@ def test_rows_do_not_depend_on_each_other(kv, temperature):
     assert (together[0] != generate(config, params, PROMPTS[:1], [4], seeds=[5], **settings)[0]).any()
 
 
+LATE_TO_EARLY = {"links": ((5, 2),), "state": "block", "site": "output"}
+
+
 @pytest.mark.parametrize("mode", ["all", "none", "last"])
-def test_which_positions_of_a_prompt_are_iterated(mode):
+@pytest.mark.parametrize("link", [{}, LATE_TO_EARLY], ids=["own", "link"])
+def test_which_positions_of_a_prompt_are_iterated(mode, link):
     """Against the independent reference, which takes a depth for every position."""
     from tests.support import naive
 
-    config = with_prompt({}, alpha=0.3, iterate_prompt=mode)
+    config = with_prompt(link, alpha=0.3, iterate_prompt=mode)
     params = toys.params(config)
     prompt, depth, new = PROMPTS[1], 3, 5
     out = generate(config, params, [prompt], [depth], max_new_tokens=new)[0].tolist()

@@ -24,7 +24,7 @@ from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import storages
 from sst_jax.training.optimizer import make_optimizer
 from sst_jax.training.recipe import Recipe, with_attention_kernel
-from sst_jax.training.step import TrainState, batch_losses, init_state, train_step
+from sst_jax.training.step import TrainState, heldout_losses, init_state, train_step
 from sst_jax.types import Params, PyTree
 
 BOS = 2  # of Gemma's tokenizer; its value changes nothing in a plan
@@ -128,7 +128,7 @@ def evaluation(
     config = recipe.model_config(backbone, BOS)
 
     def losses(recipe: Recipe) -> Callable:
-        return functools.partial(batch_losses, config, recipe.heldout_forward)
+        return functools.partial(heldout_losses, config, recipe.heldout_forward)
 
     def arguments() -> tuple:
         base, trainable = parameters(config, recipe.model.dtype, recipe.model.quantize)
