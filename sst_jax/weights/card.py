@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sst_jax.families.registry import family_of
-from sst_jax.model.config import ModelConfig
+from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.types import Json
 from sst_jax.weights.provenance import Origin, Provenance
 
@@ -30,7 +30,10 @@ for depth in (1, 4):  # iterations of the stack at every generated position
 
 model(**inputs).logits  # the exact recurrence; the backbone alone: forward="plain"
 model(**inputs, labels=inputs["input_ids"], forward="two_pass").loss.backward()  # for training
-```""",
+```
+
+**The stream runs in transformers with `trust_remote_code=True`, and nowhere else.** vLLM and SGLang do not compute it
+and refuse this folder; what they open is the format `merged`, which has no stream.""",
     "merged": """\
 This is the plain backbone, with LoRA folded in and without the stream that it was trained with, so it computes
 something else than the trained model. The stream's parameters lie beside it (`stream.safetensors`, `stream.json`);
@@ -40,7 +43,9 @@ sst_jax reads folder and stream together.
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
-```""",
+```
+
+vLLM and SGLang open the folder under the same names.""",
     "adapter": """\
 A LoRA adapter for PEFT, without the stream that it was trained with, so it computes something else than the trained
 model. The stream's parameters lie beside it (`stream.safetensors`, `stream.json`); sst_jax reads both over their base.
@@ -97,7 +102,7 @@ def model_card(
         "## Training",
         _training(provenance, metrics),
         "## Mechanism",
-        _table(("option", "value"), dataclasses.asdict(config.stream).items()) if config.stream else "No stream.",
+        _table(("option", "value"), _options(config.stream).items()) if config.stream else "No stream.",
         "## Base",
         f"{base}{_revision(source)}, sha256 `{source.digest}`{_quantised(provenance)}. {merged_onto or ''}",
         "## Licence",
@@ -127,7 +132,7 @@ def _training(provenance: Provenance, metrics: Sequence[Json]) -> str:
     rows = {
         "steps": f"{provenance.step} of {train.get('steps')}",
         "forward": f"{stream.get('forward')}, {stream.get('passes')} passes" if stream.get("on") else "plain",
-        "data": f"{data.get('name')} {public_name(data.get('path') or '')}".strip(),
+        "data": f"{_data_name(data)} {public_name(data.get('path') or '')}".strip(),
         "rows": f"{data.get('batch_size')} of {data.get('length')} tokens a step",
         "LoRA": f"rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}",
         "learning rate": f"{optimizer.get('learning_rate')}, of the stream {optimizer.get('blend_learning_rate')}",
@@ -139,6 +144,31 @@ def _training(provenance: Provenance, metrics: Sequence[Json]) -> str:
             f"{loss:.4f} at step {step}" for step, loss in sorted(losses.items())
         )
     return _table(("what", "value"), rows.items()) + "\n\nOne seed. See the recipe below for every setting."
+
+
+def _data_name(data: Json) -> str:
+    """Return the data set's name; "auto" without a path are the embedded problems."""
+    return "words" if data.get("name") == "auto" and not data.get("path") else str(data.get("name"))
+
+
+UNSET = {"alpha": "learned", "layers": "all", "links": "each layer to itself"}  # what None means, by option
+
+
+def _options(stream: StreamConfig) -> dict[str, str]:
+    """Return a stream's options in words, by name."""
+    return {name: _in_words(value, UNSET.get(name, "none")) for name, value in dataclasses.asdict(stream).items()}
+
+
+def _in_words(value: object, unset: str = "none") -> str:
+    """Return a value as a reader who knows no Python writes it."""
+    if value is None:
+        return unset
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        pairs = all(isinstance(part, list | tuple) for part in value)
+        return ", ".join(" -> ".join(map(str, part)) if pairs else str(part) for part in value)
+    return str(value)
 
 
 def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:

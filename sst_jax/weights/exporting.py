@@ -224,6 +224,8 @@ def _notes(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> lis
     notes = [f"LoRA of {targets}: {done}" if config.adapter.rank else "no adapter: the weights are the base's"]
     if note := _base_note(model, options, gaps):
         notes.append(note)
+    if options.format == "sst":
+        notes.append("the stream runs in transformers, with trust_remote_code=True; vLLM and SGLang refuse the folder")
     if options.format == "sst" and model.provenance.layout not in (None, "text"):
         notes.append("text only: the vision tower stays behind (--format merged takes it along)")
     if options.format == "adapter" and model.provenance.origin.kind == "gguf" and options.base_name is None:
