@@ -34,6 +34,19 @@ COMMANDS = (
     "measure",
 )
 
+# Behind a command come its flags and files. zsh reads bash's words by its own bashcompinit.
+COMPLETION = """\
+_sst_jax() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} words
+  if [ "$COMP_CWORD" = 1 ]; then words="{commands} --help --version"
+  elif [[ $word == -* ]]; then
+    words=$("${{COMP_WORDS[0]}}" "${{COMP_WORDS[1]}}" --help | grep -oE -e '--[a-z][a-z-]+' | sort -u)
+  else COMPREPLY=($(compgen -f -- "$word")); return; fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+[ -z "${{ZSH_VERSION:-}}" ] || {{ autoload -U bashcompinit && bashcompinit; }}
+complete -o filenames -F _sst_jax sst-jax"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `argv` is what follows the program's name, None: sys.argv's."""
@@ -47,17 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(program: str, name: str) -> None:
-    """Print the version, or which commands there are.
+    """Print the version, what a shell completes commands by, or which commands there are.
 
     Raises: InputError where `name` is neither a flag nor a command.
     """
     if name == "--version":
         print(f"sst-jax {__version__}")
+    elif name == "--completion":
+        print(COMPLETION.format(commands=" ".join(COMMANDS)))
     elif name in ("--help", "-h"):
         print(f"usage: {program} COMMAND ...\n\ncommands (COMMAND --help tells more):")
         for each in COMMANDS:
             print(f"  {each:10} {summary(each)}")
-        print(f"\n{program} --version prints the version.")
+        print(f"\n{program} --version prints the version, --completion what bash and zsh complete commands by:")
+        print('  eval "$(sst-jax --completion)"')
     else:
         problem = f"there is no command {name!r}" if name else "a command is missing"
         raise InputError(f"{problem}; commands are {', '.join(COMMANDS)} (see {program} --help)")

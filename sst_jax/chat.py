@@ -50,6 +50,8 @@ def main(argv: Sequence[str], read: Callable[[str], str] = input) -> None:
     settings = conversation.Settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     model = load(args.model, args.dtype, **opening(args))
     talk = conversation.Conversation(model, args.depth, args.system, settings)
+    if note := conversation.note_on_turns(model.tokenizer):
+        print(note, file=sys.stderr)
     print("Say something; /help lists the commands, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:

@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 
     from sst_jax.data.prompts import read_prompts
     from sst_jax.data.unicode import check_unicode
-    from sst_jax.inference import halting_probe, policies, session
+    from sst_jax.inference import conversation, halting_probe, policies, session
     from sst_jax.inference.model import load
 
     for name in ("prompt", "question", "system"):
@@ -125,6 +125,8 @@ def main(argv: Sequence[str]) -> None:
         session.check_policy(model.config, policy)
     except InputError as error:
         raise InputError(f"--{error} (--model {args.model})") from None
+    if args.chat and (note := conversation.note_on_turns(model.tokenizer)):
+        print(note, file=sys.stderr)
     asked: list[str] | list[list[int]] = prompts
     if args.question is not None:
         asked = [question_tokens(args, model)]

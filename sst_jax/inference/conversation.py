@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
+from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
 from sst_jax.inference.halting_probe import Probe
@@ -136,3 +137,13 @@ def _note(answer: Generation, policy: Policy, seconds: float) -> str:
         depth += f", {sum(answer.depths) / len(answer.depths):.2f} iterations per token"
     cut = "" if answer.finished else ", cut off at max_new_tokens"
     return f"[{depth}; {len(answer.tokens)} tokens in {seconds:.1f} s{cut}]"
+
+
+def note_on_turns(tokenizer: Tokenizer) -> str | None:
+    """Return what is to be said before a chat whose turns the model does not bring; None where it brings them."""
+    if tokenizer.template is not None:
+        return None
+    return (
+        "note: no chat template came with this model, so its turns are Gemma's; a base model that was not trained on "
+        "them does not answer, it continues the text"
+    )

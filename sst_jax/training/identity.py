@@ -79,5 +79,5 @@ def check_changes(where: str, differing: Sequence[str]) -> None:
     if differing:
         raise InputError(
             f"{where} began with other inputs: {'; '.join(differing)}. Put them back, or train in another --workdir; "
-            "--allow-changed goes on with the new ones and records it"
+            "--allow-changed resumes with the new ones and records it"
         )

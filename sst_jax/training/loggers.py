@@ -16,7 +16,7 @@ from sst_jax.console.command import write_json
 from sst_jax.files import read_json
 from sst_jax.types import Json
 
-WANDB_FILE = "wandb.json"  # in the run folder: the run's id there, by which a resumed run goes on
+WANDB_FILE = "wandb.json"  # in the run folder: the run's id there, by which a resumed run continues it
 WANDB_PROJECT = "sst_jax"  # unless WANDB_PROJECT says otherwise
 
 

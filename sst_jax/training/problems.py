@@ -20,7 +20,7 @@ HELDOUT = "data.heldout_path"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a run learns from, and what it is judged by.
+    """What a run learns from, and what it is evaluated on.
 
     training  a sequence for each source that is drawn from by a weight of its own; one where there are no weights
     heldout   never trained on

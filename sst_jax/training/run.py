@@ -66,7 +66,7 @@ class RunFolder:
             base: what base.json holds: which weights the run stands on, "path" and "digest" among it.
             writes: whether this process is the one that writes.
             defaults: as `check_recipe` takes them.
-            allow_changed: whether a run goes on where base or data have changed, which config.json then records.
+            allow_changed: whether a run resumes where base or data have changed, which config.json then records.
 
         Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
         """
@@ -99,7 +99,7 @@ class RunFolder:
         write_json(path / "environment.json", environment())
 
     def _record_changes(self, config: Json, base: Json, differing: list[str]) -> None:
-        """Write what a run goes on with, and under "changed" what it had before, and up to which step."""
+        """Write what a run resumes with, and under "changed" what it had before, and up to which step."""
         file, base_file = self.path / "config.json", self.path / "base.json"
         there, before = read_json(file), {"base": read_json(base_file)}
         before |= {key: there[key] for key in ("data",) if key in there}

@@ -87,7 +87,7 @@ class Conversion:
 
         Raises: InputError as `converted_tensors` or `calibrated`; RunInterrupted when the disk is full.
         """
-        with writing(self.directory, "make room, and the same command goes on with what is converted already"):
+        with writing(self.directory, "make room, and the same command resumes behind what is converted already"):
             return self._run(facts, files or {}, progress)
 
     def _run(self, facts: Callable[[], Json], files: Mapping[str, bytes], progress: Progress | None) -> Path:

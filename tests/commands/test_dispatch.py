@@ -60,6 +60,38 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"sst-jax {sst_jax.__version__}\n"
 
 
+def test_every_command_knows_the_version(capsys):
+    assert dispatcher.main(["train", "--version"]) == 0
+    assert capsys.readouterr().out == f"sst-jax {sst_jax.__version__}\n"
+
+
+def test_bash_completes_commands_flags_and_files(tmp_path, capsys):
+    assert dispatcher.main(["--completion"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "talks.jsonl").touch()
+    (tmp_path / "sst-jax").write_text(f'#!/bin/sh\nexec {sys.executable} -m sst_jax "$@"\n')
+    (tmp_path / "sst-jax").chmod(0o755)
+
+    def completed(*words):
+        asked = (
+            f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _sst_jax; echo ${{COMPREPLY[@]}}"
+        )
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(PACKAGE.parent)}
+        found = subprocess.run(
+            ["bash", "-c", f"{script}\n{asked}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+        return found.stdout.split()
+
+    assert completed("sst-jax", "ev") == ["evaluate"]
+    assert completed("sst-jax", "serve", "--no-req") == ["--no-request-log"]
+    assert completed("sst-jax", "train", "tal") == ["talks.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("argv", "culprit"),
     [

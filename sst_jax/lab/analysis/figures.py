@@ -293,7 +293,7 @@ def roc(curve: Sequence[Sequence[float]], auc: float) -> CaptionedFigure:
         "probe",
         "Can the first state tell?",
         "The true positive rate of a probe against its false positive rate, for every "
-        "threshold. Each item was judged by a probe that had never seen it.",
+        "threshold. Each item was scored by a probe that had never seen it.",
         figure,
     )
 
