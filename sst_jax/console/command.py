@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 import tempfile
 import traceback
@@ -141,10 +142,17 @@ def opening(args: argparse.Namespace) -> Opening:
 
 
 def called(name: str) -> str:
-    """Return how a command is called, so that it runs where it is pasted: as this one was, with this Python."""
-    return (
-        f"{Parser.program}{name}" if Parser.program != MODULES else f"{shlex.quote(sys.executable)} -m sst_jax.{name}"
-    )
+    """Return how a command is called, so that it runs where it is pasted: as this one was, with this Python.
+
+    The environment that this ran in need not be the one of the shell: `sst-jax` goes by its path unless it is found.
+    """
+    if Parser.program.startswith("python "):
+        return f"{shlex.quote(sys.executable)} -m sst_jax.{name}"
+    program, own = Parser.program.strip(), sys.argv[0]
+    found = shutil.which(program)
+    if os.path.basename(own) == program and (found is None or os.path.realpath(found) != os.path.realpath(own)):
+        program = shlex.quote(os.path.abspath(own))
+    return f"{program} {name}"
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> int:

@@ -273,7 +273,10 @@ def _check_same(path: Path, there: Json, now: Json) -> None:
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differences[:6])
         more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
-        raise InputError(f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir")
+        raise InputError(
+            f"{path} holds a run of another config ({shown}{more}): use its values or another --workdir; to train on "
+            "from it, name it as model.source there"
+        )
 
 
 def environment() -> Json:

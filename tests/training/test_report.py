@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sst_jax.console.command import Parser
+from sst_jax.console.command import Parser, called
 from sst_jax.training.report import RunResult, Sample, describe
 
 
@@ -31,7 +31,14 @@ def test_one_of_several_runs_tells_its_losses_alone(tmp_path):
     assert "next" not in said
 
 
-@pytest.mark.parametrize(("program", "begins"), [("sst-jax ", ["sst-jax", "generate"]), (None, [sys.executable, "-m"])])
+@pytest.mark.parametrize(
+    ("program", "begins"),
+    [
+        ("sst-jax ", ["sst-jax", "generate"]),
+        ("python -m sst_jax ", [sys.executable, "-m"]),
+        (None, [sys.executable, "-m"]),
+    ],
+)
 def test_the_commands_that_come_next_are_called_as_this_one(monkeypatch, tmp_path, program, begins):
     if program is not None:
         monkeypatch.setattr(Parser, "program", program)
@@ -41,3 +48,17 @@ def test_the_commands_that_come_next_are_called_as_this_one(monkeypatch, tmp_pat
     assert generate[:2] == begins
     assert generate[-6:] == ["--model", str(run), "--depth", "4", "--question", "Who's there?"]
     assert "--depth" not in describe(result({0: 2.0, 2: 1.0}), run, with_stream=False)
+
+
+def test_a_program_that_the_shell_does_not_find_goes_by_its_path(monkeypatch, tmp_path):
+    """As `.venv/bin/sst-jax` is called where the environment is not active."""
+    own = tmp_path / "my env" / "sst-jax"
+    own.parent.mkdir()
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    monkeypatch.setattr(Parser, "program", "sst-jax ")
+    monkeypatch.setattr(sys, "argv", [str(own)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(called("generate")) == [str(own), "generate"]
+    monkeypatch.setenv("PATH", str(own.parent))
+    assert called("generate") == "sst-jax generate"
