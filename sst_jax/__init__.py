@@ -13,12 +13,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sst_jax.console.version import VERSION
+
 if TYPE_CHECKING:
     from sst_jax.errors import InputError
     from sst_jax.inference.model import Generation, Model, load
     from sst_jax.model.config import StreamConfig
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Generation", "InputError", "Model", "StreamConfig", "load"]
 
 _HOMES = {
@@ -37,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
-from sst_jax import __version__
 from sst_jax.console import compile_cache
+from sst_jax.console.version import VERSION
 from sst_jax.errors import InputError, RunInterrupted
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             prog = self.program + prog.removeprefix(MODULES)
         super().__init__(prog, allow_abbrev=False, **kwargs)
         if prog is not None:  # not of a command's parts
-            self.add_argument("--version", action="version", version=f"sst-jax {__version__}")
+            self.add_argument("--version", action="version", version=f"sst-jax {VERSION}")
         self.add_argument(
             "--no-compile-cache",
             action="store_true",

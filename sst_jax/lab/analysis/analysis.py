@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sst_jax import __version__
 from sst_jax.console import extras
 from sst_jax.console.command import write_json
 from sst_jax.console.progress import bar
+from sst_jax.console.version import VERSION
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.inference.halting_probe import Probe
@@ -176,7 +176,7 @@ def run(
         "settings": recorded,
         "command": config.command(model, out),
         "date": before.get("date") or f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",  # when it was run first
-        "version": __version__,
+        "version": VERSION,
         **found.result,
         "continuations": continuations(model, asked, config),
     }
