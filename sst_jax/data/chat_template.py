@@ -256,7 +256,7 @@ def _tree(words: Sequence[str]) -> str:
     return f"(?:{'|'.join(branches)})" + "?" * ends
 
 
-def mark(value: Any, special: re.Pattern[str]) -> Any:
+def mark(value: object, special: re.Pattern[str]) -> Any:
     """Return JSON with MARK in every text that looks like a control token, behind its first character."""
     if isinstance(value, str):
         return special.sub(lambda found: found[0][0] + MARK + found[0][1:], value)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from sst_jax.model.fields import as_tuple, check_numbers, check_one_of, is_finite, require
+
+Default = TypeVar("Default")
 
 GLOBAL = "global_"  # what names of stacks of global layers begin with, where these have shapes of their own
 MAX_LAYERS = 4096  # a file may claim any number; beyond this the claim is nonsense, and tables so long are refused
 
 
-def _later(default: Any) -> Any:
+def _later(default: Default) -> Default:
     """Return a field that version 0.1.0 did not have."""
     return dataclasses.field(default=default, metadata={"since": "0.2.0"})
 

@@ -75,7 +75,7 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
     return cls(**{key: as_tuples(value) for key, value in mapping.items()})
 
 
-def as_tuples(value: Any) -> Any:
+def as_tuples(value: object) -> Any:
     """Return a value with its lists, and those in them, as tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 

@@ -75,7 +75,7 @@ Intervention = Callable[[Layer, Hidden], Hidden]
 # --------------------------------------------------------------------------------------------------------- The rules
 
 
-def plain(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
+def plain(layer: Layer, residuals: Residuals, extra: object, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Apply the backbone alone: no state."""
     (x,) = residuals
     h, kv = attend(layer, x, context)
@@ -83,7 +83,7 @@ def plain(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> t
     return (o,), LayerOutputs(*kv)
 
 
-def k_pass(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
+def k_pass(layer: Layer, residuals: Residuals, extra: object, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Blend each residual stream with the states of the one before it; the first is plain.
 
     All of them enter the first layer as the same embeddings. Computing its attention once would take a branch in every
@@ -102,7 +102,7 @@ def k_pass(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> 
     return tuple(outputs), LayerOutputs(state_out=state_out)
 
 
-def local(layer: Layer, residuals: Residuals, extra: Any, context: Context) -> tuple[Residuals, LayerOutputs]:
+def local(layer: Layer, residuals: Residuals, extra: object, context: Context) -> tuple[Residuals, LayerOutputs]:
     """Attend once; run the feed-forward `passes` times, each blended with the states of the time before."""
     (x,), s = residuals, None
     h, kv = attend(layer, x, context)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from sst_jax.errors import InputError
 from sst_jax.model.backbone import GLOBAL, BackboneConfig
 from sst_jax.model.quantization import storages
+from sst_jax.types import AnyArray
+
+Tree = TypeVar("Tree")  # of arrays
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -175,10 +178,10 @@ def spec(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...], without: str | None 
     return PartitionSpec(*parts)
 
 
-def shardings(mesh: AnyMesh, tree: Any) -> Any:
+def shardings(mesh: AnyMesh, tree: object) -> Any:
     """Return a NamedSharding for every array (or shape) of a tree, by its path."""
 
-    def one(path: tuple, leaf: Any) -> NamedSharding:
+    def one(path: tuple, leaf: AnyArray | jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh, spec(mesh, axes_of(path, len(leaf.shape)), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -192,7 +195,7 @@ def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.S
     return NamedSharding(mesh, spec(mesh, axes_of(path, len(shape)), shape))
 
 
-def device_put_sharded(tree: Any) -> Any:
+def device_put_sharded(tree: Tree) -> Tree:
     """Return a tree of arrays put on the mesh that is set.
 
     The arrays are numpy's or of one device, and equal in every process. In a traced function it is `constrain_tree`.
@@ -205,7 +208,7 @@ def device_put_sharded(tree: Any) -> Any:
     return jax.tree.map(_put, tree, shardings(mesh, tree))
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _put(leaf: AnyArray, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)  # each process copies the parts of its own devices
@@ -229,13 +232,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
-def constrain_tree(tree: Any) -> Any:
+def constrain_tree(tree: Tree) -> Tree:
     """Return a tree of arrays with sharding constraints from their paths."""
     mesh = _mesh_inside()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
-def gather(tree: Any) -> Any:
+def gather(tree: Tree) -> Tree:
     """Return one layer's parameters gathered over `fsdp`, as they are stored; over `tensor` they stay sharded."""
     mesh = _mesh_inside()
     if mesh is None or mesh.shape["fsdp"] == 1:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 from sst_jax.model.fields import check_numbers, check_one_of, require
 
+Default = TypeVar("Default")
 
-def _since(default: Any) -> Any:
+
+def _since(default: Default) -> Default:
     """Return a field that version 0.1.0 did not have, which is written down only where it has another value."""
     return dataclasses.field(default=default, metadata={"since": "0.2.0"})
 

@@ -17,7 +17,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
@@ -46,7 +45,7 @@ class Setting:
     """
 
     name: str
-    stream: Any = MODEL
+    stream: str | ReadOnlyJson | None = MODEL
     depth: int = 1
     prompt: int = 0
     states: str = "own"
@@ -56,13 +55,11 @@ class Setting:
             raise InputError(f"setting {self.name!r}: depth={self.depth} and prompt={self.prompt} must be 1, 0 or more")
         if self.states not in STATES:
             raise InputError(f"setting {self.name!r}: states={self.states!r} is not one of {', '.join(STATES)}")
-        if not self.own and self.stream is not None:
+        if isinstance(self.stream, str):
+            if self.stream != MODEL:
+                raise InputError(f"setting {self.name!r}: stream={self.stream!r} is not {MODEL!r}, null or its fields")
+        elif self.stream is not None:
             from_mapping(StreamConfig, self.stream)
-
-    @property
-    def own(self) -> bool:
-        """Whether the model keeps the stream that it has."""
-        return isinstance(self.stream, str)
 
     def check(self, config: ModelConfig) -> None:
         """Raise InputError where a model's config cannot be read so."""
@@ -77,7 +74,7 @@ class Setting:
         mine = {field: value for field, value in fields.items() if field in field_names(Setting)}
         stream = {field: value for field, value in fields.items() if field not in mine}
         if stream and "stream" not in mine:
-            if self.own or self.stream is None:
+            if isinstance(self.stream, str) or self.stream is None:
                 raise InputError(f"control {name!r}: {sorted(stream)[0]} is no field of a setting without a stream")
             mine["stream"] = {**self.stream, **stream}
         return dataclasses.replace(self, name=name, **mine)

@@ -120,7 +120,7 @@ def cut(model: Model, documents: Sequence[Json], protocol: Protocol) -> list[Win
 
 def with_setting(model: Model, setting: Setting) -> Model:
     """Return the model under a setting: its own stream, none, or a fresh one with the setting's fields."""
-    if setting.own:
+    if isinstance(setting.stream, str):
         return model
     return model.without_stream() if setting.stream is None else model.with_stream(**setting.stream)
 

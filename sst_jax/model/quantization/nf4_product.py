@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 from sst_jax.types import LinearInputs, LinearOutputs
 
@@ -114,7 +115,7 @@ def _shares(units: int, programs: int, wanted: int = PROGRAMS) -> int:
 
 
 def _call(
-    kernel: Any,
+    kernel: Callable[..., None],
     grid: tuple[int, int],
     shape: tuple[int, ...],
     x: jax.Array,
@@ -189,7 +190,7 @@ def _kernel_product_backward(run: str, saved: tuple, dy: LinearOutputs) -> tuple
 kernel_product.defvjp(_kernel_product_forward, _kernel_product_backward)
 
 
-def fits(shape: tuple[int, ...], outputs: int, dtype: Any) -> bool:
+def fits(shape: tuple[int, ...], outputs: int, dtype: DTypeLike) -> bool:
     """Return whether inputs [..., in] of a type are multiplied here; else by the kernel unpacked."""
     rows = math.prod(shape[:-1])
     return rows == 1 or (rows <= MOST and dtype == jnp.bfloat16 and columns(outputs) is not None)

@@ -183,6 +183,7 @@ def test_earlier_and_random_states_enter_instead(model):
         ({"baseline": "none"}, "'none' is none of the settings"),
         ({"window": 1}, "window=1"),
         ({"settings": {"plain": {"stream": {"alpha": 2}}}}, "stream.alpha"),
+        ({"settings": {"plain": {"stream": "modle"}}}, "stream='modle' is not 'model'"),
         ({"settings": {"plain": {"layers": 2}}}, "has no field layers"),
         ({"choose": {"among": []}}, "among names no setting"),
         ({"windows": 8, "extra": 1}, "unknown key extra"),
