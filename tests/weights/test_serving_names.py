@@ -2,8 +2,8 @@
 
 Their loaders put what a checkpoint calls q_proj, k_proj and v_proj into one parameter, qkv_proj, and gate_proj and
 up_proj into gate_up_proj; every other name must be a parameter's. What parameters there are, by the architecture in
-config.json, is read off `vllm/model_executor/models` (registry.py, llama.py, gemma3.py, qwen2.py, qwen3.py, olmo2.py,
-granite.py, phi3.py, seed_oss.py) and `sglang/srt/models` (llama.py, gemma3_causal.py and the same names).
+config.json, is read off `vllm/model_executor/models` (registry.py, llama.py, gemma3.py, gemma4.py, qwen2.py, qwen3.py,
+olmo2.py, granite.py, phi3.py, seed_oss.py) and `sglang/srt/models` (llama.py, gemma3_causal.py and the same names).
 """
 
 import json
@@ -24,9 +24,12 @@ LLAMA = {
 HEAD_NORMS = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
 BIASES = {"self_attn.qkv_proj.bias"}
 OLMO = (LLAMA - {"input_layernorm.weight"}) | HEAD_NORMS | {"post_feedforward_layernorm.weight"}
+GEMMA = LLAMA | HEAD_NORMS | {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}
 # Architecture -> parameters of a layer. SmolLM3 goes by the transformers backend of both, whose names are the same.
 PARAMETERS = {
-    "Gemma3ForCausalLM": LLAMA | HEAD_NORMS | {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"},
+    "Gemma3ForCausalLM": GEMMA,
+    "Gemma4ForCausalLM": GEMMA | {"layer_scalar"},
+    "Gemma4UnifiedForCausalLM": GEMMA | {"layer_scalar"},
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Ministral3ForCausalLM": LLAMA,
@@ -63,6 +66,8 @@ def test_every_tensor_is_a_parameter_there_and_every_parameter_is_filled(name, t
     for key in read_raw(folder):
         *before, last, kind = key.split(".")
         filled[".".join([*before, PACKED.get(last, last), kind])] += 1
+        if last == "k_proj" and config.get("attention_k_eq_v"):  # of full attention it is loaded as the values too
+            filled[".".join([*before, "qkv_proj", kind])] += config["layer_types"][int(before[2])] == "full_attention"
     assert set(filled) == expected
     for parameter, count in filled.items():
         packed = parameter.split(".")[-2]
