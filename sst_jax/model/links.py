@@ -34,6 +34,7 @@ from sst_jax.model.state import Masks, initial_state, sources_of, state_update
 from sst_jax.types import (
     AllSteps,
     AnyArray,
+    CacheStack,
     Hidden,
     IteratedHidden,
     PositionKeys,
@@ -192,7 +193,7 @@ def scan_stack(
         ys = (jnp.moveaxis(state, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
         return (*left, memo), (o[:, 0], *ys)
 
-    def empty(layers: int, one: BackboneConfig) -> PositionKeys:
+    def empty(layers: int, one: BackboneConfig) -> CacheStack:
         return jnp.zeros((layers, rows, length, one.num_kv_heads, one.head_dim), x.dtype)
 
     kept: Any = empty(backbone.num_layers, backbone)
