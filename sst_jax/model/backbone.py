@@ -53,8 +53,8 @@ class BackboneConfig:
     rope_original    positions that LongRoPE's short divisors are for
     rope_magnitude   what cosines and sines of global layers are multiplied by: YaRN's and LongRoPE's attention factor
     query_scaling    None, or (beta, N): queries are multiplied by 1 + beta * log(1 + floor(position / N))
-    attention_window  positions that a query sees at most, its own included, whatever the layer's kind: of all layers,
-                     or one number a layer. No checkpoint's: a recipe asks for it. None: the kinds alone decide
+    attention_window  positions that a query sees at most, its own included, whatever the layer's kind: (W,) in all
+                     layers, or one number a layer. No checkpoint's: a recipe asks for it. None: the kinds alone decide
     v_norm           whether each head's values are divided by their RMS
     values_from_keys  whether values are what keys are before their norm; with global_head_dim in global layers alone
     layer_scalar     whether a layer's output is multiplied by a number of its own

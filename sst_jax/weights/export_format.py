@@ -178,8 +178,9 @@ def read_carried(source: Source) -> StreamBundle:
         stream, blend, prompts = read_stream(folder, backbone)
         return StreamBundle(ModelConfig(backbone, stream), {"adapter": {}, "blend": blend}, prompts)
     where, options = f"{folder / 'config.json'}: sst", source.metadata["sst"]
-    if options.get("attention_window") is not None:
-        backbone = dataclasses.replace(backbone, attention_window=options["attention_window"])
+    if (windows := options.get("attention_window")) is not None:
+        windows = tuple(windows) if isinstance(windows, list) else (windows,)
+        backbone = dataclasses.replace(backbone, attention_window=windows)
     stream = from_mapping(StreamConfig, _options(options, "stream", where))
     adapter = AdapterConfig(rank=0)
     if options.get("adapter") is not None:

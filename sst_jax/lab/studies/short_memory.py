@@ -116,6 +116,7 @@ def read_protocol(path: Path) -> Protocol:
 def model_config(protocol: Protocol, name: str) -> ModelConfig:
     """Return an arm's model: a small Gemma 3 whose layers are all global, but for the window that is asked for."""
     arm, own = protocol.arms[name], protocol.model
+    windows = arm.attention_window
     backbone = BackboneConfig(
         num_layers=own["layers"],
         d_model=own["d_model"],
@@ -126,7 +127,7 @@ def model_config(protocol: Protocol, name: str) -> ModelConfig:
         vocab_size=protocol.vocabulary,
         query_pre_attn_scalar=own["d_model"] / own["heads"],
         rope_theta_global=10_000.0,
-        attention_window=arm.attention_window,  # type: ignore[arg-type]  # a number is made one a layer
+        attention_window=(windows,) if isinstance(windows, int) else windows,
     )
     return ModelConfig(backbone, None if arm.stream is None else from_mapping(StreamConfig, arm.stream))
 
