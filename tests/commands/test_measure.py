@@ -77,7 +77,8 @@ def test_a_card_with_a_data_sheet_has_a_ratio():
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
         ("NVIDIA A100-SXM4-80GB", "a100-80g"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx-pro-6000"),
-        ("NVIDIA L4", None),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40", None),
         ("cpu", None),
     ],
 )

@@ -187,11 +187,14 @@ def _planned(program: Program, text: str, arguments: list, target: Target | None
 
 def target_of(kind: str) -> Target | None:
     """Return the data sheet of a device by the name that its driver gives it; None where there is none."""
-    named = kind.lower().replace("-", " ")
+    words = kind.lower().replace("-", " ").split()
     fits = [
         target
         for name, target in TARGETS.items()
-        if target.platform == "cuda" and target.chips == 1 and all(part in named for part in name.split("-"))
+        if target.platform == "cuda"
+        and target.chips == 1
+        # Whole words, as an L40 is no L4; 80g is the driver's 80GB.
+        and all(part in words or f"{part}b" in words for part in name.split("-"))
     ]
     return max(fits, key=lambda target: len(target.name), default=None)
 
