@@ -250,33 +250,38 @@ def _escaping(prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]} if prefix else spaces
 
 
+def _normal(vocabulary: Vocabulary) -> set[str]:
+    return {piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == NORMAL}
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Return every split of every piece into two other pieces, those of the best score first."""
+    normal, scores = _normal(vocabulary), dict(zip(vocabulary.pieces, vocabulary.scores, strict=True))
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(normal, key=lambda piece: (-scores[piece], piece))
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+
+
 def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
     """Return the same vocabulary as a `tokenizer.json`, which gives the same ids in the tokenizers library.
 
     SentencePiece joins the neighbours whose join scores highest; the library wants a ranked list of pairs, so every
     split of every piece into two other pieces is listed, best score first.
 
-    Raises: InputError where a space is prefixed, there are user-defined pieces, and some other piece is not what its
-    own characters are joined to: there is no such file then.
+    Raises: InputError where no such file gives the same ids.
     """
-    prefix = vocabulary.add_dummy_prefix
-    ids = {piece: index for index, piece in enumerate(vocabulary.pieces)}
-    normal = {piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == NORMAL}
-    scores = dict(zip(vocabulary.pieces, vocabulary.scores, strict=True))
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(normal, key=lambda piece: (-scores[piece], piece))
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
-    defined = [piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == USER_DEFINED]
+    prefix, ids = vocabulary.add_dummy_prefix, {piece: index for index, piece in enumerate(vocabulary.pieces)}
     # The library would prefix a space to added tokens too, and find them behind spaces only: cut out before the model,
     # and taken whole by it, they are found where SentencePiece finds them.
-    cut_out = defined if prefix else []
+    kinds = list(zip(vocabulary.pieces, vocabulary.types, strict=True))
+    cut_out = [piece for piece, kind in kinds if kind == USER_DEFINED and prefix]
     added = [
         # Pieces with spaces match only after the normaliser has escaped those of the text.
         _added_token(index, piece, special=kind != USER_DEFINED, normalized=kind == USER_DEFINED)
-        for index, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+        for index, (piece, kind) in enumerate(kinds)
         if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and not prefix)
     ]
     escapes = SPACE in ids  # a vocabulary of bytes alone spells a space as its byte
@@ -308,11 +313,11 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": ids,
-            "merges": merges,
+            "merges": _merges(vocabulary),
         },
     }
     if cut_out:
-        _check_joined(tokenizer["model"], normal)
+        _check_joined(tokenizer["model"], _normal(vocabulary))
         tokenizer["model"]["ignore_merges"] = True
     return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")
 
@@ -331,10 +336,8 @@ def _check_joined(model: Json, pieces: Iterable[str]) -> None:
     ordered = sorted(pieces)
     for piece, found in zip(ordered, bare.encode_batch(ordered, add_special_tokens=False), strict=True):
         if len(found.ids) != 1:
-            raise InputError(
-                "this SentencePiece model, which prefixes a space and has user-defined pieces, cannot be a "
-                f"tokenizer.json: its characters are not joined to the piece {piece!r}"
-            )
+            what = "a SentencePiece model that prefixes a space and has user-defined pieces"
+            raise InputError(f"{what} cannot be a tokenizer.json: characters are not joined to the piece {piece!r}")
 
 
 # ------------------------------------------------------------------------------------------------- byte-level BPE
