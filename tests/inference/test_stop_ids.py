@@ -124,7 +124,8 @@ def test_answers_of_every_family_end_where_transformers_does(family, tmp_path):
 
     whole = theirs(folder)
     assert len(whole) == 12
-    end = next(token for at, token in enumerate(whole) if at > 2 and token not in whole[:at])
+    # Tied heads may write one token for ever: they end at once.
+    end = next((token for at, token in enumerate(whole) if at > 2 and token not in whole[:at]), whole[0])
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, end]}))
     expected = theirs(folder)
     assert expected == whole[: whole.index(end) + 1]
