@@ -49,8 +49,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--allow-changed",
         action="store_true",
-        help="resume although base, data, tokenizer or chat template are not those that the run began with, and "
-        "record it in DIR/config.json",
+        help="resume although base, data, tokenizer or chat template are not those that the run began with, or with "
+        "more train.steps or another train.eval_every, and record it in DIR/config.json",
     )
     return parser
 

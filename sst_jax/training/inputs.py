@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
         return loader.rows(self.sources[0], layout(self), seed=seed)
 
 
-def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) -> Inputs:
+def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None, allow_changed: bool = False) -> Inputs:
     """Read the data and the base of a run, and check everything that can be wrong with them; nothing is written.
 
     Args: as those of `fit`.
@@ -57,7 +57,7 @@ def check_inputs(recipe: Recipe, workdir: Path, base: str | Path | None = None) 
     mesh, data = jax.sharding.get_mesh(), recipe.data
     sharding.check(mesh, batch_size=data.batch_size)
     sharding.check(mesh, batch_size=data.eval_batch_size, knob="data.eval_batch_size")
-    check_recipe(workdir, recipe.to_json())
+    check_recipe(workdir, recipe.to_json(), allow_changed=allow_changed)
     if base is not None and not (workdir / "config.json").is_file():
         raise InputError(f"--base {base} is for a run that resumes, and {workdir} holds none: set model.source")
     check_loggers(recipe.train.logger_names)

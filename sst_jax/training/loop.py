@@ -67,7 +67,7 @@ def fit(
         workdir: the run folder: new, empty, or one that holds a run of the same recipe.
         watch: deadlines of a run while it trains; None: the defaults of `Watch`.
         base: where the base of a run that resumes lies now, by its digest the same; None: where the recipe says.
-        allow_changed: whether to resume where base or data are not those that the run began with, and record it.
+        allow_changed: whether to resume with another base, data or length than the run began with, and record it.
         brief: whether the summary leaves out the answers and what to do next: for one of several runs.
 
     Returns:
@@ -80,7 +80,7 @@ def fit(
     recipe, workdir = as_recipe(recipe), Path(workdir).expanduser()
     initialize_distributed(recipe.mesh)
     with jax.set_mesh(sharding.make_mesh(recipe.mesh)), quiet_non_primary():
-        inputs = check_inputs(recipe, workdir, base)
+        inputs = check_inputs(recipe, workdir, base, allow_changed)
         full = writing(workdir, "make room, then the same command resumes")
         with full, open_run(inputs, workdir, watch or Watch(), allow_changed) as run:
             programs, progress = compile_programs(run), run.progress

@@ -40,6 +40,11 @@ from sst_jax.weights.checkpoint import BEST, newest_good, read_metrics
 from sst_jax.weights.run_tokenizer import TOKENIZER_FOLDER
 
 PACKAGES = ("sst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+# Knobs that say how long a run is and what is seen of it: with --allow-changed it resumes with others.
+RESUMABLE = tuple(
+    f"train.{name}"
+    for name in ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "max_skipped", "loggers")
+)
 
 
 class RunFolder:
@@ -66,7 +71,7 @@ class RunFolder:
             base: what base.json holds: which weights the run stands on, "path" and "digest" among it.
             writes: whether this process is the one that writes.
             defaults: as `check_recipe` takes them.
-            allow_changed: whether a run resumes where base or data have changed, which config.json then records.
+            allow_changed: whether a run resumes where base, data or RESUMABLE have changed, which config.json records.
 
         Raises: InputError with the differing keys, or when another process has the folder, or it holds something else.
         """
@@ -76,7 +81,7 @@ class RunFolder:
         self._loggers: list[Logger] = []
         if not writes:
             return
-        differing = check(path, config, base, defaults)
+        differing = check(path, config, base, defaults, allow_changed)
         if not allow_changed:
             check_changes(str(path), differing)
         try:
@@ -102,11 +107,12 @@ class RunFolder:
         """Write what a run resumes with, and under "changed" what it had before, and up to which step."""
         file, base_file = self.path / "config.json", self.path / "base.json"
         there, before = read_json(file), {"base": read_json(base_file)}
-        before |= {key: there[key] for key in ("data",) if key in there}
+        names = ("data", "recipe") if any(what.startswith(RESUMABLE) for what in differing) else ("data",)
+        before |= {key: there[key] for key in names if key in there}
         change = {"step": newest_good(self.path) or 0, "what": differing, "before": before}
         # The base first: killed in between, the same command comes here again.
         write_json(base_file, base)
-        kept = {key: config[key] for key in ("data",) if key in there}
+        kept = {key: config[key] for key in names if key in there}
         write_json(file, {**there, **kept, "changed": [*there.get("changed", []), change]})
 
     def start_log(self, step: int, loggers: Sequence[str] = ()) -> None:
@@ -203,13 +209,19 @@ class RunFolder:
                 file.close()
 
 
-def check_recipe(path: Path, recipe: Json, defaults: Json | None = None) -> None:
+def check_recipe(
+    path: Path, recipe: Json, defaults: Json | None = None, allow_changed: bool | None = None
+) -> list[str]:
     """Check what can be said of a run folder before the model is read.
 
     Args:
         path: the run folder.
         recipe: of the run that is to train in it, as it is recorded.
         defaults: what a knob is that an earlier version did not record. None: the defaults of `recipe.defaults`.
+        allow_changed: whether knobs of RESUMABLE may differ; None: they may not, and nothing can be said to allow it.
+
+    Returns:
+        Which of these differ, each in words.
 
     Raises: InputError unless `path` is new, empty, or holds a run of the same recipe.
     """
@@ -220,11 +232,19 @@ def check_recipe(path: Path, recipe: Json, defaults: Json | None = None) -> None
         # A run that was killed before its first record leaves base.json alone.
         if strangers and strangers != ["base.json"]:
             raise InputError(f"--workdir {path} holds {strangers[0]} but no run: choose an empty folder")
-        return
+        return []
     if defaults is None:
         defaults = default_record()
     there = read_json(path / "config.json").get("recipe") or {}
-    _check_same(path, {"recipe": comparable(there, defaults)}, {"recipe": comparable(recipe, defaults)})
+    before, now = comparable(there, defaults), comparable(recipe, defaults)
+    differing = [name for name in RESUMABLE if before.get(name) != now.get(name)]
+    words = [f"{name} ({before.get(name)!r} there, {now.get(name)!r} now)" for name in differing]
+    if allow_changed:
+        before |= {name: now[name] for name in differing}
+    elif allow_changed is not None and differing and before | {name: now[name] for name in differing} == now:
+        check_changes(str(path), words)
+    _check_same(path, {"recipe": before}, {"recipe": now})
+    return words
 
 
 def comparable(recorded: Json, defaults: Json) -> Json:
@@ -245,19 +265,19 @@ def _by_dotted_name(tree: ReadOnlyJson, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def check(path: Path, config: Json, base: Json, defaults: Json | None) -> list[str]:
-    """Return in words what of base and data differs from those of the run that a folder holds; of a new one nothing.
+def check(path: Path, config: Json, base: Json, defaults: Json | None, allow_changed: bool) -> list[str]:
+    """Return in words what of a run's inputs differs from those of the run that a folder holds; of a new one nothing.
 
     Raises: InputError unless `path` is new, empty, or holds a run of the same config.
     """
-    check_recipe(path, config["recipe"], defaults)
+    knobs = check_recipe(path, config["recipe"], defaults, allow_changed)
     if not (path / "config.json").is_file():
         return []
     there = read_json(path / "config.json")
     if "model_config" in there and "model_config" in config:  # read, so that fields of later versions are there too
         models = [ModelConfig.from_dict(record["model_config"]).to_dict() for record in (there, config)]
         _check_same(path, *({"model_config": json.loads(json.dumps(model))} for model in models))
-    recorded, differing = read_json(path / "base.json"), []
+    recorded, differing = read_json(path / "base.json"), knobs
     if recorded.get("digest") != base["digest"]:
         differing.append(
             f"base ({recorded.get('path')}, {str(recorded.get('digest'))[:12]} there, {base['path']}, "

@@ -163,6 +163,26 @@ def test_changed_data_is_refused_by_name_and_gone_on_with_when_told(stopped):
     assert json.loads((run / "config.json").read_text()) == now
 
 
+def test_a_run_resumes_for_more_steps_when_told(stopped):
+    """With another rhythm of evaluations; what makes its model stays as it was."""
+    knobs, run = stopped
+    before = json.loads((run / "config.json").read_text())
+    longer = knobs | {"train.steps": 3, "train.eval_every": 1}
+    with pytest.raises(
+        InputError, match=r"train\.steps \(2 there, 3 now\); train\.eval_every .*--allow-changed resumes"
+    ):
+        fit(read_recipe("tiny", longer), run)
+    with pytest.raises(InputError, match=r"another config \(recipe\.optimizer\.learning_rate"):
+        fit(read_recipe("tiny", longer | {"optimizer.learning_rate": 0.5}), run, allow_changed=True)
+    assert json.loads((run / "config.json").read_text()) == before
+    assert fit(read_recipe("tiny", longer), run, allow_changed=True).steps == 3
+    (changed,) = (now := json.loads((run / "config.json").read_text()))["changed"]
+    assert (changed["step"], changed["before"]["recipe"]) == (1, before["recipe"])
+    assert [what.split()[0] for what in changed["what"]] == ["train.steps", "train.eval_every"]
+    assert (now["recipe"]["train"]["steps"], load(run).provenance.step) == (3, 3)
+    fit(read_recipe("tiny", longer), run)  # its own from then on
+
+
 def test_a_run_that_recorded_no_data_resumes_as_before(stopped):
     """As 0.1.0 wrote it."""
     knobs, run = stopped
