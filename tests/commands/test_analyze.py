@@ -20,6 +20,8 @@ from sst_jax.console.command import run
 from sst_jax.lab.analysis.collection import read_array, write_array
 from tests.support.browser import CHROMIUM, browser
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "link", "img", "br"}
 
 

@@ -26,6 +26,7 @@ def measured(tmp_path_factory):
     return json.loads(out.read_text()), trace
 
 
+@pytest.mark.slow
 def test_every_program_has_been_run(measured):
     record, _ = measured
     names = [one["name"] for one in record["programs"]]

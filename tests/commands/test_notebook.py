@@ -3,9 +3,12 @@
 import json
 import re
 
+import pytest
+
 from tests.support import ROOT
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_errors_fall_as_it_says(capsys, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text())

@@ -44,6 +44,7 @@ def trained(workdir, *flags):
     return run(train.main, ["--config", TINY, *SMALL, "--workdir", str(workdir), *flags])
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_and_is_told(mixture, tmp_path, capsys):
     assert trained(tmp_path / "run", *mixture, "--config.data.heldout_share=0.2") == 0
     said = capsys.readouterr().out

@@ -53,6 +53,7 @@ def test_a_converted_folder_is_what_loading_with_quantize_gives(folders, tmp_pat
     assert trees_equal(narrow["layers"]["q"], opened.params["base"]["layers"]["q"])
 
 
+@pytest.mark.slow
 def test_training_quantises_as_it_reads_and_resumes(folders, run_on_nf4, tmp_path):
     reading = tmp_path / "reading"
     assert train_small(reading, f"--config.model.source={folders / 'plain'}", "--config.model.quantize=nf4") == 0
@@ -163,6 +164,7 @@ def test_the_original_of_a_chain_of_quantised_bases(folders):
     assert open_original(chained, "float32").provenance.quantize == "none"
 
 
+@pytest.mark.slow
 def test_errors_of_the_forwards_are_measured_on_a_quantised_base(folders, tmp_path):
     arguments = ["approximation", "--model", str(folders / "nf4"), "--out", str(tmp_path / "out"), "--batch", "1"]
     settings = ["--alphas", "0.01,0.04", "--forwards", "two_pass", "--lengths", "24"]

@@ -23,6 +23,7 @@ from tests.support.runs import SMALL, TINY, assert_same_run, train_small, traina
 DIVERGES = [f"--config.{knob}" for knob in ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0")]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_keeps_the_batches(tmp_path, capsys):
     """The first update is finite and ruins the parameters; every step after it is skipped."""
     run = tmp_path / "run"
@@ -43,6 +44,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_batches(tmp_path, capsys):
     assert "NaN" not in (run / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     assert train_small(tmp_path / "run", *DIVERGES) == 1
     assert "step 2: the held-out loss is not finite; the newest good checkpoint is 1" in capsys.readouterr().err
@@ -61,6 +63,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(steps, "batch_losses", losses)
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_and_resumed_over_bit_for_bit(poisoned, tmp_path, capsys):
     settings = ("--config.train.steps=8", "--config.train.eval_every=4")
     assert train_small(tmp_path / "whole", *settings) == 0

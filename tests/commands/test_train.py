@@ -150,6 +150,7 @@ def test_a_vocabulary_without_bos_has_none_to_skip(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_prompts_are_iterated_ends_with_its_samples(tmp_path):
     assert train_small(tmp_path / "run", "--config.stream.iterate_prompt=all", "--config.train.steps=1") == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -245,6 +246,7 @@ def test_full_disk_like_failure_keeps_the_run_usable(copied, finished, monkeypat
     assert_same_run(copied, finished)
 
 
+@pytest.mark.slow
 def test_gsm8k_and_the_plain_baseline_train_too(tmp_path):
     """With the stream off the same command trains LoRA alone."""
     data = pathlib.Path(tmp_path / "gsm8k")

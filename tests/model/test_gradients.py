@@ -112,6 +112,7 @@ def test_remat_changes_no_gradient(settings, remat, float64):
     assert largest_difference(again, kept) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("chunk", [3, 7])
 def test_chunks_of_exact_change_no_gradient(chunk, remat, float64, monkeypatch):

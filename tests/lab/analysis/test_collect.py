@@ -123,6 +123,7 @@ def test_controls_between_layers_are_refused():
         analysis.check_model(model, analysis.AnalysisConfig(task="words"))
 
 
+@pytest.mark.slow
 def test_a_text_alone_has_no_other_to_take_states_from():
     model, some = toy(), texts(12, 8, 6)
     settings = collect.Settings((1, 2), rounding=False)
@@ -219,6 +220,7 @@ class Leaky(collect.TextRunner):
         return super().__call__(batch, depth, config=config, **more)
 
 
+@pytest.mark.slow
 def test_controls_see_a_blend_that_alpha_0_leaves_on(collected):
     """`plain` has a run of the backbone to compare with, which no stream can move."""
     model, some, settings, folder = collected

@@ -249,6 +249,7 @@ def test_first_states_are_what_routing_sees(model):
         np.testing.assert_array_equal(states, seen)
 
 
+@pytest.mark.slow
 def test_fit_writes_a_probe_with_its_provenance(model, outcomes, fitted):
     probe = probes.load(str(fitted / "probe.safetensors"))
     result = json.loads((fitted / "result.json").read_text())
@@ -260,6 +261,7 @@ def test_fit_writes_a_probe_with_its_provenance(model, outcomes, fitted):
     assert sum(result["scores"]["routing"]["routed"][name] for name in ("broken", "mended")) <= 40
 
 
+@pytest.mark.slow
 def test_a_probe_routes_generation_and_evaluation(model, fitted, outcomes, tmp_path, capsys):
     """apply, generate --halt and evaluate --depth probe:FILE take the same decisions."""
     file, (folder, made) = str(fitted / "probe.safetensors"), model
@@ -294,6 +296,7 @@ def test_a_probe_routes_generation_and_evaluation(model, fitted, outcomes, tmp_p
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_probe_of_another_model_is_refused(model, fitted, capsys):
     file, (_, made) = str(fitted / "probe.safetensors"), model
     probe = probes.load(file)
@@ -312,6 +315,7 @@ def test_a_probe_of_another_model_is_refused(model, fitted, capsys):
         assert "stream" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_requests_cannot_open_files(fitted):
     with pytest.raises(InputError, match="is not one of"):
         parse(f"probe:{fitted / 'probe.safetensors'}")
@@ -319,6 +323,7 @@ def test_requests_cannot_open_files(fitted):
     assert [policy.max_depth for policy in policies] == [1, 2]
 
 
+@pytest.mark.slow
 def test_damaged_probes_are_named(fitted, tmp_path):
     good = probes.load(str(fitted / "probe.safetensors"))
     metadata = {"format": probes.FORMAT, "probe": json.dumps(good.facts)}
@@ -356,6 +361,7 @@ def test_damaged_probes_are_named(fitted, tmp_path):
         (["--depths", "1,2", "--model", "random:tiny"], "no stream"),
     ],
 )
+@pytest.mark.slow
 def test_fit_names_what_is_wrong(model, outcomes, tmp_path, capsys, flags, culprit):
     usual = {"--model": model[0], "--outcomes": outcomes, "--out": str(tmp_path), "--depths": "1,2"}
     usual |= dict(zip(flags[::2], flags[1::2], strict=True))
@@ -365,6 +371,7 @@ def test_fit_names_what_is_wrong(model, outcomes, tmp_path, capsys, flags, culpr
     assert message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_outcomes_of_another_model_are_refused(outcomes, tmp_path, capsys):
     other = str(sst_jax.load("random:tiny").with_stream(alpha=0.09).save(tmp_path / "other"))
     arguments = ["fit", "--model", other, "--outcomes", outcomes, "--out", str(tmp_path / "out"), "--depths", "1,2"]
@@ -372,6 +379,7 @@ def test_outcomes_of_another_model_are_refused(outcomes, tmp_path, capsys):
     assert "another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("foreign", [0, 1])
 def test_outcomes_of_two_models_are_refused_in_either_order(model, outcomes, tmp_path, foreign):
     """One depth is another model's: whichever folder comes last, nothing is fitted."""
@@ -391,6 +399,7 @@ def test_outcomes_of_two_models_are_refused_in_either_order(model, outcomes, tmp
             probe_dataset.items(probe_dataset.read(order, (1, 2)), (1, 2), tokenizer, provenance)
 
 
+@pytest.mark.slow
 def test_generating_refuses_a_probe_of_another_model_however_it_is_asked_for(model, fitted, tmp_path, capsys):
     other = str(sst_jax.load("random:tiny").with_stream(alpha=0.2).save(tmp_path / "other"))
     file = str(fitted / "probe.safetensors")

@@ -20,6 +20,8 @@ from sst_jax.model import rules
 from sst_jax.training import recipe
 from sst_jax.weights.loading import open_model
 
+pytestmark = pytest.mark.slow  # all are about runs of three arms
+
 CONFIG = str(pathlib.Path(__file__).parents[3] / "configs" / "statetrack.py")
 SMALL = [
     "--config.train.steps=3", "--config.train.further_steps=2", "--config.test.times=(1,2)",

@@ -102,6 +102,7 @@ def apart(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_exact_is_as_far_from_float32_with_them_as_without(toy):
     config, params = toy
     tokens = jnp.asarray(toys.tokens(3, 12))
