@@ -90,11 +90,10 @@ def main(argv: Sequence[str]) -> None:
 
 def write_texts(folder: Path, split: str, words: int, workdir: Path) -> Path:
     """Write GSM8K's problems with their solutions as rows {"text": ...} of so many words at most; return the file."""
-    file, target = folder / f"{split}.jsonl", workdir / f"{split}.jsonl"
-    if not file.is_file():
-        raise InputError(f"--data {folder} lacks {split}.jsonl of GSM8K")
+    from sst_jax.lab.studies.short_memory import read_problems
+
+    problems, target = read_problems(folder, split), workdir / f"{split}.jsonl"
     if not target.is_file():
-        problems = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         texts = [" ".join(f"{problem['question']} {problem['answer']}".split()[:words]) for problem in problems]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

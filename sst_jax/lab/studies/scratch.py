@@ -240,7 +240,7 @@ def save_params(folder: Path, params: Params) -> None:
 
 
 def load_params(folder: Path, config: ModelConfig) -> Params:
-    """Return weights of all seeds as `save_params` wrote them."""
+    """Return weights as `save_params` wrote them."""
     arrays = load_file(folder / "params.safetensors")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(arrays[_name(path)]), decoder.abstract_params(config)

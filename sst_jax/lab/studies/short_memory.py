@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from sst_jax.console.command import write_json
+from sst_jax.data.records import read_file
 from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.lab.planning.count import count
+from sst_jax.lab.studies.scratch import load_params, save_params
 from sst_jax.model import decoder, rules
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
@@ -149,17 +149,22 @@ class Texts(NamedTuple):
     heldout: Rows
 
 
+def read_problems(folder: Path, split: str) -> list[Json]:
+    """Return the rows of one of GSM8K's files. Raises: InputError where the folder lacks it."""
+    file = folder / f"{split}.jsonl"
+    if not file.is_file():
+        raise InputError(f"--data {folder} lacks {split}.jsonl of GSM8K")
+    return [record.value for record in read_file(file)]
+
+
 def read_texts(protocol: Protocol, folder: Path) -> Texts:
     """Return GSM8K's problems with their solutions as rows. Raises: InputError where the folder lacks a file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    texts = {}
-    for split in ("train", "test"):
-        file = folder / f"{split}.jsonl"
-        if not file.is_file():
-            raise InputError(f"--data {folder} lacks {split}.jsonl of GSM8K")
-        problems = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        texts[split] = [f"{problem['question']}\n{problem['answer']}" for problem in problems]
+    texts = {
+        split: [f"{problem['question']}\n{problem['answer']}" for problem in read_problems(folder, split)]
+        for split in ("train", "test")
+    }
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -248,7 +253,7 @@ def train(protocol: Protocol, name: str, seed: int, texts: Texts, target: Path) 
         if number % 50 == 49:
             print(f"{name}-{seed} {number + 1}/{steps}: {np.mean(losses[-50:]):.4f}", flush=True)
     target.mkdir(parents=True, exist_ok=True)
-    save_params(target / "params.safetensors", state[0])
+    save_params(target, state[0])
     facts = {
         "arm": name, "seed": seed, "steps": steps, "protocol": protocol.sha256, "step_flops": work,
         "windows": config.backbone.windows, "reach": config.backbone.reach,
@@ -277,27 +282,13 @@ def _alphas(config: ModelConfig, params: Params) -> list[float]:
     return learned_alpha(config.stream, params["blend"]["theta"], None).mean(-1).tolist()
 
 
-def save_params(file: Path, params: Params) -> None:
-    """Write weights, whose names are the tree's keys joined by slashes."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    save_file({"/".join(part.key for part in path): np.asarray(leaf) for path, leaf in leaves}, file)
-
-
-def load_params(file: Path, config: ModelConfig) -> Params:
-    """Return weights as `save_params` wrote them."""
-    arrays = load_file(file)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jnp.asarray(arrays["/".join(part.key for part in path)]), decoder.abstract_params(config)
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------- Measuring
 
 
 def measure(protocol: Protocol, name: str, texts: Texts, target: Path, rows: int = 50) -> None:
     """Measure a trained arm into losses.npz."""
     config = model_config(protocol, name)
-    params = load_params(target / "params.safetensors", config)
+    params = load_params(target, config)
     found: dict[str, list[np.ndarray]] = {}
     heldout = texts.heldout
     for first in range(0, len(heldout.tokens), rows):
