@@ -331,7 +331,9 @@ class BackboneConfig:
         """Parameters of the backbone; a tied head counts once."""
         tables = (2 - self.tied_head) * self.vocab_size * self.d_model
         if self.has_stacks_by_kind:
-            layers = sum(self.of_kind(kind).layer_params for kind in self.layer_types)
+            layers = sum(
+                self.layer_types.count(kind) * self.of_kind(kind).layer_params for kind in set(self.layer_types)
+            )
         else:
             layers = self.num_layers * self.layer_params
         return tables + self.d_model + layers

@@ -95,7 +95,6 @@ def scan_kinds(
       is so again.
     """
     periods, runs = periods_of(layer_types)
-    size = len(layer_types) // periods
 
     def folded(tree: Any) -> Any:  # [L, ...] -> [periods, layers of a period, ...]
         return jax.tree.map(lambda part: part.reshape(periods, -1, *part.shape[1:]), tree)
@@ -135,7 +134,6 @@ def scan_kinds(
             found[kind] = jax.tree.map(lambda *those: together(those), *mine) if mine else None
         return ByKind(found["local"], found["global"])
 
-    assert size == sum(run.layers for run in runs)
     return carry, jax.tree.map(join, *outputs, is_leaf=_is_by_kind)
 
 
