@@ -250,6 +250,11 @@ def side_names(result: Json) -> tuple[str, str]:
     return (one, other) if one and other and one != other else ("A", "B")
 
 
+def policy_label(record: Json) -> str:
+    """Return the depth policies of a comparison in a few characters: one name where both sides have the same."""
+    return record["A"] if record["A"] == record["B"] else f"{record['A']} v {record['B']}"
+
+
 def figure(result: Json, target: Path) -> None:
     """Draw the scores of both sides by policy, and the differences, with their intervals, each seed's beside."""
     loss, sides = result["measure"] == "loss", dict(zip("AB", side_names(result), strict=True))
@@ -275,10 +280,7 @@ def figure(result: Json, target: Path) -> None:
         for index, found in enumerate(record["each_seed"] if several else ()):
             _bar(right, number + 0.12 * (index + 1), found, "0.6", None if number or index else "each seed")
     right.axhline(0.0, color="0.5", linewidth=0.8)
-    labels = [
-        record["A"] if record["A"] == record["B"] else f"{record['A']} v {record['B']}"
-        for record in result["comparisons"]
-    ]
+    labels = [policy_label(record) for record in result["comparisons"]]
     right.set_xticks(range(len(labels)), labels)
     right.set(xlabel="depth policy", ylabel=f"{sides['A']} minus {sides['B']}", xlim=(-0.6, len(labels) - 0.4))
     if right.get_legend_handles_labels()[1]:

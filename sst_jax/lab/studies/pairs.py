@@ -18,6 +18,7 @@ from sst_jax.inference.policies import flat
 from sst_jax.lab import evaluation
 from sst_jax.lab.evaluation import EvalConfig, report
 from sst_jax.lab.evaluation.evaluation import finished, read_task
+from sst_jax.lab.evaluation.paired_stats import policy_label
 from sst_jax.lab.studies import arms
 from sst_jax.training import recipe as recipes
 from sst_jax.training.loop import fit
@@ -183,8 +184,8 @@ def print_differences(result: Json) -> None:
     print(f"\nstream minus each other arm:\n{'arm':14}{'depth':22}{'difference':>12}  {'95% over items':26}{seeds}")
     for arm, records in result["comparisons"].items():
         for record in records:
-            depth = record["A"] if record["A"] == record["B"] else f"{record['A']} v {record['B']}"
-            row = f"{arm:14}{depth:22}{record['difference']:12.4g}  {report.interval(record['over_items'], 1.0):26}"
+            row = f"{arm:14}{policy_label(record):22}{record['difference']:12.4g}"
+            row += f"  {report.interval(record['over_items'], 1.0):26}"
             print(row + (report.interval(record["over_seeds"], 1.0) if several else ""))
 
 
