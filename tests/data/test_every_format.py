@@ -4,16 +4,12 @@ What is learned is found by transformers alone: of a conversation what `apply_ch
 an answer and the header that asks for it, up to the token that ends the turn.
 """
 
-import csv
-import json
-
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from sst_jax.data.own import Rows
 from sst_jax.data.prompts import render
 from sst_jax.data.tokenizer import load_tokenizer
+from tests.support.row_files import write_rows
 from tests.support.template_folders import TEMPLATES, write_byte_level
 
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma3": "<end_of_turn>"}
@@ -67,21 +63,6 @@ def is_nested(rows):
 CASES = [(name, suffix) for name in ROWS for suffix in CONTAINERS if suffix != ".csv" or not is_nested(ROWS[name])]
 
 
-def write(file, rows):
-    if file.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    elif file.suffix == ".csv":
-        with file.open("w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(rows))
-    else:
-        file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return file
-
-
 @pytest.fixture(scope="module", params=ENDS)
 def vocabulary(request, tmp_path_factory):
     """(ours, transformers', the piece that ends a turn) of a vocabulary with one template."""
@@ -114,7 +95,7 @@ def of_texts(theirs, asked, answered):
 @pytest.mark.parametrize(("name", "suffix"), CASES)
 def test_tokens_and_masks_are_those_made_by_hand(vocabulary, tmp_path, name, suffix):
     ours, theirs, end = vocabulary
-    file = write(tmp_path / f"rows{suffix}", [row for row, _ in ROWS[name]])
+    file = write_rows(tmp_path / f"rows{suffix}", [row for row, _ in ROWS[name]])
     documents = Rows(str(file)).read().documents
     for document, (_, meant) in zip(documents, ROWS[name], strict=True):
         if isinstance(meant, str):

@@ -1,44 +1,21 @@
 """Rows in every container: the same records from each, one place a row, and clear words for what is none."""
 
-import csv
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from sst_jax.data.records import READERS, read_file, read_hub
 from sst_jax.errors import InputError
+from tests.support.row_files import jsonl, write_rows
 
 ODD = 'line\nbreak, "quotes", \u2028 and \u2029, caf\u00e9 \U0001f600'
 ROWS = [{"prompt": "a", "completion": ODD}, {"prompt": ODD, "completion": "b"}, {"prompt": "c", "completion": " d "}]
 
 
-def jsonl(rows):
-    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-
-
-def write(folder, name, rows=ROWS):
-    """A file of rows, written by a library that is not ours."""
-    file = folder / name
-    if file.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    elif file.suffix == ".csv":
-        with file.open("w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(rows, indent=1))
-    else:
-        file.write_bytes(jsonl(rows))
-    return file
-
-
 @pytest.mark.parametrize("suffix", [*READERS, ".JSONL", ".Parquet"])
 def test_every_container_gives_the_same_rows(tmp_path, suffix):
     file = tmp_path / f"a{suffix}"
-    file.write_bytes(write(tmp_path, f"b{suffix.lower()}").read_bytes())
+    file.write_bytes(write_rows(tmp_path / f"b{suffix.lower()}", ROWS).read_bytes())
     records = list(read_file(file))
     assert [record.value for record in records] == ROWS
     assert [record.place for record in records] == [0, 1, 2]
@@ -73,7 +50,7 @@ def test_a_json_file_may_hold_its_rows_under_a_key_or_be_lines(tmp_path, key):
 def test_lines_and_cells_of_ten_megabytes(tmp_path):
     rows = [{"prompt": "a", "completion": "x" * 10_000_000}]
     for name in ("a.jsonl", "a.csv", "a.parquet", "a.json"):
-        assert [record.value for record in read_file(write(tmp_path, name, rows))] == rows
+        assert [record.value for record in read_file(write_rows(tmp_path / name, rows))] == rows
 
 
 def test_a_place_is_that_of_the_line(tmp_path):
@@ -131,8 +108,8 @@ def hub(tmp_path, monkeypatch):
     (repository / "refs" / "v2").write_text("1" * 40)
     for config in ("long", "short"):
         (snapshot / config).mkdir(parents=True)
-        write(snapshot / config, "train-00000-of-00001.parquet", [{"text": f"{config} {n}"} for n in range(3)])
-        write(snapshot / config, "test-00000-of-00001.parquet", [{"text": f"{config} test"}])
+        write_rows(snapshot / config / "train-00000-of-00001.parquet", [{"text": f"{config} {n}"} for n in range(3)])
+        write_rows(snapshot / config / "test-00000-of-00001.parquet", [{"text": f"{config} test"}])
     configs = "".join(
         f"- config_name: {config}\n  data_files:\n"
         + "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("train", "test"))
@@ -141,7 +118,7 @@ def hub(tmp_path, monkeypatch):
     (snapshot / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     second = repository / "snapshots" / ("1" * 40)
     second.mkdir()
-    write(second, "train.parquet", [{"text": "second"}])
+    write_rows(second / "train.parquet", [{"text": "second"}])
     return tmp_path
 
 

@@ -24,21 +24,22 @@ def test_train_step_and_held_out_losses_are_the_runs_own(tmp_path, forward):
     flags = [*SMALL, *LINKED, f"--config.stream.forward={forward}"]
     recipe = recipes.resolve(recipes.read(TINY, flags))
     with jax.set_mesh(sharding.make_mesh(recipe.mesh)):
-        compared(recipe, tmp_path / "run")
+        inputs = check_inputs(recipe, tmp_path / "run", None)
+        backbone = inputs.config.backbone
+        ran, scored, rows = programs_of_a_run(recipe, inputs, tmp_path / "run")
+        planned, arguments = programs.training_step(recipe, backbone)
+        assert count(jaxpr_of(planned, *jax.eval_shape(arguments))) == count(ran)
+        program = programs.evaluation(recipe, backbone, rows)
+        assert count(jaxpr_of(program.step, *jax.eval_shape(program.arguments))) == count(scored)
+        assert count(ran).flops > 0
 
 
-def compared(recipe, workdir):
-    inputs = check_inputs(recipe, workdir, None)
-    backbone = inputs.config.backbone
+def programs_of_a_run(recipe, inputs, workdir):
+    """The train step and the held-out losses of a run as it traces them, and the rows of the latter."""
     with open_run(inputs, workdir, Watch()) as run:
         ours, batch = compile_programs(run), next(run.iterator)
         step = ours.train_step(recipe.forward)
         ran = jaxpr_of(step, run.state, run.base, batch, run.dropout_key)
         held = {name: part for name, part in ours.heldout_batches[0].items() if name != "ids"}
-        rows = len(held["tokens"])
         scored = jaxpr_of(ours.heldout_losses, run.base, run.state.trainable, held)
-    planned, arguments = programs.training_step(recipe, backbone)
-    assert count(jaxpr_of(planned, *jax.eval_shape(arguments))) == count(ran)
-    program = programs.evaluation(recipe, backbone, rows)
-    assert count(jaxpr_of(program.step, *jax.eval_shape(program.arguments))) == count(scored)
-    assert count(ran).flops > 0
+    return ran, scored, len(held["tokens"])
