@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -171,8 +172,20 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         stage.rename(path)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    except BaseException:
+        _remove(stage)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder for good: for a while a library's threads, which nobody waits for, may write into it again."""
+    missing = 0
+    for _ in range(100):  # two seconds at most
+        missing = 0 if folder.exists() else missing + 1
+        if missing == 5:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
 
 
 def diff(old: object, new: object, path: str = "") -> list[tuple[str, object, object]]:

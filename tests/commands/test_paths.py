@@ -3,6 +3,8 @@
 import contextlib
 import json
 import resource
+import threading
+import time
 
 import jax
 import pytest
@@ -173,6 +175,26 @@ def test_what_a_disk_says_is_told_from_other_errors(tmp_path, error, reason):
         raise error
     with pytest.raises(Exception), staged_folder(tmp_path / "new"):  # noqa: B017, PT011 - as above
         raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_failed_stays_away_though_threads_still_write_into_it(tmp_path):
+    def write_on(folder):
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:
+            with contextlib.suppress(FileNotFoundError):  # removed between the two
+                folder.mkdir(exist_ok=True)
+                (folder / "late").touch()
+
+    def fail(folder):
+        threads.append(threading.Thread(target=write_on, args=(folder,)))
+        threads[0].start()
+        raise OSError("full")
+
+    threads = []
+    with pytest.raises(OSError, match="full"), staged_folder(tmp_path / "new") as folder:
+        fail(folder)
+    threads[0].join()
     assert not list(tmp_path.iterdir())
 
 
