@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     asyncio.run(server.serve(sockets=[listener]))
     finished = engine.close(0.0)
     note = "" if finished else "; some were not finished in time"
-    print(f"answers given: {engine.answered}, of {engine.tokens} tokens in all{note}")
+    print(f"answers given: {engine.answered}; their tokens: {engine.tokens}{note}")
     if args.json:
         write_json(args.json, {"model": args.model, "answered": engine.answered, "tokens": engine.tokens})
 

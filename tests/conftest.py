@@ -1,6 +1,7 @@
 """For all rooms: tests run on the CPU, whose arithmetic their tolerances are made for."""
 
 import os
+import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and versi
 import jax
 import pytest
 
+DEADLINE = pytest.StashKey[float]()  # of --minutes, on the monotonic clock
+
 
 def pytest_addoption(parser, pluginmanager):
     parser.addoption(
@@ -27,6 +30,20 @@ def pytest_addoption(parser, pluginmanager):
         metavar="N",
         help="run the first of every N tests of a file; default 1",
     )
+    parser.addoption(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        metavar="M",
+        help="begin no test later than M minutes after the first: the others are skipped; default: no limit",
+    )
+    parser.addoption(
+        "--turn",
+        type=int,
+        default=0,
+        metavar="N",
+        help="begin with another file than the first and go round, so that --minutes leaves out others; default 0",
+    )
     # Now, and not in pytest_configure: the rooms' conftest files, which import the package, are read in between.
     config = pluginmanager.get_plugin("pytestconfig")
     if "--typecheck" in config.invocation_params.args or getattr(config.option, "typecheck", False):  # or: in a worker
@@ -36,7 +53,17 @@ def pytest_addoption(parser, pluginmanager):
         install_import_hook("sst_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+def pytest_configure(config):
+    config.stash[DEADLINE] = time.monotonic() + 60 * config.getoption("minutes")
+
+
 def pytest_collection_modifyitems(config, items):
+    files = list(dict.fromkeys(item.path for item in items))
+    if files:
+        # A large step, whose multiples come near every file early on: neighbours are of one kind.
+        first = files[config.getoption("turn") * (round(len(files) * 0.382) or 1) % len(files)]
+        start = next(number for number, item in enumerate(items) if item.path == first)
+        items[:] = items[start:] + items[:start]
     every = config.getoption("every")
     if every > 1:
         seen = Counter()
@@ -50,6 +77,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("wrong_types"):
                 item.add_marker(pytest.mark.skip(reason="--typecheck refuses wrong types before the package can"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.stash[DEADLINE]:
+        pytest.skip("its turn did not come within --minutes")
 
 
 @pytest.fixture(scope="session", autouse=True)

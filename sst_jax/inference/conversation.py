@@ -136,7 +136,8 @@ def _note(answer: Generation, policy: Policy, seconds: float) -> str:
     if not policy.is_flat and answer.depths:
         depth += f", {sum(answer.depths) / len(answer.depths):.2f} iterations per token"
     cut = "" if answer.finished else ", cut off at max_new_tokens"
-    return f"[{depth}; {len(answer.tokens)} tokens in {seconds:.1f} s{cut}]"
+    count = f"{len(answer.tokens)} {'token' if len(answer.tokens) == 1 else 'tokens'}"
+    return f"[{depth}; {count} in {seconds:.1f} s{cut}]"
 
 
 def note_on_turns(tokenizer: Tokenizer) -> str | None:

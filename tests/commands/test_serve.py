@@ -48,7 +48,7 @@ def test_serves_until_it_is_told_to_stop(stop, finished, tmp_path):
     text = "".join(json.loads(event.split("data: ")[1])["choices"][0]["text"] for event in events if "data: " in event)
     expected = sst_jax.load(finished).generate("Seven", max_new_tokens=300, depth=3)[0]
     assert text == expected.text
-    assert f"answers given: 1, of {len(expected.tokens)} tokens" in printed
+    assert f"answers given: 1; their tokens: {len(expected.tokens)}" in printed
     assert json.loads(out.read_text())["tokens"] == len(expected.tokens)
 
 
