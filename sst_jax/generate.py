@@ -217,7 +217,8 @@ def answer_all(
         print()
     end, tokens = time.monotonic(), sum(len(answer["tokens"]) for answer in answers)
     # The first token waits for compilation; the rest says what a longer answer would see.
-    note = f"{tokens} {'token' if tokens == 1 else 'tokens'} in {end - started:.1f} s with compilation, depth {policy.name}"
+    count = f"{tokens} {'token' if tokens == 1 else 'tokens'}"
+    note = f"{count} in {end - started:.1f} s with compilation, depth {policy.name}"
     rest = tokens - min(len(answers), args.batch)
     if first is not None and rest > 0 and end > first:
         note += f"; {rest / (end - first):.1f} tokens/s after the first"

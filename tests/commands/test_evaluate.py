@@ -273,6 +273,7 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, capsys):
     assert "test.jsonl, line 3: the answer lacks its '####' line" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_trained_on_the_test_file_is_refused(copied, tmp_path, capsys):
     """As if the run had been trained on a folder whose train.jsonl is the test file."""
     for split in ("train", "test"):

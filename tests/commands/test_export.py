@@ -55,6 +55,7 @@ def test_convert_reads_every_format_back(exported, finished, tmp_path, kind):
         assert apart(back.logits(tokens), trained.logits(tokens)) <= 1e-4
 
 
+@pytest.mark.slow
 def test_pytorch_answers_as_the_run_does(exported, finished):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -187,6 +188,7 @@ def test_a_failed_push_leaves_the_export(finished, tmp_path, capsys, monkeypatch
     assert sst_jax.load(out).config.stream is not None
 
 
+@pytest.mark.slow
 def test_the_example_runs_on_an_export_without_sst_jax(exported):
     pytest.importorskip("torch")
     script = ROOT / "examples" / "pytorch_depths.py"

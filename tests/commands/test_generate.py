@@ -43,6 +43,7 @@ def test_generate_answers_a_file_of_prompts_in_one_batch(finished, tmp_path, cap
     assert answers[1]["tokens"] == solo.tokens
 
 
+@pytest.mark.slow
 def test_generate_writes_answers_to_jsonl_as_they_finish(finished, tmp_path, capsys):
     """Samples of prompts from JSONL, in batches that split a prompt's samples, with a policy of depths."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"

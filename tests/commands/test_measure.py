@@ -43,6 +43,7 @@ def test_every_program_has_been_run(measured):
     assert "no data sheet" in measuring.describe(record)
 
 
+@pytest.mark.slow
 def test_kernels_are_held_against_float32(measured):
     record, _ = measured
     errors = {one["name"]: (one["forward"], one["backward"]) for one in record["numerics"]}

@@ -90,6 +90,7 @@ def forget_after(run, step):
         (run / "manifests" / f"{later}.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_before_anything_is_read(tmp_path):
     process = start(tmp_path / "run", "--config.data.batch_size=3", "--config.model.source=nowhere", devices=2)
     _, errors = process.communicate(timeout=300)

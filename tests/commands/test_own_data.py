@@ -95,6 +95,7 @@ def test_dataset_shows_what_is_learned(tmp_path, capsys):
     assert run(dataset.main, [*flags, "--show", "-1"]) == 2
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_scored(finished, tmp_path, capsys):
     """Half of the references are what the model writes: half of its answers are right, at every depth."""
     asked = [{"prompt": f"Say {n}:", "answer": "x"} for n in range(6)]

@@ -122,6 +122,7 @@ def test_a_larger_rank_has_at_least_the_streams_parameters_and_the_same_scale():
     assert larger.scale == pytest.approx(stream.adapter.scale)
 
 
+@pytest.mark.slow
 def test_the_memoryless_arm_computes_the_same_whatever_came_before():
     """Its blend is a learned shrink: a position's states do not reach the next."""
     import dataclasses

@@ -102,6 +102,7 @@ def test_a_signal_at_any_moment_is_saved_and_resumed_from(finished, tmp_path, mo
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_going_on_with_a_held_out_loss_does_not_write_its_checkpoint_again(tmp_path, monkeypatch):
     """The newest good one would be gone while it is written, and it may be the only one."""
     from sst_jax.weights.checkpoint import Checkpoints
@@ -131,6 +132,7 @@ def test_data_that_vanished_is_named_and_the_run_stays_as_it_was(tmp_path, capsy
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_vanishes_is_not_made_anew(copied, monkeypatch, capsys):
     for later in (3, 4):
         shutil.rmtree(copied / "checkpoints" / str(later))

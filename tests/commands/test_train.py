@@ -36,7 +36,7 @@ def test_no_checkpoint_holds_the_base(finished):
     assert stored < 2 * trained + 100_000
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", [0, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_resumes_to_the_same_numbers_bit_for_bit(copied, finished, step):
     """As if killed right after `step` was saved; the log already holds lines of later steps."""
     for later in range(step + 1, 5):
@@ -52,6 +52,7 @@ def test_a_finished_run_trains_no_further(copied, finished):
     assert_same_run(copied, finished)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(copied, finished, caplog):
     victim = max((copied / "checkpoints" / "4" / "trainable").rglob("*"), key=lambda file: file.stat().st_size)
     content = bytearray(victim.read_bytes())
@@ -63,6 +64,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(copied, fini
     assert_same_run(copied, finished)
 
 
+@pytest.mark.slow
 def test_a_save_cut_off_half_way_does_not_count(copied, finished):
     (copied / "manifests" / "4.json").unlink()
     assert newest_good(copied) == 3
@@ -227,6 +229,7 @@ def test_bad_gsm8k_folders_are_named_by_file_and_line(tmp_path, capsys, content,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_like_failure_keeps_the_run_usable(copied, finished, monkeypatch):
     """A write that fails in the middle of a save leaves the checkpoint before it in charge."""
     from sst_jax.weights import checkpoint

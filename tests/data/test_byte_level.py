@@ -289,6 +289,7 @@ def test_smol_round_trip(smol, text):
     assert not set(ids) & {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_smol_chat_equals_transformers(smol, theirs):
     for messages in (
         [{"role": "user", "content": "\n What is 2+2? "}],

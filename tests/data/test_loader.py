@@ -340,6 +340,7 @@ def test_empty_and_overlong_are_refused_everywhere():
         fixed_batches(_examples(20), Layout(5, 2, pack=False))
 
 
+@pytest.mark.slow
 def test_gsm8k_rows_with_gemma(gemma, gsm8k_folder):
     """The real thing, end to end: every answer of the split comes out of the rows once, word for word."""
     problems = load_gsm8k(str(gsm8k_folder), "test")

@@ -137,6 +137,7 @@ def test_gguf_vocabulary_against_transformers_own_reading(gemma, gguf_path, gsm8
     assert gemma.decode(theirs(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_export_gives_transformers_the_same_ids(gemma, exported_folder, gsm8k_texts):
     """The tokenizers library is an independent BPE: equal ids prove both the export and the rebuilt SentencePiece."""
     transformers = pytest.importorskip("transformers")
@@ -151,6 +152,7 @@ def test_export_gives_transformers_the_same_ids(gemma, exported_folder, gsm8k_te
     assert theirs.decode(gemma.encode(text), skip_special_tokens=True) == text
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(text=TEXT)
 @example(text="aaaaaaa  \n\t\n<b> <b>")

@@ -28,7 +28,10 @@ def backbone(request):
 
 @pytest.mark.parametrize(
     ("backbone", "fields"),
-    [("llama", {}), ("qwen3", {"state": "block", "norm": "match", "initial": "own", "decay": 0.3})],
+    [
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        ("qwen3", {"state": "block", "norm": "match", "initial": "own", "decay": 0.3}),
+    ],
     indirect=["backbone"],
 )
 def test_every_forward_is_the_naive_recurrence(backbone, fields, float64):
@@ -96,6 +99,7 @@ def test_decoding_is_the_naive_recurrence(backbone):
     assert logits[10:-1].argmax(-1).tolist() == out.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["llama"], indirect=True)
 def test_batches_decode_in_bfloat16(backbone):
     """Several rows, each with groups of queries to several heads: a product that not every backend has."""
@@ -137,6 +141,7 @@ def test_the_loss_is_read_off_the_right_head(backbone):
     np.testing.assert_allclose(got[1:], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["llama"], indirect=True)
 def test_steps_learn_and_leave_the_base_alone(backbone):
     config = toys.config({}, backbone)

@@ -56,9 +56,9 @@ def largest_difference(a, b):
     ("config", "settings"),
     [
         (FFN, {"forward": "two_pass"}),
-        (BLOCK, {"forward": "two_pass", "depth": 2}),
-        (BLOCK, {"forward": "k_pass", "passes": 3}),
-        (FFN, {"forward": "local", "passes": 3}),
+        pytest.param(BLOCK, {"forward": "two_pass", "depth": 2}, marks=pytest.mark.slow),
+        pytest.param(BLOCK, {"forward": "k_pass", "passes": 3}, marks=pytest.mark.slow),
+        pytest.param(FFN, {"forward": "local", "passes": 3}, marks=pytest.mark.slow),
         (FFN, {"forward": "exact", "depth": 1}),
         (BLOCK, {"forward": "exact", "depth": 2}),
     ],
@@ -104,7 +104,9 @@ def test_exact_is_backpropagation_through_time(config, depth, float64):
 
 
 @pytest.mark.parametrize("remat", REMAT[1:])
-@pytest.mark.parametrize("settings", [{"forward": "two_pass"}, {"forward": "exact", "depth": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"forward": "two_pass"}, pytest.param({"forward": "exact", "depth": 1}, marks=pytest.mark.slow)]
+)
 def test_remat_changes_no_gradient(settings, remat, float64):
     base, trainable = split(FFN)
     kept = value_and_gradient(FFN, **settings)(trainable, base)
@@ -151,7 +153,7 @@ def test_pass1_grad_changes_gradients_but_no_values(float64):
     assert np.allclose(other["blend"]["theta"][-1], gradient["blend"]["theta"][-1], rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("forward", ["two_pass", "exact"])
+@pytest.mark.parametrize("forward", ["two_pass", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_zero_embedding_under_padding_has_finite_gradients(forward):
     """Hugging Face's `padding_idx` makes a row of the embedding zero, and h with it where nothing attends yet.
 

@@ -42,7 +42,12 @@ def apart(got, expected):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"kv": "first", "state": "block"}, {"links": ((1, 0),), "iteration_embedding": 2}]
+    "more",
+    [
+        {},
+        pytest.param({"kv": "first", "state": "block"}, marks=pytest.mark.slow),
+        {"links": ((1, 0),), "iteration_embedding": 2},
+    ],
 )
 def test_it_is_the_plain_mechanism_with_a_vector_added(more, float64):
     config, params = toy({**MARKED, **more}, "float64")

@@ -12,6 +12,7 @@ from tests.support import toys
 SEGMENTS = np.repeat([1, 2, 0, 3, 0], [9, 5, 2, 6, 2])[None].repeat(2, axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize(
     ("passes", "fields"),

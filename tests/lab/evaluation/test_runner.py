@@ -159,7 +159,7 @@ def test_an_answer_counts_as_written_when_every_token_is_the_likeliest(streaming
     assert [outcome["loss"] for outcome in outcomes] == [0.75] * 3
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_scales_are_the_roots_of_mean_squares_over_all_items(streaming, items, depth):
     """Against the states of the texts one by one, and over batches of unequal length."""
     policy = parse_list(str(depth))[0]

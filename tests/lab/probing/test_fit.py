@@ -234,6 +234,7 @@ def fitted(model, outcomes, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_first_states_are_what_routing_sees(model):
     """The states handed to a probe while generating, and those it is fitted on."""
     _, made = model

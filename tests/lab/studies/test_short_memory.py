@@ -54,6 +54,7 @@ def arguments(folder):
     return ["--data", str(folder), "--protocol", str(folder / "protocol.json"), "--workdir", str(folder / "run")]
 
 
+@pytest.mark.slow
 def test_tables_are_sums_of_what_was_measured(finished):
     result = json.loads((finished / "run" / "result.json").read_text())
     protocol = study.read_protocol(finished / "protocol.json")

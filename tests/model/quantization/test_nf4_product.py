@@ -123,6 +123,7 @@ def test_the_gradient_of_exact_is_as_far_from_float32_with_them_as_without(toy):
     assert apart(fused, exact) <= 1.1 * apart(plain, exact)
 
 
+@pytest.mark.slow
 def test_decoding_comes_to_what_it_comes_to_without(toy):
     config, params = toy
     tokens = toys.tokens(3, 9)
