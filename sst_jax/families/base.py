@@ -140,6 +140,7 @@ class GGUFFormat(NamedTuple):
     rope_llama3   what a tensor rope_freqs.weight stands for, (low factor, high factor, original positions), since no
                   metadata key tells; None where the family has no such tensor
     longrope      whether its files hold LongRoPE's divisors as tensors and its magnitude as rope.scaling.attn_factor
+    rope_keys     keys of RoPE, behind "rope.", that `read` takes beside those of every architecture
     packages      Python packages that hold a file: module -> the file's name in it, None where it assembles the file
     """
 
@@ -147,6 +148,7 @@ class GGUFFormat(NamedTuple):
     read: Callable[[Metadata, Fields], Fields]
     rope_llama3: tuple[float, float, int] | None = None
     longrope: bool = False
+    rope_keys: tuple[str, ...] = ()
     packages: Mapping[str, str | None] = {}
 
 

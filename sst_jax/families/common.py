@@ -199,16 +199,21 @@ _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 def _yarn_magnitude(rope: JsonObject, factor: float, here: str) -> float:
     """Return YaRN's attention factor: the one that is given, or the paper's of the scaling factor."""
-
-    def of(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if rope.get("attention_factor") is not None:
         return positive_number(rope, "attention_factor", 1.0, here)
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        above, below = (of(positive_number(rope, name, 1.0, here)) for name in ("mscale", "mscale_all_dim"))
+        scales = (positive_number(rope, name, 1.0, here) for name in ("mscale", "mscale_all_dim"))
+        above, below = (yarn_magnitude(factor, scale) for scale in scales)
         return above / below
-    return of(1.0)
+    return yarn_magnitude(factor)
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """Return the attention factor of YaRN's paper (arXiv 2309.00071, eq. 22) for a scaling factor.
+
+    `scale` multiplies its logarithm: the mscale of DeepSeek's configs.
+    """
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def read_tied(config: JsonObject, where: str, default: bool = False) -> bool:

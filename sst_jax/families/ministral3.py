@@ -5,20 +5,30 @@ Its checkpoints are multimodal, and are read for their text part.
 
 from __future__ import annotations
 
-from sst_jax.families import mistral
-from sst_jax.families.base import ConfigFormat, Family, Fields, JsonObject, TokenFacts, TorchExport
+from sst_jax.families import llama, mistral
+from sst_jax.families.base import (
+    ConfigFormat,
+    Family,
+    Fields,
+    GGUFFormat,
+    JsonObject,
+    Metadata,
+    TokenFacts,
+    TorchExport,
+)
 from sst_jax.families.common import (
     LLAMA_ALLOWED,
     LLAMA_BLOCK,
-    LLAMA_PARAMS,
     LLAMA_UNWRITTEN,
     TINY,
     global_decoder,
     positive_number,
     read_llama_config,
+    read_llama_metadata,
     rope_object,
     shape_fields,
     write_llama_config,
+    yarn_magnitude,
 )
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.types import FieldValue, Json
@@ -66,12 +76,29 @@ def _write_config(backbone: BackboneConfig) -> Json:
     return {**written, "rope_parameters": rope}
 
 
+_LOG_MULTIPLIER = "scaling.yarn_log_multiplier"  # what config.json calls mscale_all_dim; mscale is 1
+
+
+def _read_metadata(metadata: Metadata, fields: Fields) -> Fields:
+    """Return `GGUFFormat.read`: queries are scaled by the positions that YaRN takes for the original ones."""
+    found = read_llama_metadata(metadata, fields)
+    length = metadata.number("rope.scaling.original_context_length", default=fields["max_positions"])
+    if metadata.scalar("attention.temperature_length") not in (None, length):
+        raise metadata.error("attention.temperature_length", f"is unsupported; it must be the original {length}")
+    if metadata.scalar("attention.temperature_scale"):
+        found["query_scaling"] = (metadata.number("attention.temperature_scale", float), length)
+    if "rope_yarn" in fields and metadata.scalar(f"rope.{_LOG_MULTIPLIER}"):
+        scale, factor = metadata.number(f"rope.{_LOG_MULTIPLIER}", float), fields["rope_scale_global"]
+        found["rope_magnitude"] = yarn_magnitude(factor) / yarn_magnitude(factor, scale)
+    return found
+
+
 FAMILY = Family(
     name="ministral3",
     title="Ministral 3",
     block=LLAMA_BLOCK,
     presets=PRESETS,
-    params=LLAMA_PARAMS,
+    params=llama.PARAMS,
     layouts=mistral.LAYOUTS,
     config=ConfigFormat(
         model_type="ministral3",
@@ -83,6 +110,7 @@ FAMILY = Family(
         write=_write_config,
         wrapper=mistral.WRAPPER,
     ),
+    gguf=GGUFFormat("mistral3", _read_metadata, rope_keys=(_LOG_MULTIPLIER,)),
     tokens=TokenFacts(turn_ends=()),
     torch=TorchExport("modeling_sst_ministral3.py", "SSTMinistral3"),
 )

@@ -20,7 +20,8 @@ import numpy as np
 from sst_jax.console import extras
 from sst_jax.data.gguf_header import Header
 from sst_jax.errors import InputError
-from sst_jax.families.base import Metadata
+from sst_jax.families.base import GGUFFormat, Metadata
+from sst_jax.families.common import yarn_magnitude
 from sst_jax.families.registry import BY_GGUF, PACKAGES
 from sst_jax.model.config import MAX_LAYERS, BackboneConfig
 from sst_jax.model.layers import rope_frequencies
@@ -162,7 +163,7 @@ def backbone_from_metadata(
         if keys.scalar(name):
             raise InputError(f"{where}: metadata key {keys.architecture}.{name} is set; softcapping is unsupported")
     assert family.gguf is not None  # BY_GGUF holds the families with one
-    rope = _rope_scaling(keys, family.gguf.longrope)
+    rope = _rope_scaling(keys, family.gguf)
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
     if fields["num_layers"] > MAX_LAYERS:
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
@@ -200,19 +201,14 @@ def _check_understood(keys: Metadata) -> None:
             raise keys.error(name, "is not understood, and may change what the model computes")
 
 
-def _rope_scaling(keys: Metadata, longrope: bool) -> Json:
-    """Return the fields of linear scaling and of YaRN, after refusing every key of RoPE that is not understood.
-
-    Args:
-      keys: of the file.
-      longrope: whether its attn_factor is read elsewhere.
-    """
-    prefix = f"{keys.architecture}.rope."
+def _rope_scaling(keys: Metadata, format: GGUFFormat) -> Json:
+    """Return the fields of linear scaling and of YaRN, after refusing every key of RoPE that is not understood."""
+    prefix, known = f"{keys.architecture}.rope.", (*_ROPE_KEYS, *format.rope_keys)
     for key in keys.pairs:
         name = key.removeprefix(prefix)
-        if key.startswith(prefix) and name not in _ROPE_KEYS:
-            raise keys.error(f"rope.{name}", f"is unknown; known are {', '.join(_ROPE_KEYS)}")
-    if keys.scalar("rope.scaling.attn_factor", 1.0) != 1.0 and not longrope:
+        if key.startswith(prefix) and name not in known:
+            raise keys.error(f"rope.{name}", f"is unknown; known are {', '.join(known)}")
+    if keys.scalar("rope.scaling.attn_factor", 1.0) != 1.0 and not format.longrope:  # which reads it by its divisors
         raise keys.error("rope.scaling.attn_factor", "is unsupported")
     kind = keys.scalar("rope.scaling.type", "linear")
     if kind not in ("linear", "none", "yarn"):
@@ -227,7 +223,7 @@ def _rope_scaling(keys: Metadata, longrope: bool) -> Json:
         fast = keys.number("rope.scaling.yarn_beta_fast", float, 32.0)
         slow = keys.number("rope.scaling.yarn_beta_slow", float, 1.0)
         fields["rope_yarn"] = (fast, slow, keys.number(_ORIGINAL))
-        fields["rope_magnitude"] = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0  # llama.cpp's own
+        fields["rope_magnitude"] = yarn_magnitude(factor)
     return fields
 
 

@@ -63,6 +63,11 @@ def metadata(backbone):
             "rope.scaling.type": "yarn", "rope.scaling.factor": backbone.rope_scale_global,
             "rope.scaling.original_context_length": backbone.rope_yarn[2],
         }  # fmt: skip
+    if backbone.query_scaling is not None:
+        pairs |= {
+            "attention.temperature_scale": backbone.query_scaling[0], "rope.scaling.yarn_log_multiplier": 1.0,
+            "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+        }  # fmt: skip
     if backbone.rope_short:
         pairs |= {
             "rope.dimension_count": backbone.rotary_dims, "rope.scaling.attn_factor": backbone.rope_magnitude,

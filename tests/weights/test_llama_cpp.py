@@ -59,6 +59,8 @@ CASES = {
     "olmo3": ("olmo3", byte_level("dbrx"), {}),
     "seed_oss": ("seed_oss", byte_level("qwen2"), {}),
     "phi3, longrope": ("phi3", sentencepiece(), {}),
+    "ministral3": ("ministral3", byte_level("tekken"), {}),
+    "ministral3, YaRN's magnitude": ("ministral3", byte_level("tekken"), {"rope.scaling.yarn_log_multiplier": 0.0}),
     "gemma3": ("gemma3", sentencepiece(add_space_prefix=False), {}),
     "gemma3, linear scaling": (
         "gemma3", sentencepiece(add_space_prefix=False), {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
@@ -84,7 +86,7 @@ def table(monkeypatch):
 def server(file):
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(file), 512, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # several would spin for each other
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.fit_params = False, False
