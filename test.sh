@@ -50,6 +50,7 @@ environment "$python" .venv-test "$extras"
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
 .venv-test/bin/mypy
+export PYTHONDONTWRITEBYTECODE=  # or each of the many processes would compile the package anew
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
 if [ $all = 0 ]; then
   tests .venv-test -m "not slow" "$@"
