@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import pytest
 
 from tests.support import ROOT
 
@@ -20,6 +21,7 @@ def test_wrong():
 """
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_is_refused_under_the_option(tmp_path):
     """In a session of its own with a worker, which learns of the option in another way than the session itself."""
     file = tmp_path / "test_wrong.py"

@@ -229,12 +229,14 @@ def written_texts(ours):
     return texts, {depth: np.asarray(ours.logits(texts, forward="exact", depth=depth)) for depth in (1, 2)}
 
 
+@pytest.mark.slow
 def test_decoding_token_by_token_is_exact(written_texts):
     texts, logits = written_texts
     for row, depth in enumerate((1, 2)):
         assert logits[depth][row, 10:-1].argmax(-1).tolist() == texts[row, 11:].tolist()
 
 
+@pytest.mark.slow
 def test_the_pytorch_export_gives_our_logits(ours, written_texts, tmp_path):
     torch = pytest.importorskip("torch")
     texts, logits = written_texts

@@ -144,12 +144,12 @@ CHUNKED = {**{name: (fields, toys.BACKBONE) for name, fields in STREAMS.items()}
     [
         ("plain", 1, "sequential"),
         ("block-first", 3, "sweeps"),
-        ("llama", 3, "sequential"),
-        ("match-decay-own", 1, "sequential"),
-        ("rms-skip_bos", 3, "sequential"),
-        ("block-zero", 1, "sweeps"),
+        pytest.param("llama", 3, "sequential", marks=pytest.mark.slow),
+        pytest.param("match-decay-own", 1, "sequential", marks=pytest.mark.slow),
+        pytest.param("rms-skip_bos", 3, "sequential", marks=pytest.mark.slow),
+        pytest.param("block-zero", 1, "sweeps", marks=pytest.mark.slow),
         ("link", 1, "sweeps"),
-        ("recirculation", 2, "sweeps"),
+        pytest.param("recirculation", 2, "sweeps", marks=pytest.mark.slow),
     ],
 )
 def test_chunks_hand_on_what_a_whole_prompt_gives(name, depth, method, float64):

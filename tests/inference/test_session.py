@@ -31,7 +31,7 @@ STEP = toys.quick_jit(decode_step_at_depth, "config", "start")
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7)]
 
 
-@pytest.mark.parametrize("kv", ["overwrite", "first"])
+@pytest.mark.parametrize("kv", ["overwrite", pytest.param("first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_do_not_depend_on_each_other(kv, temperature):
     """Mixed lengths and depths; also with sampling, each row from its own seed."""
@@ -49,7 +49,7 @@ LATE_TO_EARLY = {"links": ((5, 2),), "state": "block", "site": "output"}
 
 
 @pytest.mark.parametrize("mode", ["all", "none", "last"])
-@pytest.mark.parametrize("link", [{}, LATE_TO_EARLY], ids=["own", "link"])
+@pytest.mark.parametrize("link", [{}, pytest.param(LATE_TO_EARLY, marks=pytest.mark.slow)], ids=["own", "link"])
 def test_which_positions_of_a_prompt_are_iterated(mode, link):
     """Against the independent reference, which takes a depth for every position."""
     from tests.support import naive

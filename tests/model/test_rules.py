@@ -35,7 +35,11 @@ def text(length, seed=0):
     return tokens
 
 
-@pytest.mark.parametrize("number", range(len(COMBINATIONS)), ids=lambda number: described(COMBINATIONS[number]))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=[pytest.mark.slow] if number % 3 else []) for number in range(len(COMBINATIONS))],
+    ids=lambda number: described(COMBINATIONS[number]),
+)
 def test_every_forward_converges_to_the_naive_recurrence(number, float64):
     """After one pass more than there are steps nothing is left of the approximation, whatever the options.
 
@@ -172,6 +176,7 @@ def test_plain_leaves_the_stream_out():
     assert np.array_equal(plain, rules.logits(without, {**params, "blend": {}}, tokens, forward="plain"))
 
 
+@pytest.mark.slow
 def test_all_forwards_drop_the_same_units(float64):
     """With LoRA dropout on, enough passes still end where `exact` does; the masks matter, and follow their key."""
     config = toys.config({"alpha_range": (0.0, 1.0)}, dropout=0.5)

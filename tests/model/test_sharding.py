@@ -45,6 +45,7 @@ def assert_equal_within(results, bar):
     assert max(worst.values()) <= bar, results
 
 
+@pytest.mark.slow
 def test_all_axes_at_once():
     assert_equal_within(on_eight("2,2,2:two_pass:nf4"), 1e-5)
 

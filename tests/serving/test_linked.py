@@ -16,6 +16,7 @@ RECIRCULATION = {
 PROMPTS = ["one", "a longer prompt, of many tokens", "2 + 2 ="]
 
 
+@pytest.mark.slow
 def test_a_late_state_in_an_early_layer():
     """Recirculation's later iterations alone read a state, so its depth 1 is the plain model's."""
     model = sst_jax.load("random:tiny").with_stream(**RECIRCULATION)

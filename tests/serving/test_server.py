@@ -52,6 +52,7 @@ def streamed_text(events):
     return "".join(choice["delta"].get("content", "") if "delta" in choice else choice["text"] for choice in choices)
 
 
+@pytest.mark.slow
 def test_200_mixed_requests_from_16_clients(model, client):
     """None is lost and each equals its solo answer; a third of them are streamed."""
     kinds = [asked(number) for number in range(25)]

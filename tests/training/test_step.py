@@ -125,7 +125,7 @@ def batches(count, rows=2, length=18):
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("forward", ["two_pass", "exact"])
+@pytest.mark.parametrize("forward", ["two_pass", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_run_of_steps_compiles_once_learns_and_leaves_the_base_alone(forward):
     config = toys.config({})
     params = toys.params(config)
@@ -220,7 +220,7 @@ def uneven_rows(packed):
     return batch
 
 
-@pytest.mark.parametrize(("pieces", "packed"), [(4, True), (4, False), (8, False)])
+@pytest.mark.parametrize(("pieces", "packed"), [(4, True), (4, False), pytest.param(8, False, marks=pytest.mark.slow)])
 def test_an_update_on_the_same_rows_is_the_same_whole_or_in_pieces(pieces, packed, float64):
     config = toys.config({}, toys.SHALLOW)
     params, whole = toys.params(config, "float64"), uneven_rows(packed)
