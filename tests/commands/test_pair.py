@@ -91,6 +91,7 @@ def test_more_steps_for_the_baseline_cost_what_the_stream_costs():
     assert spent == pytest.approx(stream.train.steps * costs.stream_flops, rel=0.5 / stream.train.steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drawn", "low", "high"),
     [

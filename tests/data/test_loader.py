@@ -181,6 +181,7 @@ def test_a_mixture_draws_by_weight_whatever_the_sizes(pack):
     assert not all(map(_same, other, first))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), pack=st.booleans(), seed=st.integers(0, 99))
 def test_a_mixture_resumes_exactly_anywhere(data, pack, seed):

@@ -75,6 +75,7 @@ def test_decoding_marks_the_same_iterations(float64):
     assert apart(np.stack(found), oracle(config, params, tokens, depths)) <= 1e-11
 
 
+@pytest.mark.slow
 def test_fresh_vectors_change_nothing_and_learn_from_iterations_alone():
     config = toys.config(MARKED, BACKBONE)
     params, tokens = toys.params(config), toys.tokens(2, 5)

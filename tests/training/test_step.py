@@ -245,7 +245,7 @@ def test_an_update_on_the_same_rows_is_the_same_whole_or_in_pieces(pieces, packe
     assert optax.tree.norm(jax.tree.map(np.subtract, even, expected)) > 1e-2 * scale  # what equal weights would give
 
 
-@pytest.mark.parametrize("hole", [0, 2])
+@pytest.mark.parametrize("hole", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_skipped_micro_batch_shifts_no_window(hole):
     """The update is that of the window's other rows, the next window's stays its own; all holes change nothing."""
     config = toys.config({}, toys.SHALLOW)

@@ -97,6 +97,7 @@ def test_inputs_that_have_nothing_to_do_with_each_other_change_nothing(kind):
     assert np.array_equal(gptq.compensation(jnp.zeros((64, 64))), jnp.eye(64))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 4), st.integers(8, 40), st.integers(0, 10**6), st.sampled_from(("nf4", "nf4_double")))
 def test_outputs_are_nearer_than_with_the_nearest_values(blocks, outputs, seed, kind):

@@ -62,6 +62,7 @@ def fuzz(tmp_path, *arguments):
     return ended, json.loads((tmp_path / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_six_hundred_mutations(tmp_path):
     ended, result = fuzz(tmp_path, "--count", "600")
     assert ended.returncode == 0, ended.stdout

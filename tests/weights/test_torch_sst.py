@@ -126,6 +126,7 @@ def test_windows_of_a_run_are_those_of_its_export(tmp_path):
             write(ours, tmp_path / kind, kind)
 
 
+@pytest.mark.slow
 def test_a_late_state_in_an_early_layer_writes_the_same_text(tmp_path):
     """64 tokens, greedy, at depth 2, from both; and passes of the stack give what ours do."""
     ours = model({**RECIRCULATION, "timing": "both", "readout": "last", "alpha": 0.3}, SHALLOW)
@@ -183,6 +184,7 @@ def test_every_forward_gives_our_logits(tmp_path, fields, forward, settings):
         assert apart(run(loaded, tokens, forward="plain"), expected) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "forward", "depth"),
     [(WILD, "two_pass", 1), ({**RICH, "pass1_grad": False}, "two_pass", 1), (RICH, "exact", 2)],
@@ -277,7 +279,7 @@ def generate(loaded, rows, **settings):
     return [row[:length] for row, length in zip(out, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_greedy_text_is_ours_for_64_tokens(pair, depth):
     ours, theirs = pair
     prompt = toys.tokens(11, seed=2, vocabulary=262).tolist()  # at both depths no token ends the text early

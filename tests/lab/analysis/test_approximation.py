@@ -61,6 +61,7 @@ def test_errors_fall_with_the_order_of_the_passes(float64, state):
         assert line["kl"] == pytest.approx(2 * expected, abs=0.4)
 
 
+@pytest.mark.slow
 def test_gradients_are_compared_with_exact_ones(float64):
     """Alpha's gradient is itself a first-order effect of the stream, so its relative error loses one order."""
     config = toys.in_float64(toys.config({}))

@@ -64,7 +64,7 @@ def by_decoding(model, text, depth):
     ("stream", "depth"),
     [
         ({"state": "block"}, 4),
-        ({"state": "ffn", "iterate_prompt": "none"}, 4),
+        pytest.param({"state": "ffn", "iterate_prompt": "none"}, 4, marks=pytest.mark.slow),
         ({"state": "block", "links": ((5, 1),), "site": "output"}, 2),
         pytest.param({"state": "block", "kv": "first"}, 3, marks=pytest.mark.slow),
         pytest.param({"state": "ffn", "iterate_prompt": "all", "norm": "rms"}, 2, marks=pytest.mark.slow),
@@ -102,6 +102,7 @@ def test_runs_and_iterations_agree_at_position_zero_and_part_later():
         assert apart > 1e-3 if depth < 3 else apart < 1e-4
 
 
+@pytest.mark.slow
 def test_controls_change_nothing_where_there_is_no_state_and_differ_where_it_is_wrong():
     model, some = toy(), texts(12, 8)
     settings = collect.Settings((1, 3), rounding=False)
