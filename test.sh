@@ -75,7 +75,7 @@ part() {  # part PERCENT: that much of the time that is left, in minutes with tw
   # These run more than they compile, or are about bits.
   JAX_DISABLE_MOST_OPTIMIZATIONS=0 passed_or_none tests .venv-test -m optimised $(part 65) "$@"
 }
-if [ $((minutes * 60 - SECONDS)) -lt 300 ]; then
+if [ $((minutes * 60 - SECONDS)) -lt 600 ]; then
   echo "Python 3.12 was left out: all else took $((SECONDS / 60)) minutes"
 elif ! is_version "$python" 3.12; then
   for newer in python3.12 "$HOME/.pyenv/versions/"3.12*/bin/python; do
