@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sst_jax.data import byte_pairs
 from sst_jax.data import vocabulary as vocabularies
 from sst_jax.data.chat_template import MARK, TEMPLATE_FILE, ChatTemplate, read_template
 from sst_jax.data.generation_config import GenerationConfig
@@ -82,9 +83,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_gguf_facts(cls, facts: Mapping[str, Any]) -> HuggingFaceTokenizer:
-        """Build the tokenizer from the `tokenizer.*` metadata of a GGUF whose vocabulary is byte-level BPE ("gpt2").
+        """Build the tokenizer from the `tokenizer.*` metadata of a GGUF whose model is one of `byte_pairs.MODELS`.
 
-        Raises: InputError as `vocabulary.byte_level_json`; KeyError for a key that is missing.
+        Raises: InputError as `byte_pairs.to_tokenizers_json`; KeyError for a key that is missing.
         """
         tokens = facts["tokenizer.ggml.tokens"]
         ids = {name: facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED.items()}
@@ -94,7 +95,7 @@ class HuggingFaceTokenizer(Tokenizer):
         named = {name: tokens[index] for name, index in ids.items() if index is not None}
         config = tokenizer_config(named, vocabularies.adds_bos(facts), facts.get("tokenizer.chat_template"))
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "tokenizer.json").write_bytes(vocabularies.byte_level_json(facts))
+            (Path(folder) / "tokenizer.json").write_bytes(byte_pairs.to_tokenizers_json(facts))
             (Path(folder) / "tokenizer_config.json").write_bytes(config)
             made = cls(folder)
         made.generation = GenerationConfig(eos_ids=vocabularies.ends_from_gguf(facts, len(tokens)))

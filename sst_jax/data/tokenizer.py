@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sst_jax.data import byte_pairs
 from sst_jax.data import vocabulary as vocabularies
 from sst_jax.data.byte_tokenizer import ByteTokenizer
 from sst_jax.data.chat_template import CHAT_TEMPLATE, END_OF_TURN, START_OF_TURN, read_template
@@ -129,7 +130,7 @@ def _gguf(path: Path) -> Tokenizer:
     facts = metadata_of(path)
     try:
         vocabularies.check_facts(facts)
-        if facts.get("tokenizer.ggml.model") == "gpt2":
+        if facts.get("tokenizer.ggml.model") in byte_pairs.MODELS:
             return HuggingFaceTokenizer.from_gguf_facts(facts)
         tokens, scores, types = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
         return SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts)

@@ -1,8 +1,7 @@
 """A SentencePiece BPE vocabulary in its three coats: GGUF metadata, a ModelProto, the tokenizers library's JSON.
 
-Byte-level BPE comes in two of them, GGUF metadata and the JSON. The protobuf wire format is written and read by hand,
-because the generated module that `sentencepiece` ships refuses to load under any older protobuf runtime, and a
-ModelProto needs only a dozen of its fields.
+The protobuf wire format is written and read by hand, because the generated module that `sentencepiece` ships refuses to
+load under any older protobuf runtime, and a ModelProto needs only a dozen of its fields.
 """
 
 from __future__ import annotations
@@ -70,6 +69,26 @@ def ends_from_gguf(facts: Mapping[str, Any], size: int) -> tuple[int, ...]:
         if index is not None and not 0 <= index < size:
             raise InputError(f"GGUF vocabulary of {size} has {name} {index}")
     return tuple(index for index in found.values() if index is not None)
+
+
+def splitting_of(facts: Mapping[str, Any]) -> str | None:
+    """Return the name of the way in which text is cut, of SPLITTINGS where it is known.
+
+    The model "gemma4" has one way, whatever the file says, as in llama.cpp.
+    """
+    model, pre = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre")
+    return model if model == "gemma4" else pre if isinstance(pre, str) else None
+
+
+def adds_bos(facts: Mapping[str, Any]) -> bool:
+    """Return whether texts begin with BOS by the facts of a GGUF file; as in llama.cpp where they do not say."""
+    said = facts.get("tokenizer.ggml.add_bos_token")
+    if said is not None:
+        return bool(said)
+    if facts.get("tokenizer.ggml.model", "llama") == "llama":
+        return True
+    splitting = SPLITTINGS.get(splitting_of(facts) or "")
+    return splitting is not None and splitting.add_bos
 
 
 def vocabulary_from_gguf(
@@ -225,7 +244,7 @@ def from_model_proto(data: bytes) -> Vocabulary:
 # ------------------------------------------------------------------------------- the tokenizers library's JSON
 
 
-def _template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
+def bos_template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
     """Return the post-processor that puts the BOS in front, where there is one."""
     first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
     start = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
@@ -237,7 +256,8 @@ def _template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
     }
 
 
-def _added_token(index: int, piece: str, special: bool, normalized: bool = False) -> dict[str, Any]:
+def added_token(index: int, piece: str, special: bool, normalized: bool = False) -> dict[str, Any]:
+    """Return an entry of "added_tokens": a piece that is found in a text before it is cut."""
     return {
         "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
         "normalized": normalized, "special": special,
@@ -280,7 +300,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
     cut_out = [piece for piece, kind in kinds if kind == USER_DEFINED and prefix]
     added = [
         # Pieces with spaces match only after the normaliser has escaped those of the text.
-        _added_token(index, piece, special=kind != USER_DEFINED, normalized=kind == USER_DEFINED)
+        added_token(index, piece, special=kind != USER_DEFINED, normalized=kind == USER_DEFINED)
         for index, (piece, kind) in enumerate(kinds)
         if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and not prefix)
     ]
@@ -293,7 +313,7 @@ def to_tokenizers_json(vocabulary: Vocabulary, add_bos: bool = True) -> bytes:
         "added_tokens": added,
         "normalizer": _escaping(prefix) if escapes else None,
         "pre_tokenizer": _cutting(cut_out) if cut_out else None,
-        "post_processor": _template(bos, vocabulary.bos_id),
+        "post_processor": bos_template(bos, vocabulary.bos_id),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -338,63 +358,3 @@ def _check_joined(model: Json, pieces: Iterable[str]) -> None:
         if len(found.ids) != 1:
             what = "a SentencePiece model that prefixes a space and has user-defined pieces"
             raise InputError(f"{what} cannot be a tokenizer.json: characters are not joined to the piece {piece!r}")
-
-
-# ------------------------------------------------------------------------------------------------- byte-level BPE
-
-
-def adds_bos(facts: Mapping[str, Any]) -> bool:
-    """Return whether texts begin with BOS by the facts of a GGUF file; as in llama.cpp where they do not say."""
-    said = facts.get("tokenizer.ggml.add_bos_token")
-    if said is not None:
-        return bool(said)
-    if facts.get("tokenizer.ggml.model", "llama") == "llama":
-        return True
-    splitting = SPLITTINGS.get(str(facts.get("tokenizer.ggml.pre")))
-    return splitting is not None and splitting.add_bos
-
-
-def byte_level_json(facts: Mapping[str, Any]) -> bytes:
-    """Return a `tokenizer.json` from the `tokenizer.ggml.*` facts of a GGUF whose model is "gpt2".
-
-    Raises: InputError when its way of splitting text is not one of SPLITTINGS, or its parts disagree.
-    """
-    tokens, types, merges = (facts[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
-    pre = facts.get("tokenizer.ggml.pre")
-    if not isinstance(pre, str) or pre not in SPLITTINGS:
-        raise InputError(f"tokenizer.ggml.pre={pre!r} is unsupported; known are {', '.join(map(repr, SPLITTINGS))}")
-    ids, pairs = {token: index for index, token in enumerate(tokens)}, [merge.split(" ") for merge in merges]
-    if not len(ids) == len(tokens) == len(types) > 0:
-        raise InputError(f"GGUF vocabulary has {len(tokens)} tokens, {len(ids)} different ones, and {len(types)} types")
-    for pair in pairs:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
-            raise InputError(f"GGUF vocabulary has the merge {' '.join(pair)!r}, which is not of two of its tokens")
-    bos_id = facts.get("tokenizer.ggml.bos_token_id") if adds_bos(facts) else None
-    splitting = SPLITTINGS[pre]
-    tokenizer: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            _added_token(index, token, special=kind == CONTROL)
-            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
-        ],
-        "normalizer": splitting.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting.pre_tokenizers},
-        "post_processor": _template(None if bos_id is None else tokens[bos_id], bos_id),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": splitting.ignore_merges,
-            "vocab": ids,
-            "merges": pairs,
-        },
-    }
-    return json.dumps(tokenizer, ensure_ascii=False).encode("utf-8")

@@ -7,7 +7,7 @@ GGUF metadata are read and written, how its chat turns end, its licence, and whi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,10 +87,13 @@ class ConfigFormat(NamedTuple):
 
 
 class Metadata:
-    """The metadata keys `ARCHITECTURE.NAME` of one GGUF file; `asked` are the names that somebody looked at."""
+    """The metadata keys `ARCHITECTURE.NAME` of one GGUF file.
 
-    def __init__(self, pairs: JsonObject, where: str):
-        self.pairs, self.where = pairs, where
+    `asked` are the names that somebody looked at, `tensors` the names of the file's tensors.
+    """
+
+    def __init__(self, pairs: JsonObject, where: str, tensors: Collection[str] = ()):
+        self.pairs, self.where, self.tensors = pairs, where, tensors
         self.architecture = pairs.get("general.architecture")
         self.asked: set[str] = set()
 
@@ -123,12 +126,13 @@ class Metadata:
     def without(self, part: str) -> Metadata:
         """Return the same keys but those whose names begin with `part`."""
         kept = {key: value for key, value in self.pairs.items() if f".{part}" not in key}
-        other = Metadata(kept, self.where)
+        other = Metadata(kept, self.where, self.tensors)
         other.asked = self.asked
         return other
 
     def error(self, name: str, problem: str) -> InputError:
-        return InputError(f"{self.where}: metadata key {self.architecture}.{name}={self.value(name)!r} {problem}")
+        shown = " ".join(repr(self.value(name)).split())  # numpy breaks lines
+        return InputError(f"{self.where}: metadata key {self.architecture}.{name}={shown} {problem}")
 
 
 class GGUFFormat(NamedTuple):
@@ -141,6 +145,9 @@ class GGUFFormat(NamedTuple):
                   metadata key tells; None where the family has no such tensor
     longrope      whether its files hold LongRoPE's divisors as tensors and its magnitude as rope.scaling.attn_factor
     rope_keys     keys of RoPE, behind "rope.", that `read` takes beside those of every architecture
+    rope_angles   whether rope_freqs.weight tells which angles of a global head turn
+    logit_cap     whether `read` takes final_logit_softcapping
+    lacking       keys of what the block does not compute, which must be 0 or absent -> why
     packages      Python packages that hold a file: module -> the file's name in it, None where it assembles the file
     """
 
@@ -149,6 +156,9 @@ class GGUFFormat(NamedTuple):
     rope_llama3: tuple[float, float, int] | None = None
     longrope: bool = False
     rope_keys: tuple[str, ...] = ()
+    rope_angles: bool = False
+    logit_cap: bool = False
+    lacking: Mapping[str, str] = {}
     packages: Mapping[str, str | None] = {}
 
 
@@ -159,6 +169,7 @@ class Splitting(NamedTuple):
     normalizer: Json | None = None
     ignore_merges: bool = False  # whether a word that is a piece is that piece, however merging would spell it
     add_bos: bool = False  # whether a text begins with BOS where the file does not say
+    byte_fallback: bool = False  # whether pieces are text, with a mark for a space and bytes for what they lack
 
 
 class TokenFacts(NamedTuple):

@@ -11,15 +11,20 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from sst_jax.errors import InputError
 from sst_jax.families import gemma3
 from sst_jax.families.base import (
     ConfigFormat,
     Family,
     Fields,
+    GGUFFormat,
     JsonObject,
     Licence,
+    Metadata,
     ParamSpec,
+    Splitting,
     TokenFacts,
     TorchExport,
     Wrapper,
@@ -72,10 +77,13 @@ PRESETS = {
 
 _SLIDING, _FULL = KINDS
 # Fields of what is not computed, what they must be, and why.
+_OWN_EMBEDDINGS = "layers that read embeddings of their own (E2B, E4B) are not computed"
+_SHARED_KEYS = "layers that read the keys and values of others (E2B, E4B) are not computed"
+_EXPERTS = "mixtures of experts (26B-A4B) are not computed"
 _LACKING = {
-    "hidden_size_per_layer_input": ((0, None), "layers that read embeddings of their own (E2B, E4B) are not computed"),
-    "num_kv_shared_layers": ((0, None), "layers that read the keys and values of others (E2B, E4B) are not computed"),
-    "enable_moe_block": ((False, None), "mixtures of experts (26B-A4B) are not computed"),
+    "hidden_size_per_layer_input": ((0, None), _OWN_EMBEDDINGS),
+    "num_kv_shared_layers": ((0, None), _SHARED_KEYS),
+    "enable_moe_block": ((False, None), _EXPERTS),
     "use_double_wide_mlp": ((False, None), "feed-forwards of two widths (E2B, E4B) are not computed"),
 }
 
@@ -240,8 +248,64 @@ def config_format(model_type: str, prefix: str, window: int, max_positions: int,
     )
 
 
+def _kv_heads(metadata: Metadata, kinds: tuple[str, ...]) -> Fields:
+    """Return the heads of keys of both kinds of layers: one number for all, or one a layer."""
+    name = "attention.head_count_kv"
+    given = metadata.value(name)
+    if not isinstance(given, np.ndarray):
+        return {"num_kv_heads": metadata.number(name)}
+    found = {
+        kind: {int(heads) for heads, of in zip(given.flat, kinds, strict=False) if of == kind} for kind in set(kinds)
+    }
+    if given.shape != (len(kinds),) or any(len(heads) != 1 or min(heads) < 1 for heads in found.values()):
+        raise metadata.error(name, f"must be {len(kinds)} numbers, those of sliding layers equal and those of others")
+    (of_global,) = found["global"]
+    return {"num_kv_heads": min(found.get("local", {of_global})), "global_num_kv_heads": of_global}
+
+
+def _read_metadata(metadata: Metadata, fields: Fields) -> Fields:
+    """Return `GGUFFormat.read`, of the keys that llama.cpp's converter writes for the dense members."""
+    layers, pattern = fields["num_layers"], metadata.value("attention.sliding_window_pattern")
+    if not isinstance(pattern, np.ndarray) or pattern.shape != (layers,) or pattern[-1]:
+        name = "attention.sliding_window_pattern"
+        raise metadata.error(name, f"must say of {layers} layers which slide, and the last one must not")
+    kinds = tuple("local" if sliding else "global" for sliding in pattern)
+    if "rope_scale_global" in fields:
+        raise metadata.error("rope.scaling.factor", "is unsupported: Gemma 4 is not scaled")
+    shape: Fields = {
+        "head_dim": metadata.number("attention.key_length_swa"),
+        "global_head_dim": metadata.number("attention.key_length"),
+    }
+    for name, expected in (
+        ("attention.value_length_swa", shape["head_dim"]),
+        ("rope.dimension_count_swa", shape["head_dim"]),
+        ("rope.dimension_count", shape["global_head_dim"]),
+    ):
+        if metadata.scalar(name) not in (None, expected):
+            raise metadata.error(name, f"is unsupported; it must be a head's width, {expected}")
+    theta = metadata.number("rope.freq_base", float, 10_000.0)
+    cap = metadata.scalar("final_logit_softcapping")
+    return {
+        **shape,
+        **_kv_heads(metadata, kinds),
+        "layer_types": kinds,
+        "window": metadata.number("attention.sliding_window"),
+        "query_pre_attn_scalar": _SCALAR,
+        "rope_theta_global": theta,
+        "rope_theta_local": metadata.number("rope.freq_base_swa", float, theta),
+        "logit_cap": metadata.number("final_logit_softcapping", float) if cap else None,
+        # As llama.cpp: global layers without a linear for values take the keys'.
+        "values_from_keys": not any(
+            f"blk.{layer}.attn_v.weight" in metadata.tensors for layer in range(layers) if kinds[layer] == "global"
+        ),
+    }
+
+
 LAYOUTS = {"multimodal_v5": "model.language_model."}
-TOKENS = TokenFacts(turn_ends=("<turn|>",))
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+TOKENS = TokenFacts(
+    turn_ends=("<turn|>",), splittings={"gemma4": Splitting([], _SPACES, byte_fallback=True, add_bos=True)}
+)
 LICENCE = Licence("apache-2.0", "A derivative of Gemma 4, which is under the Apache licence, version 2.0.")
 
 FAMILY = Family(
@@ -255,6 +319,17 @@ FAMILY = Family(
         "huggingface": ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
     },
     config=config_format("gemma4", "Gemma4", 512, 131_072, 256),
+    gguf=GGUFFormat(
+        "gemma4",
+        _read_metadata,
+        rope_angles=True,
+        logit_cap=True,
+        lacking={
+            "embedding_length_per_layer_input": _OWN_EMBEDDINGS,
+            "attention.shared_kv_layers": _SHARED_KEYS,
+            "expert_count": _EXPERTS,
+        },
+    ),
     tokens=TOKENS,
     licence=LICENCE,
     torch=TorchExport("modeling_sst_gemma4.py", "SSTGemma4"),

@@ -21,7 +21,7 @@ FAMILY = Family(
     layouts=gemma4.LAYOUTS,
     ignored={"huggingface": ("model.vision_embedder.", "model.embed_vision.", "model.embed_audio.")},
     config=gemma4.config_format("gemma4_unified", "Gemma4Unified", 1024, 262_144, 0),
-    tokens=gemma4.TOKENS,
+    tokens=gemma4.TOKENS,  # its GGUF files call themselves gemma4's, and are read as such
     licence=gemma4.LICENCE,
     torch=TorchExport("modeling_sst_gemma4_unified.py", "SSTGemma4Unified"),
 )

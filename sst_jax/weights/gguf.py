@@ -11,7 +11,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +40,8 @@ _FIELDS = {
 }
 _ORIGINAL = "rope.scaling.original_context_length"
 _LONGROPE = {"short": "rope_factors_short.weight", "long": "rope_factors_long.weight"}
-_ROPE_FACTORS = "rope_freqs.weight"  # the tensor that holds Llama 3's scaling, which no metadata key tells
+_ROPE_FACTORS = "rope_freqs.weight"  # holds Llama 3's scaling, or which angles turn: no metadata key tells
+_ENDLESS = 1e30  # what the frequency of an angle that does not turn is divided by
 # Keys `ARCHITECTURE.rope.KEY` that are read here or by the families, or change no number under linear scaling.
 _ROPE_KEYS = (
     "dimension_count",
@@ -139,6 +140,7 @@ def backbone_from_metadata(
     tied_head: bool = True,
     rope_factors: HostFloats | None = None,
     divisors: Mapping[str, HostFloats] | None = None,
+    tensors: Collection[str] = (),
 ) -> BackboneConfig:
     """Return a BackboneConfig from a known architecture's keys, and from what the tensors alone tell.
 
@@ -149,34 +151,40 @@ def backbone_from_metadata(
       tied_head: whether it has no output head.
       rope_factors: what its rope_freqs.weight holds.
       divisors: LongRoPE's, "short" and "long".
+      tensors: names of its tensors.
 
     Raises: InputError naming the key that is missing, misshapen or unsupported.
     """
-    keys = Metadata(metadata, where)
+    keys = Metadata(metadata, where, tensors)
     if not isinstance(keys.architecture, str) or keys.architecture not in BY_GGUF:
         known = ", ".join(map(repr, BY_GGUF))
         raise InputError(f"{where}: general.architecture={keys.architecture!r} is unsupported; known are {known}")
     family = BY_GGUF[keys.architecture]
     if not np.array_equal(metadata.get("split.count", 1), 1):
         raise InputError(f"{where}: split.count={metadata['split.count']} must be 1 here: open_file joins the parts")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+    assert family.gguf is not None  # BY_GGUF holds the families with one
+    for name in ("attn_logit_softcapping", "final_logit_softcapping")[: 1 if family.gguf.logit_cap else 2]:
         if keys.scalar(name):
             raise InputError(f"{where}: metadata key {keys.architecture}.{name} is set; softcapping is unsupported")
-    assert family.gguf is not None  # BY_GGUF holds the families with one
+    for name, why in family.gguf.lacking.items():
+        if keys.scalar(name):
+            raise keys.error(name, f"is unsupported: {why}")
     rope = _rope_scaling(keys, family.gguf)
     fields = {name: keys.number(key, kind) for name, (key, kind) in _FIELDS.items()}
     if fields["num_layers"] > MAX_LAYERS:
         raise keys.error("block_count", f"is beyond {MAX_LAYERS}")
     fields |= {"family": family.name, **rope}
     fields |= family.gguf.read(keys, fields)
-    lengths = (keys.number(f"attention.{name}_length", default=fields["head_dim"]) for name in ("key", "value"))
-    if any(length != fields["head_dim"] for length in lengths):
+    head_dim = fields.get("global_head_dim", fields["head_dim"])
+    if any(keys.number(f"attention.{name}_length", default=head_dim) != head_dim for name in ("key", "value")):
         raise InputError(f"{where}: metadata keys {keys.architecture}.attention.key_length and value_length differ")
     _check_understood(keys)
     fields |= {"vocab_size": vocab_size, "tied_head": tied_head}
     if divisors:
         fields |= _longrope(keys, divisors)
-    if rope_factors is not None:
+    if family.gguf.rope_angles:
+        fields["rope_angles_global"] = _rope_angles(rope_factors, head_dim, where)
+    elif rope_factors is not None:
         scale = rope.get("rope_scale_global", 1.0)
         if scale != 1.0:
             raise InputError(f"{where}: both {_ROPE_FACTORS} and a factor of linear scaling, {scale}, is unsupported")
@@ -247,6 +255,19 @@ def _llama3_factor(factors: HostFloats, fields: Json, where: str) -> float:
     return factor
 
 
+def _rope_angles(factors: HostFloats | None, head_dim: int, where: str) -> int:
+    """Return how many angles of a global head turn, the first ones, from what each frequency is divided by [H/2]."""
+    if factors is None:
+        raise InputError(f"{where}: key {_ROPE_FACTORS} is missing")
+    angles = int(np.sum(factors == 1))
+    is_whole = factors.shape == (head_dim // 2,) and np.all(factors[:angles] == 1)
+    if not (is_whole and angles and np.all(factors[angles:] >= _ENDLESS)):
+        raise InputError(
+            f"{where}: key {_ROPE_FACTORS} is unsupported; it must hold {head_dim // 2} numbers, 1s and then 1e30s"
+        )
+    return angles
+
+
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)$")
 
 
@@ -297,7 +318,9 @@ def open_file(file: str | Path) -> Source:
     if family is not None and embedding is None:
         raise InputError(f"{file}: key token_embd.weight is missing")
     format = None if family is None else family.gguf
-    factors = by_name.get(_ROPE_FACTORS) if format is not None and format.rope_llama3 is not None else None
+    factors = None
+    if format is not None and (format.rope_llama3 is not None or format.rope_angles):
+        factors = by_name.get(_ROPE_FACTORS)
     divisors = {name: by_name[key] for name, key in _LONGROPE.items() if key in by_name}
     if format is None or not format.longrope or len(divisors) != len(_LONGROPE):
         divisors = {}
@@ -310,6 +333,7 @@ def open_file(file: str | Path) -> Source:
         tied,
         None if factors is None else factors.read(),
         {name: tensor.read() for name, tensor in divisors.items()},
+        by_name.keys(),
     )
     aside = [tensor.name for tensor in (factors, *divisors.values()) if tensor is not None]
     headers = split_fused([tensor for tensor in tensors if tensor.name not in aside], backbone, "gguf")

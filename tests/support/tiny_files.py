@@ -53,6 +53,19 @@ def metadata(backbone):
     }  # fmt: skip
     if backbone.window is not None:
         pairs["attention.sliding_window"] = backbone.window
+    if backbone.global_head_dim is not None:
+        kinds, heads = backbone.layer_types, backbone.global_num_kv_heads
+        pairs |= {
+            "attention.key_length": backbone.global_head_dim, "attention.value_length": backbone.global_head_dim,
+            "attention.key_length_swa": backbone.head_dim, "attention.value_length_swa": backbone.head_dim,
+            "attention.sliding_window_pattern": [kind == "local" for kind in kinds],
+            "attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 0,
+            "rope.dimension_count": backbone.global_head_dim, "rope.dimension_count_swa": backbone.head_dim,
+            "rope.freq_base_swa": backbone.rope_theta_local, "final_logit_softcapping": backbone.logit_cap,
+        }  # fmt: skip
+        if heads is not None:
+            own = {"local": backbone.num_kv_heads, "global": heads}
+            pairs["attention.head_count_kv"] = [own[kind] for kind in kinds]
     if backbone.family == "granite":
         pairs |= {
             "attention.scale": backbone.query_pre_attn_scalar**-0.5, "embedding_scale": backbone.embed_multiplier,
@@ -74,6 +87,12 @@ def metadata(backbone):
             "rope.scaling.original_context_length": backbone.rope_original,
         }  # fmt: skip
     return pairs
+
+
+def rope_angles(backbone):
+    """What converters write for the angles of a global head: 1 for those that turn, and an endless divisor."""
+    turning = np.arange(backbone.global_head_dim // 2) < backbone.rope_angles_global
+    return np.where(turning, np.float32(1), np.float32(1e30))
 
 
 def gguf_file(
@@ -101,18 +120,20 @@ def gguf_file(
         add(key, value)
     for name in ("short", "long") if backbone.rope_short else ():
         writer.add_tensor(f"rope_factors_{name}.weight", np.float32(getattr(backbone, f"rope_{name}")))
+    if backbone.rope_angles_global is not None:
+        writer.add_tensor("rope_freqs.weight", rope_angles(backbone))
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, value)
     fused = {part.key: whole for whole, parts in key_map.fused_keys(backbone, "gguf").items() for part in parts}
     together: dict = {}
-    for key, entry in key_map.expected(backbone).items():
+    names = key_map.expected(backbone, "gguf")  # in the same order
+    for (key, entry), name in zip(key_map.expected(backbone).items(), names, strict=True):
         value = state[key]
         if entry.row.transform == "norm":
             value = value + np.float32(1)
         elif entry.row.transform == "rotary":  # halves become neighbours
             heads = len(value) // backbone.head_dim
             value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-        name = entry.row.gguf.format(layer=entry.layer)
         if name in fused:
             together.setdefault(fused[name], []).append(value)
         else:
@@ -136,6 +157,17 @@ def byte_level(pre, **changes):
     return {
         "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": ["a b"], "bos_token_id": 0,
         "eos_token_id": 1, "padding_token_id": 2, **changes,
+    }  # fmt: skip
+
+
+def gemma4(**changes):
+    """Gemma 4's kind of vocabulary: merges of text, the mark of a space, bytes for the rest."""
+    pieces = ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "\n", "\n\n", "\t"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return {
+        "model": "gemma4", "tokens": tokens, "scores": [0.0] * len(tokens), "merges": ["▁ a", "a b", "▁a b", "\n \n"],
+        "token_type": [3, 3, 3, 2, *[6] * 256, *[1] * len(pieces)], "bos_token_id": 2, "eos_token_id": 1,
+        "padding_token_id": 0, "unknown_token_id": 3, "add_space_prefix": False, "add_bos_token": True, **changes,
     }  # fmt: skip
 
 

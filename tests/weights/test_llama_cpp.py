@@ -16,12 +16,12 @@ import sst_jax
 from sst_jax.families.registry import BY_NAME
 from sst_jax.model import layers
 from sst_jax.model.layers import rope_frequencies
-from tests.support.tiny_files import byte_level, drawn, gguf_file, sentencepiece
+from tests.support.tiny_files import byte_level, drawn, gemma4, gguf_file, sentencepiece
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
 
 NEW = 4  # tokens that are decoded one by one
-TEXTS = ("the cab sat", " Zwölf 😀\n\tBoxkämpfer", "a ab abc " * 12)  # the last one is longer than every window
+TEXTS = ("the cab sat", " Zwölf 😀\n\n\tBoxkämpfer", "a ab abc " * 12)  # the last one is longer than every window
 
 
 def _llama3_tensor(backbone):
@@ -65,6 +65,8 @@ CASES = {
     "gemma3, linear scaling": (
         "gemma3", sentencepiece(add_space_prefix=False), {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
     ),
+    "gemma4": ("gemma4", gemma4(), {}),
+    "gemma4, values of their own": ("gemma4", gemma4(), {"rope.freq_base_swa": 2e4}),
 }  # fmt: skip
 
 
@@ -116,6 +118,10 @@ def test_log_probabilities_are_llama_cpps(name, tmp_path):
     backbone = BY_NAME[family].tiny
     if "llama3" in name:
         backbone = dataclasses.replace(backbone, rope_theta_global=1e4)
+    if family == "gemma4":
+        backbone = dataclasses.replace(backbone, vocab_size=len(vocabulary["tokens"]))
+    if "of their own" in name:
+        backbone = dataclasses.replace(backbone, values_from_keys=False, global_num_kv_heads=None)
     file = gguf_file(
         tmp_path / "tiny.gguf", backbone, drawn(backbone), vocabulary, more,
         _llama3_tensor(backbone) if "llama3" in name else None,
@@ -132,4 +138,4 @@ def test_log_probabilities_are_llama_cpps(name, tmp_path):
         assert np.isfinite(theirs).all()
         worst = max(worst, np.abs(ours - theirs).max())
     print(f"{name}: {worst:.1e}")
-    assert worst <= (1e-3 if family == "gemma3" else 1e-4)
+    assert worst <= (1e-3 if family.startswith("gemma") else 1e-4)
