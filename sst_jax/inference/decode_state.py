@@ -11,7 +11,7 @@ from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.inference.policies import DepthBudget, Halting, StepSeen, halted
 from sst_jax.inference.sampling import SamplingParams
 from sst_jax.model import decoder
-from sst_jax.model.attention import KV, CachedStep, attend_cached, ropes, ropes_of_layer
+from sst_jax.model.attention import KV, CachedStep, attend_cached, ropes, ropes_of_layer, seen_slots
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.decoder import Context, Layer, Params
 from sst_jax.model.halves import attention_residual, feed, project
@@ -111,7 +111,7 @@ def decode_step(
     embedded = decoder.embed(config, params, token[:, None])
     if hidden is None:
         hidden = jnp.zeros((token.shape[0], backbone.d_model), embedded.dtype)
-    tables = ropes(backbone, position[:, None])
+    tables, seen = ropes(backbone, position[:, None]), seen_slots(backbone, position, cache.kv)
     leaves_state = _leaves_state(config, token)
 
     def wants_more(
@@ -131,7 +131,7 @@ def decode_step(
         write = active & ((i == 0) | (stream is None or stream.kv == "overwrite"))
         context = Context(config, tables, masks=masks)
 
-        step = CachedStep(tables, position, write)
+        step = CachedStep(tables, position, write, seen)
 
         def rule(
             layer: Layer, residuals: tuple, state_in: StateIn | None, context: Context

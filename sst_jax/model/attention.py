@@ -112,6 +112,7 @@ class CachedStep(NamedTuple):
     ropes: Ropes
     position: RowInts
     write: RowBools  # rows whose keys and values enter the caches
+    seen: dict[tuple[str, int | None], SeenKeys]  # slots that a row sees of its caches, by kind of layer and window
 
 
 class Visible(NamedTuple):
@@ -184,11 +185,14 @@ def _reduced(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float) -> Qu
     rows, _, heads, size = k.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(rows, heads, -1, size).astype(wide)
-    scores = (k.astype(wide)[:, :, :, None] * grouped[:, None]).sum(-1) * scale
-    scores = jnp.where(seen[:, :, None, None], scores, jnp.finfo(wide).min)  # [B, S, K, N/K]
-    weights = jax.nn.softmax(scores, axis=1).astype(v.dtype).astype(wide)
-    # One sum for each query of a head: of all at once XLA lays wide values out anew.
-    out = jnp.stack([(v.astype(wide) * weights[..., j, None]).sum(1) for j in range(grouped.shape[2])], axis=2)
+    # Masked before they are added up, or that is a kernel of its own; a sum of the least numbers is to stay finite.
+    products = k.astype(wide)[:, :, :, None] * grouped[:, None]
+    scores = jnp.where(seen[:, :, None, None, None], products, jnp.finfo(wide).min / (2 * size)).sum(-1) * scale
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(1, keepdims=True)))  # not yet divided by their sum
+    # One sum for each query of a head: of all at once XLA lays wide values out anew. The barrier lets it take them in
+    # one kernel, which reads the values once.
+    sums = [(v.astype(wide) * weights[..., j, None]).sum(1) for j in range(grouped.shape[2])]
+    out = jnp.stack(jax.lax.optimization_barrier(sums), axis=2) / weights.sum(1)[..., None]
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -458,6 +462,23 @@ def attend_kept(
     return out.reshape(*q.shape[:2], -1), (keys, values)
 
 
+def seen_slots(backbone: BackboneConfig, position: RowInts, kv: KV) -> dict[tuple[str, int | None], SeenKeys]:
+    """Return which slots of its caches a row sees at a position, by kind of layer and window."""
+    found = {}
+    for kind, window in backbone.attention_kinds:
+        size = kv.of(kind)[0].shape[2]
+        if kind == "global":
+            held = jnp.arange(size)[None, :]
+            seen = held <= position[:, None]
+        else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
+            held = ring_positions(position, size)
+            seen = held >= 0
+        if window is not None and window < size:
+            seen = seen & (position[:, None] - held < window)
+        found[kind, window] = seen
+    return found
+
+
 def attend_cached(
     backbone: BackboneConfig, layer: LayerKind, qkv: QKV, step: CachedStep, kv: KV
 ) -> tuple[AttentionOutput, KV]:
@@ -475,7 +496,7 @@ def attend_cached(
     """
     (q, k, v), position = qkv, step.position
     rows = jnp.arange(q.shape[0])
-    ring, capacity = kv.local_k.shape[2], kv.global_k.shape[2]
+    ring = kv.local_k.shape[2]
 
     def put(cache: jax.Array, new: jax.Array, mine: jax.Array, index: jax.Array) -> jax.Array:
         if cache.shape[-2:] != new.shape[-2:]:  # the other kind's, where kinds have shapes of their own
@@ -499,15 +520,7 @@ def attend_cached(
 
     def branch(kind: str, window: int | None) -> tuple[jax.Array]:
         keys, values = (stack[layer.cache_index].astype(q.dtype) for stack in kv.of(kind))
-        if kind == "global":
-            held = jnp.arange(capacity)[None, :]
-            seen = held <= position[:, None]
-        else:  # slot j holds the newest position that is j modulo the ring's size, if there has been one
-            held = ring_positions(position, ring)
-            seen = held >= 0
-        if window is not None and window < keys.shape[1]:
-            seen = seen & (position[:, None] - held < window)
-        return (attention_once(q, keys, values, seen, _scale(backbone)),)
+        return (attention_once(q, keys, values, step.seen[kind, window], _scale(backbone)),)
 
     (out,) = by_kind(backbone, layer, branch)
     return out.reshape(*q.shape[:2], -1), kv

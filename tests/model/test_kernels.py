@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sst_jax.errors import InputError
-from sst_jax.model import kernels
-from sst_jax.model.attention import Visible, attention
+from sst_jax.model import compiler, kernels
+from sst_jax.model.attention import Visible, attention, attention_once
 from sst_jax.model.chunked_attention import chunked
 
 SEGMENTS = {
@@ -157,3 +157,27 @@ def test_layers_with_heads_beyond_cudnns_go_by_chunks():
 def test_unknown_kernels_are_named():
     with pytest.raises(InputError, match="flash3"):
         kernels.pick("flash3", 128, "bfloat16", "gpu", (9, 0))
+
+
+def test_one_query_a_row_is_multiplied_and_added_up_as_softmax_attention():
+    """Of queries that share keys, some of which a row does not see; the gradient too, against float64 and numpy."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape) for shape in ((2, 1, 4, 8), (2, 6, 2, 8), (2, 6, 2, 8)))
+    seen = np.array([[True, True, False, True, False, False], [False, False, True, True, True, True]])
+    dy = rng.standard_normal(q.shape)
+    wide_k, wide_v = (np.repeat(part, 2, axis=2) for part in (k, v))
+    scores = np.where(seen[:, None, :], np.einsum("bnh,bsnh->bns", q[:, 0], wide_k) * 0.3, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = np.einsum("bnh,bsnh->bns", dy[:, 0], wide_v)
+    dscores = p * (dp - (p * dp).sum(-1, keepdims=True)) * 0.3
+    expected = np.einsum("bns,bsnh->bnh", p, wide_v)[:, None], np.einsum("bns,bsnh->bnh", dscores, wide_k)[:, None]
+
+    def run(q):
+        return attention_once(q, *(jnp.asarray(part, jnp.float32) for part in (k, v)), jnp.asarray(seen), 0.3)
+
+    with compiler.compiled_for("interpreted"):
+        out, pull = jax.vjp(run, jnp.asarray(q, jnp.float32))
+        ours = out, pull(jnp.asarray(dy, jnp.float32))[0]
+    for mine, exact in zip(ours, expected, strict=True):
+        assert np.abs(np.asarray(mine) - exact).max() < 1e-5
