@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_layer
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.kinds import ByKind
-from sst_jax.model.layers import ACTIVATIONS, to_float32, unscaled_unit_rms
+from sst_jax.model.layers import ACTIVATIONS, side_by_side, to_float32, unscaled_unit_rms
 from sst_jax.model.state import Masks, blend
 from sst_jax.types import AttentionOutput, Hidden, PositionKeys
 
@@ -40,8 +40,10 @@ def project(layer: Layer, x: Hidden, context: Context) -> QKV:
     @jax.checkpoint
     def linears(x: jax.Array) -> tuple[jax.Array, ...]:
         y = block.pre_attn_norm(x).astype(x.dtype)
-        parts = {"q": block.q, "k": block.k, "v": block.v}
-        return tuple(linear(y, layer.drop.get(name)) for name, linear in parts.items() if linear is not None)
+        parts = {
+            name: linear for name, linear in (("q", block.q), ("k", block.k), ("v", block.v)) if linear is not None
+        }
+        return tuple(side_by_side([*parts.values()], y, [layer.drop.get(name) for name in parts]))
 
     def normed(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return block.q_norm(q).astype(x.dtype), block.k_norm(k).astype(x.dtype)
@@ -126,7 +128,8 @@ def feed(
         h = residual_after_attention(layer, h)
         mixed = blended(h, s) if site == "ffn" else h
         y = block.pre_ffn_norm(mixed).astype(dtype)
-        return mixed, block.gate(y, layer.drop.get("gate")), block.up(y, layer.drop.get("up"))
+        gate, up = side_by_side([block.gate, block.up], y, [layer.drop.get(name) for name in ("gate", "up")])
+        return mixed, gate, up
 
     @jax.checkpoint
     def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:

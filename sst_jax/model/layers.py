@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jax.typing import DTypeLike
 
 from sst_jax.model import compiler
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
-from sst_jax.model.quantization.storages import product
+from sst_jax.model.quantization.storages import products
+from sst_jax.model.sharding import on_a_mesh
 from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Params, Positions, RotaryTable, Tokens
 
 
@@ -192,17 +193,66 @@ class Linear(nnx.Module):
             self.lora_b = Adapter(jnp.zeros((rank, outputs)))
 
     def __call__(self, x: AnyFloat, drop: AnyFloat | None = None) -> AnyFloat:
-        y = product(x, self.kernel.get_value())
-        if self.has_bias:
-            y = y + self.bias[...].astype(x.dtype)
-        if self.rank:
-            z = x if drop is None else x * drop.astype(x.dtype)
-            a, b = self.lora_a.get_value(), self.lora_b.get_value()
-            if isinstance(a, Factor):
-                low = factor_product(z, a.value, a.narrow)
-                return y + factor_product(low, b.value, b.narrow) * self.scale
-            y = y + up_product(z @ a.astype(x.dtype), b.astype(x.dtype)) * self.scale
-        return y
+        return side_by_side([self], x, [drop])[0]
+
+    def low_rank(self, x: AnyFloat, drop: AnyFloat | None = None) -> AnyFloat:
+        """Return (x * drop) A B, without the scale."""
+        z = x if drop is None else x * drop.astype(x.dtype)
+        a, b = self.lora_a.get_value(), self.lora_b.get_value()
+        if isinstance(a, Factor):
+            return factor_product(factor_product(z, a.value, a.narrow), b.value, b.narrow)
+        return up_product(z @ a.astype(x.dtype), b.astype(x.dtype))
+
+
+def side_by_side(linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloat | None]) -> list[AnyFloat]:
+    """Return what each of several linears makes of one x.
+
+    Their frozen kernels are multiplied together where the storage can. So are their LoRA factors, of one row on a GPU,
+    where time is the number of kernels that are launched, and the bytes that these read.
+
+    Args:
+      linears: of the same inputs.
+      x: [..., inputs].
+      drops: of each; None: nothing is dropped.
+    """
+    kernels, whole = [linear.kernel.get_value() for linear in linears], not on_a_mesh()
+    # On a mesh the parts of each lie on several devices, and are not to be put together.
+    found = products(x, kernels) if whole else [products(x, [kernel])[0] for kernel in kernels]
+    outputs = [
+        y + linear.bias[...].astype(x.dtype) if linear.has_bias else y for linear, y in zip(linears, found, strict=True)
+    ]
+    adapted = [place for place, linear in enumerate(linears) if linear.rank]
+    on_a_gpu = whole and compiler.platform() in ("cuda", "interpreted")
+    trained = any(
+        drops[place] is not None or isinstance(linears[place].lora_a.get_value(), Factor) for place in adapted
+    )
+    if adapted and on_a_gpu and x.size == x.shape[-1] and x.dtype == jnp.bfloat16 and not trained:
+        added = _low_rank_of_one_row([linears[place] for place in adapted], x)
+    else:
+        added = [linears[place].low_rank(x, drops[place]) for place in adapted]
+    for place, more in zip(adapted, added, strict=True):
+        outputs[place] = outputs[place] + more * linears[place].scale
+    return outputs
+
+
+def _low_rank_of_one_row(linears: Sequence[Linear], x: AnyFloat) -> list[AnyFloat]:
+    """Return x A B of several linears for x of one row, by multiplying and adding up.
+
+    XLA reads the factors of all of them in one kernel, as they are stored, and casts them there.
+    """
+    ranks, outputs = ([getattr(linear, name)[...].shape[-1] for linear in linears] for name in ("lora_a", "lora_b"))
+
+    def wide(factor: AnyFloat) -> AnyFloat:
+        return factor.astype(x.dtype).astype(jnp.float32)
+
+    factors = jnp.concatenate([wide(linear.lora_a[...]) for linear in linears], axis=1)
+    low = wide((x.reshape(-1, 1).astype(jnp.float32) * factors).sum(0))
+    parts = [
+        part[:, None] * wide(linear.lora_b[...])
+        for linear, part in zip(linears, jnp.split(low, np.cumsum(ranks)[:-1]), strict=True)
+    ]
+    high = jnp.concatenate(parts, axis=1).sum(0).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return list(jnp.split(high, np.cumsum(outputs)[:-1], axis=-1))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -10,11 +10,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
@@ -70,12 +71,12 @@ class LinearStorage(abc.ABC):
         return x @ self.kernel(leaf, x.dtype)
 
     def reads_stack(self, platform: str) -> bool:
-        """Return whether `stack_product` may read one layer of the stack, on this `compiler.platform`."""
+        """Return whether `stack_products` may read one layer of the stack, on this `compiler.platform`."""
         return False
 
-    def stack_product(self, x: LinearInputs, linear: StackedLinear) -> LinearOutputs:
-        """Return x [..., in] times the kernel, [..., out] in x's type, from the stack or from the unpacked kernel."""
-        return x @ linear.kernel
+    def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[LinearOutputs, ...]:
+        """Return x [..., in] times every kernel, [..., out] in x's type, from the stacks or from unpacked kernels."""
+        return tuple(x @ linear.kernel for linear in linears)
 
     def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
         """Return a leaf in another dtype of floats; quantised arrays stay, as their values define the weights."""
@@ -111,14 +112,20 @@ class AsItIs(LinearStorage):
         return leaf["kernel"].astype(dtype)
 
     def product(self, x: LinearInputs, leaf: Leaf) -> LinearOutputs:
-        kernel = self.kernel(leaf, x.dtype)
+        return self.products(x, [leaf["kernel"]])[0]
+
+    def products(self, x: LinearInputs, kernels: Sequence[Kernel]) -> tuple[LinearOutputs, ...]:
+        """Return `product` with each of several kernels."""
+        kernels = [kernel.astype(x.dtype) for kernel in kernels]
         rows = math.prod(x.shape[:-1])
         if rows > 2 or x.dtype != jnp.bfloat16 or compiler.platform() not in ("cuda", "interpreted"):
-            return x @ kernel
+            return tuple(x @ kernel for kernel in kernels)
         # A kernel that a scan has sliced is copied before a product, and read where it lies by a multiply-and-reduce.
-        flat, wide = x.reshape(rows, -1).astype(jnp.float32), kernel.astype(jnp.float32)
-        sums = [(row[:, None] * wide).sum(0) for row in flat]
-        return jnp.stack(sums).astype(x.dtype).reshape(*x.shape[:-1], -1)
+        flat = x.reshape(rows, -1).astype(jnp.float32)
+        wide = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=-1)
+        sums = jnp.stack([(row[:, None] * wide).sum(0) for row in flat]).astype(x.dtype)
+        cuts = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
+        return tuple(part.reshape(*x.shape[:-1], -1) for part in jnp.split(sums, cuts, axis=-1))
 
     def kernel_shape(self, leaf: Mapping[str, LayerStack]) -> tuple[int, ...]:
         return leaf["kernel"].shape  # a checkpoint that is read a layer at a time has a shape and no dtype

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from sst_jax.types import (
     LinearInputs,
     LinearOutputs,
     PackedCodes,
+    ScalarInt,
     UnitCodes,
     UnitWeights,
     WeightBlocks,
@@ -203,15 +205,23 @@ def kernel_of(leaf: Leaf, dtype: DTypeLike = jnp.bfloat16) -> Kernel:
     return jax.lax.reduce_precision(value, 8, 7).astype(dtype).reshape(*lead, 2 * half, outputs)
 
 
-def _even_and_odd(leaf: Leaf) -> tuple[jax.Array, jax.Array]:
-    """Return `kernel_of` a leaf [in/2, out], its even and its odd inputs apart, float32 [in/2, out] each."""
-    codes, scales = leaf["codes"], _scales(leaf)[:, None, :]
-    half, outputs = codes.shape
+def _even_and_odd(stack: Leaf, at: ScalarInt) -> tuple[jax.Array, jax.Array]:
+    """Return `kernel_of` layer `at` of a stack [L, in/2, out], its even and its odd inputs apart, float32 [in/2, out].
+
+    Scales are repeated before the layer is cut out. The other way round, XLA takes a scale that is read 32 times of a
+    stack for the whole stack read, and copies the layer's scales for every product.
+    """
+    codes = jax.lax.dynamic_index_in_dim(stack["codes"], at, keepdims=False)
+    if "scales" in stack:
+        whole = jnp.repeat(stack["scales"], BLOCK // 2, axis=1)
+        scales = jax.lax.dynamic_index_in_dim(whole, at, keepdims=False).astype(jnp.float32)
+    else:
+        one = {name: jax.lax.dynamic_index_in_dim(stack[name], at, keepdims=False) for name in stack if name != "codes"}
+        scales = jnp.repeat(_scales(one), BLOCK // 2, axis=0)
     levels = jnp.asarray(LEVELS).astype(jnp.bfloat16).astype(jnp.float32)
 
     def weights(code: jax.Array) -> jax.Array:
-        value = levels.at[code].get(mode="promise_in_bounds").reshape(-1, BLOCK // 2, outputs) * scales
-        return jax.lax.reduce_precision(value, 8, 7).reshape(half, outputs)
+        return jax.lax.reduce_precision(levels.at[code].get(mode="promise_in_bounds") * scales, 8, 7)
 
     return weights(codes & 15), weights(codes >> 4)
 
@@ -238,14 +248,16 @@ class NF4(LinearStorage):
     def reads_stack(self, platform: str) -> bool:
         return platform in ("cuda", "interpreted")
 
-    def stack_product(self, x: LinearInputs, linear: StackedLinear) -> LinearOutputs:
-        if not nf4_product.fits(x.shape, linear.kernel.shape[-1], x.dtype):
-            return x @ linear.kernel
+    def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[LinearOutputs, ...]:
+        outputs = [linear.kernel.shape[-1] for linear in linears]
+        if not nf4_product.fits(x.shape, outputs, x.dtype):
+            return super().stack_products(x, linears)
         if x.size == x.shape[-1]:
-            one = {
-                name: jax.lax.dynamic_index_in_dim(linear.stack[name], linear.at, keepdims=False) for name in self.axes
-            }
-            return nf4_product.reduce_product(x, *_even_and_odd(one))
-        stack = tuple(linear.stack[name] for name in self.axes)
-        levels = jnp.asarray(LEVELS).astype(jnp.bfloat16)
-        return nf4_product.kernel_product(x, stack, linear.at, levels, compiler.platform())
+            halves = zip(*(_even_and_odd(linear.stack, linear.at) for linear in linears), strict=True)
+            y = nf4_product.reduce_product(x, *(jnp.concatenate(half, axis=-1) for half in halves))
+        else:
+            stacks = tuple(tuple(linear.stack[name] for name in self.axes) for linear in linears)
+            # A constant already cast: XLA leaves a cast of one as a kernel, at every position of a walk.
+            levels = jnp.asarray(LEVELS.astype(jnp.bfloat16))
+            y = nf4_product.kernel_product(x, stacks, linears[0].at, levels, compiler.platform())
+        return tuple(jnp.split(y, np.cumsum(outputs)[:-1], axis=-1))

@@ -5,7 +5,10 @@
     more, or wider   the kernel unpacked once, then multiplied: not here
 
 Both read one layer of the whole stack, [L, in/2, out] and its scales, by an index: of a stack that a scan has sliced,
-codes would be copied before a kernel of ours. W is frozen, so that the backward pass is dx = dy W^T alone.
+codes would be copied before a kernel of ours. Both take several linears of one input side by side, each where it lies,
+as if they were one: queries, keys and values are one launch.
+
+W is frozen, so that the backward pass is dx = dy W^T alone.
 
 The kernel is lowered through Triton, which compiles for capability 8.0 and up. Pallas announces the end of that route
 (jax 0.11, without a date): the way out is jax-triton, which JAX names, or Mosaic GPU for capabilities 9.0 and 12.0.
@@ -14,6 +17,7 @@ The kernel is lowered through Triton, which compiles for capability 8.0 and up. 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,12 +38,13 @@ REDUCED = 2**14  # partial sums of one row; of fewer XLA makes no fusion, but wr
 LEAST = 16  # rows of a tensor core's tile
 
 Stack = tuple[jax.Array, ...]  # codes, then either scales or scale codes, lows and steps; all [L, ., .]
+Stacks = tuple[Stack, ...]  # of linears that share their inputs
 Ref = Any
 
 
-def columns(outputs: int) -> int | None:
-    """Return the outputs of a program's tile; None where no tile fits."""
-    return next((size for size in (128, 64) if outputs % size == 0), None)
+def columns(*outputs: int) -> int | None:
+    """Return the outputs of a program's tile, in linears that are multiplied together; None where no tile fits."""
+    return next((size for size in (128, 64) if all(each % size == 0 for each in outputs)), None)
 
 
 def _tile(levels: Ref, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,30 +82,57 @@ def _store(out: Ref, index: tuple, values: jax.Array, rows: int) -> None:
     triton.store(out.at[index], values, mask=jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < rows)
 
 
-def _forward(at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, rows: int, tile: int) -> None:
-    """Multiply a tile of outputs by a share of the blocks; x is [2, M, in/2], its even and its odd inputs."""
-    *stack, out = rest
-    start, share = pl.program_id(0) * tile, pl.program_id(1)
-
-    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
-        block = share * steps + i
-        even, odd = _block(stack, levels, at[0], block, start, tile)
-        inputs = pl.ds(block * (BLOCK // 2), BLOCK // 2)
-        return sums + _dot(x[0, :, inputs], even, (1, 0)) + _dot(x[1, :, inputs], odd, (1, 0))
-
-    sums = jax.lax.fori_loop(0, steps, step, jnp.zeros((x.shape[1], tile), jnp.float32))
-    _store(out, (share, slice(None), pl.ds(start, tile)), sums, rows)
+def _inputs(block: jax.Array, parity: int) -> Any:
+    """Return where the even (0) or the odd (1) inputs of a block are."""
+    return pl.ds(block * BLOCK + parity, BLOCK // 2, stride=2)
 
 
-def _backward(at: Ref, levels: Ref, dy: Ref, *rest: Ref, steps: int, rows: int, tile: int) -> None:
-    """Multiply a block of inputs by a share of the outputs; the result is [2, M, in/2] as the forward's x."""
-    *stack, out = rest
-    block, share = pl.program_id(0), pl.program_id(1)
+def _side_by_side(arrays: Sequence[Ref], linears: int) -> list[Sequence[Ref]]:
+    """Return the arrays of each linear."""
+    each = len(arrays) // linears
+    return [arrays[first : first + each] for first in range(0, len(arrays), each)]
+
+
+def _of_tile(tiles: Sequence[int], number: jax.Array, make: Callable[[int, jax.Array], Any]) -> Any:
+    """Return `make` (linear, tile in it) of tile `number` of linears of so many tiles each; one alone is computed."""
+    if len(tiles) == 1:
+        return make(0, number)
+    earlier = tiles[:-1]
+    before = sum(earlier)
+    return jax.lax.cond(
+        number < before, lambda: _of_tile(earlier, number, make), lambda: make(len(earlier), number - before)
+    )
+
+
+def _forward(at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int]) -> None:
+    """Multiply a tile of outputs by a share of the blocks; x is [M, in]."""
+    *arrays, out = rest
+    stacks, number, share = _side_by_side(arrays, len(tiles)), pl.program_id(0), pl.program_id(1)
+
+    def product(linear: int, place: jax.Array) -> jax.Array:
+        def step(i: jax.Array, sums: jax.Array) -> jax.Array:
+            block = share * steps + i
+            even, odd = _block(stacks[linear], levels, at[0], block, place * tile, tile)
+            return sums + _dot(x[:, _inputs(block, 0)], even, (1, 0)) + _dot(x[:, _inputs(block, 1)], odd, (1, 0))
+
+        return jax.lax.fori_loop(0, steps, step, jnp.zeros((x.shape[0], tile), jnp.float32))
+
+    _store(out, (share, slice(None), pl.ds(number * tile, tile)), _of_tile(tiles, number, product), rows)
+
+
+def _backward(
+    at: Ref, levels: Ref, dy: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int]
+) -> None:
+    """Multiply a block of inputs by a share of the outputs; the result is [2, M, in/2], even inputs and odd ones."""
+    *arrays, out = rest
+    stacks, block, share = _side_by_side(arrays, len(tiles)), pl.program_id(0), pl.program_id(1)
 
     def step(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        start = (share * steps + i) * tile
-        even, odd = _block(stack, levels, at[0], block, start, tile)
-        part = dy[:, pl.ds(start, tile)]
+        number = share * steps + i
+        even, odd = _of_tile(
+            tiles, number, lambda linear, place: _block(stacks[linear], levels, at[0], block, place * tile, tile)
+        )
+        part = dy[:, pl.ds(number * tile, tile)]
         return sums[0] + _dot(part, even, (1, 1)), sums[1] + _dot(part, odd, (1, 1))
 
     zeros = jnp.zeros((dy.shape[0], BLOCK // 2), jnp.float32)
@@ -119,13 +151,13 @@ def _call(
     grid: tuple[int, int],
     shape: tuple[int, ...],
     x: jax.Array,
-    stack: Stack,
+    stacks: Stacks,
     at: jax.Array,
     levels,
     run: str,
 ) -> jax.Array:
     interpret = run == "interpreted"
-    arguments = (at.reshape(1), levels, x, *stack)
+    arguments = (at.reshape(1), levels, x, *itertools.chain(*stacks))
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -144,45 +176,49 @@ def _padded(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, max(LEAST, 1 << (rows - 1).bit_length()) - rows), (0, 0)))
 
 
+def _tiles(stacks: Stacks) -> tuple[int, tuple[int, ...]]:
+    """Return the outputs of a tile, and the tiles of each linear."""
+    outputs = [stack[0].shape[-1] for stack in stacks]
+    tile = columns(*outputs)
+    assert tile is not None
+    return tile, tuple(each // tile for each in outputs)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def kernel_product(x: LinearInputs, stack: Stack, at: jax.Array, levels: jax.Array, run: str) -> LinearOutputs:
-    """Return x [..., in] times layer `at` of a stack, by the kernel; partial sums are added behind it.
+def kernel_product(x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.Array, run: str) -> LinearOutputs:
+    """Return x [..., in] times layer `at` of linears side by side, by the kernel; partial sums are added behind it.
 
     Args:
       x: bfloat16, of at most MOST rows.
-      stack: of linears whose outputs `columns` cuts.
+      stacks: of linears whose outputs `columns` cuts.
       at: int32 [].
       levels: bfloat16 [16].
       run: "cuda", or "interpreted" for Pallas' interpreter.
     """
     *lead, inputs = x.shape
-    outputs = stack[0].shape[-1]
     flat = x.reshape(-1, inputs)
-    rows, padded, tile = len(flat), _padded(flat), columns(outputs)
-    assert tile is not None
-    pairs = padded.reshape(-1, inputs // 2, 2).transpose(2, 0, 1)
-    blocks, tiles = inputs // BLOCK, outputs // tile
-    shares = _shares(blocks, tiles)
-    kernel = functools.partial(_forward, steps=blocks // shares, rows=rows, tile=tile)
-    sums = _call(kernel, (tiles, shares), (shares, len(padded), outputs), pairs, stack, at, levels, run)
-    return sums[:, :rows].sum(0).astype(x.dtype).reshape(*lead, outputs)
+    rows, padded, (tile, tiles) = len(flat), _padded(flat), _tiles(stacks)
+    blocks, count = inputs // BLOCK, sum(tiles)
+    shares = _shares(blocks, count)
+    kernel = functools.partial(_forward, steps=blocks // shares, rows=rows, tile=tile, tiles=tiles)
+    sums = _call(kernel, (count, shares), (shares, len(padded), count * tile), padded, stacks, at, levels, run)
+    return sums[:, :rows].sum(0).astype(x.dtype).reshape(*lead, count * tile)
 
 
-def _kernel_product_forward(x: LinearInputs, stack: Stack, at: jax.Array, levels: jax.Array, run: str) -> tuple:
-    return kernel_product(x, stack, at, levels, run), (stack, at, levels)
+def _kernel_product_forward(x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.Array, run: str) -> tuple:
+    return kernel_product(x, stacks, at, levels, run), (stacks, at, levels)
 
 
 def _kernel_product_backward(run: str, saved: tuple, dy: LinearOutputs) -> tuple:
-    stack, at, levels = saved
+    stacks, at, levels = saved
     *lead, outputs = dy.shape
-    inputs, tile = 2 * stack[0].shape[-2], columns(outputs)
-    assert tile is not None
+    inputs, (tile, tiles) = 2 * stacks[0][0].shape[-2], _tiles(stacks)
     flat = dy.reshape(-1, outputs)
     rows, padded = len(flat), _padded(flat)
-    blocks, tiles = inputs // BLOCK, outputs // tile
-    shares = _shares(tiles, blocks)
-    kernel = functools.partial(_backward, steps=tiles // shares, rows=rows, tile=tile)
-    sums = _call(kernel, (blocks, shares), (2 * shares, len(padded), inputs // 2), padded, stack, at, levels, run)
+    blocks, count = inputs // BLOCK, sum(tiles)
+    shares = _shares(count, blocks)
+    kernel = functools.partial(_backward, steps=count // shares, rows=rows, tile=tile, tiles=tiles)
+    sums = _call(kernel, (blocks, shares), (2 * shares, len(padded), inputs // 2), padded, stacks, at, levels, run)
     dx = sums[:, :rows].reshape(shares, 2, rows, inputs // 2).sum(0)
     return dx.transpose(1, 2, 0).reshape(*lead, inputs).astype(dy.dtype), None, None, None
 
@@ -190,10 +226,10 @@ def _kernel_product_backward(run: str, saved: tuple, dy: LinearOutputs) -> tuple
 kernel_product.defvjp(_kernel_product_forward, _kernel_product_backward)
 
 
-def fits(shape: tuple[int, ...], outputs: int, dtype: DTypeLike) -> bool:
-    """Return whether inputs [..., in] of a type are multiplied here; else by the kernel unpacked."""
+def fits(shape: tuple[int, ...], outputs: Sequence[int], dtype: DTypeLike) -> bool:
+    """Return whether inputs [..., in] are multiplied here by linears of so many outputs; else by kernels unpacked."""
     rows = math.prod(shape[:-1])
-    return rows == 1 or (rows <= MOST and dtype == jnp.bfloat16 and columns(outputs) is not None)
+    return rows == 1 or (rows <= MOST and dtype == jnp.bfloat16 and columns(*outputs) is not None)
 
 
 def reduce_product(x: LinearInputs, even: jax.Array, odd: jax.Array) -> LinearOutputs:

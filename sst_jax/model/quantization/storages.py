@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -150,8 +150,23 @@ def unpack(layer: Params, dtype: DTypeLike, stacks: Params | None = None, at: Sc
 
 def product(x: LinearInputs, kernel: Kernel | StoredLinear | StackedLinear) -> LinearOutputs:
     """Return x [..., in] times a kernel [in, out] of any type or storage, [..., out] in x's type."""
+    return products(x, [kernel])[0]
+
+
+def products(x: LinearInputs, kernels: Sequence[Kernel | StoredLinear | StackedLinear]) -> tuple[LinearOutputs, ...]:
+    """Return `product` of one x with each of several kernels, by one product where their storage has one."""
+    stacked = [kernel for kernel in kernels if isinstance(kernel, StackedLinear)]
+    if len(stacked) == len(kernels) and len({kernel.storage.name for kernel in stacked}) == 1:
+        return stacked[0].storage.stack_products(x, stacked)
+    plain = [kernel for kernel in kernels if not isinstance(kernel, StackedLinear | StoredLinear)]
+    if len(plain) == len(kernels):
+        return AS_IT_IS.products(x, plain)
+    return tuple(_product(x, kernel) for kernel in kernels)
+
+
+def _product(x: LinearInputs, kernel: Kernel | StoredLinear | StackedLinear) -> LinearOutputs:
     if isinstance(kernel, StackedLinear):
-        return kernel.storage.stack_product(x, kernel)
+        return kernel.storage.stack_products(x, [kernel])[0]
     if isinstance(kernel, StoredLinear):
         return kernel.storage.product(x, kernel.leaf)
     return AS_IT_IS.product(x, {"kernel": kernel})

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sst_jax.families.registry import PRESETS
 from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.prefill import prefill
 from sst_jax.model import compiler, rules
+from sst_jax.model.layers import Linear, side_by_side
 from sst_jax.model.quantization import nf4, nf4_product, storages
 from sst_jax.model.quantization.base import StackedLinear
 from tests.model.quantization.test_nf4 import BACKBONE
@@ -22,28 +24,36 @@ def stacked(inputs, outputs, kind, layers=3, seed=0):
     return jax.jit(nf4.quantise, static_argnums=1)(weights, kind)
 
 
-def both(x, dy, stack, at, kind):
+def both(x, dys, stacks, at, kind):
     """x W and dy W^T as the kernels compute them, of which no unpacked kernel may be read."""
 
     @jax.jit
-    def run(x, dy, stack):
-        poison = jnp.full((x.shape[-1], dy.shape[-1]), jnp.nan, x.dtype)
-        linear = StackedLinear(stack, jnp.int32(at), poison, storages.get(kind))
-        y, pull = jax.vjp(lambda x: storages.product(x, linear), x)
-        return y, pull(dy)[0]
+    def run(x, dys, stacks):
+        linears = [
+            StackedLinear(stack, jnp.int32(at), jnp.full((x.shape[-1], dy.shape[-1]), jnp.nan, x.dtype), storage)
+            for stack, dy in zip(stacks, dys, strict=True)
+        ]
+        ys, pull = jax.vjp(lambda x: storages.products(x, linears), x)
+        return jnp.concatenate(ys, axis=-1), pull(dys)[0]
 
+    storage = storages.get(kind)
     with compiler.compiled_for("interpreted"):
-        return run(x, dy, stack)
+        jaxpr = str(jax.make_jaxpr(run)(x, dys, stacks))
+        assert jaxpr.count("pallas_call[") == (2 if len(x) > 1 else 0)  # one forward and one backward, however many
+        return run(x, dys, stacks)
 
 
 def check(inputs, outputs, rows, kind):
-    stack = stacked(inputs, outputs, kind)
+    outputs = (outputs,) if isinstance(outputs, int) else outputs
+    stacks = [stacked(inputs, each, kind, seed=number) for number, each in enumerate(outputs)]
     keys = jax.random.split(jax.random.key(rows))
     x = jax.random.normal(keys[0], (rows, 1, inputs)).astype(jnp.bfloat16)
-    dy = jax.random.normal(keys[1], (rows, 1, outputs)).astype(jnp.bfloat16)
-    one = jax.tree.map(lambda part: part[1], stack)
-    weights = np.asarray(jax.jit(nf4.kernel_of, static_argnums=1)(one, jnp.dtype("float32")), np.float64)
-    for ours, theirs in zip(both(x, dy, stack, 1, kind), (weights, weights.T), strict=True):
+    dy = jax.random.normal(keys[1], (rows, 1, sum(outputs))).astype(jnp.bfloat16)
+    dys = tuple(jnp.split(dy, np.cumsum(outputs)[:-1], axis=-1))
+    kernel = jax.jit(nf4.kernel_of, static_argnums=1)
+    each = [kernel(jax.tree.map(lambda part: part[1], stack), jnp.dtype("float32")) for stack in stacks]
+    weights = np.concatenate([np.asarray(one, np.float64) for one in each], axis=-1)
+    for ours, theirs in zip(both(x, dys, stacks, 1, kind), (weights, weights.T), strict=True):
         exact = np.asarray(x if theirs is weights else dy, np.float64) @ theirs
         assert ours.dtype == jnp.bfloat16
         assert ours.shape == exact.shape
@@ -61,6 +71,12 @@ def check(inputs, outputs, rows, kind):
 )
 def test_equals_the_unpacked_kernel_forward_and_backward(shape, rows, kind):
     check(*shape, rows, kind)
+
+
+@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_linears_of_one_input_are_one_product(rows, kind):
+    check(384, (256, 128, 192), rows, kind)  # one more than a group of scales, and tiles of 64
 
 
 @pytest.mark.slow
@@ -135,9 +151,41 @@ def test_decoding_comes_to_what_it_comes_to_without(toy):
 
     plain = jax.jit(step)(cache)
     with compiler.compiled_for("interpreted"):
-        assert str(jax.make_jaxpr(step)(cache)).count("pallas_call[") == 7  # one a linear, in the scan over layers
+        assert (
+            str(jax.make_jaxpr(step)(cache)).count("pallas_call[") == 4
+        )  # queries, keys and values; o; gate and up; down
         fused = jax.jit(step)(cache)
     assert apart(fused, plain) < 0.03
+
+
+def low_rank_apart(platform, outputs=(48, 16, 40)):
+    """How far linears with LoRA, of one row, are from the same in float64; and what they were made of."""
+    rngs = nnx.Rngs(0)
+    linears = [Linear((64, each), 4, 0.5, jnp.float32, rngs, bias=each == 16) for each in outputs]
+    for linear in linears:
+        linear.lora_b.set_value(jax.random.normal(rngs.params(), linear.lora_b[...].shape))
+    if platform is not None:  # of one without an adapter too
+        linears.append(Linear((64, 24), 0, 0.0, jnp.float32, rngs))
+    x = jax.random.normal(jax.random.key(1), (1, 1, 64)).astype(jnp.bfloat16)
+    with compiler.compiled_for(platform):
+        jaxpr = str(jax.make_jaxpr(lambda x: side_by_side(linears, x, [None] * len(linears)))(x))
+        ours = side_by_side(linears, x, [None] * len(linears))
+    assert [part.shape for part in ours] == [(1, 1, linear.kernel[...].shape[1]) for linear in linears]
+
+    def exact(linear):
+        parts = {name: np.asarray(value[...], np.float64) for name, value in nnx.state(linear).items()}
+        low = np.asarray(x, np.float64) @ parts["lora_a"] @ parts["lora_b"] * linear.scale if linear.rank else 0.0
+        return np.asarray(x, np.float64) @ parts["kernel"] + low + parts.get("bias", 0.0)
+
+    return apart(ours, [exact(linear) for linear in linears]), jaxpr
+
+
+def test_lora_of_one_row_is_added_up_for_all_linears_of_an_input_at_once():
+    plain, products = low_rank_apart(None)
+    ours, sums = low_rank_apart("interpreted")
+    assert "dot_general" in products
+    assert "dot_general" not in sums
+    assert ours <= max(1.2 * plain, 4e-3)
 
 
 def test_a_kernel_in_bfloat16_is_read_where_it_lies_by_one_and_two_rows():
