@@ -10,6 +10,7 @@ one scan. The arithmetic is the library's, behind `attention`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ from sst_jax.types import (
 )
 
 LAYER_KIND = "layer_kind"  # scope of the branches (local, global), of which a plan counts each as often as it runs
+SHARES = 8  # of a cache's slots, whose weighted values are added up apart
 REDUCED = ("cuda", "rocm", "interpreted")  # platforms where one query is multiplied and added up, without products
 
 Table = tuple[RotaryTable, RotaryTable]
@@ -182,17 +184,21 @@ def _reduced(q: Queries, k: Heads, v: Heads, seen: SeenKeys, scale: float) -> Qu
     XLA fuses that with the caches as they lie in memory. For products of one query with [B, S, K, H] it lays them out
     anew, all of them, in and out of every chunk of tokens.
     """
-    rows, _, heads, size = k.shape
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    rows, slots, heads, size = k.shape
+    wide, shares = jnp.promote_types(q.dtype, jnp.float32), math.gcd(slots, SHARES)
     grouped = q.reshape(rows, heads, -1, size).astype(wide)
     # Masked before they are added up, or that is a kernel of its own; a sum of the least numbers is to stay finite.
     products = k.astype(wide)[:, :, :, None] * grouped[:, None]
     scores = jnp.where(seen[:, :, None, None, None], products, jnp.finfo(wide).min / (2 * size)).sum(-1) * scale
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(1, keepdims=True)))  # not yet divided by their sum
+
+    def weighted(weights: jax.Array) -> jax.Array:
+        return (v.astype(wide) * weights[..., None]).reshape(rows, shares, -1, heads, size).sum(2)
+
     # One sum for each query of a head: of all at once XLA lays wide values out anew. The barrier lets it take them in
-    # one kernel, which reads the values once.
-    sums = [(v.astype(wide) * weights[..., j, None]).sum(1) for j in range(grouped.shape[2])]
-    out = jnp.stack(jax.lax.optimization_barrier(sums), axis=2) / weights.sum(1)[..., None]
+    # one kernel, which reads the values once; as few sums of all slots it would compute from products in memory.
+    sums = jax.lax.optimization_barrier([weighted(weights[..., j]) for j in range(grouped.shape[2])])
+    out = jnp.stack([part.sum(1) for part in sums], axis=2) / weights.sum(1)[..., None]
     return out.reshape(q.shape).astype(q.dtype)
 
 
