@@ -1,6 +1,7 @@
 """plan: what it counts, what it refuses, and (where a compiler for CUDA is installed) what it says of the 27B step."""
 
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -287,23 +288,30 @@ def test_held_out_evaluation_of_the_27b_takes_minutes(tmp_path):
 @needs_cuda
 @pytest.mark.parametrize("target", ["a100-80g", "rtx-4090", "h100", "rtx-pro-6000"])
 def test_the_nf4_product_compiles_for_every_generation(target):
-    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, plain and doubly quantised."""
+    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, plain and doubly quantised, one and three linears."""
     target = targets.find(target)
     mesh = compiling.mesh_on(target, MeshConfig())
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    for kind in ("nf4", "nf4_double"):
+    for kind, outputs in itertools.product(("nf4", "nf4_double"), [(512,), (512, 128, 256)]):
         storage = storages.get(kind)
 
-        def both(x, dy, stack, storage=storage):
-            one = {name: part[1] for name, part in stack.items()}
-            linear = StackedLinear(stack, jnp.int32(1), storage.kernel(one, jnp.bfloat16), storage)
-            y, pull = jax.vjp(lambda x: storages.product(x, linear), x)
+        def both(x, dy, stacks, storage=storage):
+            linears = [
+                StackedLinear(
+                    stack,
+                    jnp.int32(1),
+                    storage.kernel({name: part[1] for name, part in stack.items()}, jnp.bfloat16),
+                    storage,
+                )
+                for stack in stacks
+            ]
+            y, pull = jax.vjp(lambda x: storages.products(x, linears), x)
             return y, pull(dy)
 
         shapes = (
             jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
-            jax.ShapeDtypeStruct((8, 512), jnp.bfloat16),
-            storage.abstract((2, 256, 512)),
+            tuple(jax.ShapeDtypeStruct((8, each), jnp.bfloat16) for each in outputs),
+            [storage.abstract((2, 256, each)) for each in outputs],
         )
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), compiling.described(target):
