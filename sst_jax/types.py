@@ -55,6 +55,8 @@ ScalarBool = Bool[Array, ""]
 Kernel = Num[Array, "*L inputs outputs"]  # of a linear, or of a stack of them
 LinearInputs = Float[Array, "*B inputs"]
 LinearOutputs = Float[Array, "*B outputs"]
+EachKernel = Num[Array, "*L inputs _"]  # of one of several linears of the same inputs
+EachOutputs = Float[Array, "*B _"]  # of one of several linears
 Gram = Float[Array, "inputs inputs"]  # sum of x^T x over a linear's inputs x, or a factor of its inverse
 # A linear as it is stored: a dict of arrays, such as {"kernel": ...}, other names under a quantised storage.
 Leaf = Mapping[str, Array]

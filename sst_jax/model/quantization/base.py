@@ -20,7 +20,17 @@ from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import compiler
-from sst_jax.types import DeviceArrays, Gram, Kernel, LayerStack, Leaf, LinearInputs, LinearOutputs
+from sst_jax.types import (
+    DeviceArrays,
+    EachKernel,
+    EachOutputs,
+    Gram,
+    Kernel,
+    LayerStack,
+    Leaf,
+    LinearInputs,
+    LinearOutputs,
+)
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -74,7 +84,7 @@ class LinearStorage(abc.ABC):
         """Return whether `stack_products` may read one layer of the stack, on this `compiler.platform`."""
         return False
 
-    def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[LinearOutputs, ...]:
+    def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[EachOutputs, ...]:
         """Return x [..., in] times every kernel, [..., out] in x's type, from the stacks or from unpacked kernels."""
         return tuple(x @ linear.kernel for linear in linears)
 
@@ -114,7 +124,7 @@ class AsItIs(LinearStorage):
     def product(self, x: LinearInputs, leaf: Leaf) -> LinearOutputs:
         return self.products(x, [leaf["kernel"]])[0]
 
-    def products(self, x: LinearInputs, kernels: Sequence[Kernel]) -> tuple[LinearOutputs, ...]:
+    def products(self, x: LinearInputs, kernels: Sequence[EachKernel]) -> tuple[EachOutputs, ...]:
         """Return `product` with each of several kernels."""
         kernels = [kernel.astype(x.dtype) for kernel in kernels]
         rows = math.prod(x.shape[:-1])

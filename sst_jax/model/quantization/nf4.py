@@ -41,11 +41,11 @@ from sst_jax.types import (
     BlockScales,
     Codes,
     DeviceArrays,
+    EachOutputs,
     Gram,
     Kernel,
     Leaf,
     LinearInputs,
-    LinearOutputs,
     PackedCodes,
     ScalarInt,
     UnitCodes,
@@ -248,7 +248,7 @@ class NF4(LinearStorage):
     def reads_stack(self, platform: str) -> bool:
         return platform in ("cuda", "interpreted")
 
-    def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[LinearOutputs, ...]:
+    def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[EachOutputs, ...]:
         outputs = [linear.kernel.shape[-1] for linear in linears]
         if not nf4_product.fits(x.shape, outputs, x.dtype):
             return super().stack_products(x, linears)

@@ -12,7 +12,17 @@ from jax.typing import DTypeLike
 from sst_jax.errors import InputError
 from sst_jax.model.quantization import nf4
 from sst_jax.model.quantization.base import AsItIs, LinearStorage, StackedLinear, StoredLinear
-from sst_jax.types import DeviceArrays, Kernel, Leaf, LinearInputs, LinearOutputs, Params, ScalarInt
+from sst_jax.types import (
+    DeviceArrays,
+    EachKernel,
+    EachOutputs,
+    Kernel,
+    Leaf,
+    LinearInputs,
+    LinearOutputs,
+    Params,
+    ScalarInt,
+)
 
 AS_IT_IS = AsItIs()
 STORAGES: dict[str, LinearStorage] = {
@@ -153,7 +163,7 @@ def product(x: LinearInputs, kernel: Kernel | StoredLinear | StackedLinear) -> L
     return products(x, [kernel])[0]
 
 
-def products(x: LinearInputs, kernels: Sequence[Kernel | StoredLinear | StackedLinear]) -> tuple[LinearOutputs, ...]:
+def products(x: LinearInputs, kernels: Sequence[EachKernel | StoredLinear | StackedLinear]) -> tuple[EachOutputs, ...]:
     """Return `product` of one x with each of several kernels, by one product where their storage has one."""
     stacked = [kernel for kernel in kernels if isinstance(kernel, StackedLinear)]
     if len(stacked) == len(kernels) and len({kernel.storage.name for kernel in stacked}) == 1:
