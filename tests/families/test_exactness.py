@@ -1,4 +1,4 @@
-"""The exact forward against token-by-token decoding in float64, on families whose blocks are their own."""
+"""In float64, on families whose blocks are their own: exact against token-by-token decoding, and two passes' order."""
 
 import functools
 
@@ -16,7 +16,7 @@ DEPTH, LENGTH = 2, 20  # beyond the tiny members' windows and what their queries
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["smollm3", "granite", "olmo3", "phi3", "ministral3"])
+@pytest.mark.parametrize("family", ["smollm3", "granite", "olmo3", "phi3", "ministral3", "gemma4", "gemma4_unified"])
 def test_the_recurrence_is_exact(family, float64):
     config = toys.in_float64(toys.config({"alpha_range": (0.0, 1.0)}, BY_NAME[family].tiny))
     params, tokens = toys.params(config, "float64"), toys.tokens(1, LENGTH, vocabulary=262)
@@ -30,3 +30,12 @@ def test_the_recurrence_is_exact(family, float64):
     difference = np.abs(np.stack(found, axis=1) - expected).max()
     print(f"{family}: {difference:.1e} of {np.abs(expected).max():.1f}")
     assert difference <= 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_unified"])
+def test_the_error_of_two_passes_falls_with_alpha_squared(family, float64):
+    config = toys.config({"alpha_range": (0.0, 1.0), "granularity": "scalar"}, BY_NAME[family].tiny)
+    slope = toys.two_pass_slope(config, toys.params(config, "float64"), toys.tokens(1, 32, vocabulary=262))
+    print(f"{family}: slope {slope:.3f}")
+    assert abs(slope - 2.0) <= 0.1

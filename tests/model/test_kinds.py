@@ -113,13 +113,7 @@ def test_each_fact_is_computed_on_its_own(change, float64):
 @pytest.mark.parametrize("fields", [{}, {"state": "block", "norm": "none"}], ids=["ffn", "linear carry"])
 def test_the_error_of_two_passes_falls_with_alpha_squared(fields, float64):
     config = toys.config({**FREE, "granularity": "scalar", **fields}, toys.GEMMA4)
-    params, tokens = toys.params(config, "float64"), toys.tokens(1, 32)
-    alphas, errors = np.geomspace(0.003, 0.05, 5), []
-    for alpha in alphas:
-        mine = {**params, "blend": {"theta": jnp.full(1, np.log(alpha / (1 - alpha)))}}
-        two, exact = (toys.hidden_in_float64(config, mine, tokens, forward=name) for name in ("two_pass", "exact"))
-        errors.append(np.linalg.norm(two - exact))
-    slope = np.polyfit(np.log(alphas), np.log(errors), 1)[0]
+    slope = toys.two_pass_slope(config, toys.params(config, "float64"), toys.tokens(1, 32))
     print(f"{fields}: slope {slope:.3f}")
     assert abs(slope - 2.0) <= 0.1
 

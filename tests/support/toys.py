@@ -97,6 +97,16 @@ def _hidden_in_float64(config, params, tokens, **settings):
 hidden_in_float64 = quick_jit(_hidden_in_float64, *rules.SETTINGS, "remat")
 
 
+def two_pass_slope(config, params, tokens):
+    """The slope of log error over log alpha of two passes; params and a blend of one scalar in float64."""
+    alphas, errors = np.geomspace(0.003, 0.05, 5), []
+    for alpha in alphas:
+        mine = {**params, "blend": {"theta": jnp.full(1, np.log(alpha / (1 - alpha)))}}
+        two, exact = (hidden_in_float64(config, mine, tokens, forward=name) for name in ("two_pass", "exact"))
+        errors.append(np.linalg.norm(two - exact))
+    return float(np.polyfit(np.log(alphas), np.log(errors), 1)[0])
+
+
 CHOICES = {
     "initial": ("none", "zero", "own", "skip_bos"),
     "norm": ("none", "rms", "match"),
