@@ -11,6 +11,10 @@ import pytest
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import BY_NAME
+from sst_jax.inference.policies import flat
+from sst_jax.inference.prefill import capacity_for
+from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.session import Request, Session
 from sst_jax.model import rules
 from sst_jax.model.config import ModelConfig
 from sst_jax.weights.exporting import ExportOptions, export_model
@@ -30,19 +34,35 @@ def plain_logits(folder, tokens, dtype="float32"):
     return np.asarray(rules.logits(config, params, tokens, forward="plain"), np.float32)
 
 
+_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16,
+}  # fmt: skip
+# (names of transformers' classes, config of the whole but its text, what keys beside the text's begin with)
+WHOLE = {
+    "gemma4": ("Gemma4", {"vision_config": _VISION}, {"vision_tower", "embed_vision"}),
+    "gemma4_unified": (
+        "Gemma4Unified",
+        {
+            "vision_config": {"patch_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16},
+            "audio_config": {"audio_embed_dim": 24},
+        },
+        {"embed_vision", "embed_audio"},
+    ),
+}
+
+
 @pytest.mark.slow
-def test_towers_go_along_from_a_sharded_folder_and_back(tmp_path):
+@pytest.mark.parametrize("family", WHOLE)
+def test_what_reads_pictures_goes_along_from_a_sharded_folder_and_back(family, tmp_path):
     """Every tensor bit for bit, and the text's logits are the whole model's."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16,
-    }  # fmt: skip
-    text = {**config_json(TINY, "float32"), "vocab_size_per_layer_input": 8}
-    config = transformers.Gemma4Config(text_config=text, vision_config=vision, image_token_id=5, video_token_id=6)
+    (prefix, parts, beside), backbone = WHOLE[family], BY_NAME[family].tiny
+    text = {**config_json(backbone, "float32"), "vocab_size_per_layer_input": 8}
+    config = getattr(transformers, f"{prefix}Config")(text_config=text, **parts, image_token_id=5, video_token_id=6)
     torch.manual_seed(0)
-    whole = transformers.Gemma4ForConditionalGeneration(config).eval()
+    whole = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for name, buffer in whole.named_buffers():
             if name.endswith("layer_scalar"):
@@ -51,8 +71,8 @@ def test_towers_go_along_from_a_sharded_folder_and_back(tmp_path):
     for name, content in ByteTokenizer().files().items():
         (tmp_path / "in" / name).write_bytes(content)
     source = open_folder(tmp_path / "in")
-    assert source.backbone == TINY
-    assert len(source.files) > 3
+    assert source.backbone == backbone
+    assert len(source.files) > 2
     tokens = toys.tokens(1, 40, vocabulary=262)
     with torch.no_grad():
         expected = whole(input_ids=torch.tensor(tokens).long()).logits.numpy()
@@ -61,10 +81,43 @@ def test_towers_go_along_from_a_sharded_folder_and_back(tmp_path):
     again, report = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     state = again.state_dict()
-    assert any("vision_tower" in key for key in state)
+    assert beside == {key.split(".")[1] for key in state if key.startswith("model.")} - {"language_model"}
     for key, value in whole.state_dict().items():
         assert torch.equal(state[key], value), key
-    assert again.config.text_config.use_bidirectional_attention == "vision"
+    assert type(again) is type(whole)
+
+
+def answers(config, params, requests):
+    """Tokens of requests that are admitted to one session one after the other."""
+    rows, new = len(requests), requests[0].max_new_tokens
+    session = Session(config, params, rows=rows, capacity=capacity_for(40), chunk=4)
+    found = {}
+    for request in requests:
+        reading = session.prefill_prompt(request)
+        try:
+            while True:
+                next(reading)
+        except StopIteration as stopped:
+            row, first = session.admit(request, stopped.value)
+        found[row] = first.tokens[0].tolist()
+    while len(found[0]) < new:
+        for row, tokens in enumerate(session.step().tokens.tolist()):
+            found[row] += tokens
+    return [found[row] for row in range(rows)]
+
+
+@pytest.mark.slow
+def test_rows_of_a_session_do_not_depend_on_each_other():
+    """Prompts shorter and longer than the window, at depths of their own, in caches of two shapes."""
+    config = toys.config({"alpha_range": (0.0, 1.0)}, TINY)
+    params = toys.params(config)
+    requests = [
+        Request(tuple(toys.tokens(size, seed=size, vocabulary=262)), 9, flat(depth), Sampling(1.0), seed=depth)
+        for size, depth in ((5, 3), (21, 1))
+    ]
+    together = answers(config, params, requests)
+    assert together == [answers(config, params, [request])[0] for request in requests]
+    assert together[0] != answers(config, params, [dataclasses.replace(requests[0], policy=flat(1))])[0]
 
 
 @pytest.mark.slow
