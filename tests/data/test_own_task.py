@@ -154,6 +154,7 @@ def test_code_of_ones_own_grades_where_it_is_allowed(tmp_path):
         (tmp_path / "grade.py").write_text(code)
         with pytest.raises(InputError, match=said):
             items(tmp_path, rows, f"python:{tmp_path}/grade.py", allow_code=True)
+    assert not (tmp_path / "__pycache__").exists()  # nor is code that was edited within a second taken for this one
     with pytest.raises(InputError, match="no such Python file"):
         items(tmp_path, rows, f"python:{tmp_path}/none.py", allow_code=True)
 
