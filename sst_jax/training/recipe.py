@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -245,6 +246,7 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     values = flags.FlagValues()
     command_line = ["train", f"--config={find_file(name)}{colon}{argument}", *map(_renamed, overrides)]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=command_line)
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # or a file edited within a second may run as before
     try:
         rest = values(command_line)
     except InputError:
@@ -256,6 +258,8 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             text = whole[2] if " " in whole[2] else f"there is no knob {whole[2].strip(QUOTES)}"
         text = text.rpartition("ValueError: ")[2]  # a recipe's own words, behind the traceback that absl puts before
         raise InputError(f"recipe {path}: {' '.join(text.split()) or type(error).__name__}") from None
+    finally:
+        sys.dont_write_bytecode = kept
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; knobs are set with --config.KEY=VALUE")
     return values.config

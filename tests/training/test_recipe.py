@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import sys
 
 import pytest
 
@@ -124,6 +126,17 @@ def test_a_file_of_ones_own_comes_before_the_packages(tmp_path, monkeypatch):
     (tmp_path / "configs" / "tiny.py").write_text(own)
     assert read_recipe("configs/tiny.py").train.steps == 30
     assert read_recipe("tiny").train.steps == 20
+
+
+def test_a_recipe_that_was_edited_within_a_second_is_read_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    for steps in (11, 22):
+        text = "from sst_jax.training.recipe import defaults\n\ndef get_config():\n    config = defaults()\n"
+        file.write_text(f"{text}    config.train.steps = {steps}\n    return config\n")
+        os.utime(file, (1e9, 1e9))
+        assert read(str(file)).train.steps == steps
+    assert not (tmp_path / "__pycache__").exists()
 
 
 @pytest.mark.parametrize("name", ["tinny", "configs/tinny.py", "elsewhere/tiny.py", "tiny.json", ""])
