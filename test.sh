@@ -63,17 +63,17 @@ trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
 export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 passed_or_none() { "$@" || [ $? = 5 ]; }  # 5: none of the tests asked for
 turn=$((16#$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)))
-part() {  # part PERCENT: that much of the time that is left, in minutes with two digits, and where to begin
+part() {  # part PERCENT [TURN]: that much of the time that is left, in minutes with two digits, and where to begin
   local left=$((minutes * 60 - SECONDS))
   [ $left -gt 0 ] || left=0
-  printf -- '--turn %d --minutes %d.%02d' $turn $((left * $1 / 6000)) $((left * $1 / 60 % 100))
+  printf -- '--turn %d --minutes %d.%02d' "${2:-0}" $((left * $1 / 6000)) $((left * $1 / 60 % 100))
 }
 # shellcheck disable=SC2046  # two options and their values
 {
   passed_or_none tests .venv-test --typecheck -m "not slow and not optimised" $(part 100) "$@"
-  passed_or_none tests .venv-test -m "not optimised and (slow or wrong_types)" $(part 45) "$@"
+  passed_or_none tests .venv-test -m "not optimised and (slow or wrong_types)" $(part 45 $turn) "$@"
   # These run more than they compile, or are about bits.
-  JAX_DISABLE_MOST_OPTIMIZATIONS=0 passed_or_none tests .venv-test -m optimised $(part 65) "$@"
+  JAX_DISABLE_MOST_OPTIMIZATIONS=0 passed_or_none tests .venv-test -m optimised $(part 65 $turn) "$@"
 }
 if [ $((minutes * 60 - SECONDS)) -lt 600 ]; then
   echo "Python 3.12 was left out: all else took $((SECONDS / 60)) minutes"
