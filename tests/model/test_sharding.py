@@ -22,7 +22,7 @@ from sst_jax.model.sharding import AXES, MeshConfig
 TESTS = pathlib.Path(__file__).parents[1]
 
 
-def on_eight(*cases, float64=False):
+def on_eight(*cases, float64=False, **environment):
     """What tests/support/eight_devices.py prints for cases, from a process with eight devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0"
@@ -33,6 +33,7 @@ def on_eight(*cases, float64=False):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": paths,
         "JAX_ENABLE_X64": str(int(float64)),
+        **environment,
     }
     command = [sys.executable, str(TESTS / "support" / "eight_devices.py"), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -64,6 +65,13 @@ def test_every_axis_alone_and_all_mixed(forward):
 def test_steps_and_decoding_on_every_axis():
     cases = [f"{mesh}:{what}" for what in ("step.two_pass:nf4", "decode:float32") for mesh in MESHES]
     assert_equal_within(on_eight(*cases), 1e-5)
+
+
+@pytest.mark.slow
+def test_stacks_by_kind_on_four_devices():
+    """Logits, and what caches of two shapes decode: of global layers the heads are other ones, and fewer."""
+    cases = [f"{mesh}:decode:float32" for mesh in ("1,4,1", "1,1,4", "2,1,2")] + ["1,2,2:two_pass:nf4"]
+    assert_equal_within(on_eight(*cases, STACKS_BY_KIND="1"), 1e-5)
 
 
 @pytest.mark.slow

@@ -5,11 +5,14 @@
 A case is MESH:FORWARD:STORAGE or MESH:decode:STORAGE with MESH=DATA,FSDP,TENSOR. Printed for each are the largest
 differences of an array from that of a mesh of one device, as relative norms; so for MESH:kernel:NAME, of a
 kernel for attention. MESH:restored:MESH is saved on the first mesh and read on the second, MESH:gathered:FORWARD counts
-all-gathers' bytes at two lengths of rows. For STORAGE=float64 JAX_ENABLE_X64=1 must be set.
+all-gathers' bytes at two lengths of rows. For STORAGE=float64 JAX_ENABLE_X64=1 must be set. With STACKS_BY_KIND=1 the
+backbone is one of Gemma 4's kind, whose global layers have heads of their own.
 """
 
+import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -47,6 +50,11 @@ BACKBONE = BackboneConfig(
     query_pre_attn_scalar=9.0,
     max_positions=600,
 )
+if os.environ.get("STACKS_BY_KIND"):
+    BACKBONE = dataclasses.replace(
+        BACKBONE, family="gemma4", global_head_dim=16, global_num_kv_heads=4, values_from_keys=True,
+        rope_angles_global=5, logit_cap=2.0, norm_offset=0.0, v_norm=True, layer_scalar=True, query_pre_attn_scalar=1.0,
+    )  # fmt: skip
 ROWS, LENGTH = 8, 24
 CONFIG = toys.config({"learn_gain": True}, backbone=BACKBONE, rank=4)
 
