@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from sst_jax.model import compiler
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
-from sst_jax.model.quantization.storages import products
+from sst_jax.model.quantization.storages import product, products
 from sst_jax.model.sharding import on_a_mesh
 from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Params, Positions, RotaryTable, Tokens
 
@@ -217,7 +217,7 @@ def side_by_side(linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloa
     """
     kernels, whole = [linear.kernel.get_value() for linear in linears], not on_a_mesh()
     # On a mesh the parts of each lie on several devices, and are not to be put together.
-    found = products(x, kernels) if whole else [products(x, [kernel])[0] for kernel in kernels]
+    found = products(x, kernels) if whole else [product(x, kernel) for kernel in kernels]
     outputs = [
         y + linear.bias[...].astype(x.dtype) if linear.has_bias else y for linear, y in zip(linears, found, strict=True)
     ]

@@ -185,9 +185,7 @@ def _fused(body: _Computation) -> tuple[float, float]:
         for user in users[name]:
             if user.op in ("bitcast", "reshape"):
                 found += read(names[id(user)])
-            elif (
-                user.op == "broadcast" and "dimensions={0" in user.attributes
-            ):  # of layers, each repeated within itself
+            elif user.op == "broadcast" and "dimensions={0" in user.attributes:  # layers, each repeated within itself
                 found += read(names[id(user)]) * whole / _size(user.shape)
             elif user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
                 found += _size(user.shape)

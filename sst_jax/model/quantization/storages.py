@@ -171,15 +171,10 @@ def products(x: LinearInputs, kernels: Sequence[EachKernel | StoredLinear | Stac
     plain = [kernel for kernel in kernels if not isinstance(kernel, StackedLinear | StoredLinear)]
     if len(plain) == len(kernels):
         return AS_IT_IS.products(x, plain)
-    return tuple(_product(x, kernel) for kernel in kernels)
-
-
-def _product(x: LinearInputs, kernel: Kernel | StoredLinear | StackedLinear) -> LinearOutputs:
-    if isinstance(kernel, StackedLinear):
-        return kernel.storage.stack_products(x, [kernel])[0]
-    if isinstance(kernel, StoredLinear):
-        return kernel.storage.product(x, kernel.leaf)
-    return AS_IT_IS.product(x, {"kernel": kernel})
+    return tuple(
+        kernel.storage.product(x, kernel.leaf) if isinstance(kernel, StoredLinear) else product(x, kernel)
+        for kernel in kernels
+    )
 
 
 def cast(tree: Tree, dtype: DTypeLike) -> Tree:
