@@ -75,6 +75,7 @@ SIZES = {
     "seed-oss-36b": ("ByteDance-Seed/Seed-OSS-36B-Instruct", 1, 32),
     "phi-3-mini-4k": ("microsoft/Phi-3-mini-4k-instruct", 8, 4),
     "phi-3-medium-4k": ("microsoft/Phi-3-medium-4k-instruct", 4, 8), "phi-4": ("microsoft/phi-4", 4, 8),
+    "phi-4-mini": ("microsoft/Phi-4-mini-instruct", 8, 4),
 }  # fmt: skip
 
 

@@ -42,15 +42,33 @@ def _preset(*shape: int, **fields: FieldValue) -> BackboneConfig:
     return global_decoder("phi3", LLAMA_BLOCK, shape, **{**published, "rope_theta_global": 10_000.0, **fields})
 
 
+def _magnitude(factor: float, original: int) -> float:
+    """Return what LongRoPE multiplies cosines and sines by where no `attention_factor` is given."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
 def _sliding(layers: int) -> Fields:
     return {"window": 2047, "layer_types": ("local",) * layers}
 
+
+# LongRoPE's divisors of Phi-4-mini beyond 4,096 positions, from its config.json.
+_PHI_4_MINI_LONG = (
+    1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+    6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252,
+    16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6,
+    32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+)  # fmt: skip
 
 PRESETS = {
     "phi-3-mini-4k": _preset(32, 3072, 8192, 32, 32, 96, **_sliding(32)),
     "phi-3-medium-4k": _preset(40, 5120, 17_920, 40, 10, 128, **_sliding(40)),
     "phi-4": _preset(
         40, 5120, 17_920, 40, 10, 128, vocab_size=100_352, max_positions=16_384, rope_theta_global=250_000.0
+    ),
+    "phi-4-mini": _preset(
+        32, 3072, 8192, 24, 8, 128, vocab_size=200_064, max_positions=131_072, tied_head=True, rotary_dims=96,
+        rope_original=4096, rope_magnitude=_magnitude(32, 4096), rope_short=(1.0,) * 48, rope_long=_PHI_4_MINI_LONG,
     ),
     "tiny-phi3": _preset(
         2, 64, 128, 4, 2, 16, rotary_dims=12, rope_original=1024, rope_magnitude=1.125,
@@ -95,7 +113,6 @@ def _longrope(config: JsonObject, rope: JsonObject, max_positions: int, here: st
     factor = max_positions / original
     if rope.get("factor") is not None:
         factor = positive_number(rope, "factor", None, here)
-    magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     divisors = {}
     for name in ("short_factor", "long_factor"):
         numbers = rope.get(name)
@@ -106,9 +123,9 @@ def _longrope(config: JsonObject, rope: JsonObject, max_positions: int, here: st
         "rope_short": divisors["short_factor"],
         "rope_long": divisors["long_factor"],
         "rope_original": original,
-        "rope_magnitude": positive_number(rope, "attention_factor", magnitude, here)
+        "rope_magnitude": positive_number(rope, "attention_factor", None, here)
         if rope.get("attention_factor") is not None
-        else magnitude,
+        else _magnitude(factor, original),
     }
 
 

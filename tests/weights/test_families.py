@@ -58,6 +58,13 @@ _LLAMA3 = {
     "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }  # fmt: skip
+_PHI_4_MINI_LONG = [
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555,
+    7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283,
+    20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7,
+    32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+]  # fmt: skip
 # As the hub has them.
 HUB = {
     "smollm2-135m": {
@@ -86,6 +93,18 @@ HUB = {
         "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
         "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
         "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "phi-4-mini": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 199999, "embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu",
+        "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1,
+        "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3",
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+        "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": [*_PHI_4_MINI_LONG], "short_factor": [1.0] * 48, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "use_cache": True, "vocab_size": 200064,
     },
 }  # fmt: skip
 
@@ -206,7 +225,7 @@ def test_layouts_are_gemmas_alone(backbone):
         ("Qwen/Qwen3-0.6B-Base", "qwen3-0.6b"),
         ("google/gemma-3-1b-pt", "1b"),
         ("microsoft/phi-4", "phi-4"),
-        ("microsoft/Phi-4-mini-instruct", None),
+        ("microsoft/Phi-4-mini-instruct", "phi-4-mini"),
         ("mistralai/Ministral-3-8B-Instruct-2512", "ministral-3-8b"),
         ("somebody/llama-1b", None),
         ("somebody/tiny-llama", None),
@@ -296,6 +315,12 @@ def metadata(backbone):
         keys["attention.sliding_window"] = backbone.window
     if backbone.rope_scale_global != 1.0 and backbone.rope_llama3 is None:
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": backbone.rope_scale_global}
+    if backbone.rope_short:  # and a window that no text fills, as Phi-4-mini's files have it
+        keys |= {
+            "rope.dimension_count": backbone.rotary_dims, "rope.scaling.attn_factor": backbone.rope_magnitude,
+            "rope.scaling.original_context_length": backbone.rope_original,
+            "attention.sliding_window": 2 * backbone.max_positions,
+        }  # fmt: skip
     architecture = backbone.family
     return {"general.architecture": architecture, **{f"{architecture}.{key}": value for key, value in keys.items()}}
 
@@ -428,8 +453,13 @@ def test_the_two_readers_of_config_and_metadata_agree_on_the_published_shapes():
         factors = None
         if preset.rope_llama3 is not None:
             factors = rope_factors(preset.rope_theta_global, preset.head_dim, preset.rope_scale_global)
-        found = reader.backbone_from_metadata(metadata(preset), preset.vocab_size, "x", preset.tied_head, factors)
-        assert found == preset, name
+        short, long = (np.array(numbers, np.float32) for numbers in (preset.rope_short, preset.rope_long))
+        divisors = {"short": short, "long": long} if preset.rope_short else None
+        facts = (preset.vocab_size, "x", preset.tied_head, factors, divisors)
+        found = reader.backbone_from_metadata(metadata(preset), *facts)
+        assert found == dataclasses.replace(preset, rope_short=tuple(short.tolist()), rope_long=tuple(long.tolist())), (
+            name
+        )
 
 
 def test_a_package_that_holds_its_file_is_found_without_importing_it(tmp_path, monkeypatch):
