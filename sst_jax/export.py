@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sst_jax.console.command import Parser, new_folder, run, write_json
+from sst_jax.console.progress import counted
 from sst_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def upload(args: argparse.Namespace, target: Path) -> Json:
     files = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
     if args.dry_run:
         kind = "public" if args.public else "private"
-        print(f"would push {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB, to {args.push} ({kind} if new):")
+        size = f"{counted(len(files), 'file')}, {sum(files.values()) / 1e6:,.1f} MB"
+        print(f"would push {size}, to {args.push} ({kind} if new):")
         print("\n".join(f"  {name}  {size:,} bytes" for name, size in files.items()))
         return {"repo": args.push, "dry_run": True, "files": files}
     message = f"sst_jax export, format {args.format}"

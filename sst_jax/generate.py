@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from sst_jax.console.command import Parser, opening, run, write_json
+from sst_jax.console.progress import counted
 from sst_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -217,8 +218,7 @@ def answer_all(
         print()
     end, tokens = time.monotonic(), sum(len(answer["tokens"]) for answer in answers)
     # The first token waits for compilation; the rest says what a longer answer would see.
-    count = f"{tokens} {'token' if tokens == 1 else 'tokens'}"
-    note = f"{count} in {end - started:.1f} s with compilation, depth {policy.name}"
+    note = f"{counted(tokens, 'token')} in {end - started:.1f} s with compilation, depth {policy.name}"
     rest = tokens - min(len(answers), args.batch)
     if first is not None and rest > 0 and end > first:
         note += f"; {rest / (end - first):.1f} tokens/s after the first"

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from sst_jax.console.command import Parser, opening, run, write_json
+from sst_jax.console.progress import counted
 from sst_jax.errors import InputError
 
 
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         print(
-            f"serving {name} at http://{where}:{port}/v1, {args.rows} rows of {engine.capacity} positions\n"
+            f"serving {name} at http://{where}:{port}/v1, {counted(args.rows, 'row')} of {engine.capacity} positions\n"
             f"try: {example(f'http://{where}:{port}', allowed.key is not None)}",
             flush=True,
         )

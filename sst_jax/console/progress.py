@@ -1,4 +1,4 @@
-"""Progress bars with rate and ETA, on a terminal only."""
+"""Progress bars with rate and ETA, on a terminal only, and counts in words."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def print_line(text: str) -> None:
     """Print a line of text without breaking a progress bar that is shown."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 token", "2 tokens", "1,024 tokens"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

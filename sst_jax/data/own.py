@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from sst_jax.console.progress import counted
 from sst_jax.data.documents import Document, Problem, words
 from sst_jax.data.formats import ROW_FORMATS, fields_of, read_row, recognise, shown
 from sst_jax.data.records import READERS, Record, is_hub_id, read_file, read_hub
@@ -114,7 +115,7 @@ class Found:
     def __str__(self) -> str:
         keys = ", ".join(ROW_FORMATS[self.format].keys)
         skipped = f", {self.empty:,} empty ones left out" if self.empty else ""
-        return f"{self.path}: {len(self.documents):,} rows of {self.format} ({keys}){skipped}"
+        return f"{self.path}: {counted(len(self.documents), 'row')} of {self.format} ({keys}){skipped}"
 
 
 def data_files(folder: Path, split: str, setting: str) -> list[Path]:
@@ -169,8 +170,8 @@ def hold_out(
     held = round(share * len(documents)) if share else min(count, max(len(documents) // TENTH, 1))
     if not 0 < held < len(documents):
         raise InputError(
-            f"{len(documents)} rows are too few to train on some and hold others out: add rows, or name a file of "
-            "held-out ones with data.heldout_path"
+            f"{counted(len(documents), 'row')}: too few to train on some and hold others out; add rows, or name a file "
+            "of held-out ones with data.heldout_path"
         )
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
+from sst_jax.console.progress import counted
 from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.data.unicode import check_unicode
 from sst_jax.errors import InputError
@@ -136,8 +137,7 @@ def _note(answer: Generation, policy: Policy, seconds: float) -> str:
     if not policy.is_flat and answer.depths:
         depth += f", {sum(answer.depths) / len(answer.depths):.2f} iterations per token"
     cut = "" if answer.finished else ", cut off at max_new_tokens"
-    count = f"{len(answer.tokens)} {'token' if len(answer.tokens) == 1 else 'tokens'}"
-    return f"[{depth}; {count} in {seconds:.1f} s{cut}]"
+    return f"[{depth}; {counted(len(answer.tokens), 'token')} in {seconds:.1f} s{cut}]"
 
 
 def note_on_turns(tokenizer: Tokenizer) -> str | None:

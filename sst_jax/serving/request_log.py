@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sst_jax.console.progress import counted
 from sst_jax.serving.queue import Job
 
 JOBS = "sst_jax.jobs"  # in a call's scope: the jobs that it became
@@ -44,7 +45,7 @@ class RequestLog:
                 if jobs:
                     read, new = (sum(map(len, part)) for part in zip(*map(_tokens, jobs), strict=True))
                     depths = ", ".join(dict.fromkeys(job.request.policy.name for job in jobs))
-                    line += f": {read} + {new} tokens, depth {depths}"
+                    line += f": {read} + {counted(new, 'token')}, depth {depths}"
                 self._write(line)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from sst_jax.console.progress import counted
 from sst_jax.inference.model import count
 from sst_jax.model import compiler, decoder, sharding
 from sst_jax.training.data_report import spelled
@@ -117,6 +118,6 @@ def describe(found: Json, recipe: Recipe, workdir: Path) -> str:
         f"memory of a step, planned by the compiler for {jax.devices()[0].device_kind}: {memory['step'] / GIB:.2f} GiB "
         f"({memory['arguments'] / GIB:.2f} of parameters, optimizer and batch, {memory['temporaries'] / GIB:.2f} of "
         "temporaries)",
-        f"{recipe.train.steps} steps would be trained in {workdir}; nothing has been written",
+        f"{counted(recipe.train.steps, 'step')} would be trained in {workdir}; nothing has been written",
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from sst_jax.console.command import called, write_json
-from sst_jax.console.progress import print_line
+from sst_jax.console.progress import counted, print_line
 from sst_jax.data.documents import Document
 from sst_jax.data.prompts import asked_tokens
 from sst_jax.inference.model import Model
@@ -118,7 +118,7 @@ def describe(result: RunResult, workdir: Path, *, with_stream: bool, brief: bool
     if result.kept not in (None, result.steps):
         lines.append(f"the run opens as its best checkpoint, {result.checkpoint}")
     if result.skipped:
-        lines.append(f"{result.skipped} of {result.steps} steps were skipped; batches: {workdir / 'bad_batches'}")
+        lines.append(f"{result.skipped} of {counted(result.steps, 'step')} skipped; batches: {workdir / 'bad_batches'}")
     first = result.samples[0]
     lines.append(f"learning curve: {result.figure}")
     if brief:

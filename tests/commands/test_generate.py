@@ -31,6 +31,13 @@ def test_generate_streams_what_the_model_says(finished, tmp_path, capsys):
     assert answer["tokens"] == expected.tokens
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(1, "1 token in"), (2, "2 tokens in")])
+def test_one_token_is_not_told_in_the_plural(finished, capsys, tokens, said):
+    arguments = ["--model", str(finished), "--question", QUESTION, "--max-new-tokens", str(tokens)]
+    assert run(generate.main, arguments) == 0
+    assert said in capsys.readouterr().err
+
+
 def test_generate_answers_a_file_of_prompts_in_one_batch(finished, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\ntwo and a half\n")

@@ -132,7 +132,7 @@ def test_rows_are_held_out_by_number_by_share_and_by_file(tmp_path):
     assert prompts(split.heldout) == ["x"]
     assert prompts(split.training[0]) == [row["prompt"] for row in rows]
     assert [line.partition(":")[0] for line in split.seen] == [str(file), str(other)]
-    with pytest.raises(InputError, match="1 rows are too few"):
+    with pytest.raises(InputError, match="1 row: too few"):
         split_problems(data(write_lines(file, pairs(1))), seed=1)
 
 

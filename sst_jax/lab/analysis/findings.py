@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sst_jax.console.progress import counted
 from sst_jax.inference.model import Model
 from sst_jax.lab.analysis import basins, controls
 from sst_jax.lab.analysis.basins import MixtureFit, TextMetrics
@@ -142,9 +143,9 @@ def summary(result: Json) -> str:
     """The lines that a person reads in the terminal."""
     found, last = result["modes"], result["by_depth"][-1]
     lines = [
-        f"{result['problems']} problems, {result['positions']} positions, layer {result['layer']}: mean cosine "
-        f"similarity between depths {result['by_depth'][0]['depth']} and {last['depth']} "
-        f"is {1 - last['moved']['value']:.4f}",
+        f"{counted(result['problems'], 'problem')}, {counted(result['positions'], 'position')}, layer "
+        f"{result['layer']}: mean cosine similarity between depths {result['by_depth'][0]['depth']} and "
+        f"{last['depth']} is {1 - last['moved']['value']:.4f}",
     ]
     if found["bimodal"]:
         share, threshold = number(found["share"], ".1%"), number(found["threshold"], ".4f")

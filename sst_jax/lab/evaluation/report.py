@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sst_jax.console.progress import counted
 from sst_jax.types import Json
 
 
@@ -20,7 +21,8 @@ def model_name(identity: Json) -> str:
 
 def print_evaluation(result: Json, out: Path) -> None:
     """Print the summary of an evaluation's result; `out` is its folder."""
-    print(f"{result['task']}, {result['items']} items, {result['format']} prompts, {model_name(result['model'])}")
+    size = counted(result["items"], "item")
+    print(f"{result['task']}, {size}, {result['format']} prompts, {model_name(result['model'])}")
     for policy, found in result["policies"].items():
         if result["measure"] == "loss":
             loss = found["nats_per_token"]
@@ -74,7 +76,7 @@ def scales_line(rms: dict[str, float]) -> str:
 def print_comparison(result: Json) -> None:
     """Print the table of a comparison."""
     loss, seeds = result["measure"] == "loss", len(result["A"])
-    print(f"{result['task']}, {result['items']} items" + f", {seeds} seeds" * (seeds > 1))
+    print(f"{result['task']}, {counted(result['items'], 'item')}" + f", {seeds} seeds" * (seeds > 1))
     for side in "AB":
         print(f"{side}: {', '.join(result[side])}")
     for found in result["settings_that_differ"]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sst_jax.console.progress import counted
 from sst_jax.inference.decode_state import DecodeState
 from sst_jax.lab.planning import programs
 from sst_jax.lab.planning.count import count
@@ -121,7 +122,7 @@ def _programs(recipe: Recipe, backbone: BackboneConfig, sizes: Sizes) -> Iterato
     )
     for rows in sizes.rows:
         program = programs.decoding(recipe, backbone, rows, sizes.capacity, 1, random_parameters)
-        yield f"decode a token, {rows} rows", program
+        yield f"decode a token, {counted(rows, 'row')}", program
 
 
 def run_program(
@@ -269,7 +270,7 @@ def product_numerics(backbone: BackboneConfig) -> list[Json]:
             y, dx, weights = both(x, dy, stack)
         exact = np.asarray(weights, np.float64)
         errors = relative(y, np.asarray(x, np.float64) @ exact), relative(dx, np.asarray(dy, np.float64) @ exact.T)
-        found.append({"name": f"product {kind}, {rows} rows", "forward": errors[0], "backward": errors[1]})
+        found.append({"name": f"product {kind}, {counted(rows, 'row')}", "forward": errors[0], "backward": errors[1]})
     return found
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from sst_jax.console.progress import counted
 from sst_jax.errors import InputError
 from sst_jax.inference.kv_cache import bytes_per_sequence
 from sst_jax.lab.planning import compile as compiling
@@ -237,10 +238,11 @@ def _moved(one: Json) -> str:
 def _phase_lines(record: Json) -> list[str]:
     """Return a line for each phase of a recipe, and their sum."""
     if "phases" not in record:
-        return [f"  recipe       {record['hours']:8.2f} h for {record['steps']} steps, without held-out evaluation"]
+        steps = counted(record["steps"], "step")
+        return [f"  recipe       {record['hours']:8.2f} h for {steps}, without held-out evaluation"]
     phases, programs = record["phases"], record["programs"]
     lines = [_program_line("evaluation", programs["evaluation"]) + ", a held-out batch"]
-    lines.append(f"  training     {phases['training'] / 3600:8.2f} h for {record['steps']} steps")
+    lines.append(f"  training     {phases['training'] / 3600:8.2f} h for {counted(record['steps'], 'step')}")
     if phases["evaluation"] is not None:
         once = phases["evaluation"] / phases["evaluations"] / 60
         lines.append(

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from sst_jax.console.figure import new_figure
+from sst_jax.console.progress import counted
 from sst_jax.files import read_json
 from sst_jax.lab.statistics import RESAMPLES, Interval, clustered_ratio, finite, t_mean
 from sst_jax.lab.studies.short_memory import PLAIN, STREAM, Protocol, Texts, distance_to_last
@@ -203,7 +204,8 @@ def interval(found: Json, digits: int = 3) -> str:
 def report(result: Json) -> str:
     """Return the tables in Markdown, as they stand in docs/findings.md."""
     lines = [
-        f"\n{len(result['seeds'])} seeds, {result['documents']} held-out documents, {result['tokens']:,} tokens; "
+        f"\n{counted(len(result['seeds']), 'seed')}, {counted(result['documents'], 'held-out document')}, "
+        f"{result['tokens']:,} tokens; "
         f"protocol {result['protocol'][:12]}; {result['hours']:.1f} core-hours of training\n",
         "| arm | nats a token | by seed | TFLOP | parameters | stream minus it | settled |",
         "|---|---|---|---|---|---|---|",
