@@ -10,8 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Toys cost compiling, hardly running. Without optimisations and with its former CPU code generator, XLA compiles in a
 # quarter of the time. Subprocesses inherit both. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has everything compiled as users do.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and version("jaxlib").startswith("0.10."):
-    # Later versions may not know the flag, and an unknown one ends the process.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    # Later versions may not know the flags, and an unknown one ends the process.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import jax
 import pytest

@@ -54,6 +54,7 @@ def test_kernels_are_held_against_float32(measured):
             assert all(1e-4 < error < 4e-3 for error in errors[f"product {kind}, {rows}"])  # a rounding to bfloat16
 
 
+@pytest.mark.slow
 def test_a_profile_of_every_program_is_written(measured):
     _, trace = measured
     assert len({file.relative_to(trace).parts[0] for file in trace.rglob("*.xplane.pb")}) == 4

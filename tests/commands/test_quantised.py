@@ -65,7 +65,7 @@ def test_training_quantises_as_it_reads_and_resumes(folders, run_on_nf4, tmp_pat
     assert storages.kind_of(sst_jax.load(reading).params["base"]) == "nf4"
 
 
-@pytest.mark.parametrize("choice", ["original", "dequantized"])
+@pytest.mark.parametrize("choice", [pytest.param("original", marks=pytest.mark.slow), "dequantized"])
 def test_export_merges_onto_the_base_that_is_asked_for(folders, run_on_nf4, tmp_path, capsys, choice):
     target, out = tmp_path / "merged", tmp_path / "out.json"
     arguments = ["--from", str(run_on_nf4), "--to", str(target), "--format", "merged", "--merge-base", choice]

@@ -51,6 +51,7 @@ def test_the_flag_comes_with_every_model():
 
 
 @pytest.mark.optimised
+@pytest.mark.slow
 def test_a_run_keeps_the_template_that_it_is_trained_with(tmp_path):
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
     file = tmp_path / "turns.jinja"

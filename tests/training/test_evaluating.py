@@ -29,8 +29,6 @@ from sst_jax.training.sections import TrainConfig
 from sst_jax.training.telemetry import CompileClock, peak_memory
 from sst_jax.weights.checkpoint import newest_good, read_metrics
 
-pytestmark = pytest.mark.optimised  # random bases are known by their bits
-
 KNOBS = {
     "model.source": "random:tiny-llama", "train.steps": 6, "train.eval_every": 1, "train.save_every": 6,
     "train.keep": 1, "train.sample_tokens": 2, "data.limit": 24, "data.heldout": 2, "data.batch_size": 2,
@@ -182,6 +180,7 @@ def test_a_run_records_scores_rates_costs_and_answers_on_its_way(ended):
     assert [sample.step for sample in result.before] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_best_was_recorded_comes_to_the_same(ended, tmp_path):
     """As if killed after the last save: everything that follows from it is made again, and nothing is trained."""
     workdir, result = ended

@@ -21,8 +21,6 @@ from sst_jax.lab.evaluation.evaluation import fixed_date
 from sst_jax.training import fit, identity, read_recipe
 from sst_jax.training.identity import data_record, examples_digest, sources_digest
 
-pytestmark = pytest.mark.optimised  # random bases are known by their bits
-
 
 def example(tokens, learned, id="a"):
     return Example(tokens=np.asarray(tokens, np.int32), answer_mask=np.asarray(learned, bool), id=id)

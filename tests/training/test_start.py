@@ -15,8 +15,6 @@ from sst_jax.lab.evaluation import contamination
 from sst_jax.training import fit, read_recipe
 from sst_jax.training.start import trained_digest
 
-pytestmark = pytest.mark.optimised  # random bases are known by their bits
-
 KNOBS = {
     "model.source": "random:tiny-llama", "train.steps": 2, "train.eval_every": 1, "train.save_every": 1,
     "train.keep": 9, "train.sample_tokens": 2, "data.limit": 24, "data.heldout": 2, "data.batch_size": 2,
@@ -69,6 +67,7 @@ def test_a_run_that_started_from_another_resumes_bit_for_bit(chain, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_an_adapter_and_an_export_with_a_stream_are_gone_on_with(chain, tmp_path):
     folder, results = chain
     for format in ("adapter", "sst"):
@@ -96,6 +95,7 @@ def test_a_recipe_for_another_adapter_or_stream_is_refused_with_the_knob(chain, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_windows_of_a_recipe_are_those_of_its_run(tmp_path, capsys):
     """Held-out losses, the opened run and a further run all look through them; the base on disk has none."""
     knobs = KNOBS | {"model.attention_window": "(2,)", "stream.on": False}

@@ -12,6 +12,8 @@ import pytest
 import sst_jax
 from sst_jax import train
 from sst_jax.console.command import run as run_command
+from sst_jax.errors import InputError
+from sst_jax.training import fit, read_recipe
 from sst_jax.weights.checkpoint import read_metrics
 
 pytestmark = pytest.mark.optimised  # random bases are known by their bits
@@ -56,6 +58,13 @@ def test_logits_are_those_of_0_1_0(opened):
             assert f"{name}/{key}" not in recorded
 
 
+def test_its_adapter_is_not_gone_on_with_by_a_recipe_of_another_rank(tmp_path):
+    with pytest.raises(InputError, match="has been trained with another adapter"):
+        fit(read_recipe("tiny", {"model.source": str(FOLDER / "run")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_of_0_1_0_resumes_and_ends_as_it_would_have(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(FOLDER / "run", run)
