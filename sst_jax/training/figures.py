@@ -116,11 +116,11 @@ def study_figure(
         )  # fmt: skip
         ax.set(xlabel=x, ylabel="accuracy", ylim=(0, 1.05), xticks=points)
         ax.grid(alpha=0.3)
-    goes_on = f" ({' and '.join(continued)}: of the training after stream's)" if continued else ""
+    goes_on = f" ({' and '.join(continued)}: after stream's)" if continued else ""
     axes[0, 1].set(xlabel=f"step{goes_on}", ylabel="training loss (nats)")
     axes[0, 1].grid(alpha=0.3)
     if deep:
-        axes[1, 1].set(xlabel="cosine similarity of a state after the first and the last iteration", ylabel="density")
+        axes[1, 1].set(xlabel="cosine similarity, state of the first and last iteration", ylabel="density")
         axes[1, 1].set(yscale="log", xticks=np.linspace(-1, 1, 5))
     seeds = f"mean and range of {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     figure.suptitle(f"{result['task']}, from scratch, trained at length {result['trained_at']}; {seeds}")
