@@ -1,5 +1,6 @@
 """For all rooms: tests run on the CPU, whose arithmetic their tolerances are made for."""
 
+import gc
 import os
 import time
 from collections import Counter
@@ -16,6 +17,10 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and versi
 
 import jax
 import pytest
+
+# Tracing makes objects by the hundred thousand, nearly all of which live: to look for cycles among them every 700 took
+# a fifth of its time.
+gc.set_threshold(100_000, 20, 50)
 
 DEADLINE = pytest.StashKey[float]()  # of --minutes, on the monotonic clock
 

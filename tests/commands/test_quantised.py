@@ -65,7 +65,8 @@ def test_training_quantises_as_it_reads_and_resumes(folders, run_on_nf4, tmp_pat
     assert storages.kind_of(sst_jax.load(reading).params["base"]) == "nf4"
 
 
-@pytest.mark.parametrize("choice", [pytest.param("original", marks=pytest.mark.slow), "dequantized"])
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["original", "dequantized"])
 def test_export_merges_onto_the_base_that_is_asked_for(folders, run_on_nf4, tmp_path, capsys, choice):
     target, out = tmp_path / "merged", tmp_path / "out.json"
     arguments = ["--from", str(run_on_nf4), "--to", str(target), "--format", "merged", "--merge-base", choice]
@@ -96,6 +97,7 @@ def test_export_merges_onto_the_base_that_is_asked_for(folders, run_on_nf4, tmp_
     assert np.abs(theirs - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_run_on_nf4_keeps_its_numbers_with_the_stream_on(run_on_nf4, tmp_path):
     """As a PyTorch model over the dequantised weights, and as an adapter that finds its NF4 base again."""
     trained = sst_jax.load(run_on_nf4)
