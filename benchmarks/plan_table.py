@@ -2,31 +2,34 @@
 
     python benchmarks/plan_table.py --sizes qwen3-14b,qwen3-32b --targets rtx-pro-6000,h100 --quantize nf4,none
 
-Each cell is one `sst-jax plan` (extra `cuda`; no card is needed): the peak in GiB and the seconds of a step of one
-sequence of 1024 tokens, two passes. A cell of "-" does not fit.
+Each cell is the train step of `sst-jax plan` (extra `cuda`; no card is needed): the peak in GiB and the seconds of a
+step of one sequence of 1024 tokens, two passes. A cell of "-" does not fit; the peak is behind it where the compiler
+came to one. About half a minute a cell.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import os
+
+os.environ.update({"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"})  # the compilers for cards run on the CPU
+
+import jax
+
+from sst_jax.lab.planning import records, targets
+from sst_jax.training.recipe import read_recipe
+from sst_jax.weights.loading import resolve
 
 NAMES = {"nf4": "NF4", "none": "bf16"}
+SIZES = "qwen3-14b,qwen3-32b,qwen2.5-7b,qwen2.5-14b,qwen2.5-32b,qwen2.5-72b,llama-3.3-70b,gemma-4-31b"
 
 
 def planned(size: str, quantize: str, target: str, length: int) -> str:
-    """Return the cell of one plan, from a process of its own, whose memory goes back when it ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "plan.json"
-        knobs = {
-            "model.quantize": quantize, "data.batch_size": 1, "data.length": length, "optimizer.accumulate": 1,
-        }  # fmt: skip
-        overrides = [f"--config.{name}={value}" for name, value in knobs.items()]
-        command = [sys.executable, "-m", "sst_jax.plan", "--config", f"configs/sst.py:size={size}", *overrides]
-        subprocess.run([*command, "--target", target, "--json", str(out)], check=True, stdout=subprocess.DEVNULL)
-        (plan,) = json.loads(out.read_text())["plans"]
+    """Return the cell of one plan."""
+    knobs = {"model.quantize": quantize, "data.batch_size": 1, "data.length": length, "optimizer.accumulate": 1}
+    overrides = [f"--config.{name}={value}" for name, value in knobs.items()]
+    recipe = read_recipe(f"configs/sst.py:size={size}", overrides)
+    backbone = resolve(recipe.model.source).backbone
+    plan = records.plan_record(recipe, backbone, targets.find(target), 0.4, phases=False)
+    jax.clear_caches()
     return cell(plan)
 
 
@@ -40,17 +43,17 @@ def cell(plan: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="qwen3-14b,qwen3-32b,llama-3.3-70b", help="of configs/sst.py")
+    parser.add_argument("--sizes", default=SIZES, help="of configs/sst.py (default: %(default)s)")
     parser.add_argument("--targets", default="rtx-pro-6000,rtx-5090,rtx-4090,h100", help="as for sst-jax plan")
     parser.add_argument("--quantize", default="nf4,none", help="storages of the base (default: %(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="tokens of the sequence (default: %(default)s)")
     args = parser.parse_args()
-    targets = args.targets.split(",")
-    print("| size | base |", " | ".join(targets), "|")
-    print("|---" * (2 + len(targets)) + "|")
+    chosen = args.targets.split(",")
+    print("| size | base |", " | ".join(chosen), "|")
+    print("|---" * (2 + len(chosen)) + "|")
     for size in args.sizes.split(","):
         for quantize in args.quantize.split(","):
-            cells = [planned(size, quantize, target, args.length) for target in targets]
+            cells = [planned(size, quantize, target, args.length) for target in chosen]
             print(f"| {size} | {NAMES.get(quantize, quantize)} |", " | ".join(cells), "|", flush=True)
 
 

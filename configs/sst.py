@@ -20,6 +20,8 @@ Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithme
     27b    1             RTX 4090       nf4    22.1       5.9      (22.6 may be used)
     gemma-4-31b, 1       RTX PRO 6000   nf4    24.0       2.4      (--config.optimizer.accumulate=1; a step 2.1 s)
     gemma-4-31b, 1       RTX 5090       nf4    24.0       5.6      (the same; a step 4.8 s, of 31.8 GiB)
+    gemma-4-31b, 16 x 256  RTX PRO 6000 nf4    26.6                (exact, with --config.train.remat=memories; 12.3 s)
+    gemma-4-31b, 16 x 256  RTX 5090     nf4    26.6                (the same; 12.9 s)
     12b    4             RTX 4090       nf4    15.3       2.6      (as 4b)
     4b     8             RTX 4090       nf4     9.5       0.8      (head dim 256: attention by chunks)
     1b     16            RTX 4090       nf4     6.3       0.2
