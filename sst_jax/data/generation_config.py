@@ -1,4 +1,4 @@
-"""Which tokens end an answer by the files of a folder, and how its maker would have answers sampled.
+"""Which tokens end an answer by the files of a folder, which it never has, and how its maker would have it sampled.
 
 transformers and vLLM stop at `eos_token_id` of generation_config.json, a token or a list, else at config.json's; chat
 models often name the end of a turn there alone.
@@ -14,6 +14,7 @@ from sst_jax.files import read_json
 from sst_jax.types import Json, JsonValue
 
 GENERATION_CONFIG = "generation_config.json"
+SUPPRESSED = "suppress_tokens"  # of it, and of `tokenizer.ggml` in a GGUF: tokens that no answer has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,11 @@ class GenerationConfig:
     settings: Json = dataclasses.field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
 
+    @property
+    def suppressed(self) -> tuple[int, ...]:
+        """Tokens that are never chosen."""
+        return tuple(token_ids(self.settings.get(SUPPRESSED), SUPPRESSED))
+
 
 def read_generation_config(folder: Path) -> GenerationConfig:
     """Return what generation_config.json and config.json of a folder say, where they are there.
@@ -36,6 +42,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     file, config_file = folder / GENERATION_CONFIG, folder / "config.json"
     settings = read_json(file) if file.is_file() else {}
     ids = token_ids(settings.get("eos_token_id"), f"{file}: eos_token_id")
+    token_ids(settings.get(SUPPRESSED), f"{file}: {SUPPRESSED}")
     if config_file.is_file():
         config = read_json(config_file)
         text = config.get("text_config")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from sst_jax.data import byte_pairs
 from sst_jax.data import vocabulary as vocabularies
 from sst_jax.data.chat_template import MARK, TEMPLATE_FILE, ChatTemplate, read_template
-from sst_jax.data.generation_config import GenerationConfig
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import NAMED, tokenizer_config
 from sst_jax.errors import InputError
@@ -98,7 +97,7 @@ class HuggingFaceTokenizer(Tokenizer):
             (Path(folder) / "tokenizer.json").write_bytes(byte_pairs.to_tokenizers_json(facts))
             (Path(folder) / "tokenizer_config.json").write_bytes(config)
             made = cls(folder)
-        made.generation = GenerationConfig(eos_ids=vocabularies.ends_from_gguf(facts, len(tokens)))
+        made.generation = vocabularies.generation_from_gguf(facts, len(tokens))
         return made
 
     def ordinary_pieces(self) -> Mapping[str, int]:

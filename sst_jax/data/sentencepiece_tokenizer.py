@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sst_jax.data import vocabulary as vocabularies
-from sst_jax.data.generation_config import GenerationConfig
 from sst_jax.data.tokenizer_base import Tokenizer
 from sst_jax.data.tokenizer_files import MARKER, exported
 from sst_jax.errors import InputError
@@ -48,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
         vocabulary = vocabularies.vocabulary_from_gguf(tokens, scores, types, facts)
         add_bos, template = vocabularies.adds_bos(facts), facts.get("tokenizer.chat_template")
         made = cls(vocabularies.to_model_proto(vocabulary), add_bos, template)
-        made.generation = GenerationConfig(eos_ids=vocabularies.ends_from_gguf(facts, len(tokens)))
+        made.generation = vocabularies.generation_from_gguf(facts, len(tokens))
         return made
 
     def _text_ids(self, text: str) -> list[int]:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, no_type_check
 
+from sst_jax.data.generation_config import SUPPRESSED, GenerationConfig
 from sst_jax.errors import InputError
 from sst_jax.families.registry import SPLITTINGS
 from sst_jax.types import Json
@@ -37,7 +38,8 @@ class Vocabulary(NamedTuple):
 
 
 _LISTS: Mapping[str, tuple[type, ...]] = {
-    "tokens": (str,), "merges": (str,), "scores": (int, float), "token_type": (int,)
+    "tokens": (str,), "merges": (str,), "scores": (int, float), "token_type": (int,),
+    SUPPRESSED: (int,),
 }  # fmt: skip
 _NUMBERS = (
     "unknown_token_id", "bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id", "eom_token_id",
@@ -59,8 +61,10 @@ def check_facts(facts: Mapping[str, Any]) -> None:
         raise InputError("tokenizer.chat_template is no text")
 
 
-def ends_from_gguf(facts: Mapping[str, Any], size: int) -> tuple[int, ...]:
-    """Return what ends a turn or a message by `tokenizer.ggml.*`, beside EOS; `size` is the vocabulary's.
+def generation_from_gguf(facts: Mapping[str, Any], size: int) -> GenerationConfig:
+    """Return what ends a turn or a message by `tokenizer.ggml.*`, beside EOS, and what is never chosen.
+
+    `size` is the vocabulary's.
 
     Raises: InputError where such a token is none.
     """
@@ -68,7 +72,9 @@ def ends_from_gguf(facts: Mapping[str, Any], size: int) -> tuple[int, ...]:
     for name, index in found.items():
         if index is not None and not 0 <= index < size:
             raise InputError(f"GGUF vocabulary of {size} has {name} {index}")
-    return tuple(index for index in found.values() if index is not None)
+    suppressed = facts.get(f"tokenizer.ggml.{SUPPRESSED}")
+    settings = {SUPPRESSED: suppressed} if suppressed else {}
+    return GenerationConfig(settings, tuple(index for index in found.values() if index is not None))
 
 
 def splitting_of(facts: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from sst_jax.data.tokenizer import Tokenizer
 from sst_jax.errors import InputError
 from sst_jax.inference.detokenizer import IncrementalDetokenizer
 from sst_jax.inference.policies import Policy, as_policy
-from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.sampling import Sampling, SpecialTokens
 from sst_jax.inference.session import Request, check_policy, generate_tokens
 from sst_jax.model import decoder, sharding
 from sst_jax.model import rules as forwards
@@ -208,6 +208,12 @@ class Model:
             raise InputError(f"tokens must be in [0, {vocabulary}); found {ids.min()} to {ids.max()}")
         return jnp.asarray(ids, jnp.int32)
 
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """Tokens that end an answer, and those that its maker has suppressed (`suppress_tokens`)."""
+        tokenizer = self.tokenizer
+        return SpecialTokens(tuple(sorted(tokenizer.stop_ids)), tokenizer.generation.suppressed)
+
     def generate_iter(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -241,7 +247,7 @@ class Model:
             for prompt, policy, seed in zip(tokens, policies, _one_each(seeds, len(tokens), "seed"), strict=True)
         ]
         running = generate_tokens(
-            self.config, self.params, requests, stop_ids=self.tokenizer.stop_ids, pad_id=self.tokenizer.pad_id
+            self.config, self.params, requests, special=self.special_tokens, pad_id=self.tokenizer.pad_id
         )
         marks = [stop] if isinstance(stop, str) else stop
         answers = [IncrementalDetokenizer(self.tokenizer, marks, prompt) for prompt in tokens]

@@ -14,7 +14,7 @@ import numpy as np
 
 from sst_jax.inference.decode_state import DecodeState, decode_step
 from sst_jax.inference.kv_cache import Cache, map_rows
-from sst_jax.inference.sampling import Scores, sample, score
+from sst_jax.inference.sampling import Scores, SpecialTokens, sample, score
 from sst_jax.model import decoder
 from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
@@ -45,7 +45,7 @@ class SampledTokens(NamedTuple):
     scores: Scores | None = None  # where they were asked for
 
 
-STATIC = ("config", "stop_ids", "top")
+STATIC = ("config", "special", "top")
 
 
 def _sample(
@@ -53,19 +53,20 @@ def _sample(
     params: Params,
     state: DecodeState,
     hidden: RowHidden,
-    stop_ids: tuple[int, ...],
+    special: SpecialTokens,
     top: int,
     scored: ScalarBool | None,
 ) -> tuple[DecodeState, Scores | None]:
     """Return the state with every row's next token, counted off `state.left`, and the tokens' scores."""
     logits = decoder.head(config, params, hidden)
-    token = sample(state.sampling_params, logits, state.cache.length)
+    choice = logits.at[:, list(special.suppressed)].set(-jnp.inf) if special.suppressed else logits
+    token = sample(state.sampling_params, choice, state.cache.length)
     scores = None
     if top:
         shapes = jax.eval_shape(lambda: score(logits, token, top))
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         scores = jax.lax.cond(scored, lambda: score(logits, token, top), lambda: nothing)
-    stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) | (state.left <= 1)
+    stopped = jnp.isin(token, jnp.asarray(special.stop_ids, jnp.int32)) | (state.left <= 1)
     ended = state.done | stopped
     left = jnp.where(state.done, state.left, state.left - 1)
     return state._replace(token=jnp.where(state.done, state.token, token), done=ended, left=left), scores
@@ -79,7 +80,7 @@ def begin(
     hidden: RowHidden,
     *,
     iterated: str,
-    stop_ids: tuple[int, ...],
+    special: SpecialTokens,
     top: int = 0,
     scored: ScalarBool | None = None,
 ) -> tuple[SampledTokens, DecodeState]:
@@ -90,7 +91,7 @@ def begin(
         hidden: [B, D], of the last prompt position after its first iteration.
         iterated: which prompt positions have the depth, as `StreamConfig` says: "last" begins with the last one, "all"
             were iterated while they were prefilled, "none".
-        stop_ids, top, scored: as for `decode_chunk`.
+        special, top, scored: as for `decode_chunk`.
     """
     budget = state.depth_budget
     used: AnyRowInts = jnp.ones_like(state.token)
@@ -103,7 +104,7 @@ def begin(
         used = budget.now
     if iterated != "none":
         state = state._replace(depth_budget=budget._replace(now=budget.rest))
-    state, scores = _sample(config, params, state, hidden, stop_ids, top, scored)
+    state, scores = _sample(config, params, state, hidden, special, top, scored)
     columns = jax.tree.map(lambda part: part[:, None], (state.token, used, scores))
     return _seen(SampledTokens(columns[0], columns[1], state.done, columns[2]), state)
 
@@ -115,7 +116,7 @@ def decode_chunk(
     state: DecodeState,
     count: ScalarInt | int,
     *,
-    stop_ids: tuple[int, ...],
+    special: SpecialTokens,
     top: int = 0,
     scored: ScalarBool | None = None,
     size: int = CHUNK,
@@ -124,7 +125,7 @@ def decode_chunk(
 
     Args:
         state: donated.
-        stop_ids: tokens that end a row.
+        special: tokens that end a row, or are never chosen.
         top: above 0, tokens come with their scores and those of the `top` best, where `scored` (bool []) is true.
     """
 
@@ -138,7 +139,7 @@ def decode_chunk(
         depth = jnp.where(state.done, 0, budget.now)
         hidden, cache, used = decode_step(config, params, state.token, state.cache, depth, budget.halting)
         moved = state._replace(cache=cache, depth_budget=budget._replace(now=budget.rest))
-        after, scores = _sample(config, params, moved, hidden, stop_ids, top, scored)
+        after, scores = _sample(config, params, moved, hidden, special, top, scored)
         new = (jnp.where(state.done, -1, after.token), used, scores)
         return i + 1, jax.tree.map(lambda column, part: column.at[:, i].set(part), columns, new), after
 

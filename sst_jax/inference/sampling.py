@@ -34,6 +34,16 @@ class Sampling:
             raise InputError(f"top_p={self.top_p} must be in (0, 1]")
 
 
+class SpecialTokens(NamedTuple):
+    """What tokens mean for answers: constants of a program."""
+
+    stop_ids: tuple[int, ...] = ()  # end a row
+    suppressed: tuple[int, ...] = ()  # are never chosen
+
+
+NONE_SPECIAL = SpecialTokens()
+
+
 class SamplingParams(NamedTuple):
     """How each row of a batch is sampled, [B] each: settings are data, so that any mix of them is one program."""
 

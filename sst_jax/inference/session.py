@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from sst_jax.inference.programs import (
     score_positions,
     seat,
 )
-from sst_jax.inference.sampling import Sampling, Scores, sampling_params
+from sst_jax.inference.sampling import NONE_SPECIAL, Sampling, Scores, SpecialTokens, sampling_params
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Params
 from sst_jax.types import HostRowBools, HostRowInts, HostTokens, RowHidden
@@ -135,7 +135,7 @@ class Session:
         *,
         rows: int,
         capacity: int,
-        stop_ids: Collection[int] = (),
+        special: SpecialTokens = NONE_SPECIAL,
         pad_id: int = 0,
         chunk: int = CHUNK,
         top: int = 0,
@@ -145,13 +145,13 @@ class Session:
         Args:
             rows: how many are decoded together.
             capacity: positions that each has room for; as `capacity_for` rounds them.
-            stop_ids: tokens that end a row.
+            special: tokens that end a row, or are never chosen.
             pad_id: what fills prompts up.
             chunk: tokens that `step` decodes.
             top: how many of the best tokens come with a score; 0: no scores.
         """
         self.config, self.params, self.rows, self.capacity = config, params, rows, capacity
-        self._stop_ids, self._pad_id, self._chunk, self._top = tuple(sorted(stop_ids)), pad_id, chunk, top
+        self._special, self._pad_id, self._chunk, self._top = special, pad_id, chunk, top
         self.reset()
 
     def reset(self) -> None:
@@ -248,7 +248,7 @@ class Session:
             self.params,
             self._state,
             np.int32(count),
-            stop_ids=self._stop_ids,
+            special=self._special,
             top=self._top,
             scored=scored,
             size=self._chunk,
@@ -286,7 +286,7 @@ class Session:
             state,
             hidden,
             iterated=iterated,
-            stop_ids=self._stop_ids,
+            special=self._special,
             top=self._top,
             scored=scored,
         )
@@ -316,7 +316,7 @@ def generate_tokens(
     params: Params,
     requests: Sequence[Request],
     *,
-    stop_ids: Collection[int] = (),
+    special: SpecialTokens = NONE_SPECIAL,
     pad_id: int = 0,
 ) -> Generator[SampledTokens, HostRowBools | None, None]:
     """Yield new tokens of a batch of requests until all have ended, the first chunk being one token.
@@ -325,14 +325,14 @@ def generate_tokens(
 
     Args:
         requests: one a row.
-        stop_ids: tokens that end a row.
+        special: tokens that end a row, or are never chosen.
         pad_id: what fills prompts up.
 
     Raises: InputError as `Session.start`.
     """
     longest = max(len(request.tokens) for request in requests)
     capacity = capacity_for(longest + max(request.max_new_tokens for request in requests))
-    session = Session(config, params, rows=len(requests), capacity=capacity, stop_ids=stop_ids, pad_id=pad_id)
+    session = Session(config, params, rows=len(requests), capacity=capacity, special=special, pad_id=pad_id)
     sampled = session.start(requests)
     done = sampled.done
     while True:

@@ -78,7 +78,7 @@ class Engine:
             model.params,
             rows=rows,
             capacity=capacity_for(self.capacity),
-            stop_ids=model.tokenizer.stop_ids,
+            special=model.special_tokens,
             pad_id=model.tokenizer.pad_id,
             chunk=CHUNK,
             top=min(TOP, model.config.backbone.vocab_size),

@@ -6,6 +6,7 @@ import pytest
 
 from sst_jax.data.generation_config import GenerationConfig, read_generation_config
 from sst_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from sst_jax.data.vocabulary import check_facts
 from sst_jax.errors import InputError
 from tests.data.test_byte_level import facts as byte_level_facts
 from tests.data.test_tokenizer import _small_vocabulary
@@ -89,3 +90,15 @@ def test_ggufs_name_ends_of_turns_and_messages():
         assert SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts).stop_ids == {1, 30}
         with pytest.raises(InputError, match=f"has {key} 9999"):
             HuggingFaceTokenizer.from_gguf_facts(byte_level_facts(**{f"{key}_token_id": 9999}))
+
+
+def test_ggufs_name_what_is_never_chosen():
+    made = HuggingFaceTokenizer.from_gguf_facts(byte_level_facts(suppress_tokens=[30, 31]))
+    assert made.generation.suppressed == (30, 31)
+    assert made.generation_config()["suppress_tokens"] == [30, 31]
+    tokens, scores, types, facts = _small_vocabulary()
+    assert SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts).generation.suppressed == ()
+    facts["tokenizer.ggml.suppress_tokens"] = [5]
+    assert SentencePieceTokenizer.from_gguf_vocabulary(tokens, scores, types, facts).generation.suppressed == (5,)
+    with pytest.raises(InputError, match=r"tokenizer\.ggml\.suppress_tokens is not a list of int"):
+        check_facts(byte_level_facts(suppress_tokens="30"))

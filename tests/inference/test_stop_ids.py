@@ -11,6 +11,7 @@ import sst_jax
 from sst_jax import export
 from sst_jax.console.command import run
 from sst_jax.data.tokenizer import load_tokenizer
+from sst_jax.errors import InputError
 from sst_jax.families.registry import FAMILIES, backbone
 from sst_jax.weights.huggingface import write_folder
 from tests.support.template_folders import SPECIALS, TEMPLATES, write_byte_level
@@ -138,3 +139,33 @@ def test_answers_of_every_family_end_where_transformers_does(family, tmp_path):
         (answer,) = sst_jax.load(source, "float32").generate([prompt], max_new_tokens=12)
         assert (answer.tokens, answer.finished) == (expected, True)
         assert answer.text == tokenizer.decode(expected[:-1], skip_special_tokens=True)
+
+
+def test_suppressed_tokens_are_never_chosen(scripted, tmp_path):
+    """As transformers reads `suppress_tokens`, and drawn at a high temperature; exports carry it on."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    plain = sst_jax.load(said(scripted, {"eos_token_id": 1}, {"eos_token_id": 1}), "float32")
+    prompt = plain.tokenizer.encode("a")
+    (whole,) = plain.generate([prompt], max_new_tokens=6)
+    hidden = [whole.tokens[2], 2**20]  # the second is beyond the vocabulary
+    folder = said(scripted, {"eos_token_id": 1, "suppress_tokens": hidden[:1]}, {"eos_token_id": 1})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[0, len(prompt) :].tolist()
+    assert expected[:2] == whole.tokens[:2]
+    assert expected[2] != hidden[0]
+    for ids in (hidden[:1], hidden):
+        folder = said(scripted, {"eos_token_id": 1, "suppress_tokens": ids}, {"eos_token_id": 1})
+        model = sst_jax.load(folder, "float32")
+        assert model.generate([prompt], max_new_tokens=6)[0].tokens == expected
+        drawn_tokens = [model.generate([prompt] * 4, max_new_tokens=24, temperature=9.0, seed=n) for n in range(4)]
+        assert hidden[0] not in [token for answers in drawn_tokens for answer in answers for token in answer.tokens]
+    model.with_stream(alpha=0.1).save(tmp_path / "stream")
+    assert run(export.main, ["--from", str(tmp_path / "stream"), "--to", str(tmp_path / "sst"), "--format", "sst"]) == 0
+    assert json.loads((tmp_path / "sst" / "generation_config.json").read_text())["suppress_tokens"] == hidden
+    assert sst_jax.load(tmp_path / "sst", "float32").special_tokens.suppressed == tuple(hidden)
+
+
+def test_suppressed_tokens_that_are_none_are_refused_by_name(scripted):
+    folder = said(scripted, {"suppress_tokens": ["a"]}, {})
+    with pytest.raises(InputError, match=r"generation_config\.json: suppress_tokens=\['a'\] must be a token id"):
+        sst_jax.load(folder, "float32")

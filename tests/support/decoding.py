@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from sst_jax.inference.policies import Policy, as_policy
 from sst_jax.inference.programs import SampledTokens
-from sst_jax.inference.sampling import Sampling
+from sst_jax.inference.sampling import Sampling, SpecialTokens
 from sst_jax.inference.session import GREEDY, Request, generate_tokens
 
 
@@ -25,4 +25,4 @@ def generate(
         Request(tuple(prompt), max_new_tokens, as_policy(policy), sampling, seed)
         for prompt, policy, seed in zip(prompts, depth or [1] * len(prompts), seeds or [0] * len(prompts), strict=True)
     ]
-    return generate_tokens(config, params, requests, stop_ids=stop_ids, pad_id=pad_id)
+    return generate_tokens(config, params, requests, special=SpecialTokens(tuple(stop_ids)), pad_id=pad_id)

@@ -168,7 +168,7 @@ def decoding(
         return state, {"base": base, **trainable}, jnp.int32(CHUNK)
 
     def step(state: DecodeState, params: Params, count: jax.Array) -> tuple:
-        sampled, decoded = decode_chunk(config, params, state, count, stop_ids=())
+        sampled, decoded = decode_chunk(config, params, state, count, special=sampling.NONE_SPECIAL)
         return decoded, sampled
 
     def counted(state: DecodeState, params: Params, _: jax.Array) -> jax.Array:
