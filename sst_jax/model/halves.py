@@ -16,6 +16,7 @@ from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_l
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.kinds import ByKind
 from sst_jax.model.layers import ACTIVATIONS, side_by_side, to_float32, unscaled_unit_rms
+from sst_jax.model.remat import inputs_kept
 from sst_jax.model.state import Masks, blend
 from sst_jax.types import AttentionOutput, Hidden, PositionKeys
 
@@ -29,7 +30,7 @@ class AttentionResidual(NamedTuple):
     out: Hidden  # what attention adds to it, before its norm
 
 
-# Where a function below is under `jax.checkpoint`, its arguments are kept for its gradients and what lies in between is
+# Where a function below is under `inputs_kept`, its arguments are kept for its gradients and what lies in between is
 # not. The products with frozen kernels are not repeated for that: no gradient reads their results.
 
 
@@ -37,7 +38,7 @@ def project(layer: Layer, x: Hidden, context: Context) -> QKV:
     """Return queries, keys and values of a layer's input, normed, not yet rotated."""
     backbone, block = context.config.backbone, layer.block
 
-    @jax.checkpoint
+    @inputs_kept
     def linears(x: jax.Array) -> tuple[jax.Array, ...]:
         y = block.pre_attn_norm(x).astype(x.dtype)
         parts = {
@@ -123,7 +124,7 @@ def feed(
         assert masks is not None
         return blend(context.stream, layer.stream, h, s, masks)
 
-    @jax.checkpoint
+    @inputs_kept
     def widen(h: AttentionResidual | Hidden, s: Hidden | None) -> tuple[jax.Array, ...]:
         h = residual_after_attention(layer, h)
         mixed = blended(h, s) if site == "ffn" else h
@@ -131,7 +132,7 @@ def feed(
         gate, up = side_by_side([block.gate, block.up], y, [layer.drop.get(name) for name in ("gate", "up")])
         return mixed, gate, up
 
-    @jax.checkpoint
+    @inputs_kept
     def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:
         return block.down(activation(gate) * up, layer.drop.get("down"))
 

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from sst_jax.model import compiler
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.quantization.storages import product, products
+from sst_jax.model.remat import inputs_kept
 from sst_jax.model.sharding import on_a_mesh
 from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Params, Positions, RotaryTable, Tokens
 
@@ -48,11 +49,10 @@ def unit_rms(x: AnyFloat, eps: float) -> AnyFloat:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> AnyFloat:
     """Return x / rms(x) * (offset + scale), in float32 or wider.
 
-    Under `jax.checkpoint`: of what it computes only x is kept for the gradient.
+    Of what it computes only x is kept for the gradient.
 
     Args:
       x: [..., D], or any other last axis.
@@ -60,13 +60,16 @@ def scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> 
       eps: added to the mean square.
       offset: 1 where a checkpoint stores the scale's difference from 1, else 0.
     """
+    return inputs_kept(_scaled_unit_rms, static_argnums=(2, 3))(x, scale, eps, offset)
+
+
+def _scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> AnyFloat:
     return unit_rms(x, eps) * (offset + to_float32(scale))
 
 
-@functools.partial(jax.checkpoint, static_argnums=(1,))
 def unscaled_unit_rms(x: AnyFloat, eps: float) -> AnyFloat:
     """Return `unit_rms`, of whose computation only x is kept for the gradient."""
-    return unit_rms(x, eps)
+    return inputs_kept(unit_rms, static_argnums=(1,))(x, eps)
 
 
 class RMSNorm(nnx.Module):

@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+# Set while a walk from position to position is traced; JAX keeps apart what it traces under it.
+walking = jax.make_user_context(False)
+
 # What training keeps of a layer until its backward pass, in this order: everything that a gradient reads; the layer's
 # inputs and the results of its products with weights; its inputs and what is named KEPT; its inputs alone; its inputs,
 # in the host's memory.
@@ -16,6 +19,19 @@ REMAT = ("none", "products", "memories", "layer", "offload")
 KEPT = "kept"
 RESIDUALS = "residuals"
 Carry = TypeVar("Carry")
+
+
+def inputs_kept(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Return a function under `jax.checkpoint`: of what it computes only its inputs are kept for gradients.
+
+    In a walk without the barrier around it: there the gradient is another loop's, which nothing can undo, and XLA
+    would make kernels of their own of a mask's slice, of a norm and of an activation at every position.
+
+    Args:
+      function: of arrays, and of static arguments.
+      settings: of `jax.checkpoint`.
+    """
+    return jax.checkpoint(function, prevent_cse=not walking.value, **settings)
 
 
 def recomputed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ from sst_jax.model.layers import to_float32
 from sst_jax.model.links import Solved, scan_stack, stacked_passes
 from sst_jax.model.loops import chunked_scan, fixed_point
 from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
-from sst_jax.model.remat import KEPT
+from sst_jax.model.remat import KEPT, walking
 from sst_jax.model.scales import LayerScales, StepSquares, layer_scales, step_squares
 from sst_jax.model.sharding import constrain
 from sst_jax.model.state import Masks, initial_state, shift_right, state_update
@@ -176,7 +176,8 @@ def scan_positions(
 
     first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
     inputs = (h, s0, *masks)
-    return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=KEPT)
+    with walking(True):
+        return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=KEPT)
 
 
 def fixed_point_states(
