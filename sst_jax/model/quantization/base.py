@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from sst_jax.errors import InputError
 from sst_jax.model import compiler
+from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.types import (
     DeviceArrays,
     EachKernel,
@@ -87,6 +88,14 @@ class LinearStorage(abc.ABC):
     def stack_products(self, x: LinearInputs, linears: Sequence[StackedLinear]) -> tuple[EachOutputs, ...]:
         """Return x [..., in] times every kernel, [..., out] in x's type, from the stacks or from unpacked kernels."""
         return tuple(x @ linear.kernel for linear in linears)
+
+    def takes_low_rank(self, shape: tuple[int, ...], outputs: Sequence[int], dtype: DTypeLike) -> bool:
+        """Return whether `adapted_products` multiplies inputs of a shape by linears of so many outputs."""
+        return False
+
+    def adapted_products(self, x: LinearInputs, linears: Sequence[StackedLinear], factors: LowRank) -> LinearOutputs:
+        """Return `stack_products` side by side, those of LoRA factors added; of these no gradient is computed."""
+        raise NotImplementedError(self.name)
 
     def cast(self, leaf: Leaf, dtype: DTypeLike) -> DeviceArrays:
         """Return a leaf in another dtype of floats; quantised arrays stay, as their values define the weights."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -37,6 +38,7 @@ from sst_jax.errors import InputError
 from sst_jax.model import compiler
 from sst_jax.model.quantization import nf4_product
 from sst_jax.model.quantization.base import BLOCKS, LinearStorage, StackedLinear
+from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.types import (
     BlockScales,
     Codes,
@@ -46,6 +48,7 @@ from sst_jax.types import (
     Kernel,
     Leaf,
     LinearInputs,
+    LinearOutputs,
     PackedCodes,
     ScalarInt,
     UnitCodes,
@@ -256,8 +259,17 @@ class NF4(LinearStorage):
             halves = zip(*(_even_and_odd(linear.stack, linear.at) for linear in linears), strict=True)
             y = nf4_product.reduce_product(x, *(jnp.concatenate(half, axis=-1) for half in halves))
         else:
-            stacks = tuple(tuple(linear.stack[name] for name in self.axes) for linear in linears)
-            # A constant already cast: XLA leaves a cast of one as a kernel, at every position of a walk.
-            levels = jnp.asarray(LEVELS.astype(jnp.bfloat16))
-            y = nf4_product.kernel_product(x, stacks, linears[0].at, levels, compiler.platform())
+            y = nf4_product.kernel_product(x, *self._stored(linears), compiler.platform())
         return tuple(jnp.split(y, np.cumsum(outputs)[:-1], axis=-1))
+
+    def takes_low_rank(self, shape: tuple[int, ...], outputs: Sequence[int], dtype: DTypeLike) -> bool:
+        return math.prod(shape[:-1]) > 1 and nf4_product.fits(shape, outputs, dtype)
+
+    def adapted_products(self, x: LinearInputs, linears: Sequence[StackedLinear], factors: LowRank) -> LinearOutputs:
+        return nf4_product.adapted_product(x, *self._stored(linears), factors, compiler.platform())
+
+    def _stored(self, linears: Sequence[StackedLinear]) -> tuple[nf4_product.Stacks, jax.Array, jax.Array]:
+        """Return what the kernels read of linears: their stacks, the layer, and the levels."""
+        stacks = tuple(tuple(linear.stack[name] for name in self.axes) for linear in linears)
+        # A constant already cast: XLA leaves a cast of one as a kernel, at every position of a walk.
+        return stacks, linears[0].at, jnp.asarray(LEVELS.astype(jnp.bfloat16))

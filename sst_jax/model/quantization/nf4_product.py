@@ -8,7 +8,8 @@ Both read one layer of the whole stack, [L, in/2, out] and its scales, by an ind
 codes would be copied before a kernel of ours. Both take several linears of one input side by side, each where it lies,
 as if they were one: queries, keys and values are one launch.
 
-W is frozen, so that the backward pass is dx = dy W^T alone.
+W is frozen, so that the backward pass is dx = dy W^T alone. LoRA's second product goes into the kernel where its
+factors are laid side by side: x A into a tile's sums, dy B^T into those of the backward pass.
 
 The kernel is lowered through Triton, which compiles for capability 8.0 and up. Pallas announces the end of that route
 (jax 0.11, without a date): the way out is jax-triton, which JAX names, or Mosaic GPU for capabilities 9.0 and 12.0.
@@ -20,7 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,24 @@ MOST = 64  # rows: of more, unpacking once costs less than unpacking in every pr
 BLOCK = 64  # inputs under one scale
 GROUP = 256  # outputs whose scales share a range, under double quantisation
 PROGRAMS = 512  # wanted at once, so that the widest cards are busy
+FEW = 16  # rows; of more, partial sums are a tenth of the bytes, and half as many programs are wanted
 REDUCED = 2**14  # partial sums of one row; of fewer XLA makes no fusion, but writes all products to memory
 LEAST = 16  # rows of a tensor core's tile
 
 Stack = tuple[jax.Array, ...]  # codes, then either scales or scale codes, lows and steps; all [L, ., .]
 Stacks = tuple[Stack, ...]  # of linears that share their inputs
 Ref = Any
+
+
+class LowRank(NamedTuple):
+    """LoRA of linears of one input, side by side, bfloat16; R is a power of two, LEAST or more, filled with zeros.
+
+    down   A of each, [in, linears * R]
+    up     B of each times its scale, [R, all outputs]
+    """
+
+    down: jax.Array
+    up: jax.Array
 
 
 def columns(*outputs: int) -> int | None:
@@ -79,7 +92,9 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
 
 def _store(out: Ref, index: tuple, values: jax.Array, rows: int) -> None:
     """Write the rows that are no padding."""
-    triton.store(out.at[index], values, mask=jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < rows)
+    triton.store(
+        out.at[index], values.astype(out.dtype), mask=jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < rows
+    )
 
 
 def _inputs(block: jax.Array, parity: int) -> Any:
@@ -87,10 +102,11 @@ def _inputs(block: jax.Array, parity: int) -> Any:
     return pl.ds(block * BLOCK + parity, BLOCK // 2, stride=2)
 
 
-def _side_by_side(arrays: Sequence[Ref], linears: int) -> list[Sequence[Ref]]:
-    """Return the arrays of each linear."""
-    each = len(arrays) // linears
-    return [arrays[first : first + each] for first in range(0, len(arrays), each)]
+def _parts(arrays: Sequence[Ref], linears: int, rank: int) -> tuple[list[Sequence[Ref]], Sequence[Ref]]:
+    """Return the arrays of each linear's stack, and LoRA's two; without a rank something in their place."""
+    more = 2 if rank else 0
+    each = (len(arrays) - more) // linears
+    return [arrays[first : first + each] for first in range(0, each * linears, each)], arrays[-2:]
 
 
 def _of_tile(tiles: Sequence[int], number: jax.Array, make: Callable[[int, jax.Array], Any]) -> Any:
@@ -104,10 +120,13 @@ def _of_tile(tiles: Sequence[int], number: jax.Array, make: Callable[[int, jax.A
     )
 
 
-def _forward(at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int]) -> None:
-    """Multiply a tile of outputs by a share of the blocks; x is [M, in]."""
+def _forward(
+    at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int], rank: int
+) -> None:
+    """Multiply a tile of outputs by a share of the blocks; x is [M, in]. With a rank the first share adds LoRA's."""
     *arrays, out = rest
-    stacks, number, share = _side_by_side(arrays, len(tiles)), pl.program_id(0), pl.program_id(1)
+    stacks, (low, up) = _parts(arrays, len(tiles), rank)
+    number, share = pl.program_id(0), pl.program_id(1)
 
     def product(linear: int, place: jax.Array) -> jax.Array:
         def step(i: jax.Array, sums: jax.Array) -> jax.Array:
@@ -115,17 +134,27 @@ def _forward(at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, rows: int, ti
             even, odd = _block(stacks[linear], levels, at[0], block, place * tile, tile)
             return sums + _dot(x[:, _inputs(block, 0)], even, (1, 0)) + _dot(x[:, _inputs(block, 1)], odd, (1, 0))
 
-        return jax.lax.fori_loop(0, steps, step, jnp.zeros((x.shape[0], tile), jnp.float32))
+        def added() -> jax.Array:
+            return _dot(low[:, pl.ds(linear * rank, rank)], up[:, pl.ds(number * tile, tile)], (1, 0))
+
+        zeros = jnp.zeros((x.shape[0], tile), jnp.float32)
+        return jax.lax.fori_loop(0, steps, step, _by_first(share, added, zeros) if rank else zeros)
 
     _store(out, (share, slice(None), pl.ds(number * tile, tile)), _of_tile(tiles, number, product), rows)
 
 
+def _by_first(share: jax.Array, added: Callable[[], jax.Array], zeros: jax.Array) -> jax.Array:
+    """Return what the first share begins its sums with; the others begin with zeros."""
+    return jax.lax.cond(share == 0, added, lambda: zeros)
+
+
 def _backward(
-    at: Ref, levels: Ref, dy: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int]
+    at: Ref, levels: Ref, dy: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int], rank: int
 ) -> None:
-    """Multiply a block of inputs by a share of the outputs; the result is [2, M, in/2], even inputs and odd ones."""
+    """Multiply a block of inputs by a share of the outputs. With a rank the first share adds LoRA's."""
     *arrays, out = rest
-    stacks, block, share = _side_by_side(arrays, len(tiles)), pl.program_id(0), pl.program_id(1)
+    stacks, (low, down) = _parts(arrays, len(tiles), rank)
+    block, share = pl.program_id(0), pl.program_id(1)
 
     def step(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number = share * steps + i
@@ -136,9 +165,15 @@ def _backward(
         return sums[0] + _dot(part, even, (1, 1)), sums[1] + _dot(part, odd, (1, 1))
 
     zeros = jnp.zeros((dy.shape[0], BLOCK // 2), jnp.float32)
-    for parity, values in enumerate(jax.lax.fori_loop(0, steps, step, (zeros, zeros))):
-        inputs = pl.ds(block * (BLOCK // 2), BLOCK // 2)
-        _store(out, (2 * share + parity, slice(None), inputs), values, rows)
+
+    def begun(parity: int) -> jax.Array:
+        if not rank:
+            return zeros
+        return _by_first(share, lambda: _dot(low[...], down[_inputs(block, parity), :], (1, 1)), zeros)
+
+    even_and_odd = jax.lax.fori_loop(0, steps, step, (begun(0), begun(1)))
+    values = jnp.stack(even_and_odd, axis=-1).reshape(dy.shape[0], BLOCK)
+    _store(out, (share, slice(None), pl.ds(block * BLOCK, BLOCK)), values, rows)
 
 
 def _shares(units: int, programs: int, wanted: int = PROGRAMS) -> int:
@@ -149,25 +184,27 @@ def _shares(units: int, programs: int, wanted: int = PROGRAMS) -> int:
 def _call(
     kernel: Callable[..., None],
     grid: tuple[int, int],
-    shape: tuple[int, ...],
+    outputs: int,
     x: jax.Array,
-    stacks: Stacks,
-    at: jax.Array,
-    levels,
+    rows: int,
+    arrays: Sequence[jax.Array],
     run: str,
 ) -> jax.Array:
-    interpret = run == "interpreted"
-    arguments = (at.reshape(1), levels, x, *itertools.chain(*stacks))
-    return pl.pallas_call(
+    """Return what a kernel makes of x [M, .], its shares added up, [M, outputs] in x's type."""
+    interpret, shares = run == "interpreted", grid[1]
+    at, *others = arrays
+    arguments = (at.reshape(1), others[0], x, *others[1:])
+    sums = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((shares, len(x), outputs), jnp.float32 if shares > 1 else x.dtype),
         in_specs=[pl.BlockSpec()] * len(arguments),
         out_specs=pl.BlockSpec(),
         interpret=interpret,
         name="nf4_product",
         compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=3),
     )(*arguments)
+    return sums[:, :rows].sum(0).astype(x.dtype) if shares > 1 else sums[0, :rows]
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -184,6 +221,53 @@ def _tiles(stacks: Stacks) -> tuple[int, tuple[int, ...]]:
     return tile, tuple(each // tile for each in outputs)
 
 
+def _wanted(rows: int) -> int:
+    return PROGRAMS if rows <= FEW else PROGRAMS // 2
+
+
+def _times(
+    x: LinearInputs,
+    stacks: Stacks,
+    at: jax.Array,
+    levels: jax.Array,
+    run: str,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+) -> LinearOutputs:
+    """Return x W, plus the product of `low_rank`: x A [..., linears * R], and B of `LowRank`."""
+    *lead, inputs = x.shape
+    flat = x.reshape(-1, inputs)
+    rows, (tile, tiles) = len(flat), _tiles(stacks)
+    blocks, count = inputs // BLOCK, sum(tiles)
+    shares = _shares(blocks, count, _wanted(rows))
+    rank = 0 if low_rank is None else low_rank[1].shape[0]
+    added = () if low_rank is None else (_padded(low_rank[0].reshape(rows, -1)), low_rank[1])
+    kernel = functools.partial(_forward, steps=blocks // shares, rows=rows, tile=tile, tiles=tiles, rank=rank)
+    arrays = (at, levels, *itertools.chain(*stacks), *added)
+    y = _call(kernel, (count, shares), count * tile, _padded(flat), rows, arrays, run)
+    return y.reshape(*lead, count * tile)
+
+
+def _times_transposed(
+    dy: LinearOutputs,
+    stacks: Stacks,
+    at: jax.Array,
+    levels: jax.Array,
+    run: str,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+) -> LinearInputs:
+    """Return dy W^T, plus the product of `low_rank`: dy B^T [..., linears * R], and the transpose of `LowRank`'s A."""
+    *lead, outputs = dy.shape
+    inputs, (tile, tiles) = 2 * stacks[0][0].shape[-2], _tiles(stacks)
+    flat = dy.reshape(-1, outputs)
+    rows, blocks, count = len(flat), inputs // BLOCK, sum(tiles)
+    shares = _shares(count, blocks, _wanted(rows))
+    rank = 0 if low_rank is None else low_rank[0].shape[-1]
+    added = () if low_rank is None else (_padded(low_rank[0].reshape(rows, -1)), low_rank[1])
+    kernel = functools.partial(_backward, steps=count // shares, rows=rows, tile=tile, tiles=tiles, rank=rank)
+    arrays = (at, levels, *itertools.chain(*stacks), *added)
+    return _call(kernel, (blocks, shares), inputs, _padded(flat), rows, arrays, run).reshape(*lead, inputs)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def kernel_product(x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.Array, run: str) -> LinearOutputs:
     """Return x [..., in] times layer `at` of linears side by side, by the kernel; partial sums are added behind it.
@@ -195,14 +279,7 @@ def kernel_product(x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.A
       levels: bfloat16 [16].
       run: "cuda", or "interpreted" for Pallas' interpreter.
     """
-    *lead, inputs = x.shape
-    flat = x.reshape(-1, inputs)
-    rows, padded, (tile, tiles) = len(flat), _padded(flat), _tiles(stacks)
-    blocks, count = inputs // BLOCK, sum(tiles)
-    shares = _shares(blocks, count)
-    kernel = functools.partial(_forward, steps=blocks // shares, rows=rows, tile=tile, tiles=tiles)
-    sums = _call(kernel, (count, shares), (shares, len(padded), count * tile), padded, stacks, at, levels, run)
-    return sums[:, :rows].sum(0).astype(x.dtype).reshape(*lead, count * tile)
+    return _times(x, stacks, at, levels, run)
 
 
 def _kernel_product_forward(x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.Array, run: str) -> tuple:
@@ -211,19 +288,44 @@ def _kernel_product_forward(x: LinearInputs, stacks: Stacks, at: jax.Array, leve
 
 def _kernel_product_backward(run: str, saved: tuple, dy: LinearOutputs) -> tuple:
     stacks, at, levels = saved
-    *lead, outputs = dy.shape
-    inputs, (tile, tiles) = 2 * stacks[0][0].shape[-2], _tiles(stacks)
-    flat = dy.reshape(-1, outputs)
-    rows, padded = len(flat), _padded(flat)
-    blocks, count = inputs // BLOCK, sum(tiles)
-    shares = _shares(count, blocks)
-    kernel = functools.partial(_backward, steps=count // shares, rows=rows, tile=tile, tiles=tiles)
-    sums = _call(kernel, (blocks, shares), (2 * shares, len(padded), inputs // 2), padded, stacks, at, levels, run)
-    dx = sums[:, :rows].reshape(shares, 2, rows, inputs // 2).sum(0)
-    return dx.transpose(1, 2, 0).reshape(*lead, inputs).astype(dy.dtype), None, None, None
+    return _times_transposed(dy, stacks, at, levels, run), None, None, None
 
 
 kernel_product.defvjp(_kernel_product_forward, _kernel_product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def adapted_product(
+    x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.Array, factors: LowRank, run: str
+) -> LinearOutputs:
+    """Return `kernel_product` of linears with LoRA, x W + x A B. The factors are constants: they get no gradient."""
+    return _times(x, stacks, at, levels, run, (x @ factors.down, factors.up))
+
+
+def _adapted_product_forward(
+    x: LinearInputs, stacks: Stacks, at: jax.Array, levels: jax.Array, factors: LowRank, run: str
+) -> tuple:
+    return adapted_product(x, stacks, at, levels, factors, run), (stacks, at, levels, factors)
+
+
+def _adapted_product_backward(run: str, saved: tuple, dy: LinearOutputs) -> tuple:
+    stacks, at, levels, factors = saved
+    low = up_transposed(dy, factors.up, [stack[0].shape[-1] for stack in stacks])
+    return _times_transposed(dy, stacks, at, levels, run, (low, factors.down)), None, None, None, None
+
+
+adapted_product.defvjp(_adapted_product_forward, _adapted_product_backward)
+
+
+def up_transposed(dy: LinearOutputs, up: jax.Array, outputs: Sequence[int]) -> jax.Array:
+    """Return dy B^T of linears side by side, [..., linears * R]."""
+    if len(set(outputs)) == 1:
+        shape, count = dy.shape[:-1], len(outputs)
+        low = jnp.einsum("...gn,rgn->...gr", dy.reshape(*shape, count, -1), up.reshape(len(up), count, -1))
+        return low.reshape(*shape, -1)
+    cuts = list(itertools.accumulate(outputs))[:-1]
+    parts = zip(jnp.split(dy, cuts, axis=-1), jnp.split(up, cuts, axis=-1), strict=True)
+    return jnp.concatenate([part @ factor.T for part, factor in parts], axis=-1)
 
 
 def fits(shape: tuple[int, ...], outputs: Sequence[int], dtype: DTypeLike) -> bool:

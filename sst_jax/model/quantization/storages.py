@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from sst_jax.errors import InputError
 from sst_jax.model.quantization import nf4
 from sst_jax.model.quantization.base import AsItIs, LinearStorage, StackedLinear, StoredLinear
+from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.types import (
     DeviceArrays,
     EachKernel,
@@ -175,6 +176,21 @@ def products(x: LinearInputs, kernels: Sequence[EachKernel | StoredLinear | Stac
         kernel.storage.product(x, kernel.leaf) if isinstance(kernel, StoredLinear) else product(x, kernel)
         for kernel in kernels
     )
+
+
+def takes_low_rank(
+    shape: tuple[int, ...], kernels: Sequence[EachKernel | StoredLinear | StackedLinear], dtype: DTypeLike
+) -> bool:
+    """Return whether `adapted_products` multiplies inputs of a shape by several kernels."""
+    stacked = [kernel for kernel in kernels if isinstance(kernel, StackedLinear)]
+    if len(stacked) < len(kernels) or len({kernel.storage.name for kernel in stacked}) > 1:
+        return False
+    return stacked[0].storage.takes_low_rank(shape, [kernel.kernel.shape[-1] for kernel in stacked], dtype)
+
+
+def adapted_products(x: LinearInputs, kernels: Sequence[StackedLinear], factors: LowRank) -> LinearOutputs:
+    """Return `products` side by side, those of LoRA factors added; of these no gradient is computed."""
+    return kernels[0].storage.adapted_products(x, kernels, factors)
 
 
 def cast(tree: Tree, dtype: DTypeLike) -> Tree:
