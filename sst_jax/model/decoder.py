@@ -13,7 +13,8 @@ whole stack from tokens to normed hidden states. The rules are in `model/rules.p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -25,6 +26,7 @@ from jax.typing import DTypeLike
 from sst_jax.model import compiler, kinds
 from sst_jax.model.attention import LayerKind, Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.model.collected import Walked
 from sst_jax.model.config import ModelConfig, StreamConfig
 from sst_jax.model.layers import Adapter, Base, Blend, Block, capped, narrowed, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
@@ -64,6 +66,7 @@ class Layer(NamedTuple):
     maybe_stream: LayerStream | None  # None where no stream is
     drop: dict[str, AnyFloat]  # LoRA dropout factors by linear, [B, 1, inputs]
     rotates: ScalarBool | None = None  # whether queries and keys are rotated; None: as in all layers
+    walked: Mapping[str, Walked] = MappingProxyType({})  # LoRA of a walk's step, by the first linear of one input
 
     @property
     def stream(self) -> LayerStream:

@@ -10,12 +10,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_layer
+from sst_jax.model.collected import Pair, Taken, here
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.kinds import ByKind
-from sst_jax.model.layers import ACTIVATIONS, side_by_side, to_float32, unscaled_unit_rms
+from sst_jax.model.layers import ACTIVATIONS, in_a_walk, side_by_side, to_float32, unscaled_unit_rms
+from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.model.remat import inputs_kept
 from sst_jax.model.state import Masks, blend
 from sst_jax.types import AttentionOutput, Hidden, PositionKeys
@@ -64,11 +67,12 @@ def attention_residual(layer: Layer, x: Hidden, out: AttentionOutput) -> Attenti
     return AttentionResidual(x, layer.block.o(out, layer.drop.get("o")))
 
 
-def residual_after_attention(layer: Layer, h: AttentionResidual | Hidden) -> Hidden:
+def residual_after_attention(layer: Layer, h: AttentionResidual | Taken | Hidden) -> Hidden:
     """Return h summed, in float32 or wider; as it is where it has been summed before."""
-    if not isinstance(h, AttentionResidual):
-        return h
-    return to_float32(h.x) + scaled(layer, layer.block.post_attn_norm(h.out))
+    one = here(h)
+    if not isinstance(one, AttentionResidual):
+        return one
+    return to_float32(one.x) + scaled(layer, layer.block.post_attn_norm(one.out))
 
 
 def scaled(layer: Layer, out: Hidden) -> Hidden:
@@ -93,14 +97,25 @@ def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual
     return attention_residual(layer, x, out), (context.by_kind(kv[0]), context.by_kind(kv[1]))
 
 
+def walk_groups(layer: Layer, rows: int, dtype: DTypeLike) -> dict[str, tuple[tuple[Pair, ...], LowRank]]:
+    """Return LoRA of `feed` as a walk of so many rows takes it, by the first linear of one input; see `in_a_walk`."""
+    found = {}
+    for names in (("gate", "up"), ("down",)):
+        linears = [getattr(layer.block, name) for name in names]
+        group = in_a_walk(linears, rows, dtype, [layer.drop.get(name) for name in names])
+        if group is not None:
+            found[names[0]] = group
+    return found
+
+
 @jax.named_scope("feed_forward")
 def feed(
     layer: Layer,
-    h: AttentionResidual | Hidden,
+    h: AttentionResidual | Taken | Hidden,
     context: Context,
     dtype: DTypeLike,
     s: Hidden | None = None,
-    masks: Masks | None = None,
+    masks: Masks | Taken | None = None,
 ) -> tuple[Hidden, Hidden]:
     """Run the feed-forward half, with a state blended in where one enters.
 
@@ -122,21 +137,22 @@ def feed(
     def blended(h: Hidden, s: Hidden | None) -> Hidden:
         assert s is not None
         assert masks is not None
-        return blend(context.stream, layer.stream, h, s, masks)
+        return blend(context.stream, layer.stream, h, s, here(masks))
 
     @inputs_kept
-    def widen(h: AttentionResidual | Hidden, s: Hidden | None) -> tuple[jax.Array, ...]:
+    def widen(h: AttentionResidual | Taken | Hidden, s: Hidden | None) -> tuple[jax.Array, list[jax.Array]]:
         h = residual_after_attention(layer, h)
         mixed = blended(h, s) if site == "ffn" else h
         y = block.pre_ffn_norm(mixed).astype(dtype)
-        gate, up = side_by_side([block.gate, block.up], y, [layer.drop.get(name) for name in ("gate", "up")])
-        return mixed, gate, up
+        drops = [layer.drop.get(name) for name in ("gate", "up")]
+        return mixed, side_by_side([block.gate, block.up], y, drops, layer.walked.get("gate"))
 
     @inputs_kept
-    def narrow(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return block.down(activation(gate) * up, layer.drop.get("down"))
+    def narrow(wide: list[jax.Array]) -> jax.Array:
+        gate, up = wide if len(wide) == 2 else jnp.split(wide[0], [block.gate.outputs], axis=-1)
+        return side_by_side([block.down], activation(gate) * up, [layer.drop.get("down")], layer.walked.get("down"))[0]
 
-    mixed, gate, up = widen(h, s)
-    f = scaled(layer, block.post_ffn_norm(narrow(gate, up)))
+    mixed, wide = widen(h, s)
+    f = scaled(layer, block.post_ffn_norm(narrow(wide)))
     o = mixed + f if block.layer_scalar is None else block.layer_scalar(mixed + f)
     return (blended(o, s) if site == "output" else o).astype(dtype), f

@@ -18,9 +18,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sst_jax.model import compiler
+from sst_jax.model import collected, compiler
+from sst_jax.model.collected import Pair, Walked
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
-from sst_jax.model.quantization.storages import product, products
+from sst_jax.model.quantization.nf4_product import LEAST, LowRank
+from sst_jax.model.quantization.storages import adapted_products, product, products, takes_low_rank
 from sst_jax.model.remat import inputs_kept
 from sst_jax.model.sharding import on_a_mesh
 from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Params, Positions, RotaryTable, Tokens
@@ -187,7 +189,7 @@ class Linear(nnx.Module):
     ):
         inputs, outputs = shape
         self.kernel = Base(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(inputs))
-        self.rank, self.scale, self.has_bias = rank, scale, bias
+        self.outputs, self.rank, self.scale, self.has_bias = outputs, rank, scale, bias
         if bias:
             self.bias = Base(jnp.zeros(outputs, dtype))
         if rank:
@@ -207,7 +209,9 @@ class Linear(nnx.Module):
         return up_product(z @ a.astype(x.dtype), b.astype(x.dtype))
 
 
-def side_by_side(linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloat | None]) -> list[AnyFloat]:
+def side_by_side(
+    linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloat | None], walked: Walked | None = None
+) -> list[AnyFloat]:
     """Return what each of several linears makes of one x.
 
     Their frozen kernels are multiplied together where the storage can. So are their LoRA factors, of one row on a GPU,
@@ -217,7 +221,10 @@ def side_by_side(linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloa
       linears: of the same inputs.
       x: [..., inputs].
       drops: of each; None: nothing is dropped.
+      walked: LoRA of all of them in a step of a walk, where `in_a_walk` gives it: what they make is then one array.
     """
+    if walked is not None:
+        return [_walked(linears, x, walked)]
     kernels, whole = [linear.kernel.get_value() for linear in linears], not on_a_mesh()
     # On a mesh the parts of each lie on several devices, and are not to be put together.
     found = products(x, kernels) if whole else [product(x, kernel) for kernel in kernels]
@@ -236,6 +243,48 @@ def side_by_side(linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloa
     for place, more in zip(adapted, added, strict=True):
         outputs[place] = outputs[place] + more * linears[place].scale
     return outputs
+
+
+def _walked(linears: Sequence[Linear], x: AnyFloat, walked: Walked) -> AnyFloat:
+    """Return `side_by_side` in a step of a walk, as one array; its gradient is left in the tickets."""
+    kernels = [linear.kernel.get_value() for linear in linears]
+    ticket = jax.tree.map(lambda part: part.reshape(*x.shape[:-1], -1), walked.ticket)
+    y = adapted_products(collected.enter(x, ticket.inputs), kernels, walked.factors)
+    y = collected.leave(y, ticket.cotangents)
+    if not any(linear.has_bias for linear in linears):
+        return y
+    zeros = [jnp.zeros(linear.outputs, x.dtype) for linear in linears]
+    biases = [
+        linear.bias[...].astype(x.dtype) if linear.has_bias else zero
+        for linear, zero in zip(linears, zeros, strict=True)
+    ]
+    return y + jnp.concatenate(biases)
+
+
+def in_a_walk(
+    linears: Sequence[Linear], rows: int, dtype: DTypeLike, drops: Sequence[AnyFloat | None]
+) -> tuple[tuple[Pair, ...], LowRank] | None:
+    """Return LoRA of linears of one input as a walk takes it; None where it takes it as all else does.
+
+    That is with the factors of one rank cast (`narrowed`), nothing dropped, and a storage that multiplies by kernels
+    and factors together.
+
+    Args:
+      linears: of one input.
+      rows: of a step.
+      dtype: of the activations.
+      drops: of each linear, as for `side_by_side`.
+    """
+    kernels, ranks = [linear.kernel.get_value() for linear in linears], {linear.rank for linear in linears}
+    if any(drop is not None for drop in drops) or len(ranks) > 1 or 0 in ranks:
+        return None
+    factors = [(linear.lora_a.get_value(), linear.lora_b.get_value()) for linear in linears]
+    inputs = factors[0][0].value.shape[0] if isinstance(factors[0][0], Factor) else 0
+    if not inputs or not takes_low_rank((rows, inputs), kernels, dtype):
+        return None
+    pairs = tuple(Pair(a.value, b.value, linear.scale) for linear, (a, b) in zip(linears, factors, strict=True))
+    rank = max(LEAST, 1 << (max(ranks) - 1).bit_length())
+    return pairs, collected.side_by_side(pairs, tuple((a.narrow, b.narrow) for a, b in factors), rank)
 
 
 def _low_rank_of_one_row(linears: Sequence[Linear], x: AnyFloat) -> list[AnyFloat]:

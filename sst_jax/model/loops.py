@@ -31,6 +31,31 @@ def chunked_scan(
 
     Args:
       step: (carry, x) -> (carry, y), as for `jax.lax.scan`; x and y are without the scanned axis.
+      init, xs, chunk, recompute, name: as for `over_chunks`.
+
+    Returns:
+      The y of all steps, as `over_chunks`.
+    """
+
+    def through(carry: Carry, part: Inputs) -> tuple[Carry, Outputs]:
+        return jax.lax.scan(step, carry, part)
+
+    return over_chunks(through, init, xs, chunk=chunk, recompute=recompute, name=name)
+
+
+def over_chunks(
+    through: Callable[[Carry, Inputs], tuple[Carry, Outputs]],
+    init: Carry,
+    xs: Inputs,
+    *,
+    chunk: int,
+    recompute: bool = False,
+    name: str | None = None,
+) -> Outputs:
+    """Go through arrays along axis 1, chunk after chunk.
+
+    Args:
+      through: (carry, the chunk's x) -> (carry, the chunk's y), the steps in front, as of one `jax.lax.scan`.
       init: the first carry.
       xs: arrays [B, steps, ...]; the last chunk is padded with zeros, whose outputs are cut off.
       chunk: steps of a chunk, at most; all chunks are of one size.
@@ -47,9 +72,6 @@ def chunked_scan(
     def cut(part: jax.Array) -> jax.Array:  # [B, steps, ...] -> [chunks, size, B, ...]
         part = jnp.pad(part, ((0, 0), (0, padding), *[(0, 0)] * (part.ndim - 2)))
         return jnp.moveaxis(part, 1, 0).reshape(-1, size, part.shape[0], *part.shape[2:])
-
-    def through(carry: Carry, part: Inputs) -> tuple[Carry, Outputs]:
-        return jax.lax.scan(step, carry, part)
 
     if recompute:
         through = jax.checkpoint(through, prevent_cse=False)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sst_jax.model.collected import Taken, here
 from sst_jax.model.config import StreamConfig
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.halves import AttentionResidual, feed, residual_after_attention
@@ -61,7 +62,12 @@ def next_pass_states(layer: Layer, x: Hidden, state_out: Hidden, context: Contex
 
 
 def recurrent_step(
-    layer: Layer, h: AttentionResidual | Hidden, s: Hidden, masks: Masks, context: Context, dtype: DTypeLike
+    layer: Layer,
+    h: AttentionResidual | Taken | Hidden,
+    s: Hidden,
+    masks: Masks | Taken,
+    context: Context,
+    dtype: DTypeLike,
 ) -> tuple[Hidden, Hidden]:
     """Run the feed-forward of one step, [B, 1, D]: of `exact`'s scan, and of decoding.
 
@@ -78,7 +84,7 @@ def recurrent_step(
     """
     o, f = feed(layer, h, context, dtype, s, masks)
     with jax.named_scope("states"):
-        return o, decay_state(context.stream, s, state_update(context.stream, o, f), masks.blends)
+        return o, decay_state(context.stream, s, state_update(context.stream, o, f), here(masks).blends)
 
 
 def sweep_tolerance(stream: StreamConfig, dtype: DTypeLike) -> float:

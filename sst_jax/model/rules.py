@@ -31,12 +31,13 @@ from sst_jax.model.halves import attend, feed, residual_after_attention
 from sst_jax.model.kinds import ByKind
 from sst_jax.model.layers import to_float32
 from sst_jax.model.links import Solved, scan_stack, stacked_passes
-from sst_jax.model.loops import chunked_scan, fixed_point
-from sst_jax.model.passes import next_pass_states, pass_once, recurrent_step, sweep_tolerance
-from sst_jax.model.remat import KEPT, walking
+from sst_jax.model.loops import fixed_point
+from sst_jax.model.passes import next_pass_states, pass_once, sweep_tolerance
+from sst_jax.model.remat import walking
 from sst_jax.model.scales import LayerScales, StepSquares, layer_scales, step_squares
 from sst_jax.model.sharding import constrain
-from sst_jax.model.state import Masks, initial_state, shift_right, state_update
+from sst_jax.model.state import shift_right
+from sst_jax.model.walk import scan_positions
 from sst_jax.types import (
     AllStates,
     Hidden,
@@ -53,7 +54,6 @@ from sst_jax.types import (
 )
 
 SETTLED = "settled"  # scope of the branches (it falls back, it settles) behind sweeps
-CHUNK = 32  # positions of `exact` between checkpoints, at most
 
 
 class LayerOutputs(NamedTuple):
@@ -134,8 +134,10 @@ def exact(
       The residuals, and the keys, values and states of x; with `intervene` the states of `other` alone.
     """
     x = residuals[0]
-    h, kv = attend(layer, x, context)
-    o, state_out = scan_positions(layer, x, residual_after_attention(layer, h), context, before)
+    with walking(True):  # its barriers part kernels in this half too, and the peak of a step is in the other one
+        h, kv = attend(layer, x, context)
+        summed = residual_after_attention(layer, h)
+    o, state_out = scan_positions(layer, x, summed, context, before)
     if intervene is None:
         return (o,), LayerOutputs(*kv, state_out)
     other = residuals[1]
@@ -143,41 +145,6 @@ def exact(
     h, _ = attend(layer, other, context)
     o_other, state_out = pass_once(layer, other, h, states, context)
     return (o, o_other), LayerOutputs(state_out=state_out)
-
-
-def scan_positions(
-    layer: Layer, x: Hidden, h: Hidden, context: Context, before: RowHidden | None = None
-) -> tuple[Hidden, Hidden]:
-    """Run the feed-forward of one layer step after step.
-
-    With `context.recompute` in chunks that the backward pass runs again, so that about every CHUNK-th state is kept
-    until then; where the whole layer is recomputed first, only under remat="memories" and "offload", or the positions
-    are scanned once more for them.
-
-    Args:
-      layer: its parameters.
-      x: into the layer.
-      h: after attention.
-      context: what all layers share.
-      before: the state of rows continued from a cache; None: there are none.
-
-    Returns:
-      o, and the state after every step.
-    """
-    stream, masks = context.stream, layer.stream.masks
-    s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or unused
-
-    def step(m: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
-        h, s0, *mine = jax.tree.map(lambda part: part[:, None], inputs)
-        mine = Masks(*mine)
-        s = jnp.where(mine.has_state, m[:, None], 0.0 if s0 is None else s0)
-        o, m = recurrent_step(layer, h, s, mine, context, x.dtype)
-        return m[:, 0], (o[:, 0], m[:, 0])
-
-    first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
-    inputs = (h, s0, *masks)
-    with walking(True):
-        return chunked_scan(step, first, inputs, chunk=CHUNK, recompute=context.recompute, name=KEPT)
 
 
 def fixed_point_states(

@@ -30,7 +30,7 @@ from sst_jax.errors import InputError
 from sst_jax.files import read_json
 from sst_jax.lab.planning.count import count
 from sst_jax.lab.studies.scratch import load_params, save_params
-from sst_jax.model import decoder, rules
+from sst_jax.model import decoder, rules, walk
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig, from_mapping
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.halves import attend, residual_after_attention
@@ -362,7 +362,7 @@ def exchanged(
     def rule(layer: Layer, residuals: Residuals, extra: None, context: Context) -> tuple[Residuals, None]:
         clean, edited = residuals
         h, _ = attend(layer, clean, context)
-        o_clean, states = rules.scan_positions(layer, clean, residual_after_attention(layer, h), context)
+        o_clean, states = walk.scan_positions(layer, clean, residual_after_attention(layer, h), context)
         entering = shift_right(context.stream, clean, states, layer.stream.masks)
         other = jnp.zeros_like(entering) if zero else jnp.roll(entering, 1, axis=0)
         h, _ = attend(layer, edited, context)
@@ -388,4 +388,4 @@ def scan_with(layer: Layer, x: Hidden, h: Hidden, other: Hidden, where: jax.Arra
         return m[:, 0], o[:, 0]
 
     inputs = (h, other, where, *layer.stream.masks)
-    return chunked_scan(step, jnp.zeros_like(other[:, 0]), inputs, chunk=rules.CHUNK)
+    return chunked_scan(step, jnp.zeros_like(other[:, 0]), inputs, chunk=walk.CHUNK)

@@ -79,6 +79,35 @@ def test_linears_of_one_input_are_one_product(rows, kind):
     check(384, (256, 128, 192), rows, kind)  # one more than a group of scales, and tiles of 64
 
 
+@pytest.mark.parametrize("rows", [5, 33])
+def test_lora_is_one_more_term_of_the_sums(rows):
+    """Forward and backward, of two linears in several shares, against the product of the unpacked kernels."""
+    kind, inputs, outputs, rank = "nf4", 384, (192, 128), 16
+    stacks = [stacked(inputs, each, kind, seed=number) for number, each in enumerate(outputs)]
+    keys = jax.random.split(jax.random.key(rows), 4)
+    shapes = (rows, 1, inputs), (rows, 1, sum(outputs)), (inputs, 2 * rank), (rank, sum(outputs))
+    x, dy, down, up = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    x, dy, down, up = (part.astype(jnp.bfloat16) for part in (x, dy, down * 0.02, up * 0.02))
+    storage = storages.get(kind)
+    linears = [
+        StackedLinear(stack, jnp.int32(1), jnp.full((inputs, each), jnp.nan, x.dtype), storage)
+        for stack, each in zip(stacks, outputs, strict=True)
+    ]
+    with compiler.compiled_for("interpreted"):
+        factors = nf4_product.LowRank(down, up)
+        assert storages.takes_low_rank((rows, inputs), linears, x.dtype)
+        y, pull = jax.vjp(lambda x: storages.adapted_products(x, linears, factors), x)
+        (dx,) = pull(dy)
+    kernels = [nf4.kernel_of(jax.tree.map(lambda part: part[1], stack), jnp.dtype("float32")) for stack in stacks]
+    wide = np.concatenate([np.asarray(kernel, np.float64) for kernel in kernels], axis=-1)
+    parts = np.split(np.asarray(up, np.float64), [outputs[0]], axis=-1)
+    added = np.asarray(down, np.float64).reshape(inputs, 2, rank)
+    wide = wide + np.concatenate([added[:, number] @ part for number, part in enumerate(parts)], axis=-1)
+    for ours, exact in ((y, np.asarray(x, np.float64) @ wide), (dx, np.asarray(dy, np.float64) @ wide.T)):
+        assert ours.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(ours, np.float64) - exact) <= 2**-8 * np.linalg.norm(exact)
+
+
 @pytest.mark.slow
 @pytest.mark.optimised
 @pytest.mark.parametrize("kind", nf4.KINDS)
