@@ -142,18 +142,19 @@ def _tickets_forward(values: tuple, factors: LowRank, scales: tuple[float, ...],
 def _tickets_backward(scales: tuple[float, ...], shape: tuple[int, ...], saved: tuple, left: Ticket) -> tuple:
     values, factors = saved
     z, dy = (part.reshape(-1, part.shape[-1]) for part in left)
-    outputs, rank = [b.shape[1] for _, b in values], len(factors.up)
-    low, dlow = z @ factors.down, up_transposed(dy, factors.up, outputs)
-
-    def product(left: AnyFloat, right: AnyFloat, like: AnyFloat) -> AnyFloat:
-        return jnp.einsum("mr,mn->rn", left, right, preferred_element_type=like.dtype)
-
-    cuts, gradients = np.cumsum(outputs)[:-1], []
-    da = product(z, dlow, values[0][0])
-    for place, ((a, b), part) in enumerate(zip(values, jnp.split(dy, cuts, axis=1), strict=True)):
-        mine = slice(place * rank, place * rank + a.shape[1])
-        gradients.append((da[:, mine], scales[place] * product(low[:, mine], part, b)))
-    return tuple(gradients), None
+    outputs, count = [b.shape[1] for _, b in values], len(values)
+    low, dlow = (z @ factors.down).reshape(len(z), count, -1), up_transposed(dy, factors.up, outputs)
+    wide: dict[str, Any] = {"preferred_element_type": values[0][0].dtype}
+    da = jnp.einsum("mi,gmr->gir", z, dlow, **wide)
+    if len(set(outputs)) == 1:  # as there
+        db = list(jnp.einsum("mgr,mgn->grn", low, dy.reshape(len(dy), count, -1), **wide))
+    else:
+        parts = jnp.split(dy, np.cumsum(outputs)[:-1], axis=1)
+        db = [jnp.einsum("mr,mn->rn", low[:, place], part, **wide) for place, part in enumerate(parts)]
+    gradients = tuple(
+        (da[place, :, : a.shape[1]], scales[place] * db[place][: a.shape[1]]) for place, (a, _) in enumerate(values)
+    )
+    return gradients, None
 
 
 _tickets.defvjp(_tickets_forward, _tickets_backward)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -169,7 +170,9 @@ def _backward(
     def begun(parity: int) -> jax.Array:
         if not rank:
             return zeros
-        return _by_first(share, lambda: _dot(low[...], down[_inputs(block, parity), :], (1, 1)), zeros)
+        inputs, ranks = _inputs(block, parity), [pl.ds(linear * rank, rank) for linear in range(len(tiles))]
+        parts = lambda: [_dot(low[linear], down[inputs, mine], (1, 1)) for linear, mine in enumerate(ranks)]  # noqa: E731
+        return _by_first(share, lambda: functools.reduce(operator.add, parts()), zeros)
 
     even_and_odd = jax.lax.fori_loop(0, steps, step, (begun(0), begun(1)))
     values = jnp.stack(even_and_odd, axis=-1).reshape(dy.shape[0], BLOCK)
@@ -208,9 +211,10 @@ def _call(
 
 
 def _padded(x: jax.Array) -> jax.Array:
-    """Return rows filled up to a power of two that a tensor core takes."""
-    rows = x.shape[0]
-    return jnp.pad(x, ((0, max(LEAST, 1 << (rows - 1).bit_length()) - rows), (0, 0)))
+    """Return rows [..., M, .] filled up to a power of two that a tensor core takes."""
+    rows = x.shape[-2]
+    more = max(LEAST, 1 << (rows - 1).bit_length()) - rows
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
 
 def _tiles(stacks: Stacks) -> tuple[int, tuple[int, ...]]:
@@ -255,14 +259,14 @@ def _times_transposed(
     run: str,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
 ) -> LinearInputs:
-    """Return dy W^T, plus the product of `low_rank`: dy B^T [..., linears * R], and the transpose of `LowRank`'s A."""
+    """Return dy W^T, plus the product of `low_rank`: dy B^T as `up_transposed` returns it, and A of `LowRank`."""
     *lead, outputs = dy.shape
     inputs, (tile, tiles) = 2 * stacks[0][0].shape[-2], _tiles(stacks)
     flat = dy.reshape(-1, outputs)
     rows, blocks, count = len(flat), inputs // BLOCK, sum(tiles)
     shares = _shares(count, blocks, _wanted(rows))
     rank = 0 if low_rank is None else low_rank[0].shape[-1]
-    added = () if low_rank is None else (_padded(low_rank[0].reshape(rows, -1)), low_rank[1])
+    added = () if low_rank is None else (_padded(low_rank[0].reshape(len(tiles), rows, -1)), low_rank[1])
     kernel = functools.partial(_backward, steps=count // shares, rows=rows, tile=tile, tiles=tiles, rank=rank)
     arrays = (at, levels, *itertools.chain(*stacks), *added)
     return _call(kernel, (blocks, shares), inputs, _padded(flat), rows, arrays, run).reshape(*lead, inputs)
@@ -318,14 +322,13 @@ adapted_product.defvjp(_adapted_product_forward, _adapted_product_backward)
 
 
 def up_transposed(dy: LinearOutputs, up: jax.Array, outputs: Sequence[int]) -> jax.Array:
-    """Return dy B^T of linears side by side, [..., linears * R]."""
-    if len(set(outputs)) == 1:
-        shape, count = dy.shape[:-1], len(outputs)
-        low = jnp.einsum("...gn,rgn->...gr", dy.reshape(*shape, count, -1), up.reshape(len(up), count, -1))
-        return low.reshape(*shape, -1)
+    """Return dy B^T of linears side by side, each of them apart: [linears, ..., R]."""
+    if len(set(outputs)) == 1:  # one product, and no part of dy is copied
+        apart = dy.reshape(*dy.shape[:-1], len(outputs), -1)
+        return jnp.einsum("...gn,rgn->g...r", apart, up.reshape(len(up), len(outputs), -1))
     cuts = list(itertools.accumulate(outputs))[:-1]
     parts = zip(jnp.split(dy, cuts, axis=-1), jnp.split(up, cuts, axis=-1), strict=True)
-    return jnp.concatenate([part @ factor.T for part, factor in parts], axis=-1)
+    return jnp.stack([part @ factor.T for part, factor in parts])
 
 
 def fits(shape: tuple[int, ...], outputs: Sequence[int], dtype: DTypeLike) -> bool:
