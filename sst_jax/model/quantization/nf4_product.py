@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,6 +90,15 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     )
 
 
+def _rows(ref: Ref, columns: Any, lines: int, *lead: int) -> jax.Array:
+    """Return columns of [*lead, M, .], filled up to so many lines with the last one, whose results are not written."""
+    rows = ref.shape[-2]
+    if rows == lines:
+        return ref[*lead, :, columns]
+    line, place = (jax.lax.broadcasted_iota(jnp.int32, (lines, columns.size), axis) for axis in (0, 1))
+    return ref[*lead, jnp.minimum(line, rows - 1), columns.start + columns.stride * place]
+
+
 def _store(out: Ref, index: tuple, values: jax.Array, rows: int) -> None:
     """Write the rows that are no padding."""
     triton.store(
@@ -121,27 +129,26 @@ def _of_tile(tiles: Sequence[int], number: jax.Array, make: Callable[[int, jax.A
     )
 
 
-def _forward(
-    at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int], rank: int
-) -> None:
+def _forward(at: Ref, levels: Ref, x: Ref, *rest: Ref, steps: int, tile: int, tiles: Sequence[int], rank: int) -> None:
     """Multiply a tile of outputs by a share of the blocks; x is [M, in]. With a rank the first share adds LoRA's."""
     *arrays, out = rest
     stacks, (low, up) = _parts(arrays, len(tiles), rank)
-    number, share = pl.program_id(0), pl.program_id(1)
+    number, share, lines = pl.program_id(0), pl.program_id(1), out.shape[1]
 
     def product(linear: int, place: jax.Array) -> jax.Array:
         def step(i: jax.Array, sums: jax.Array) -> jax.Array:
             block = share * steps + i
             even, odd = _block(stacks[linear], levels, at[0], block, place * tile, tile)
-            return sums + _dot(x[:, _inputs(block, 0)], even, (1, 0)) + _dot(x[:, _inputs(block, 1)], odd, (1, 0))
+            first, second = (_rows(x, _inputs(block, parity), lines) for parity in (0, 1))
+            return sums + _dot(first, even, (1, 0)) + _dot(second, odd, (1, 0))
 
         def added() -> jax.Array:
-            return _dot(low[:, pl.ds(linear * rank, rank)], up[:, pl.ds(number * tile, tile)], (1, 0))
+            return _dot(_rows(low, pl.ds(linear * rank, rank), lines), up[:, pl.ds(number * tile, tile)], (1, 0))
 
-        zeros = jnp.zeros((x.shape[0], tile), jnp.float32)
+        zeros = jnp.zeros((lines, tile), jnp.float32)
         return jax.lax.fori_loop(0, steps, step, _by_first(share, added, zeros) if rank else zeros)
 
-    _store(out, (share, slice(None), pl.ds(number * tile, tile)), _of_tile(tiles, number, product), rows)
+    _store(out, (share, slice(None), pl.ds(number * tile, tile)), _of_tile(tiles, number, product), x.shape[0])
 
 
 def _by_first(share: jax.Array, added: Callable[[], jax.Array], zeros: jax.Array) -> jax.Array:
@@ -150,33 +157,40 @@ def _by_first(share: jax.Array, added: Callable[[], jax.Array], zeros: jax.Array
 
 
 def _backward(
-    at: Ref, levels: Ref, dy: Ref, *rest: Ref, steps: int, rows: int, tile: int, tiles: Sequence[int], rank: int
+    at: Ref, levels: Ref, dy: Ref, *rest: Ref, steps: int, tile: int, tiles: Sequence[int], rank: int
 ) -> None:
     """Multiply a block of inputs by a share of the outputs. With a rank the first share adds LoRA's."""
     *arrays, out = rest
     stacks, (low, down) = _parts(arrays, len(tiles), rank)
-    block, share = pl.program_id(0), pl.program_id(1)
+    block, share, lines = pl.program_id(0), pl.program_id(1), out.shape[1]
 
     def step(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number = share * steps + i
         even, odd = _of_tile(
             tiles, number, lambda linear, place: _block(stacks[linear], levels, at[0], block, place * tile, tile)
         )
-        part = dy[:, pl.ds(number * tile, tile)]
+        part = _rows(dy, pl.ds(number * tile, tile), lines)
         return sums[0] + _dot(part, even, (1, 1)), sums[1] + _dot(part, odd, (1, 1))
 
-    zeros = jnp.zeros((dy.shape[0], BLOCK // 2), jnp.float32)
+    zeros = jnp.zeros((lines, BLOCK // 2), jnp.float32)
 
     def begun(parity: int) -> jax.Array:
         if not rank:
             return zeros
-        inputs, ranks = _inputs(block, parity), [pl.ds(linear * rank, rank) for linear in range(len(tiles))]
-        parts = lambda: [_dot(low[linear], down[inputs, mine], (1, 1)) for linear, mine in enumerate(ranks)]  # noqa: E731
-        return _by_first(share, lambda: functools.reduce(operator.add, parts()), zeros)
+        inputs = _inputs(block, parity)
+
+        def added() -> jax.Array:
+            sums = zeros
+            for linear in range(len(tiles)):
+                mine = _rows(low, pl.ds(0, rank), lines, linear)
+                sums += _dot(mine, down[inputs, pl.ds(linear * rank, rank)], (1, 1))
+            return sums
+
+        return _by_first(share, added, zeros)
 
     even_and_odd = jax.lax.fori_loop(0, steps, step, (begun(0), begun(1)))
-    values = jnp.stack(even_and_odd, axis=-1).reshape(dy.shape[0], BLOCK)
-    _store(out, (share, slice(None), pl.ds(block * BLOCK, BLOCK)), values, rows)
+    values = jnp.stack(even_and_odd, axis=-1).reshape(lines, BLOCK)
+    _store(out, (share, slice(None), pl.ds(block * BLOCK, BLOCK)), values, dy.shape[0])
 
 
 def _shares(units: int, programs: int, wanted: int = PROGRAMS) -> int:
@@ -189,18 +203,18 @@ def _call(
     grid: tuple[int, int],
     outputs: int,
     x: jax.Array,
-    rows: int,
     arrays: Sequence[jax.Array],
     run: str,
 ) -> jax.Array:
     """Return what a kernel makes of x [M, .], its shares added up, [M, outputs] in x's type."""
-    interpret, shares = run == "interpreted", grid[1]
+    interpret, shares, rows = run == "interpreted", grid[1], len(x)
+    lines = max(LEAST, 1 << (rows - 1).bit_length())  # a power of two that a tensor core takes
     at, *others = arrays
     arguments = (at.reshape(1), others[0], x, *others[1:])
     sums = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=jax.ShapeDtypeStruct((shares, len(x), outputs), jnp.float32 if shares > 1 else x.dtype),
+        out_shape=jax.ShapeDtypeStruct((shares, lines, outputs), jnp.float32 if shares > 1 else x.dtype),
         in_specs=[pl.BlockSpec()] * len(arguments),
         out_specs=pl.BlockSpec(),
         interpret=interpret,
@@ -208,13 +222,6 @@ def _call(
         compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=3),
     )(*arguments)
     return sums[:, :rows].sum(0).astype(x.dtype) if shares > 1 else sums[0, :rows]
-
-
-def _padded(x: jax.Array) -> jax.Array:
-    """Return rows [..., M, .] filled up to a power of two that a tensor core takes."""
-    rows = x.shape[-2]
-    more = max(LEAST, 1 << (rows - 1).bit_length()) - rows
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
 
 def _tiles(stacks: Stacks) -> tuple[int, tuple[int, ...]]:
@@ -244,10 +251,10 @@ def _times(
     blocks, count = inputs // BLOCK, sum(tiles)
     shares = _shares(blocks, count, _wanted(rows))
     rank = 0 if low_rank is None else low_rank[1].shape[0]
-    added = () if low_rank is None else (_padded(low_rank[0].reshape(rows, -1)), low_rank[1])
-    kernel = functools.partial(_forward, steps=blocks // shares, rows=rows, tile=tile, tiles=tiles, rank=rank)
+    added = () if low_rank is None else (low_rank[0].reshape(rows, -1), low_rank[1])
+    kernel = functools.partial(_forward, steps=blocks // shares, tile=tile, tiles=tiles, rank=rank)
     arrays = (at, levels, *itertools.chain(*stacks), *added)
-    y = _call(kernel, (count, shares), count * tile, _padded(flat), rows, arrays, run)
+    y = _call(kernel, (count, shares), count * tile, flat, arrays, run)
     return y.reshape(*lead, count * tile)
 
 
@@ -266,10 +273,10 @@ def _times_transposed(
     rows, blocks, count = len(flat), inputs // BLOCK, sum(tiles)
     shares = _shares(count, blocks, _wanted(rows))
     rank = 0 if low_rank is None else low_rank[0].shape[-1]
-    added = () if low_rank is None else (_padded(low_rank[0].reshape(len(tiles), rows, -1)), low_rank[1])
-    kernel = functools.partial(_backward, steps=count // shares, rows=rows, tile=tile, tiles=tiles, rank=rank)
+    added = () if low_rank is None else (low_rank[0].reshape(len(tiles), rows, -1), low_rank[1])
+    kernel = functools.partial(_backward, steps=count // shares, tile=tile, tiles=tiles, rank=rank)
     arrays = (at, levels, *itertools.chain(*stacks), *added)
-    return _call(kernel, (blocks, shares), inputs, _padded(flat), rows, arrays, run).reshape(*lead, inputs)
+    return _call(kernel, (blocks, shares), inputs, flat, arrays, run).reshape(*lead, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -26,6 +26,7 @@ from sst_jax.model import sharding
 from sst_jax.model.kernels import KERNELS
 from sst_jax.model.quantization import storages
 from sst_jax.model.quantization.base import StackedLinear
+from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.model.sharding import MeshConfig
 from sst_jax.training.recipe import read_recipe
 
@@ -310,14 +311,14 @@ def test_held_out_evaluation_of_the_27b_takes_minutes(tmp_path):
 @needs_cuda
 @pytest.mark.parametrize("target", ["a100-80g", "rtx-4090", "h100", "rtx-pro-6000"])
 def test_the_nf4_product_compiles_for_every_generation(target):
-    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, plain and doubly quantised, one and three linears."""
+    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, both kinds, one and three linears, LoRA added or not."""
     target = targets.find(target)
     mesh = compiling.mesh_on(target, MeshConfig())
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for kind, outputs in itertools.product(("nf4", "nf4_double"), [(512,), (512, 128, 256)]):
         storage = storages.get(kind)
 
-        def both(x, dy, stacks, storage=storage):
+        def both(x, dy, stacks, storage=storage, outputs=outputs):
             linears = [
                 StackedLinear(
                     stack,
@@ -328,7 +329,9 @@ def test_the_nf4_product_compiles_for_every_generation(target):
                 for stack in stacks
             ]
             y, pull = jax.vjp(lambda x: storages.products(x, linears), x)
-            return y, pull(dy)
+            factors = LowRank(jnp.ones((256, 16 * len(linears)), x.dtype), jnp.ones((16, sum(outputs)), x.dtype))
+            adapted, pull_adapted = jax.vjp(lambda x: storages.adapted_products(x, linears, factors), x)
+            return y, pull(dy), adapted, pull_adapted(jnp.concatenate(dy, axis=-1))
 
         shapes = (
             jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
@@ -338,4 +341,4 @@ def test_the_nf4_product_compiles_for_every_generation(target):
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), compiling.described(target):
             text = jax.jit(both).trace(*placed).lower().compile().as_text()
-        assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+        assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 4
