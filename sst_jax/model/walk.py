@@ -58,7 +58,9 @@ def scan_positions(
             o, m = recurrent_step(layer._replace(walked=walked), Taken(constant, at, h), s, mine, context, x.dtype)
             return m[:, 0], (o[:, 0], m[:, 0])
 
-        return jax.lax.scan(step, m, (jnp.arange(steps), h, s0, left))
+        # Where kernels are launched, two positions a turn: they share what counts turns and writes their results.
+        unroll = 2 if groups and steps % 2 == 0 else 1
+        return jax.lax.scan(step, m, (jnp.arange(steps), h, s0, left), unroll=unroll)
 
     first = jnp.zeros_like(state_update(stream, x[:, 0], to_float32(x[:, 0]))) if before is None else before
     with walking(True):

@@ -254,7 +254,7 @@ def test_exact_needs_less_than_two_passes_at_scale(tmp_path):
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_a_position_of_exact_launches_few_kernels(monkeypatch):
-    """Of one layer, its walk forward, again for gradients, and backward together: 53 of this model, 50 of the 27B."""
+    """Of one layer, its walk forward, again for gradients, and backward together, two positions a turn."""
     seen = []
     monkeypatch.setattr(compiling, "traffic", lambda *found: seen.append(found) or traffic(*found))
     knobs = ("stream.forward=exact", "train.remat=memories", "data.batch_size=32", "data.length=64")
@@ -262,7 +262,10 @@ def test_a_position_of_exact_launches_few_kernels(monkeypatch):
     widths = {"d_model": 1024, "d_ff": 2048, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512}
     backbone = dataclasses.replace(PRESETS["27b"], num_layers=2, layer_types=("local", "local"), **widths)
     compiling.plan_training(recipe, backbone, targets.find("rtx-pro-6000"))
-    assert sum(one.times == 2 * 64 for one in kernels(*seen[-1])) <= 55
+    positions = 2 * 64
+    launched = sum(one.times for one in kernels(*seen[-1]) if one.times >= positions / 2) / positions
+    print(f"{launched} kernels")
+    assert launched <= 44
 
 
 @needs_cuda
@@ -311,7 +314,7 @@ def test_held_out_evaluation_of_the_27b_takes_minutes(tmp_path):
 @needs_cuda
 @pytest.mark.parametrize("target", ["a100-80g", "rtx-4090", "h100", "rtx-pro-6000"])
 def test_the_nf4_product_compiles_for_every_generation(target):
-    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, both kinds, one and three linears, LoRA added or not."""
+    """Capabilities 8.0, 8.9, 9.0 and 12.0, forward and backward, both kinds, one and three linears, with LoRA."""
     target = targets.find(target)
     mesh = compiling.mesh_on(target, MeshConfig())
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
