@@ -22,7 +22,7 @@ from tests.support import toys
 def tiles(request, monkeypatch):
     """Positions and vocabulary entries of a tile, for a vocabulary of 50: whole rows, a broken last tile, even ones."""
     rows, columns = request.param
-    for name, value in (("ROWS", rows), ("MESH_ROWS", rows), ("COLUMNS", columns)):
+    for name, value in (("ROWS", rows), ("MESH_ROWS", rows), ("COLUMNS", columns), ("FEW", 4)):
         monkeypatch.setattr(loss, name, value)
     return rows
 
@@ -53,6 +53,22 @@ def test_tiled_loss_equals_full_logits(tiles, blocks, more, share, cap):
     (expected, wanted), (got, gradient) = (jax.value_and_grad(function)(hidden) for function in (plain, ours))
     assert float(got) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
     np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [0, 1, 4, 5, 24])
+def test_few_learned_positions_are_one_block_and_more_are_several(tiles, learned):
+    """Wherever they lie: four are one block here."""
+    rng = np.random.default_rng(learned)
+    hidden, table = (jnp.asarray(rng.normal(size=(size, 16)), jnp.float32) for size in (24, 50))
+    targets = jnp.asarray(rng.integers(0, 50, 24), jnp.int32)
+    scored = jnp.zeros(24, bool).at[rng.permutation(24)[:learned]].set(True)
+    losses, pull = jax.vjp(lambda hidden: token_losses(hidden, table, targets, scored), hidden)
+    logits = hidden @ table.T
+    each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    p = jax.nn.softmax(logits)
+    np.testing.assert_allclose(losses, jnp.where(scored, each, 0.0), rtol=1e-6, atol=1e-6)
+    wanted = jnp.where(scored[:, None], p @ table - table[targets], 0.0)
+    np.testing.assert_allclose(pull(jnp.ones(24))[0], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("confidence", [1.0, 30.0])
