@@ -1,17 +1,19 @@
 """What the forwards would cost at 27B on hardware that is described, not here. Estimates: nothing is executed.
 
     python benchmarks/scale.py lockstep                   two passes in lockstep against passes run apart: memory
-    python benchmarks/scale.py crossing --figure FILE     exact and two_pass over batch sizes: roofline times
+    python benchmarks/scale.py crossing --figure FILE     exact and two_pass over batch sizes: time and peak
     python benchmarks/scale.py prefill                    a prompt by sweeps against token by token: roofline times
 
-`lockstep` compiles and needs the extra cuda; the others count products from the jaxpr and take seconds. Roofline times
-assume 40% of a card's peak arithmetic and 80% of its bandwidth, product by product.
+`lockstep` and `crossing` compile, half a minute a step, and need the extra cuda; `prefill` counts products from the
+jaxpr and takes seconds. Times assume 40% of a card's peak arithmetic and 80% of its bandwidth: of prefill product by
+product, of a compiled step by its bytes, operations and launches.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ def parser() -> Parser:
     parser.add_argument("what", choices=("lockstep", "crossing", "prefill"))
     parser.add_argument("--size", default="27b", help="a preset of Gemma-3 (default: 27b)")
     parser.add_argument("--target", default="rtx-pro-6000", metavar="NAME,...", help="default: rtx-pro-6000")
-    parser.add_argument("--batch", metavar="B,...", help="rows (lockstep: 4; crossing: 8 to 128)")
+    parser.add_argument("--batch", metavar="B,...", help="rows (lockstep: 4; crossing: 4 to 64)")
     parser.add_argument("--length", type=int, metavar="T", help="positions (1024, 256 and 512)")
     parser.add_argument("--sweeps", type=int, default=7, metavar="K", help="of prefill (default: 7)")
     parser.add_argument("--figure", metavar="FILE", help="crossing: draw the times into FILE, a PNG")
@@ -140,48 +142,32 @@ def lockstep(args: Any, target: Any) -> list[dict[str, Any]]:
 
 
 def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
-    """Roofline times of a train step under exact and two_pass."""
+    """Planned times and peaks of a train step under exact and two_pass, from the programs compiled for the card."""
     import jax
-    import jax.numpy as jnp
 
-    from sst_jax.lab.planning.count import count
-    from sst_jax.lab.planning.programs import abstract_parameters
-    from sst_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from sst_jax.training.step import ForwardConfig, init_state, train_step
+    from sst_jax.lab.planning.records import plan_record
+    from sst_jax.training.recipe import read_recipe
+    from sst_jax.weights.loading import resolve
 
-    config, length, optimizer = model_config(args.size), args.length or 256, make_optimizer(OptimizerConfig(), 100)
-    records = []
-    for rows in batches(args, (8, 16, 32, 48, 64, 96, 128)):
-        times = {}
-        for name in ("two_pass", "exact"):
-
-            def arguments(rows: int = rows) -> tuple:
-                base, trainable = abstract_parameters(config, "bfloat16", "nf4")
-                whole = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.zeros((rows, length), jnp.int32))
-                batch = {**whole, "answer_mask": jnp.zeros((rows, length), bool)}
-                return init_state(trainable, optimizer), base, batch, jax.random.key(0)
-
-            settings = ForwardConfig(name, remat="memories", dtype="bfloat16")
-            step = functools.partial(train_step, config, settings, optimizer)
-            work = count(jax.make_jaxpr(step)(*jax.eval_shape(arguments)))
-            times[name] = roofline(work, target)
-            records.append(
-                {
-                    "target": target.name,
-                    "batch": rows,
-                    "length": length,
-                    "forward": name,
-                    "flops": work.flops,
-                    "bytes": work.bytes,
-                    "seconds": times[name],
-                }
+    found, remats = [], {"two_pass": "layer", "exact": "memories"}
+    for rows in batches(args, (4, 8, 16, 32, 64)):
+        told = []
+        for name, remat in remats.items():
+            knobs = {
+                "stream.forward": name, "train.remat": remat, "data.batch_size": rows,
+                "data.length": args.length or 256, "optimizer.accumulate": 1,
+            }  # fmt: skip
+            recipe = read_recipe(f"configs/sst.py:size={args.size}", knobs)
+            plan = plan_record(recipe, resolve(recipe.model.source).backbone, target, ARITHMETIC, phases=False)
+            jax.clear_caches()
+            known = {key: plan.get(key) for key in ("peak", "fits", "bytes_moved", "kernels")}
+            found.append(
+                {"target": target.title, "batch": rows, "length": recipe.data.length, "forward": name, **known}
+                | {"seconds": plan.get("assumed_seconds", math.nan)}
             )
-        print(
-            f"{target.title}: {rows:3} x {length}  two_pass {times['two_pass']:6.1f} s, exact {times['exact']:6.1f} s, "
-            f"ratio {times['exact'] / times['two_pass']:.2f}",
-            flush=True,
-        )
-    return records
+            told.append(f"{name} {found[-1]['seconds']:6.2f} s, {(plan.get('peak') or math.nan) / 2**30:5.1f} GiB")
+        print(f"{target.title}: {rows:3} x {args.length or 256}  {'; '.join(told)}", flush=True)
+    return found
 
 
 def prefill(args: Any, target: Any) -> list[dict[str, Any]]:
@@ -239,14 +225,18 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
     names = list(dict.fromkeys(record["target"] for record in records))
     figure, panels = pyplot.subplots(1, len(names), figsize=(4.6 * len(names), 3.6), squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):
-        for forward, style in (("two_pass", "o-"), ("exact", "s-")):
+        for forward, style, colour in (("two_pass", "o-", "C0"), ("exact", "s--", "C1")):
             mine = [record for record in records if (record["target"], record["forward"]) == (name, forward)]
-            panel.plot([r["batch"] for r in mine], [r["seconds"] for r in mine], style, label=forward)
+            panel.plot([r["batch"] for r in mine], [r["seconds"] for r in mine], style, color=colour, label=forward)
+            beyond = [record for record in mine if not record["fits"]]
+            if beyond:
+                rows, seconds = [r["batch"] for r in beyond], [r["seconds"] for r in beyond]
+                panel.plot(rows, seconds, style[0], color=colour, mfc="white", label=f"{forward}: does not fit")
         panel.set(title=name, xlabel=f"rows of {records[0]['length']} tokens", ylabel="seconds a step (estimate)")
         panel.set_ylim(0)
-        panel.set_xticks(sorted({record["batch"] for record in records} - {8, 48}))
+        panel.set_xticks(sorted({record["batch"] for record in records} - {4}))
         panel.legend()
-    figure.suptitle("Gemma-3-27B in NF4: planned time of a train step, by arithmetic and bandwidth")
+    figure.suptitle("Gemma-3-27B in NF4: planned time of a train step")
     figure.tight_layout()
     figure.savefig(file, dpi=150)
 
