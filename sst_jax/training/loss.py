@@ -88,7 +88,7 @@ def _chunked(
         nll, gradient = jax.lax.cond(scored.sum() <= FEW, one, several, order)
     back = jnp.argsort(order)
     nll = jnp.where(scored, nll[back], 0.0)
-    if with_gradient:
+    if gradient is not None:
         gradient = jnp.where(scored[:, None], gradient[back], 0.0).astype(hidden.dtype)
     return nll, gradient
 
