@@ -17,6 +17,7 @@ for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason="the server is an extra: sst-jax[serve]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_serves_until_it_is_told_to_stop(stop, finished, tmp_path):
     """A run's model over the wire; at the signal the running answer is finished, and the exit code is 0."""

@@ -99,6 +99,7 @@ def test_gemma_facts(gemma):
     assert gemma.encode("12345", bos=False) == [236770, 236778, 236800, 236812, 236810]
 
 
+@pytest.mark.slow
 def test_model_proto_is_what_protobuf_reads(gemma):
     try:
         from sentencepiece import sentencepiece_model_pb2

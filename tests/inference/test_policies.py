@@ -91,6 +91,7 @@ def by_hand(config, params, prompt, policy, new=NEW):
 POLICIES = [flat(1), flat(4), first_token(4), until_stable(TOLERANCE, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "kv"), [("last", "overwrite"), pytest.param("none", "first", marks=pytest.mark.slow)]
 )

@@ -41,6 +41,7 @@ def apart(got, expected):
     return np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

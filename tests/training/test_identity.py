@@ -218,6 +218,7 @@ def asked(tokenizer):
     return tokenizer.decode(tokenizer.chat([{"role": "user", "content": "hi"}]))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_date_that_it_began_with(on, begun, tmp_path):
     on("2026-01-02T10:00")
     write_rows(tmp_path / "data")
@@ -288,6 +289,7 @@ def test_a_run_whose_bases_tokenizer_or_template_changed_opens_with_a_word(begun
     assert "another tokenizer: tokenizer (" in said(caplog, run)[0]
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_or_a_run_with_a_template_keeps_it(begun, tmp_path, caplog):
     """Though the base under both has another; so does the adapter that is made of it."""
     (tmp_path / "own.jinja").write_text(DATED.replace("strftime_now('%d %b %Y')", "'Hear me'"))

@@ -261,6 +261,7 @@ def test_an_update_on_the_same_rows_is_the_same_whole_or_in_pieces(pieces, packe
     assert optax.tree.norm(jax.tree.map(np.subtract, even, expected)) > 1e-2 * scale  # what equal weights would give
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hole", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_skipped_micro_batch_shifts_no_window(hole):
     """The update is that of the window's other rows, the next window's stays its own; all holes change nothing."""
@@ -353,6 +354,7 @@ def test_only_layers_that_carry_a_state_are_logged():
     assert alpha_summary(stream, {"theta": theta[1:2]}) == summary  # one for all layers
 
 
+@pytest.mark.slow
 def test_alpha_warms_up_from_the_lower_end():
     config = toys.config({"alpha_warmup": 4, "alpha_range": (0.0, 0.5), "alpha_init": 0.3})
     params = toys.params(config)

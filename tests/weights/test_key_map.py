@@ -57,6 +57,7 @@ def test_keys_are_read_back_from_every_layout(config, layout):
     assert key_map.detect_layout(spelled) == layout
 
 
+@pytest.mark.slow
 @given(backbones(), st.sampled_from(["huggingface", "gguf"]), st.randoms())
 @settings(deadline=None)
 def test_every_place_in_the_tree_is_filled_once_in_any_order(config, kind, random):

@@ -279,6 +279,7 @@ def generate(loaded, rows, **settings):
     return [row[:length] for row, length in zip(out, lengths, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_greedy_text_is_ours_for_64_tokens(pair, depth):
     ours, theirs = pair

@@ -79,6 +79,7 @@ def test_tables_are_sums_of_what_was_measured(finished):
     assert (finished / "run" / "figure.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_computed_again_and_is_of_one_protocol(finished, monkeypatch, capsys):
     before = (finished / "run" / "result.json").read_bytes()
     monkeypatch.setattr(study, "train", None)
@@ -99,6 +100,7 @@ def test_what_is_there_is_not_computed_again_and_is_of_one_protocol(finished, mo
     assert "bad.json: 'best' is none of the arms plain, full" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_state_is_taken_away_where_it_is_said_and_the_recurrence_runs_on(finished):
     """Against decoding position by position, with the cache's states zeroed or exchanged before one of them."""
     protocol = study.read_protocol(finished / "protocol.json")

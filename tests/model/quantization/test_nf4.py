@@ -87,6 +87,7 @@ def test_what_cannot_be_quantised_is_named():
         nf4.quantise(kernel(64, 4), "int3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "dtype"),
     [pytest.param("two_pass", "nf4", "float32", marks=pytest.mark.slow), ("exact", "nf4_double", "bfloat16")],
