@@ -423,6 +423,7 @@ def test_clients_that_go_away_free_their_rows(engine, client):
     assert client.complete(prompt="x", max_tokens=3)["choices"]
 
 
+@pytest.mark.slow
 def test_shutdown_finishes_what_runs_and_refuses_what_comes(model):
     engine = Engine(model, rows=4, capacity=512)
     client, server, thread = start(engine)

@@ -152,6 +152,7 @@ def ended(tmp_path_factory):
         return workdir, fit(read_recipe("tiny", KNOBS), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_ends_early_and_opens_as_its_best(ended):
     workdir, result = ended
     assert result.stopped_early

@@ -236,7 +236,9 @@ def uneven_rows(packed):
     return batch
 
 
-@pytest.mark.parametrize(("pieces", "packed"), [(4, True), (4, False), pytest.param(8, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("pieces", "packed"), [(4, True), *(pytest.param(pieces, False, marks=pytest.mark.slow) for pieces in (4, 8))]
+)
 def test_an_update_on_the_same_rows_is_the_same_whole_or_in_pieces(pieces, packed, float64):
     config = toys.config({}, toys.SHALLOW)
     params, whole = toys.params(config, "float64"), uneven_rows(packed)

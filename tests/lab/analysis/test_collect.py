@@ -65,7 +65,7 @@ def by_decoding(model, text, depth):
     [
         ({"state": "block"}, 4),
         pytest.param({"state": "ffn", "iterate_prompt": "none"}, 4, marks=pytest.mark.slow),
-        ({"state": "block", "links": ((5, 1),), "site": "output"}, 2),
+        pytest.param({"state": "block", "links": ((5, 1),), "site": "output"}, 2, marks=pytest.mark.slow),
         pytest.param({"state": "block", "kv": "first"}, 3, marks=pytest.mark.slow),
         pytest.param({"state": "ffn", "iterate_prompt": "all", "norm": "rms"}, 2, marks=pytest.mark.slow),
         pytest.param({"state": "block", "initial": "skip_bos"}, 1, marks=pytest.mark.slow),

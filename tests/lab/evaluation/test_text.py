@@ -195,6 +195,7 @@ def test_a_protocol_that_does_not_hold_is_named(change, culprit, tmp_path):
         protocol.read_protocol(tmp_path / "p.json")
 
 
+@pytest.mark.slow
 def test_evaluations_of_texts_are_compared_over_documents(measured, model, folder):
     """`compare` takes them, and windows of one document count as one; not those that chose among settings."""
     _, fixed = measured
