@@ -16,7 +16,7 @@ Planned with `sst-jax plan` (jax 0.10.2; estimates, at 40% of the card's arithme
     27b    4             RTX PRO 6000   nf4    27.0                 as these: --config.optimizer.accumulate=1)
     27b    4             RTX PRO 6000   bf16   62.0
     27b    4             RTX PRO 6000   nf4    22.9                (with --config.train.remat=offload)
-    27b    32 x 256      RTX PRO 6000   nf4    26.2                (exact, with --config.train.remat=memories)
+    27b    32 x 256      RTX PRO 6000   nf4    25.3                (exact, --config.train.remat=memories; 10.5 s)
     27b    1             RTX 4090       nf4    22.1       5.9      (22.6 may be used)
     gemma-4-31b, 1       RTX PRO 6000   nf4    24.0       2.4      (--config.optimizer.accumulate=1; a step 2.1 s)
     gemma-4-31b, 1       RTX 5090       nf4    24.0       5.6      (the same; a step 4.8 s, of 31.8 GiB)
