@@ -25,8 +25,7 @@ SIZES = "qwen3-14b,qwen3-32b,qwen2.5-7b,qwen2.5-14b,qwen2.5-32b,qwen2.5-72b,llam
 def planned(size: str, quantize: str, target: str, length: int) -> str:
     """Return the cell of one plan."""
     knobs = {"model.quantize": quantize, "data.batch_size": 1, "data.length": length, "optimizer.accumulate": 1}
-    overrides = [f"--config.{name}={value}" for name, value in knobs.items()]
-    recipe = read_recipe(f"configs/sst.py:size={size}", overrides)
+    recipe = read_recipe(f"configs/sst.py:size={size}", knobs)
     backbone = resolve(recipe.model.source).backbone
     plan = records.plan_record(recipe, backbone, targets.find(target), 0.4, phases=False)
     jax.clear_caches()

@@ -150,23 +150,24 @@ def crossing(args: Any, target: Any) -> list[dict[str, Any]]:
     from sst_jax.weights.loading import resolve
 
     found, remats = [], {"two_pass": "layer", "exact": "memories"}
+    length = args.length or 256
     for rows in batches(args, (4, 8, 16, 32, 64)):
         told = []
         for name, remat in remats.items():
             knobs = {
                 "stream.forward": name, "train.remat": remat, "data.batch_size": rows,
-                "data.length": args.length or 256, "optimizer.accumulate": 1,
+                "data.length": length, "optimizer.accumulate": 1,
             }  # fmt: skip
             recipe = read_recipe(f"configs/sst.py:size={args.size}", knobs)
             plan = plan_record(recipe, resolve(recipe.model.source).backbone, target, ARITHMETIC, phases=False)
             jax.clear_caches()
             known = {key: plan.get(key) for key in ("peak", "fits", "bytes_moved", "kernels")}
             found.append(
-                {"target": target.title, "batch": rows, "length": recipe.data.length, "forward": name, **known}
+                {"target": target.title, "batch": rows, "length": length, "forward": name, **known}
                 | {"seconds": plan.get("assumed_seconds", math.nan)}
             )
             told.append(f"{name} {found[-1]['seconds']:6.2f} s, {(plan.get('peak') or math.nan) / 2**30:5.1f} GiB")
-        print(f"{target.title}: {rows:3} x {args.length or 256}  {'; '.join(told)}", flush=True)
+        print(f"{target.title}: {rows:3} x {length}  {'; '.join(told)}", flush=True)
     return found
 
 

@@ -18,7 +18,7 @@ for package in ("starlette", "uvicorn"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_serves_until_it_is_told_to_stop(stop, finished, tmp_path):
     """A run's model over the wire; at the signal the running answer is finished, and the exit code is 0."""
     out = tmp_path / "served.json"

@@ -92,9 +92,7 @@ POLICIES = [flat(1), flat(4), first_token(4), until_stable(TOLERANCE, 6)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prompt", "kv"), [("last", "overwrite"), pytest.param("none", "first", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("prompt", "kv"), [("last", "overwrite"), ("none", "first")])
 def test_each_row_follows_its_own_policy(prompt, kv):
     """Four policies in one batch of unequal prompts, against the loop by hand, and alone: tokens and depths."""
     config, params = setting(iterate_prompt=prompt, kv=kv)

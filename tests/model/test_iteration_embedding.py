@@ -46,7 +46,7 @@ def apart(got, expected):
     "more",
     [
         {},
-        pytest.param({"kv": "first", "state": "block"}, marks=pytest.mark.slow),
+        {"kv": "first", "state": "block"},
         {"links": ((1, 0),), "iteration_embedding": 2},
     ],
 )

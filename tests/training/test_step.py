@@ -264,7 +264,7 @@ def test_an_update_on_the_same_rows_is_the_same_whole_or_in_pieces(pieces, packe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hole", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hole", [0, 2])
 def test_a_skipped_micro_batch_shifts_no_window(hole):
     """The update is that of the window's other rows, the next window's stays its own; all holes change nothing."""
     config = toys.config({}, toys.SHALLOW)

@@ -90,7 +90,7 @@ def test_what_cannot_be_quantised_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "dtype"),
-    [pytest.param("two_pass", "nf4", "float32", marks=pytest.mark.slow), ("exact", "nf4_double", "bfloat16")],
+    [("two_pass", "nf4", "float32"), ("exact", "nf4_double", "bfloat16")],
 )
 def test_a_forward_on_nf4_is_the_forward_on_its_values(name, kind, dtype):
     config = dataclasses.replace(toys.config({"alpha": 0.3}, backbone=BACKBONE), dtype=dtype)
