@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from sst_jax.data.documents import Item, Pair, Problem
 from sst_jax.data.tokenizer import ByteTokenizer
 from sst_jax.errors import InputError
 from sst_jax.families.registry import PRESETS
-from sst_jax.inference.model import load
+from sst_jax.inference.model import Model, load
 from sst_jax.model import sharding
 from sst_jax.model.config import ModelConfig
 from sst_jax.training import evaluating, fit, read_recipe, scoring
@@ -75,12 +76,13 @@ def test_answers_are_counted_as_they_are_graded_in_batches_of_one_shape():
         shapes.append((len(prompts), max_new_tokens, stop))
         return [SimpleNamespace(text=" Yes." if number % 3 == 0 else "no") for (number,) in prompts]
 
-    seen = []
-    found = scoring.score(SimpleNamespace(generate=generate), task, "plain", lambda size: seen.append(size) or True)
+    model, seen = create_autospec(Model, instance=True), []
+    model.generate.side_effect = generate
+    found = scoring.score(model, task, "plain", lambda size: seen.append(size) or True)
     assert found == (14, 40)  # 0, 3, ..., 39
     assert shapes == [(BATCH, 3, ["Question:"])] * 2
     assert seen == [32, 8]
-    assert scoring.score(SimpleNamespace(generate=generate), task, "plain", lambda size: False) is None
+    assert scoring.score(model, task, "plain", lambda size: False) is None
     low, high = stats.binomtest(14, 40).proportion_ci(0.95, method="wilson")
     assert found.interval == (low, high)
     assert str(found) == f"35.0% [{low:.0%}, {high:.0%}] of 40"
