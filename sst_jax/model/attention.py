@@ -443,18 +443,23 @@ def attend_kept(
       step: what all layers share.
 
     Returns:
-      The output [B, 1, N*H], and what is kept now.
+      The output [B, 1, N*H], and what is to be kept at the step's place, [B, 1, K, H]: written there by the caller, for
+      all layers at once. As part of the whole it would be written anew with all other places, in every layer.
     """
-    (q, k, v), (keys, values), place = qkv, kept, step.place
+    (q, k, v), place = qkv, step.place
 
     def rotated(kind: str, window: int | None) -> tuple[jax.Array, jax.Array]:
         table = step.ropes.of(kind)
         return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
 
     q, k = by_kind(backbone, layer, rotated)
+
+    def column(old: PositionKeys, new: PositionKeys) -> PositionKeys:
+        return jnp.where(step.writes, new.astype(old.dtype), jax.lax.dynamic_slice_in_dim(old, place, 1, axis=1))
+
+    columns = column(kept[0], k), column(kept[1], v)
     keys, values = (
-        jnp.where(step.writes, jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, axis=1), old)
-        for old, new in ((keys, k), (values, v))
+        jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=1) for old, new in zip(kept, columns, strict=True)
     )
     segments = jnp.asarray(step.segment_ids)
     distance = place - jnp.arange(segments.shape[1])
@@ -465,7 +470,7 @@ def attend_kept(
         return (attention_once(q, keys, values, mine & within, _scale(backbone)),)
 
     (out,) = by_kind(backbone, layer, branch)
-    return out.reshape(*q.shape[:2], -1), (keys, values)
+    return out.reshape(*q.shape[:2], -1), columns
 
 
 def seen_slots(backbone: BackboneConfig, position: RowInts, kv: KV) -> dict[tuple[str, int | None], SeenKeys]:

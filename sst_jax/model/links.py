@@ -189,9 +189,14 @@ def scan_stack(
         residuals: Residuals = (one.x,)
         here = dataclasses.replace(context, ropes=one.tables, masks=one.masks, segment_ids=one.segment)
         (o,), (left, squares) = decoder.run_layers(params, rule, residuals, here, (k, v, entering), remat=remat)
-        state = left[2]
+        *columns, state = left
+        k, v = jax.tree.map(
+            lambda old, column: jax.lax.dynamic_update_slice_in_dim(old, column, step.place[0], axis=2),
+            (k, v),
+            tuple(columns),
+        )
         ys = (jnp.moveaxis(state, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
-        return (*left, memo), (o[:, 0], *ys)
+        return (k, v, state, memo), (o[:, 0], *ys)
 
     def empty(layers: int, one: BackboneConfig) -> CacheStack:
         return jnp.zeros((layers, rows, length, one.num_kv_heads, one.head_dim), x.dtype)
