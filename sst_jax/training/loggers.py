@@ -9,8 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from tensorboardX import SummaryWriter
-
 from sst_jax.console import extras
 from sst_jax.console.command import write_json
 from sst_jax.files import read_json
@@ -33,6 +31,8 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run: Path, step: int, config: Json):
+        from tensorboardX import SummaryWriter  # seconds, where PyTorch is installed, which it imports
+
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
