@@ -60,7 +60,7 @@ fi
 # What one of these compiles the next ones find.
 JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
-export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
+export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 passed_or_none() { "$@" || [ $? = 5 ]; }  # 5: none of the tests asked for
 turn=$((16#$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)))
 part() {  # part PERCENT [TURN]: that much of the time that is left, in minutes with two digits, and where to begin

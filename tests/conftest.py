@@ -103,7 +103,7 @@ def compilation_cache(tmp_path_factory):
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     settings = {
         "jax_compilation_cache_dir": str(shared / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_persistent_cache_min_compile_time_secs": 0.05,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     for name, value in settings.items():

@@ -161,6 +161,7 @@ def test_changed_data_is_refused_by_name_and_gone_on_with_when_told(stopped):
     assert json.loads((run / "config.json").read_text()) == now
 
 
+@pytest.mark.slow
 def test_a_run_resumes_for_more_steps_when_told(stopped):
     """With another rhythm of evaluations; what makes its model stays as it was."""
     knobs, run = stopped

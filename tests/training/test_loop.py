@@ -134,7 +134,8 @@ def test_a_run_resumes_in_the_middle_of_an_update_bit_for_bit(in_pieces, tmp_pat
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_run_that_accumulated_in_0_1_0_resumes(in_pieces, tmp_path, capsys, step):
     """Between updates to the same numbers; inside one without the micro-batches whose answer tokens it had not kept."""
     workdir, result = in_pieces
