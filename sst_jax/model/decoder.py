@@ -314,6 +314,7 @@ def run_layers(
     extras: PyTree = None,
     *,
     remat: str = "none",
+    layers: slice | None = None,
 ) -> tuple[Carry, LayerOutput]:
     """Run a rule through the stack in one scan over layers.
 
@@ -324,6 +325,7 @@ def run_layers(
       context: what all layers share.
       extras: [L, ...], handed out a layer at a time; None: nothing.
       remat: one of `remat.REMAT`.
+      layers: of the stack, the only ones that run, L of them; None: all.
 
     Returns:
       The residuals behind the last layer, and what the rule left in each, stacked, [L, ...].
@@ -333,18 +335,25 @@ def run_layers(
     if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
         blend["theta"] = jnp.broadcast_to(blend["theta"], (backbone.num_layers, 1))
     stacks, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
-    shared = (blend, layer_facts(config), extras)
+    types, facts, adapter = backbone.layer_types, layer_facts(config), params["adapter"]
+    if layers is not None:
+        blend, facts = jax.tree.map(lambda part: part[layers], (blend, facts))
+    shared = (blend, facts, extras)
 
     def one_layer(context: Context, stacks: Params) -> Callable[[Carry, tuple], tuple[Carry, LayerOutput]]:
         return recomputed(layer_body(rule, context, stacks, residuals), remat)
 
     with jax.named_scope("layers"):
         if not backbone.has_stacks_by_kind:
-            return jax.lax.scan(one_layer(context, stacks), residuals, ((sliced, params["adapter"]), shared))
-        here = dict.fromkeys(backbone.layer_types)
-        bodies = {kind: one_layer(context.of_kind(kind), kinds.of_kind(stacks, kind)) for kind in here}
-        own = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(params["adapter"], kind)) for kind in here}
-        return kinds.scan_kinds(backbone.layer_types, bodies, own, shared, residuals)
+            own = (sliced, adapter)
+            own = own if layers is None else jax.tree.map(lambda part: part[layers], own)
+            return jax.lax.scan(one_layer(context, stacks), residuals, (own, shared))
+        here = types if layers is None else types[layers]
+        bodies = {kind: one_layer(context.of_kind(kind), kinds.of_kind(stacks, kind)) for kind in dict.fromkeys(here)}
+        by_kind = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(adapter, kind)) for kind in bodies}
+        if layers is not None:
+            by_kind = {kind: kinds.cut(types, kind, layers, own) for kind, own in by_kind.items()}
+        return kinds.scan_kinds(here, bodies, by_kind, shared, residuals)
 
 
 def layer_body(

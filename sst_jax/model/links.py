@@ -5,7 +5,8 @@ falls apart into one of each layer, as the rules of `model/rules.py` have it. Wh
 stack, with the states of all layers and steps [L, B, T*I, D] handed from one run of it to the next:
 
     stacked_passes      `two_pass` and `k_pass`: the stack without states, then again with those of the time before
-    scan_stack          `exact`: step after step the whole stack, over keys and values of the steps before
+    scan_stack          `exact`: step after step the layers between the ends of links, over keys and values of the steps
+                        before; the others once
     fixed_point_stack   passes until the states that enter stand still; of S steps S + 1 passes are `exact`
 
 A link from a layer to itself is none of these: it stays inside its layer, as without links.
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from sst_jax.model import decoder
 from sst_jax.model.attention import KeptStep, Ropes, attend_kept, ropes_of_layer
 from sst_jax.model.backbone import BackboneConfig
+from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
 from sst_jax.model.halves import attend, attention_residual, project
 from sst_jax.model.kinds import ByKind
@@ -83,17 +85,10 @@ def stacked_passes(
     sources = sources_of(context.config)
     residuals: Residuals = (_embedded(params, tokens, context),)
 
-    def rule(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, tuple]:
-        (x,) = residuals
-        h, _ = attend(layer, x, context)
-        s = None if earlier is None else next_pass_states(layer, x, earlier, context)
-        o, state_out = pass_once(layer, x, h, s, context)
-        return (o,), (state_out, step_squares(o, state_out))
-
-    (o,), (state_out, squares) = decoder.run_layers(params, rule, residuals, context, None, remat=remat)
+    (o,), (state_out, squares) = decoder.run_layers(params, _pass, residuals, context, None, remat=remat)
 
     def again(carry: tuple, _: None) -> tuple[tuple, None]:
-        (o,), new = decoder.run_layers(params, rule, residuals, context, carry[1][sources], remat=remat)
+        (o,), new = decoder.run_layers(params, _pass, residuals, context, carry[1][sources], remat=remat)
         return (o, *new), None
 
     passes = context.options.num_residuals - 1
@@ -102,6 +97,15 @@ def stacked_passes(
     elif passes:
         (o, state_out, squares), _ = jax.lax.scan(again, (o, state_out, squares), None, length=passes)
     return Solved(decoder.read_out(context.config, params, o, context.depth, every=every), state_out, squares)
+
+
+def _pass(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, tuple]:
+    """Run a layer with the states of the time before, or without; a rule of `decoder.run_layers`."""
+    (x,) = residuals
+    h, _ = attend(layer, x, context)
+    s = None if earlier is None else next_pass_states(layer, x, earlier, context)
+    o, state_out = pass_once(layer, x, h, s, context)
+    return (o,), (state_out, step_squares(o, state_out))
 
 
 class _Step(NamedTuple):
@@ -136,7 +140,10 @@ def scan_stack(
     every: bool = False,
     intervene: StepIntervention | None = None,
 ) -> Solved:
-    """Run the whole stack step after step, the keys and values of earlier positions beside it; for small models.
+    """Run the layers between a link's ends step after step, the keys and values of earlier positions beside them.
+
+    No state enters the layers below, and none that leaves those above enters another one: they run once, at all steps
+    together. For small models, or links that span few layers.
 
     With `context.recompute` a chunk's steps are run again for their gradients, from the keys and states before it.
 
@@ -152,7 +159,8 @@ def scan_stack(
     backbone, sources, segments = config.backbone, sources_of(config), context.segment_ids
     assert segments is not None
     assert context.masks is not None
-    x = _embedded(params, tokens, context)
+    below, between, above = _parts(config)
+    x, left_below = _once(params, _embedded(params, tokens, context), context, below, remat)
     rows, length = segments.shape
     number = jnp.broadcast_to(jnp.arange(length * depth), (rows, length * depth))
 
@@ -186,30 +194,51 @@ def scan_stack(
         entering = state[sources]
         if intervene is not None:
             memo, entering = intervene.change(memo, entering, step.number[0])
+        extras = (k, v, entering[between])
         residuals: Residuals = (one.x,)
         here = dataclasses.replace(context, ropes=one.tables, masks=one.masks, segment_ids=one.segment)
-        (o,), (left, squares) = decoder.run_layers(params, rule, residuals, here, (k, v, entering), remat=remat)
-        *columns, state = left
+        (o,), (left, squares) = decoder.run_layers(params, rule, residuals, here, extras, remat=remat, layers=between)
+        *columns, new = left
         k, v = jax.tree.map(
             lambda old, column: jax.lax.dynamic_update_slice_in_dim(old, column, step.place[0], axis=2),
             (k, v),
             tuple(columns),
         )
-        ys = (jnp.moveaxis(state, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
-        return (k, v, state, memo), (o[:, 0], *ys)
+        ys = (jnp.moveaxis(new, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
+        return (k, v, state.at[between].set(new), memo), (o[:, 0], *ys)
 
     def empty(layers: int, one: BackboneConfig) -> CacheStack:
         return jnp.zeros((layers, rows, length, one.num_kv_heads, one.head_dim), x.dtype)
 
-    kept: Any = empty(backbone.num_layers, backbone)
+    stepwise = backbone.layer_types[between]
+    kept: Any = empty(len(stepwise), backbone)
     if backbone.has_stacks_by_kind:
-        counts = {kind: backbone.layer_types.count(kind) for kind in ("local", "global")}
+        counts = {kind: stepwise.count(kind) for kind in ("local", "global")}
         kept = ByKind(*(empty(count, backbone.of_kind(kind)) if count else None for kind, count in counts.items()))
     state = jnp.zeros((backbone.num_layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
     first = (kept, kept, state, None if intervene is None else intervene.memo)
-    o, states, squares = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
-    states, squares = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), (states, squares))
-    return Solved(decoder.read_out(config, params, o, depth, every=every), states, squares)
+    x, *left = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
+    left_between = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), tuple(left))
+    x, left_above = _once(params, x, context, above, remat)
+    left = [left for left in (left_below, left_between, left_above) if left is not None]
+    states, squares = jax.tree.map(lambda *parts: jnp.concatenate(parts), *left)
+    return Solved(decoder.read_out(config, params, x, depth, every=every), states, squares)
+
+
+def _parts(config: ModelConfig) -> tuple[slice, slice, slice]:
+    """Return the layers below all ends of links, those between them, ends included, and those above."""
+    ends = [end for link in (config.stream and config.stream.links) or () for end in link]
+    first, last = min(ends), max(ends) + 1
+    return slice(0, first), slice(first, last), slice(last, config.backbone.num_layers)
+
+
+def _once(params: Params, x: Hidden, context: Context, layers: slice, remat: str) -> tuple[Hidden, tuple | None]:
+    """Return what leaves layers that no state enters, at all steps, and their states and squares; None of no layer."""
+    if layers.start == layers.stop:
+        return x, None
+    residuals: Residuals = (x,)
+    residuals, left = decoder.run_layers(params, _pass, residuals, context, None, remat=remat, layers=layers)
+    return residuals[0], left
 
 
 class Settled(NamedTuple):

@@ -21,6 +21,7 @@ RECIRCULATION = {
 # (fields, backbone, depth): late to early, early to late, several at once; every value of every option.
 CASES = {
     "next": ({**FREE, "links": ((3, 1),)}, toys.SHALLOW, 1),
+    "inside": ({**FREE, "links": ((2, 1),), "kv": "first"}, toys.SHALLOW, 2),
     "both": ({**FREE, "links": ((2, 0), (3, 1)), "state": "block", "site": "output"}, toys.SHALLOW, 2),
     "same": ({**FREE, "links": ((3, 0),), "timing": "same", "norm": "rms", "kv": "first"}, toys.SHALLOW, 3),
     "recirculation": (RECIRCULATION, toys.SHALLOW, 2),
@@ -60,6 +61,29 @@ def test_exact_is_the_naive_recurrence(name, float64):
     swept = toys.hidden_in_float64(config, params, tokens[None], forward="k_pass", passes=passes, depth=depth)[0]
     assert apart(swept, truth) <= 1e-11
     assert apart(oracle(toys.config(None, backbone), params, tokens, 1), truth) > 0.003  # the link matters
+
+
+def scans(jaxpr, above=()):
+    """Yield the lengths of every scan of a program, from the outermost one on."""
+    for equation in jaxpr.eqns:
+        inside = (*above, equation.params["length"]) if equation.primitive.name == "scan" else above
+        if equation.primitive.name == "scan":
+            yield inside
+        for part in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield from scans(inner, inside)
+
+
+def test_exact_runs_the_layers_between_a_link_s_ends_alone_step_by_step():
+    """Of four layers two at each of 24 steps; the one below and the one above once, at all steps together."""
+    fields, backbone, depth = CASES["inside"]
+    config = toys.config(fields, backbone)
+    program = jax.make_jaxpr(lambda params: rules.hidden(config, params, text()[None], forward="exact", depth=depth))
+    found = list(scans(program(toys.params(config)).jaxpr))
+    assert found.count((1,)) == 3  # the third is of chunks of steps
+    assert {np.prod(lengths) for lengths in found if lengths[-1] == 2} == {2 * LENGTH * depth}
+    assert all(backbone.num_layers not in lengths for lengths in found)
 
 
 @pytest.mark.parametrize("name", ["both", "recirculation-llama"])
