@@ -195,7 +195,7 @@ def prefilling(args: argparse.Namespace) -> list[Json]:
         start = (jnp.zeros((1, config.backbone.d_model), args.dtype), empty)
         return jax.lax.scan(one, start, tokens.T)[0]
 
-    def sweeps_taken() -> list[int]:
+    def sweeps_taken() -> list[float]:
         context = decoder.row_context(config, jnp.asarray(tokens))
         x = decoder.embed(config, params, jnp.asarray(tokens))
 
@@ -203,7 +203,7 @@ def prefilling(args: argparse.Namespace) -> list[Json]:
             streams, left = fixed_point_states(*arguments)
             return streams, left.sweeps
 
-        return np.asarray(jax.jit(lambda: decoder.run_layers(params, rule, (x,), context)[1])()).tolist()
+        return np.asarray(jax.jit(lambda: decoder.run_layers(params, rule, (x,), context)[1])()).round(2).tolist()
 
     fill = functools.partial(prefill, capacity=length)
     jobs = {

@@ -1,4 +1,4 @@
-"""How a prompt fills a cache: in chunks, each solved in parallel sweeps, states and caches handed from one to the next.
+"""How a prompt fills a cache: in chunks, each solved in parallel, states and caches handed from one to the next.
 
 A chunk's attention needs a chunk of queries against what is cached, never all positions against all, and all full
 chunks of all prompts are one program. Lengths are rounded up by `padded`, so that few others are compiled.

@@ -37,7 +37,7 @@ from sst_jax.model.remat import walking
 from sst_jax.model.scales import LayerScales, StepSquares, layer_scales, step_squares
 from sst_jax.model.sharding import constrain
 from sst_jax.model.state import shift_right
-from sst_jax.model.walk import scan_positions
+from sst_jax.model.walk import scan_positions, scan_spans, span_length
 from sst_jax.types import (
     AllStates,
     Hidden,
@@ -48,7 +48,7 @@ from sst_jax.types import (
     RandomKey,
     RowHidden,
     Scalar,
-    ScalarInt,
+    ScalarBool,
     SegmentIds,
     Tokens,
 )
@@ -62,7 +62,7 @@ class LayerOutputs(NamedTuple):
     k: PositionKeys | ByKind | None = None  # rotated, what a cache would hold
     v: PositionKeys | ByKind | None = None
     state_out: Hidden | None = None  # the state after every step
-    sweeps: ScalarInt | None = None  # what `fixed_point_states` took
+    sweeps: Scalar | None = None  # how often `fixed_point_states` ran the feed-forward, of every step on average
 
 
 # (layer, residuals, extra, context) -> (residuals, outputs). In: a layer's parameters; the residual streams that enter
@@ -150,7 +150,9 @@ def exact(
 def fixed_point_states(
     layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
 ) -> tuple[Residuals, LayerOutputs]:
-    """Iterate `local` until the states converge, else scan as `exact` does. Not differentiable.
+    """Iterate until the states converge, else scan as `exact` does. Not differentiable.
+
+    Where products have rows to spare, in spans (`scan_spans`); else as `local` does, all steps at once.
 
     Args:
       layer: its parameters.
@@ -159,12 +161,29 @@ def fixed_point_states(
       context: what all layers share.
 
     Returns:
-      The residuals, and keys, values, states and `sweeps`: the number of evaluations, or sweep_cap + 1 where they did
-      not suffice and the positions were scanned.
+      The residuals, and keys, values, states and `sweeps`: how often the feed-forward was run, or sweep_cap + 1 where
+      that did not suffice and the positions were scanned.
     """
-    stream, (x,), masks = context.stream, residuals, layer.stream.masks
+    stream, (x,) = context.stream, residuals
     summands, kv = attend(layer, x, context)
     h = residual_after_attention(layer, summands)
+    length = 1 if stream.decay else span_length(*h.shape[:2])
+    iterate = sweep_steps if length == 1 else functools.partial(scan_spans, length=length)
+    o, state_out, count, converged = iterate(layer, x, h, context, before, tolerance=sweep_tolerance(stream, x.dtype))
+    with jax.named_scope(SETTLED):
+        o, state_out, count = jax.lax.cond(
+            converged,
+            lambda: (o, state_out, count),
+            lambda: (*scan_positions(layer, x, h, context, before), jnp.float32(stream.sweep_cap + 1)),
+        )
+    return (o,), LayerOutputs(*kv, state_out, count)
+
+
+def sweep_steps(
+    layer: Layer, x: Hidden, h: Hidden, context: Context, before: RowHidden | None, *, tolerance: float
+) -> tuple[Hidden, Hidden, Scalar, ScalarBool]:
+    """Run the feed-forward over all steps, again and again until the states agree; as `scan_spans`."""
+    stream, masks = context.stream, layer.stream.masks
 
     def sweep(s: jax.Array | None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         o, state_out = pass_once(layer, x, h, s, context, before)
@@ -178,15 +197,9 @@ def fixed_point_states(
 
     outputs, s = sweep(None)
     (o, state_out), count, converged = fixed_point(
-        sweep, outputs, s, distance=change, tolerance=sweep_tolerance(stream, x.dtype), cap=stream.sweep_cap
+        sweep, outputs, s, distance=change, tolerance=tolerance, cap=stream.sweep_cap
     )
-    with jax.named_scope(SETTLED):
-        o, state_out, count = jax.lax.cond(
-            converged,
-            lambda: (o, state_out, count),
-            lambda: (*scan_positions(layer, x, h, context, before), jnp.int32(stream.sweep_cap + 1)),
-        )
-    return (o,), LayerOutputs(*kv, state_out, count)
+    return o, state_out, count.astype(jnp.float32), converged
 
 
 # ------------------------------------------------------------------------------------------------------- The registry

@@ -226,6 +226,12 @@ def on_a_mesh() -> bool:
     return _mesh_inside() is not None
 
 
+def row_parts() -> int:
+    """Return the number of parts that rows are divided into where a function is being traced."""
+    mesh = _mesh_inside()
+    return 1 if mesh is None else rows(mesh)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Return x with a sharding constraint from the logical axes of its dimensions."""
     mesh = _mesh_inside()

@@ -58,7 +58,8 @@ class StreamConfig:
                  iteration 1 ("first", V1's frozen cache).
     layers       which layers carry a state; None is all.
     prefill      how a prompt's states are solved for: "sweeps" (in parallel, inside each layer, until they stand
-                 still) or "sequential" (position by position).
+                 still; a sweep is over all steps at once, or through many spans of them) or "sequential" (position by
+                 position).
     sweep_tolerance  what sweeps may change states by, in relation to their norm, for these to count as still; at least
                  the rounding of the activations' type (float32 1.2e-7, bfloat16 7.8e-3).
     sweep_cap    sweeps of a layer; where they do not suffice, it goes position by position.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from sst_jax.inference.kv_cache import Cache, init_cache
 from sst_jax.inference.prefill import fill_chunk
 from sst_jax.inference.programs import CHUNK, decode_chunk
 from sst_jax.lab.planning.traffic import Assumed
-from sst_jax.model import attention, decoder, rules
+from sst_jax.model import attention, compiler, decoder, rules
 from sst_jax.model.config import BackboneConfig, ModelConfig
 from sst_jax.model.quantization import storages
 from sst_jax.training.optimizer import make_optimizer
@@ -212,6 +212,10 @@ def prefilling(
         hidden, positions, filled = fill_chunk(config, params, tokens, count, cache, hidden, fresh=True, depth=1)
         return filled, (hidden, positions)
 
+    def counted(*arguments: Any) -> tuple:  # as for a TPU: in sweeps, where a CPU has spans, and without kernels
+        with compiler.compiled_for("tpu"):
+            return step(*arguments)
+
     # A jaxpr's costlier branch, the walk, stands for the last of the sweeps.
     assumed = Assumed((SWEEPS - 1,), branches(config.backbone))
-    return Program(step, step, arguments, trips=SWEEPS - 2, assumed=assumed)
+    return Program(step, counted, arguments, trips=SWEEPS - 2, assumed=assumed)
