@@ -21,6 +21,7 @@ from sst_jax.model.attention import KV, Past, ring_positions
 from sst_jax.model.compiler import program
 from sst_jax.model.config import ModelConfig
 from sst_jax.model.decoder import Context, Layer, Params, Residuals
+from sst_jax.model.halves import with_joined_lora
 from sst_jax.model.kinds import ByKind
 from sst_jax.model.rules import SETTLED, Rule, exact, fixed_point_states, plain
 from sst_jax.model.sharding import constrain_tree, device_put_sharded
@@ -153,6 +154,7 @@ def fill_chunk(
     def rule(
         layer: Layer, residuals: Residuals, before: RowHidden | None, context: Context
     ) -> tuple[Residuals, ChunkOutputs]:
+        layer = with_joined_lora(layer, residuals[0].shape, residuals[0].dtype)  # once, for all sweeps
         residuals, left = solve(layer, residuals, before, context)
         state = left.state_out
         if state is not None:

@@ -17,7 +17,7 @@ from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_l
 from sst_jax.model.collected import Pair, Taken, here
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.kinds import ByKind
-from sst_jax.model.layers import ACTIVATIONS, in_a_walk, side_by_side, to_float32, unscaled_unit_rms
+from sst_jax.model.layers import ACTIVATIONS, in_a_walk, joined, side_by_side, to_float32, unscaled_unit_rms
 from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.model.remat import inputs_kept
 from sst_jax.model.state import Masks, blend
@@ -108,6 +108,12 @@ def walk_groups(layer: Layer, rows: int, dtype: DTypeLike) -> dict[str, tuple[tu
     return found
 
 
+def with_joined_lora(layer: Layer, shape: tuple[int, ...], dtype: DTypeLike) -> Layer:
+    """Return a layer that runs `feed` on inputs of a shape more than once, and not to be trained; see `joined`."""
+    one = joined([layer.block.gate, layer.block.up], shape, dtype)
+    return layer if one is None else layer._replace(lora={"gate": one})
+
+
 @jax.named_scope("feed_forward")
 def feed(
     layer: Layer,
@@ -145,12 +151,12 @@ def feed(
         mixed = blended(h, s) if site == "ffn" else h
         y = block.pre_ffn_norm(mixed).astype(dtype)
         drops = [layer.drop.get(name) for name in ("gate", "up")]
-        return mixed, side_by_side([block.gate, block.up], y, drops, layer.walked.get("gate"))
+        return mixed, side_by_side([block.gate, block.up], y, drops, layer.lora.get("gate"))
 
     @inputs_kept
     def narrow(wide: list[jax.Array]) -> jax.Array:
         gate, up = wide if len(wide) == 2 else jnp.split(wide[0], [block.gate.outputs], axis=-1)
-        return side_by_side([block.down], activation(gate) * up, [layer.drop.get("down")], layer.walked.get("down"))[0]
+        return side_by_side([block.down], activation(gate) * up, [layer.drop.get("down")], layer.lora.get("down"))[0]
 
     mixed, wide = widen(h, s)
     f = scaled(layer, block.post_ffn_norm(narrow(wide)))

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from sst_jax.model import collected, compiler
 from sst_jax.model.collected import Pair, Walked
 from sst_jax.model.config import BackboneConfig, ModelConfig, StreamConfig
 from sst_jax.model.quantization.nf4_product import LEAST, LowRank
-from sst_jax.model.quantization.storages import adapted_products, product, products, takes_low_rank
+from sst_jax.model.quantization.storages import adapted_products, product, products, takes_low_rank, unpacks
 from sst_jax.model.remat import inputs_kept
 from sst_jax.model.sharding import on_a_mesh
 from sst_jax.types import AnyFloat, Frequencies, Heads, Hidden, Params, Positions, RotaryTable, Tokens
@@ -209,8 +210,19 @@ class Linear(nnx.Module):
         return up_product(z @ a.astype(x.dtype), b.astype(x.dtype))
 
 
+class Joined(NamedTuple):
+    """Linears of one input, each with LoRA in its kernel: x W + x A B is [x, x A] times W on top of B.
+
+    down      A of each, [in, R]
+    kernels   W of each on top of the rows of all their factors, its own B and zeros, [in + R, out]
+    """
+
+    down: AnyFloat
+    kernels: tuple[AnyFloat, ...]
+
+
 def side_by_side(
-    linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloat | None], walked: Walked | None = None
+    linears: Sequence[Linear], x: AnyFloat, drops: Sequence[AnyFloat | None], lora: Walked | Joined | None = None
 ) -> list[AnyFloat]:
     """Return what each of several linears makes of one x.
 
@@ -221,10 +233,13 @@ def side_by_side(
       linears: of the same inputs.
       x: [..., inputs].
       drops: of each; None: nothing is dropped.
-      walked: LoRA of all of them in a step of a walk, where `in_a_walk` gives it: what they make is then one array.
+      lora: of all of them in a step of a walk, where `in_a_walk` gives it: what they make is then one array. Or as
+        `joined` gives it.
     """
-    if walked is not None:
-        return [_walked(linears, x, walked)]
+    if isinstance(lora, Walked):
+        return [_walked(linears, x, lora)]
+    if isinstance(lora, Joined):
+        return _joined(linears, x, lora)
     kernels, whole = [linear.kernel.get_value() for linear in linears], not on_a_mesh()
     # On a mesh the parts of each lie on several devices, and are not to be put together.
     found = products(x, kernels) if whole else [product(x, kernel) for kernel in kernels]
@@ -285,6 +300,41 @@ def in_a_walk(
     pairs = tuple(Pair(a.value, b.value, linear.scale) for linear, (a, b) in zip(linears, factors, strict=True))
     rank = max(LEAST, 1 << (max(ranks) - 1).bit_length())
     return pairs, collected.side_by_side(pairs, tuple((a.narrow, b.narrow) for a, b in factors), rank)
+
+
+def joined(linears: Sequence[Linear], shape: tuple[int, ...], dtype: DTypeLike) -> Joined | None:
+    """Return linears of one input with LoRA in their kernels; None where these are not unpacked to be multiplied.
+
+    Unpacking writes a kernel anyhow. LoRA apart writes and reads its outputs, which are as large as the linear's. Not
+    for training: of the joined kernel no part is frozen.
+
+    Args:
+      linears: of one input, without dropout.
+      shape: of the input.
+      dtype: of the input.
+    """
+    kernels = unpacks(shape, [linear.kernel.get_value() for linear in linears], dtype)
+    if kernels is None or not all(linear.rank for linear in linears):
+        return None
+
+    def narrow(factor: AnyFloat | Factor) -> AnyFloat:
+        return factor.narrow if isinstance(factor, Factor) else factor.astype(dtype)
+
+    down = [narrow(linear.lora_a.get_value()) for linear in linears]
+    up = [(narrow(linear.lora_b.get_value()) * linear.scale).astype(dtype) for linear in linears]
+    ends = np.cumsum([len(b) for b in up])
+    rows = [jnp.pad(b, ((end - len(b), ends[-1] - end), (0, 0))) for b, end in zip(up, ends, strict=True)]
+    whole = [jnp.concatenate(parts) for parts in zip(kernels, rows, strict=True)]
+    return Joined(jnp.concatenate(down, axis=1), tuple(whole))
+
+
+def _joined(linears: Sequence[Linear], x: AnyFloat, joined: Joined) -> list[AnyFloat]:
+    """Return `side_by_side` of linears with LoRA in their kernels."""
+    x = jnp.concatenate([x, x @ joined.down], axis=-1)
+    found = [x @ kernel for kernel in joined.kernels]
+    return [
+        y + linear.bias[...].astype(x.dtype) if linear.has_bias else y for linear, y in zip(linears, found, strict=True)
+    ]
 
 
 def _low_rank_of_one_row(linears: Sequence[Linear], x: AnyFloat) -> list[AnyFloat]:

@@ -64,7 +64,7 @@ def scan_positions(
             if begins:
                 s = jnp.where(mine.here().has_state, s, 0.0 if s0 is None else s0[:, None])
             walked = {name: Walked(groups[name][1], ticket) for name, ticket in left.items()}
-            o, m = recurrent_step(layer._replace(walked=walked), Taken(constant, at, h), s, mine, context, x.dtype)
+            o, m = recurrent_step(layer._replace(lora=walked), Taken(constant, at, h), s, mine, context, x.dtype)
             return m[:, 0], (o[:, 0], m[:, 0])
 
         # Where kernels are launched, two positions a turn: they share what counts turns and writes their results.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -186,6 +187,16 @@ def takes_low_rank(
     if len(stacked) < len(kernels) or len({kernel.storage.name for kernel in stacked}) > 1:
         return False
     return stacked[0].storage.takes_low_rank(shape, [kernel.kernel.shape[-1] for kernel in stacked], dtype)
+
+
+def unpacks(
+    shape: tuple[int, ...], kernels: Sequence[EachKernel | StoredLinear | StackedLinear], dtype: DTypeLike
+) -> list[EachKernel] | None:
+    """Return the kernels that `products` unpacks for inputs of a shape; None where it multiplies what is stored."""
+    stacked = [kernel for kernel in kernels if isinstance(kernel, StackedLinear)]
+    if len(stacked) < len(kernels) or math.prod(shape[:-1]) == 1 or takes_low_rank(shape, kernels, dtype):
+        return None
+    return [kernel.kernel for kernel in stacked]
 
 
 def adapted_products(x: LinearInputs, kernels: Sequence[StackedLinear], factors: LowRank) -> LinearOutputs:

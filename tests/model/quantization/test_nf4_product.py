@@ -12,7 +12,7 @@ from sst_jax.families.registry import PRESETS
 from sst_jax.inference.decode_state import decode_step_at_depth
 from sst_jax.inference.prefill import prefill
 from sst_jax.model import compiler, rules
-from sst_jax.model.layers import Linear, side_by_side
+from sst_jax.model.layers import Linear, joined, side_by_side
 from sst_jax.model.quantization import nf4, nf4_product, storages
 from sst_jax.model.quantization.base import StackedLinear
 from tests.model.quantization.test_nf4 import BACKBONE
@@ -185,6 +185,49 @@ def test_decoding_comes_to_what_it_comes_to_without(toy):
         )  # queries, keys and values; o; gate and up; down
         fused = jax.jit(step)(cache)
     assert apart(fused, plain) < 0.03
+
+
+def test_a_prefill_takes_lora_in_its_kernels(toy):
+    """Of the two large linears, whose LoRA apart would write and read as much as they do; as near to float32."""
+    config, params = toy
+    tokens = toys.tokens(2, 64)
+
+    def hidden(dtype):
+        narrow = dataclasses.replace(config, dtype=dtype)
+        return prefill(narrow, params, tokens, np.full(2, 64), capacity=64)[0]
+
+    exact, plain = hidden("float32"), hidden("bfloat16")
+    with compiler.compiled_for("interpreted"):
+        ours = hidden("bfloat16")
+        jaxpr = str(jax.make_jaxpr(lambda: hidden("bfloat16"))())
+    inputs, rank = config.backbone.d_model, config.adapter.rank
+    assert f"bf16[{inputs + 2 * rank},{config.backbone.d_ff}]" in jaxpr
+    assert not np.array_equal(ours, plain)
+    assert apart(ours, exact) <= 1.1 * apart(plain, exact)
+
+
+@pytest.mark.parametrize("ranks", [(4, 4), (4, 2), (4, 0)], ids=str)
+def test_lora_in_a_kernel_is_what_it_is_apart(ranks):
+    """Unless one of the linears has none, of few rows, or where the kernel is not unpacked."""
+    rngs, storage, stack = nnx.Rngs(0), storages.get("nf4"), stacked(64, 64, "nf4", layers=1)
+    linears = [Linear((64, 64), rank, 0.5, jnp.float32, rngs, bias=rank == 2) for rank in ranks]
+    for linear in linears:
+        if linear.rank:
+            linear.lora_b.set_value(jax.random.normal(rngs.params(), linear.lora_b[...].shape))
+    x = jax.random.normal(jax.random.key(1), (3, 30, 64))
+    separate = [np.asarray(part) for part in side_by_side(linears, x, [None] * len(linears))]
+    assert joined(linears, x.shape, x.dtype) is None  # not of a base that is stored as it is
+    for linear in linears:
+        kernel = linear.kernel[...]
+        linear.kernel.set_value(StackedLinear(stack, jnp.int32(0), kernel, storage))
+    assert joined(linears, (2, 1, 64), jnp.bfloat16) is None  # multiplied at four bits
+    one = joined(linears, x.shape, x.dtype)
+    if 0 in ranks:
+        assert one is None
+        return
+    assert [kernel.shape for kernel in one.kernels] == [(64 + sum(ranks), 64)] * 2
+    for ours, theirs in zip(side_by_side(linears, x, [None] * 2, one), separate, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def low_rank_apart(platform, outputs=(48, 16, 40)):
