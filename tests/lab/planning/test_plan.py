@@ -182,15 +182,27 @@ def test_the_baseline_differs_from_the_recipe_in_one_line():
         assert resolve(on["model"]["source"]).backbone == PRESETS[size]
 
 
+def environment():
+    """That of a process which imports this package, and all others from where this process does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_a_process_of_its_own_finds_wheels_in_a_folder_of_their_own(tmp_path, monkeypatch):
+    """As `pip install --target` puts them there, for a PYTHONPATH that names it."""
+    (tmp_path / "wheel.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, "-c", "import sst_jax, wheel; print(sst_jax.__file__, wheel.__file__)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path.parent, env=environment())
+    assert done.stdout.split() == [str(ROOT / "sst_jax" / "__init__.py"), str(tmp_path / "wheel.py")]
+
+
 def planned(tmp_path, *arguments):
     """A plan from a process of its own, whose peak memory is that of the compile; GiB where bytes were."""
     out = tmp_path / "plan.json"
     code = "import sys, resource; from sst_jax import plan; plan.main(sys.argv[1:]); "
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     command = [sys.executable, "-c", code, "--config", SST, *arguments, "--json", str(out)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
     record = json.loads(out.read_text())["plans"][0]
