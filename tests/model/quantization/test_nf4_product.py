@@ -1,6 +1,7 @@
 """Products that read four bits a weight, in Pallas' interpreter, against the unpacked kernel; and their uses."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,39 @@ def test_equals_it_at_shapes_of_real_models(size, rows, kind):
     shapes = PRESETS[size].linear_shapes
     check(*shapes["k"], rows, kind)
     check(*shapes["down"], rows, kind)
+
+
+def sharing_as(monkeypatch, part, whole):
+    """Let products with a part of a linear's outputs, or of its inputs, share their sums as those with all of them do.
+
+    Into how many shares a sum is cut depends on how many sums there are.
+    """
+    wanted, reduced = nf4_product._wanted, nf4_product.REDUCED
+    monkeypatch.setattr(nf4_product, "_wanted", lambda rows: math.ceil(wanted(rows) * part / whole))
+    monkeypatch.setattr(nf4_product, "REDUCED", math.ceil(reduced * part / whole))
+
+
+SIZES = ("270m", "1b", "4b", "12b", "27b", "qwen3-32b")
+SHAPES = sorted({shape for size in SIZES for shape in PRESETS[size].linear_shapes.values()})
+TILES = 2 * nf4.GROUP  # outputs of four tiles, whose scales are of two groups
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.parametrize("kind", nf4.KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_rounds_as_the_unpacked_kernel_does_at_every_shape_of_the_large_models(shape, kind, monkeypatch):
+    """With all of a sum's terms and shares, which its rounding depends on, and a few of the sums.
+
+    Forward the sums are over inputs, and a few tiles of outputs are computed; backward over outputs, and of a few
+    blocks of inputs.
+    """
+    inputs, outputs = shape
+    for rows in (1, 2, 8, 64):
+        for part in ((inputs, min(outputs, TILES)), (min(inputs, TILES), outputs)):
+            with monkeypatch.context() as patch:
+                sharing_as(patch, math.prod(part), math.prod(shape))
+                check(*part, rows, kind)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
