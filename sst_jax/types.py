@@ -28,6 +28,7 @@ IteratedHidden = Float[Array, "B T I D"]  # the same, some or all of the iterati
 Queries = Float[Array, "B TI N H"]
 KeysValues = Float[Array, "B TI K H"]
 PositionKeys = Float[Array, "B T K H"]  # keys or values that one iteration of each position leaves
+OnePositionKeys = Float[Array, "B 1 K H"]
 AttentionOutput = Float[Array, "B TI NH"]  # heads side by side, before their projection
 StepMask = Bool[Array, "B TI 1"]
 StepRamp = Float[Array, "B TI 1"]  # a factor of alpha

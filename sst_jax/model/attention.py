@@ -29,6 +29,7 @@ from sst_jax.types import (
     CacheStack,
     Heads,
     KeysValues,
+    OnePositionKeys,
     PositionKeys,
     Positions,
     Queries,
@@ -432,7 +433,7 @@ class KeptStep(NamedTuple):
 
 def attend_kept(
     backbone: BackboneConfig, layer: LayerKind, qkv: QKV, kept: tuple[PositionKeys, PositionKeys], step: KeptStep
-) -> tuple[AttentionOutput, tuple[PositionKeys, PositionKeys]]:
+) -> tuple[AttentionOutput, tuple[OnePositionKeys, OnePositionKeys]]:
     """Attend from one step of every row, [B, 1, ...], over the keys that the positions of the row have left so far.
 
     Args:
@@ -454,7 +455,7 @@ def attend_kept(
 
     q, k = by_kind(backbone, layer, rotated)
 
-    def column(old: PositionKeys, new: PositionKeys) -> PositionKeys:
+    def column(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(step.writes, new.astype(old.dtype), jax.lax.dynamic_slice_in_dim(old, place, 1, axis=1))
 
     columns = column(kept[0], k), column(kept[1], v)
