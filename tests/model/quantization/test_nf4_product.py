@@ -45,6 +45,12 @@ def both(x, dys, stacks, at, kind):
 
 
 def check(inputs, outputs, rows, kind):
+    for unlike, size in unlike_elements(inputs, outputs, rows, kind):
+        assert unlike <= max(1, size / 1000)
+
+
+def unlike_elements(inputs, outputs, rows, kind):
+    """How many elements differ after rounding, each within a unit, and of how many: forward and backward."""
     outputs = (outputs,) if isinstance(outputs, int) else outputs
     stacks = [stacked(inputs, each, kind, seed=number) for number, each in enumerate(outputs)]
     keys = jax.random.split(jax.random.key(rows))
@@ -54,16 +60,18 @@ def check(inputs, outputs, rows, kind):
     kernel = jax.jit(nf4.kernel_of, static_argnums=1)
     each = [kernel(jax.tree.map(lambda part: part[1], stack), jnp.dtype("float32")) for stack in stacks]
     weights = np.concatenate([np.asarray(one, np.float64) for one in each], axis=-1)
+    counts = []
     for ours, theirs in zip(both(x, dys, stacks, 1, kind), (weights, weights.T), strict=True):
         exact = np.asarray(x if theirs is weights else dy, np.float64) @ theirs
         assert ours.dtype == jnp.bfloat16
         assert ours.shape == exact.shape
         rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
         unlike = np.asarray(ours, np.float64) != rounded
-        assert unlike.sum() <= max(1, unlike.size / 1000), unlike.mean()
+        counts.append((unlike.sum(), unlike.size))
         # One unit of rounding, where sums in another order fall on the other side; small sums of large terms move more.
         size = np.abs(np.asarray(x if theirs is weights else dy, np.float64)) @ np.abs(theirs)
         assert (np.abs(np.asarray(ours, np.float64) - exact) <= 2**-7 * np.abs(exact) + 1e-6 * size).all()
+    return counts
 
 
 @pytest.mark.parametrize("kind", nf4.KINDS)
@@ -144,14 +152,17 @@ def test_rounds_as_the_unpacked_kernel_does_at_every_shape_of_the_large_models(s
     """With all of a sum's terms and shares, which its rounding depends on, and a few of the sums.
 
     Forward the sums are over inputs, and a few tiles of outputs are computed; backward over outputs, and of a few
-    blocks of inputs.
+    blocks of inputs. One in a thousand may differ of all, not of the few that one row has.
     """
     inputs, outputs = shape
-    for rows in (1, 2, 8, 64):
-        for part in ((inputs, min(outputs, TILES)), (min(inputs, TILES), outputs)):
+    for part in ((inputs, min(outputs, TILES)), (min(inputs, TILES), outputs)):
+        counts = []
+        for rows in (1, 2, 8, 64):
             with monkeypatch.context() as patch:
                 sharing_as(patch, math.prod(part), math.prod(shape))
-                check(*part, rows, kind)
+                counts.append(unlike_elements(*part, rows, kind))
+        unlike, size = np.sum(counts, axis=0).T  # forward and backward
+        assert (unlike <= size / 1000).all()
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
