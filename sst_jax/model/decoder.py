@@ -353,7 +353,7 @@ def run_layers(
         bodies = {kind: one_layer(context.of_kind(kind), kinds.of_kind(stacks, kind)) for kind in dict.fromkeys(here)}
         by_kind = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(adapter, kind)) for kind in bodies}
         if layers is not None:
-            by_kind = {kind: kinds.cut(types, kind, layers, own) for kind, own in by_kind.items()}
+            by_kind = {kind: kinds.among(types, kind, layers, own) for kind, own in by_kind.items()}
         return kinds.scan_kinds(here, bodies, by_kind, shared, residuals)
 
 

@@ -78,7 +78,7 @@ def periods_of(layer_types: Sequence[str]) -> tuple[int, tuple[Run, ...]]:
     return layers // size, tuple(runs)
 
 
-def cut(layer_types: Sequence[str], kind: str, layers: slice, stacks: Any) -> Any:
+def among(layer_types: Sequence[str], kind: str, layers: slice, stacks: Any) -> Any:
     """Return of stacks of one kind [L of the kind, ...] those of its layers that are among `layers` of all."""
     first, end = (list(layer_types[:at]).count(kind) for at in (layers.start, layers.stop))
     return jax.tree.map(lambda part: part[first:end], stacks)
