@@ -63,7 +63,9 @@ def pytest_configure(config):
     config.stash[DEADLINE] = time.monotonic() + 60 * config.getoption("minutes")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
+    mark_further_cases_slow(items)
     files = list(dict.fromkeys(item.path for item in items))
     if files:
         # A large step, whose multiples come near every file early on: neighbours are of one kind.
@@ -83,6 +85,20 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("wrong_types"):
                 item.add_marker(pytest.mark.skip(reason="--typecheck refuses wrong types before the package can"))
+
+
+def mark_further_cases_slow(items):
+    """Mark all cases of a swept test as slow but the number that its mark `fast_cases` names, spread evenly."""
+    swept = {}
+    for item in items:
+        if item.get_closest_marker("fast_cases") and not item.get_closest_marker("slow"):
+            swept.setdefault((item.path, item.originalname), []).append(item)
+    for cases in swept.values():
+        (number,) = cases[0].get_closest_marker("fast_cases").args
+        fast = {place * len(cases) // number for place in range(number)}
+        for place, item in enumerate(cases):
+            if place not in fast:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -155,6 +155,7 @@ def test_convert_names_a_damaged_file(finished, tmp_path, capsys):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_merged_export_loads_in_transformers_with_our_logits(finished, tmp_path, capsys):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     target = tmp_path / "merged"

@@ -122,7 +122,7 @@ def test_without_epochs_it_never_ends():
 BATCHES = 40  # more than one fill of the packer's bins, and more than one epoch
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data(), pack=st.booleans(), seed=st.integers(0, 3), epochs=st.sampled_from([None, 2]))
 def test_resume_is_exact_anywhere(data, pack, seed, epochs):
     examples = _examples(data.draw(st.integers(40, 200)), seed=seed)
@@ -165,6 +165,7 @@ def _sources() -> list[list[Example]]:
     return [documents[:5], documents[5:25], documents[25:]]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_mixture_draws_by_weight_whatever_the_sizes(pack):
     sources, weights = _sources(), (5.0, 1.0, 2.0)

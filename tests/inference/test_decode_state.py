@@ -67,6 +67,7 @@ def worst_step(config, params, cache, tokens, depth, truth):
     return max(errors)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
@@ -118,6 +119,7 @@ def test_rows_of_different_depths_do_not_meet():
         assert np.array_equal(mixed[:, row], run([depth] * 3)[:, row])
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("kv", ["overwrite", "first"])
 @pytest.mark.parametrize("depth", [1, 4])
 def test_float32_stays_within_a_hundred_thousandth_of_exact(depth, kv):

@@ -107,6 +107,7 @@ def test_each_row_follows_its_own_policy(prompt, kv):
     assert max(depths[3]) <= 6
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("prompt", ["last", "none"])
 def test_a_confident_position_stops_iterating(prompt):
     """Beside rows of other policies, against the loop by hand, and alone: tokens and depths."""

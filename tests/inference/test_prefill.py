@@ -71,6 +71,7 @@ def test_spans_are_as_long_as_leaves_a_product_its_rows(rows, steps, length):
     assert walk.span_length(rows, steps) == length
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("fields", "depth", "length"),
     [

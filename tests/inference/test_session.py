@@ -31,6 +31,7 @@ STEP = toys.quick_jit(decode_step_at_depth, "config", "start")
 PROMPTS = [toys.tokens(1, size, seed=size)[0].tolist() for size in (4, 11, 7)]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("kv", ["overwrite", pytest.param("first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_do_not_depend_on_each_other(kv, temperature):

@@ -95,6 +95,7 @@ def test_links_look_through_the_same_windows(float64):
     assert apart(got, oracle(config, params, tokens, 2)) <= 1e-11
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("stream", "depth"), [(None, 1), ({**FREE, "alpha_init": 0.1}, 2)])
 def test_chunked_prefill_and_decoding_see_what_whole_rows_see(stream, depth, float64):
     """A prompt in chunks of four, whose caches turn round, then position by position."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sst_jax.lab.planning.count import count
-from sst_jax.model import rules
+from sst_jax.model import walk
 from sst_jax.model.remat import REMAT
 from sst_jax.model.rules import hidden
 from tests.support import naive, toys
@@ -103,6 +103,7 @@ def test_exact_is_backpropagation_through_time(config, depth, float64):
     assert error <= 1e-10
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("remat", REMAT[1:])
 @pytest.mark.parametrize(
     "settings", [{"forward": "two_pass"}, pytest.param({"forward": "exact", "depth": 1}, marks=pytest.mark.slow)]
@@ -121,7 +122,7 @@ def test_chunks_of_exact_change_no_gradient(chunk, remat, float64, monkeypatch):
     """Eight positions in three chunks of three (one of them padding) and in two of four."""
     base, trainable = split(FFN)
     whole = value_and_gradient(FFN, forward="exact", depth=1)(trainable, base)
-    monkeypatch.setattr(rules, "CHUNK", chunk)
+    monkeypatch.setattr(walk, "CHUNK", chunk)
     jax.clear_caches()
     cut = value_and_gradient.__wrapped__(FFN, forward="exact", depth=1, remat=remat)(trainable, base)
     jax.clear_caches()

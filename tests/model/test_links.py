@@ -48,6 +48,7 @@ def apart(got, expected):
     return np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("name", CASES)
 def test_exact_is_the_naive_recurrence(name, float64):
     """And passes of the whole stack end there, after one more than there are steps."""

@@ -36,6 +36,7 @@ layouts = st.tuples(
 )
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     ("name", "depth"),
     [("plain", 1), ("two_pass", 1), ("k_pass", 2), ("local", 1), ("local", 2), ("exact", 1), ("exact", 2)],
@@ -89,6 +90,7 @@ def test_not_a_bit_changes_when_only_neighbours_do(name, depth, dtype):
         assert np.array_equal(first, second)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("name", "depth"), [("two_pass", 1), ("local", 2), ("exact", 2)])
 def test_no_gradient_crosses_a_border(name, depth):
     """d(hidden states of one document) / d(embeddings of another, or of padding) is exactly zero."""
@@ -119,6 +121,7 @@ def test_positions_count_within_documents(layout):
         assert positions[segments == n + 1].tolist() == list(range(size))
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", ["plain", "two_pass", "local", "exact"])
 def test_in_float32_a_document_stays_within_rounding_wherever_it_lies(name):
     """The published alphas, logits of 40 tokens alone, packed, and padded on either side, in relation to their norm.

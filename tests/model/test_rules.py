@@ -117,6 +117,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(("name", "passes", "order", "within", "fields"), ORDERS)
 def test_error_falls_with_alpha_to_the_power_of_the_passes(name, passes, order, within, fields, float64):
     """The slope of log error over log alpha. Alpha is a parameter here, so that one compilation serves all five."""

@@ -16,6 +16,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", STREAMS)
 def test_scales_are_those_of_the_naive_decoder(name):
     """Over two documents and no padding; the hidden states are those of the forward without them."""

@@ -126,6 +126,7 @@ def stopped_at(step, workdir, run):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_the_middle_of_an_update_bit_for_bit(in_pieces, tmp_path):
     workdir, result = in_pieces
     run = stopped_at(1, workdir, tmp_path / "run")

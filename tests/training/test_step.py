@@ -27,6 +27,7 @@ def tiles(request, monkeypatch):
     return rows
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize(
     ("blocks", "more", "share", "cap"),
     [(1, -1, 1.0, None), (1, 0, 0.5, 2.0), (1, 1, 0.3, None), (3, -2, 0.02, 5.0), (2, 0, 0.0, None)],
@@ -236,6 +237,7 @@ def uneven_rows(packed):
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pieces", "packed"), [(4, True), *(pytest.param(pieces, False, marks=pytest.mark.slow) for pieces in (4, 8))]
 )
@@ -311,6 +313,7 @@ def test_an_update_of_a_window_that_is_not_finite_leaves_the_next_window_whole()
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.optimizer.gradient_sum))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_alpha_warms_up_by_updates_and_is_logged_as_it_is_in_use(accumulate):
     config = toys.config({"alpha_warmup": 2, "alpha_range": (0.0, 0.5), "alpha_init": 0.3})

@@ -149,6 +149,7 @@ def test_facts_of_a_model_still_give_a_dict_with_a_warning():
     assert Model(opened.config, opened.params, ByteTokenizer()).prompt_format == "plain"
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
 def test_a_run_on_random_weights_opens_in_either_type_with_the_weights_it_was_trained_on(tmp_path, trained_in):
     """Another type draws other numbers: those that the run has on record are cast to the type asked for."""

@@ -159,6 +159,7 @@ def test_a_link_at_alpha_0_is_the_plain_export(tmp_path):
     assert apart(opened, plain) > 1e-3
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     ("fields", "forward", "settings"),
     [

@@ -44,6 +44,7 @@ def test_parameters_are_those_of_0_1_0_bit_for_bit(opened):
     assert sorted(found) == recorded
 
 
+@pytest.mark.fast_cases(3)
 def test_logits_are_those_of_0_1_0(opened):
     """Equal to the last bit where they were recorded; other processors and versions of XLA add in another order."""
     name, model = opened

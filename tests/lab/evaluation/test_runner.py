@@ -129,6 +129,7 @@ def test_prompts_that_leave_no_room_are_named(plain, items):
         runner.prompts(plain, items, "plain", 4095)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("format", ["plain", "chat"])
 def test_losses_are_those_of_training(streaming, items, format):
     """Against training's own held-out loss, with the exact recurrence."""

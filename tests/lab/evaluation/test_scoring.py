@@ -19,6 +19,7 @@ def expected(model, rows, starts, depth):
         yield before[np.arange(len(targets)), targets], before.argmax(1) == targets
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_scores_are_those_of_the_logits(streaming, depth):
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ def jaxpr_of(function, *arguments):
     return jax.make_jaxpr(function)(*arguments)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("forward", ["exact", "two_pass"])
 def test_train_step_and_held_out_losses_are_the_runs_own(tmp_path, forward):
     flags = [*SMALL, *LINKED, f"--config.stream.forward={forward}"]

@@ -82,6 +82,7 @@ def test_equals_the_unpacked_kernel_forward_and_backward(shape, rows, kind):
     check(*shape, rows, kind)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("kind", nf4.KINDS)
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_linears_of_one_input_are_one_product(rows, kind):
@@ -232,6 +233,7 @@ def test_decoding_comes_to_what_it_comes_to_without(toy):
     assert apart(fused, plain) < 0.03
 
 
+@pytest.mark.fast_cases(1)
 def test_a_prefill_takes_lora_in_its_kernels(toy):
     """Of the two large linears, whose LoRA apart would write and read as much as they do; as near to float32."""
     config, params = toy

@@ -61,6 +61,7 @@ def apart(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("forward", ["plain", "two_pass", "exact"])
 def test_a_forward_on_a_storage_is_the_forward_on_what_it_stands_for(int8, forward):
     config = toys.config({"alpha": 0.3})
