@@ -61,6 +61,7 @@ def said(folder, generation, config):
     return folder
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     ("generation", "config"),
     [

@@ -30,6 +30,7 @@ def hidden(config, params, tokens, forward, **settings):
     return np.asarray(toys.hidden_in_float64(config, params, tokens, forward=forward, **settings))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_converges_to_exact(damped, depth, float64):
     config = toys.config({"alpha_range": (0.0, 1.0), "decay": 0.3, "initial": "own"})

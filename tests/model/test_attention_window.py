@@ -116,6 +116,7 @@ def test_chunked_prefill_and_decoding_see_what_whole_rows_see(stream, depth, flo
     assert apart(np.concatenate(hidden), truth) <= tolerance
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", ["chunked", "splash_interpreted"])
 def test_every_kernel_takes_windows_that_differ_by_layer(name):
     """cuDNN's is called as XLA's is, with the window as a number (test_kernels.py)."""

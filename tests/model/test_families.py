@@ -26,6 +26,7 @@ def backbone(request):
     return FAMILIES[request.param]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("backbone", "fields"),
     [

@@ -52,6 +52,7 @@ def largest_difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max() / jnp.abs(y).max()), a, b)))
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
@@ -154,6 +155,7 @@ def test_pass1_grad_changes_gradients_but_no_values(float64):
     assert np.allclose(other["blend"]["theta"][-1], gradient["blend"]["theta"][-1], rtol=1e-10, atol=0)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("forward", ["two_pass", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_zero_embedding_under_padding_has_finite_gradients(forward):
     """Hugging Face's `padding_idx` makes a row of the embedding zero, and h with it where nothing attends yet.

@@ -65,6 +65,7 @@ def test_periods_are_the_shortest_and_no_stack_is_cut_where_each_kind_has_one_ru
     )
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("fields", "name", "depth"),
     [

@@ -82,6 +82,7 @@ def ids(rows, length, seed=0):
     return np.random.default_rng(seed).integers(3, 99, (rows, length)).astype(np.int32)
 
 
+@pytest.mark.fast_cases(9)
 @pytest.mark.parametrize("length", [5, 40, 530])
 def test_logits(pair, length):
     """Shorter than the window, longer, and a prompt of over 500 tokens.

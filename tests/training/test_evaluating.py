@@ -165,6 +165,7 @@ def test_a_run_that_gets_no_better_ends_early_and_opens_as_its_best(ended):
     assert sorted(entry.name for entry in (workdir / "checkpoints").iterdir()) == ["2", "4"]  # of keep=1 and the best
 
 
+@pytest.mark.slow
 def test_a_run_records_scores_rates_costs_and_answers_on_its_way(ended):
     workdir, result = ended
     lines = {line["step"]: line for line in read_metrics(workdir)}

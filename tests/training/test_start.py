@@ -22,10 +22,16 @@ KNOBS = {
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """Three runs, each from the one before."""
+def first(tmp_path_factory):
+    """A run, and what training it returned."""
     folder = tmp_path_factory.mktemp("chain")
-    results = [fit(read_recipe("tiny", KNOBS), folder / "0")]
+    return folder / "0", fit(read_recipe("tiny", KNOBS), folder / "0")
+
+
+@pytest.fixture(scope="module")
+def chain(first):
+    """Three runs, each from the one before."""
+    folder, results = first[0].parent, [first[1]]
     for number, rate in ((1, 0.005), (2, 0.006)):
         knobs = KNOBS | {"model.source": str(folder / str(number - 1)), "optimizer.learning_rate": rate}
         results.append(fit(read_recipe("tiny", knobs), folder / str(number)))
@@ -36,6 +42,7 @@ def trained(model):
     return {name: model.params[name] for name in ("adapter", "blend")}
 
 
+@pytest.mark.slow
 def test_a_run_begins_where_its_source_ended(chain):
     folder, results = chain
     first, second, _ = results
@@ -45,6 +52,7 @@ def test_a_run_begins_where_its_source_ended(chain):
     assert base[0] == base[1] == base[2]
 
 
+@pytest.mark.slow
 def test_a_run_records_the_chain_before_it(chain):
     folder, _ = chain
     record = json.loads((folder / "2" / "config.json").read_text())["started_from"]
@@ -57,6 +65,7 @@ def test_a_run_records_the_chain_before_it(chain):
     assert [recipe["optimizer"]["learning_rate"] for recipe in recipes] == [0.006, 0.005, 0.01]
 
 
+@pytest.mark.slow
 def test_a_run_that_started_from_another_resumes_bit_for_bit(chain, tmp_path):
     folder, results = chain
     again = shutil.copytree(folder / "1", tmp_path / "again")
@@ -87,10 +96,9 @@ def test_an_adapter_and_an_export_with_a_stream_are_gone_on_with(chain, tmp_path
         ({"stream.on": False}, "stream.on=False would lose it"),
     ],
 )
-def test_a_recipe_for_another_adapter_or_stream_is_refused_with_the_knob(chain, tmp_path, knobs, message):
-    folder, _ = chain
+def test_a_recipe_for_another_adapter_or_stream_is_refused_with_the_knob(first, tmp_path, knobs, message):
     with pytest.raises(InputError, match=r"model\.source=") as raised:
-        fit(read_recipe("tiny", KNOBS | {"model.source": str(folder / "0")} | knobs), tmp_path / "run")
+        fit(read_recipe("tiny", KNOBS | {"model.source": str(first[0])} | knobs), tmp_path / "run")
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
 

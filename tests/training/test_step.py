@@ -56,6 +56,7 @@ def test_tiled_loss_equals_full_logits(tiles, blocks, more, share, cap):
     np.testing.assert_allclose(gradient, wanted, atol=1e-6)
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize("learned", [0, 1, 4, 5, 24])
 def test_few_learned_positions_are_one_block_and_more_are_several(tiles, learned):
     """Wherever they lie: four are one block here."""
@@ -72,6 +73,7 @@ def test_few_learned_positions_are_one_block_and_more_are_several(tiles, learned
     np.testing.assert_allclose(pull(jnp.ones(24))[0], wanted, atol=1e-5)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("confidence", [1.0, 30.0])
 def test_tiled_loss_in_bfloat16_is_as_close_as_its_types_allow(tiles, confidence):
     """Against float64 on the same rounded numbers: also where a token is all but certain, whose gradient is small."""
@@ -142,6 +144,7 @@ def batches(count, rows=2, length=18):
         }  # fmt: skip
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("forward", ["two_pass", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_run_of_steps_compiles_once_learns_and_leaves_the_base_alone(forward):
     config = toys.config({})

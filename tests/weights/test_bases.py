@@ -172,6 +172,7 @@ def test_what_stands_by_itself_has_no_other_base(moved, hub):
             sst_jax.load(name, base="here")
 
 
+@pytest.mark.slow
 def test_commands_take_the_place_of_a_base(moved, tmp_path, capsys):
     run, _, base = moved
     asked = ["--prompt", "hi", "--max-new-tokens", "2", "--dtype", "float32"]
@@ -183,6 +184,7 @@ def test_commands_take_the_place_of_a_base(moved, tmp_path, capsys):
     assert "logits of the export against the model's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_the_base_where_it_lies_now(moved, tmp_path, capsys):
     run, _, base = moved
     knobs = [f"--config.{key}={value}" for key, value in (RECIPE | {"model.source": "/gone/base"}).items()]

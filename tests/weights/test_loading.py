@@ -31,6 +31,7 @@ KINDS = {
 }
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_reference_knows_from_headers_what_opening_gives(name):
     reference = loading.resolve(FIXTURES / name)

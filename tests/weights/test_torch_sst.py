@@ -34,6 +34,7 @@ def oracle(ours, tokens, depths):
     return naive.logits(ours.config, params, tokens, depths, bos_id=toys.BOS)
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize("fields", toys.covering(), ids=lambda fields: "-".join(map(str, fields.values())))
 def test_every_option_gives_the_numbers_of_the_plain_mechanism(tmp_path, fields):
     ours = model(fields)
@@ -314,6 +315,7 @@ def test_batches_padded_on_the_left_generate_what_each_row_does_alone(pair):
         assert together == [generate(theirs, [row], depth=depth, max_new_tokens=12)[0] for row in rows]
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("fields", [WILD, RICH, {**WILD, "initial": "skip_bos"}], ids=["ffn", "rich", "skip_bos"])
 @pytest.mark.parametrize("settings", [{"forward": "two_pass"}, {"depth": 2}], ids=str)
@@ -438,6 +440,7 @@ def test_float64_is_as_good_a_type_as_any(tmp_path, forward):
     assert apart(got, ours.logits(tokens, forward=forward)) <= 1e-5
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen3"])
 @pytest.mark.parametrize("settings", [{"forward": "two_pass"}, {"depth": 3}], ids=str)
 def test_other_families_are_one_more_small_file(tmp_path, preset, settings):

@@ -187,6 +187,7 @@ def apart(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_a_collection_holds_what_a_naive_reading_of_every_problem_gives(collected):
     """Tokens, states, logits and the rounded states by value; `depth` of the controls by what these states say."""
     model, some, settings, folder = collected
@@ -240,6 +241,7 @@ def test_controls_see_a_blend_that_alpha_0_leaves_on(collected):
     assert found["alpha_0"]["largest"] > 1e-4
 
 
+@pytest.mark.slow
 def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, monkeypatch):
     model, some, settings, folder = collected
     again = tmp_path / "again"
@@ -270,6 +272,7 @@ def test_a_killed_collection_goes_on_and_gives_the_same(collected, tmp_path, mon
         assert one.controls == other.controls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [
@@ -285,6 +288,7 @@ def test_another_collection_is_refused(collected, change, culprit):
         collection.collect(*change(*given), folder)
 
 
+@pytest.mark.slow
 def test_states_that_are_no_numbers_are_named(collected, tmp_path):
     *_, folder = collected
     broken = tmp_path / "broken"
