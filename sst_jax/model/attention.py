@@ -270,6 +270,17 @@ def by_kind(backbone: BackboneConfig, layer: LayerKind, branch: Callable[[str, i
         return jax.lax.switch(layer.number, [functools.partial(branch, *kind) for kind in kinds])
 
 
+def table_of_layer(backbone: BackboneConfig, tables: Ropes, layer: LayerKind) -> Table:
+    """Return the tables of a layer's kind.
+
+    For few positions: to choose between tables takes fewer kernels than between what is rotated by either.
+    """
+    if len({kind for kind, _ in backbone.attention_kinds}) == 1:
+        return tables.of(backbone.attention_kinds[0][0])
+    cos, sin = (jnp.where(layer.is_global, glob, local) for glob, local in zip(tables.glob, tables.local, strict=True))
+    return cos, sin
+
+
 def attend_sequences(
     backbone: BackboneConfig, layer: LayerKind, qkv: QKV, sequences: Sequences
 ) -> tuple[AttentionOutput, tuple[PositionKeys, PositionKeys]]:
@@ -449,11 +460,8 @@ def attend_kept(
     """
     (q, k, v), place = qkv, step.place
 
-    def rotated(kind: str, window: int | None) -> tuple[jax.Array, jax.Array]:
-        table = step.ropes.of(kind)
-        return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
-
-    q, k = by_kind(backbone, layer, rotated)
+    table = table_of_layer(backbone, step.ropes, layer)
+    q, k = rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
 
     def column(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(step.writes, new.astype(old.dtype), jax.lax.dynamic_slice_in_dim(old, place, 1, axis=1))
@@ -517,11 +525,8 @@ def attend_cached(
         row = jnp.where(step.write & mine, rows, cache.shape[1])
         return cache.at[layer.cache_index, row, index].set(new[:, 0].astype(cache.dtype), mode="drop")
 
-    def rotated(kind: str, window: int | None) -> tuple[jax.Array, jax.Array]:
-        table = step.ropes.of(kind)
-        return rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
-
-    q, k = by_kind(backbone, layer, rotated)
+    table = table_of_layer(backbone, step.ropes, layer)
+    q, k = rotate_queries(q, table, step.ropes.query_scale), rotate(k, table)
     local, glob = ~layer.is_global, layer.is_global
     kv = KV(
         put(kv.local_k, k, local, position % ring),

@@ -49,7 +49,11 @@ def to_float32(x: AnyFloat) -> AnyFloat:
 def unit_rms(x: AnyFloat, eps: float) -> AnyFloat:
     """Return x divided by its root mean square over the last axis, in float32 or wider."""
     x = to_float32(x)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    if x.ndim == 4 and x.shape[1] == 1:  # heads of one position
+        # Or XLA makes one kernel of sum and product for each half of a head that is rotated; so it makes one of all.
+        mean = jax.lax.optimization_barrier(mean)
+    return x * jax.lax.rsqrt(mean + eps)
 
 
 def scaled_unit_rms(x: AnyFloat, scale: AnyFloat, eps: float, offset: float) -> AnyFloat:
