@@ -307,6 +307,84 @@ def fold(steps: Hidden, depth: int) -> IteratedHidden:
     return steps.reshape(steps.shape[0], -1, depth, steps.shape[-1])
 
 
+class Stack(NamedTuple):
+    """Layers as `run_stack` scans over them, L of them.
+
+    layer_types   the kind of each
+    whole         linears of all layers of the model, whose products find a layer's kernel by its number
+    own           (base, adapter) without those linears, [L, ...]; where kinds have shapes of their own {kind: the same}
+    shared        (blend, facts), [L, ...]
+    """
+
+    layer_types: tuple[str, ...]
+    whole: Params
+    own: Any
+    shared: tuple[Params, LayerFacts]
+
+
+def stack_of(params: Params, config: ModelConfig, layers: slice | None = None) -> Stack:
+    """Return a model's layers as `run_stack` takes them.
+
+    Args:
+      params: the three trees.
+      config: of the model.
+      layers: the only ones that are to run; None: all. Of a part copies are made: outside of a loop, if the part runs
+        in one.
+    """
+    backbone = config.backbone
+    types, facts, adapter = backbone.layer_types, layer_facts(config), params["adapter"]
+    blend = {name: value for name, value in params["blend"].items() if name != MARKS}
+    if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
+        blend["theta"] = jnp.broadcast_to(blend["theta"], (backbone.num_layers, 1))
+    whole, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
+    own: Any = (sliced, adapter)
+    if backbone.has_stacks_by_kind:
+        here = types if layers is None else types[layers]
+        own = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(adapter, kind)) for kind in dict.fromkeys(here)}
+    if layers is None:
+        return Stack(types, whole, own, (blend, facts))
+    blend, facts = jax.tree.map(lambda part: part[layers], (blend, facts))
+    if backbone.has_stacks_by_kind:
+        own = {kind: kinds.among(types, kind, layers, stacks) for kind, stacks in own.items()}
+    else:
+        own = jax.tree.map(lambda part: part[layers], own)
+    return Stack(types[layers], whole, own, (blend, facts))
+
+
+def run_stack(
+    stack: Stack,
+    rule: Callable[[Layer, Carry, Any, Context], tuple[Carry, LayerOutput]],
+    residuals: Carry,
+    context: Context,
+    extras: PyTree = None,
+    *,
+    remat: str = "none",
+) -> tuple[Carry, LayerOutput]:
+    """Run a rule through layers in one scan over them.
+
+    Args:
+      stack: the layers.
+      rule: (layer, residuals, extra, context) -> (residuals, per-layer output).
+      residuals: what is carried from layer to layer; the first is a residual stream.
+      context: what all layers share.
+      extras: [L, ...], handed out a layer at a time; None: nothing.
+      remat: one of `remat.REMAT`.
+
+    Returns:
+      The residuals behind the last layer, and what the rule left in each, stacked, [L, ...].
+    """
+    shared = (*stack.shared, extras)
+
+    def one_layer(context: Context, whole: Params) -> Callable[[Carry, tuple], tuple[Carry, LayerOutput]]:
+        return recomputed(layer_body(rule, context, whole, residuals), remat)
+
+    with jax.named_scope("layers"):
+        if not context.config.backbone.has_stacks_by_kind:
+            return jax.lax.scan(one_layer(context, stack.whole), residuals, (stack.own, shared))
+        bodies = {kind: one_layer(context.of_kind(kind), kinds.of_kind(stack.whole, kind)) for kind in stack.own}
+        return kinds.scan_kinds(stack.layer_types, bodies, stack.own, shared, residuals)
+
+
 def run_layers(
     params: Params,
     rule: Callable[[Layer, Carry, Any, Context], tuple[Carry, LayerOutput]],
@@ -317,44 +395,8 @@ def run_layers(
     remat: str = "none",
     layers: slice | None = None,
 ) -> tuple[Carry, LayerOutput]:
-    """Run a rule through the stack in one scan over layers.
-
-    Args:
-      params: the three trees.
-      rule: (layer, residuals, extra, context) -> (residuals, per-layer output).
-      residuals: what is carried from layer to layer; the first is a residual stream.
-      context: what all layers share.
-      extras: [L, ...], handed out a layer at a time; None: nothing.
-      remat: one of `remat.REMAT`.
-      layers: of the stack, the only ones that run, L of them; None: all.
-
-    Returns:
-      The residuals behind the last layer, and what the rule left in each, stacked, [L, ...].
-    """
-    config, backbone = context.config, context.config.backbone
-    blend = {name: value for name, value in params["blend"].items() if name != MARKS}
-    if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
-        blend["theta"] = jnp.broadcast_to(blend["theta"], (backbone.num_layers, 1))
-    stacks, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
-    types, facts, adapter = backbone.layer_types, layer_facts(config), params["adapter"]
-    if layers is not None:
-        blend, facts = jax.tree.map(lambda part: part[layers], (blend, facts))
-    shared = (blend, facts, extras)
-
-    def one_layer(context: Context, stacks: Params) -> Callable[[Carry, tuple], tuple[Carry, LayerOutput]]:
-        return recomputed(layer_body(rule, context, stacks, residuals), remat)
-
-    with jax.named_scope("layers"):
-        if not backbone.has_stacks_by_kind:
-            own = (sliced, adapter)
-            own = own if layers is None else jax.tree.map(lambda part: part[layers], own)
-            return jax.lax.scan(one_layer(context, stacks), residuals, (own, shared))
-        here = types if layers is None else types[layers]
-        bodies = {kind: one_layer(context.of_kind(kind), kinds.of_kind(stacks, kind)) for kind in dict.fromkeys(here)}
-        by_kind = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(adapter, kind)) for kind in bodies}
-        if layers is not None:
-            by_kind = {kind: kinds.among(types, kind, layers, own) for kind, own in by_kind.items()}
-        return kinds.scan_kinds(here, bodies, by_kind, shared, residuals)
+    """Run a rule through a model's layers, or through some of them; as `stack_of` and `run_stack`."""
+    return run_stack(stack_of(params, context.config, layers), rule, residuals, context, extras, remat=remat)
 
 
 def layer_body(

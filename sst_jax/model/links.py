@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sst_jax.model import decoder
 from sst_jax.model.attention import KeptStep, Ropes, attend_kept, ropes_of_layer
@@ -160,6 +161,7 @@ def scan_stack(
     assert segments is not None
     assert context.masks is not None
     below, between, above = _parts(config)
+    stack = decoder.stack_of(params, config, between)  # once: within a step its slices would be copied at every one
     x, left_below = _once(params, _embedded(params, tokens, context), context, below, remat)
     rows, length = segments.shape
     number = jnp.broadcast_to(jnp.arange(length * depth), (rows, length * depth))
@@ -197,7 +199,7 @@ def scan_stack(
         extras = (k, v, entering[between])
         residuals: Residuals = (one.x,)
         here = dataclasses.replace(context, ropes=one.tables, masks=one.masks, segment_ids=one.segment)
-        (o,), (left, squares) = decoder.run_layers(params, rule, residuals, here, extras, remat=remat, layers=between)
+        (o,), (left, squares) = decoder.run_stack(stack, rule, residuals, here, extras, remat=remat)
         *columns, new = left
         k, v = jax.tree.map(
             lambda old, column: jax.lax.dynamic_update_slice_in_dim(old, column, step.place[0], axis=2),
@@ -207,14 +209,7 @@ def scan_stack(
         ys = (jnp.moveaxis(new, 0, 1), jax.tree.map(lambda part: jnp.moveaxis(part[:, :, 0], 0, 1), squares))
         return (k, v, state.at[between].set(new), memo), (o[:, 0], *ys)
 
-    def empty(layers: int, one: BackboneConfig) -> CacheStack:
-        return jnp.zeros((layers, rows, length, one.num_kv_heads, one.head_dim), x.dtype)
-
-    stepwise = backbone.layer_types[between]
-    kept: Any = empty(len(stepwise), backbone)
-    if backbone.has_stacks_by_kind:
-        counts = {kind: stepwise.count(kind) for kind in ("local", "global")}
-        kept = ByKind(*(empty(count, backbone.of_kind(kind)) if count else None for kind, count in counts.items()))
+    kept = _no_keys(backbone, between, (rows, length), x.dtype)
     state = jnp.zeros((backbone.num_layers, *x[:, 0].shape), state_update(stream, x, to_float32(x)).dtype)
     first = (kept, kept, state, None if intervene is None else intervene.memo)
     x, *left = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
@@ -230,6 +225,19 @@ def _parts(config: ModelConfig) -> tuple[slice, slice, slice]:
     ends = [end for link in (config.stream and config.stream.links) or () for end in link]
     first, last = min(ends), max(ends) + 1
     return slice(0, first), slice(first, last), slice(last, config.backbone.num_layers)
+
+
+def _no_keys(backbone: BackboneConfig, layers: slice, shape: tuple[int, int], dtype: DTypeLike) -> CacheStack | ByKind:
+    """Return zeros in the place of the keys, or values, that some layers keep of rows of a shape [B, T]."""
+
+    def empty(layers: int, one: BackboneConfig) -> CacheStack:
+        return jnp.zeros((layers, *shape, one.num_kv_heads, one.head_dim), dtype)
+
+    types = backbone.layer_types[layers]
+    if not backbone.has_stacks_by_kind:
+        return empty(len(types), backbone)
+    counts = {kind: types.count(kind) for kind in ("local", "global")}
+    return ByKind(*(empty(count, backbone.of_kind(kind)) if count else None for kind, count in counts.items()))
 
 
 def _once(params: Params, x: Hidden, context: Context, layers: slice, remat: str) -> tuple[Hidden, tuple | None]:
