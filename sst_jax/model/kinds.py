@@ -143,6 +143,18 @@ def scan_kinds(
     return carry, jax.tree.map(join, *outputs, is_leaf=_is_by_kind)
 
 
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Return stacks of some layers after those of others as one, of what each kind has alone by kind."""
+
+    def join(*stacks: Any) -> Any:
+        if not _is_by_kind(stacks[0]):
+            return jnp.concatenate(stacks)
+        there = ([stack.get(kind) for stack in stacks if stack.get(kind) is not None] for kind in ("local", "global"))
+        return ByKind(*(jax.tree.map(lambda *those: jnp.concatenate(those), *mine) if mine else None for mine in there))
+
+    return jax.tree.map(join, *parts, is_leaf=_is_by_kind)
+
+
 def in_order(layer_types: Sequence[str], stacks: Mapping[str, Any]) -> Any:
     """Return stacks [L of a kind, ...] of one shape as one over all layers [L, ...]."""
     kinds = np.array(layer_types)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sst_jax.model import decoder
+from sst_jax.model import decoder, kinds
 from sst_jax.model.attention import KeptStep, Ropes, attend_kept, ropes_of_layer
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.config import ModelConfig
@@ -216,7 +216,7 @@ def scan_stack(
     left_between = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), tuple(left))
     x, left_above = _once(params, x, context, above, remat)
     left = [left for left in (left_below, left_between, left_above) if left is not None]
-    states, squares = jax.tree.map(lambda *parts: jnp.concatenate(parts), *left)
+    states, squares = kinds.concatenated(left)
     return Solved(decoder.read_out(config, params, x, depth, every=every), states, squares)
 
 
@@ -270,6 +270,8 @@ def fixed_point_stack(
 ) -> Settled:
     """Run passes until the states that enter change by rounding alone. Not differentiable.
 
+    They go through the layers between the ends of links; those below and above run once, as in `scan_stack`.
+
     Args:
       params: the three trees.
       tokens: [B, T].
@@ -279,10 +281,12 @@ def fixed_point_stack(
       keep: what of a layer is stacked, besides its states.
       intervene: changes the states [L, B, T*I, D] that enter every step before they do; None: nothing.
     """
-    stream, sources = context.stream, sources_of(context.config)
-    x, masks = _embedded(params, tokens, context), context.masks
-    residuals: Residuals = (x,)
-    assert masks is not None
+    config, stream = context.config, context.stream
+    below, between, above = _parts(config)
+    stack = decoder.stack_of(params, config, between)
+    sources = sources_of(config)[between]  # of layers between the ends, and among them
+    assert context.masks is not None
+    has_state = context.masks.has_state
 
     def rule(layer: Layer, residuals: Residuals, earlier: Hidden | None, context: Context) -> tuple[Residuals, tuple]:
         (x,) = residuals
@@ -293,20 +297,33 @@ def fixed_point_stack(
         o, state_out = pass_once(layer, x, h, s, context)
         return (o,), (state_out, keep(PassOutputs(state_out, k, v, o)))
 
+    def once(x: Hidden, layers: slice) -> tuple[Hidden, list[Any]]:
+        if layers.start == layers.stop:
+            return x, []
+        residuals: Residuals = (x,)
+        residuals, (_, kept) = decoder.run_layers(params, rule, residuals, context, layers=layers)
+        return residuals[0], [kept]
+
     def enter(state_out: AllSteps) -> AllSteps:
-        earlier = jnp.pad(state_out[sources, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        earlier = jnp.pad(state_out[sources - between.start, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
         if before is not None:
             earlier = earlier.at[:, :, 0].set(before[sources])
-        return earlier if intervene is None else intervene(earlier)
+        if intervene is None:
+            return earlier
+        everywhere = jnp.zeros((config.backbone.num_layers, *earlier.shape[1:]), earlier.dtype)
+        return intervene(everywhere.at[between].set(earlier))[between]
+
+    x, left_below = once(_embedded(params, tokens, context), below)
+    residuals: Residuals = (x,)
 
     def sweep(entering: AllSteps | None) -> tuple[tuple, AllSteps]:
-        (o,), (state_out, kept) = decoder.run_layers(params, rule, residuals, context, entering)
+        (o,), (state_out, kept) = decoder.run_stack(stack, rule, residuals, context, entering)
         return (o, kept), enter(state_out)
 
-    carriers = sorted({destination for _, destination in stream.links or ()})
+    carriers = jnp.array(sorted({destination - between.start for _, destination in stream.links or ()}))
 
     def norm(part: AllSteps) -> jax.Array:  # of each row and link
-        part = jnp.where(masks.has_state, to_float32(part[jnp.array(carriers)]), 0.0)
+        part = jnp.where(has_state, to_float32(part[carriers]), 0.0)
         return jnp.sqrt(jnp.sum(jnp.square(part), axis=(2, 3)))
 
     def change(new: AllSteps, old: AllSteps) -> Scalar:
@@ -314,7 +331,7 @@ def fixed_point_stack(
 
     outputs, entering = sweep(None)
     # Roundings of the layers between source and destination add up as independent ones do.
-    rounding = 4 * float(jnp.finfo(x.dtype).eps) * context.config.backbone.num_layers**0.5
+    rounding = 4 * float(jnp.finfo(x.dtype).eps) * len(stack.layer_types) ** 0.5
     (o, kept), count, converged = fixed_point(
         sweep,
         outputs,
@@ -324,7 +341,8 @@ def fixed_point_stack(
         cap=cap,
         rounding=rounding,
     )
-    return Settled(o, kept, count, converged)
+    x, left_above = once(o, above)
+    return Settled(x, kinds.concatenated([*left_below, kept, *left_above]), count, converged)
 
 
 def _embedded(params: Params, tokens: Tokens, context: Context) -> Hidden:
