@@ -87,6 +87,15 @@ def test_exact_runs_the_layers_between_a_link_s_ends_alone_step_by_step():
     assert all(backbone.num_layers not in lengths for lengths in found)
 
 
+def test_passes_of_a_prompt_go_through_the_layers_between_a_link_s_ends_alone():
+    """The two of four in the first pass and in the loop of the others; the one below and the one above once."""
+    fields, backbone, depth = CASES["inside"]
+    config = toys.config(fields, backbone)
+    context = decoder.row_context(config, text()[None], depth=depth)
+    program = jax.make_jaxpr(lambda params: links.fixed_point_stack(params, text()[None], context, cap=9).x)
+    assert sorted(scans(program(toys.params(config)).jaxpr)) == [(1,), (1,), (2,), (2,)]
+
+
 @pytest.mark.parametrize("name", ["both", "recirculation-llama"])
 def test_float32_stays_within_a_hundred_thousandth(name):
     fields, backbone, depth = CASES[name]
