@@ -28,7 +28,7 @@ from sst_jax.model.attention import LayerKind, Past, Ropes, ropes
 from sst_jax.model.backbone import BackboneConfig
 from sst_jax.model.collected import Walked
 from sst_jax.model.config import ModelConfig, StreamConfig
-from sst_jax.model.layers import Adapter, Base, Blend, Block, Joined, capped, narrowed, to_float32, unit_rms
+from sst_jax.model.layers import Adapter, Base, Blend, Block, Joined, Transposed, capped, narrowed, to_float32, unit_rms
 from sst_jax.model.layers import embed as embed_tokens
 from sst_jax.model.quantization import storages
 from sst_jax.model.remat import recomputed
@@ -66,8 +66,9 @@ class Layer(NamedTuple):
     maybe_stream: LayerStream | None  # None where no stream is
     drop: dict[str, AnyFloat]  # LoRA dropout factors by linear, [B, 1, inputs]
     rotates: ScalarBool | None = None  # whether queries and keys are rotated; None: as in all layers
-    # LoRA of linears of one input by the first of them, where a walk or a prefill takes it otherwise than `Linear`.
-    lora: Mapping[str, Walked | Joined] = MappingProxyType({})
+    # LoRA or kernels of linears of one input by the first of them, where a walk or a prefill has them otherwise than
+    # `Linear`.
+    lora: Mapping[str, Walked | Joined | Transposed] = MappingProxyType({})
 
     @property
     def stream(self) -> LayerStream:

@@ -17,7 +17,15 @@ from sst_jax.model.attention import QKV, Sequences, attend_sequences, ropes_of_l
 from sst_jax.model.collected import Pair, Taken, here
 from sst_jax.model.decoder import Context, Layer
 from sst_jax.model.kinds import ByKind
-from sst_jax.model.layers import ACTIVATIONS, in_a_walk, joined, side_by_side, to_float32, unscaled_unit_rms
+from sst_jax.model.layers import (
+    ACTIVATIONS,
+    in_a_walk,
+    joined,
+    side_by_side,
+    to_float32,
+    transposed,
+    unscaled_unit_rms,
+)
 from sst_jax.model.quantization.nf4_product import LowRank
 from sst_jax.model.remat import inputs_kept
 from sst_jax.model.state import Masks, blend
@@ -106,6 +114,16 @@ def walk_groups(layer: Layer, rows: int, dtype: DTypeLike) -> dict[str, tuple[tu
         if group is not None:
             found[names[0]] = group
     return found
+
+
+def with_transposed_kernels(layer: Layer, rows: int, dtype: DTypeLike) -> Layer:
+    """Return a layer that runs `feed` on so many rows step after step; see `transposed`."""
+    found = {}
+    for names in (("gate", "up"), ("down",)):
+        kernels = transposed([getattr(layer.block, name) for name in names], rows, dtype)
+        if kernels is not None:
+            found[names[0]] = kernels
+    return layer._replace(lora=found) if found else layer
 
 
 def with_joined_lora(layer: Layer, shape: tuple[int, ...], dtype: DTypeLike) -> Layer:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sst_jax.model import compiler
 from sst_jax.model.collected import Taken, Walked, tickets
 from sst_jax.model.decoder import Context, Layer
-from sst_jax.model.halves import walk_groups
+from sst_jax.model.halves import walk_groups, with_transposed_kernels
 from sst_jax.model.layers import to_float32
 from sst_jax.model.loops import over_chunks
 from sst_jax.model.passes import recurrent_step
@@ -50,6 +50,8 @@ def scan_positions(
     begins = stream.initial in ("zero", "own")  # with a state; else none is blended in where `has_state` is false
     s0 = initial_state(stream, x) if stream.initial == "own" else None  # else zeros, or unused
     groups = walk_groups(layer, len(x), x.dtype)
+    if not groups:
+        layer = with_transposed_kernels(layer, len(x), x.dtype)  # once, for all steps
 
     def through(m: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
         h, s0, masks = chunk
@@ -64,7 +66,8 @@ def scan_positions(
             if begins:
                 s = jnp.where(mine.here().has_state, s, 0.0 if s0 is None else s0[:, None])
             walked = {name: Walked(groups[name][1], ticket) for name, ticket in left.items()}
-            o, m = recurrent_step(layer._replace(lora=walked), Taken(constant, at, h), s, mine, context, x.dtype)
+            one = layer._replace(lora=walked) if walked else layer
+            o, m = recurrent_step(one, Taken(constant, at, h), s, mine, context, x.dtype)
             return m[:, 0], (o[:, 0], m[:, 0])
 
         # Where kernels are launched, two positions a turn: they share what counts turns and writes their results.
