@@ -338,18 +338,17 @@ def stack_of(params: Params, config: ModelConfig, layers: slice | None = None) -
     if config.stream is not None and config.stream.granularity == "scalar" and "theta" in blend:
         blend["theta"] = jnp.broadcast_to(blend["theta"], (backbone.num_layers, 1))
     whole, sliced = storages.split_stacks(params["base"]["layers"], "mesh" if on_a_mesh() else compiler.platform())
-    own: Any = (sliced, adapter)
-    if backbone.has_stacks_by_kind:
-        here = types if layers is None else types[layers]
-        own = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(adapter, kind)) for kind in dict.fromkeys(here)}
-    if layers is None:
-        return Stack(types, whole, own, (blend, facts))
-    blend, facts = jax.tree.map(lambda part: part[layers], (blend, facts))
-    if backbone.has_stacks_by_kind:
+
+    def some(stacks: Any) -> Any:
+        return stacks if layers is None else jax.tree.map(lambda part: part[layers], stacks)
+
+    here = types if layers is None else types[layers]
+    if not backbone.has_stacks_by_kind:
+        return Stack(here, whole, some((sliced, adapter)), some((blend, facts)))
+    own = {kind: (kinds.of_kind(sliced, kind), kinds.of_kind(adapter, kind)) for kind in dict.fromkeys(here)}
+    if layers is not None:
         own = {kind: kinds.among(types, kind, layers, stacks) for kind, stacks in own.items()}
-    else:
-        own = jax.tree.map(lambda part: part[layers], own)
-    return Stack(types[layers], whole, own, (blend, facts))
+    return Stack(here, whole, own, some((blend, facts)))
 
 
 def run_stack(

@@ -33,6 +33,8 @@ from sst_jax.types import AttentionOutput, Hidden, PositionKeys
 
 LeftKeys = PositionKeys | ByKind  # what a cache would hold of a layer; marked, where kinds have shapes of their own
 
+FEED_LINEARS = (("gate", "up"), ("down",))  # of `feed`, by their inputs
+
 
 class AttentionResidual(NamedTuple):
     """h as what it is the sum of: in bfloat16 half the bytes of the float32 sum, and so of what gradients keep."""
@@ -108,7 +110,7 @@ def attend(layer: Layer, x: Hidden, context: Context) -> tuple[AttentionResidual
 def walk_groups(layer: Layer, rows: int, dtype: DTypeLike) -> dict[str, tuple[tuple[Pair, ...], LowRank]]:
     """Return LoRA of `feed` as a walk of so many rows takes it, by the first linear of one input; see `in_a_walk`."""
     found = {}
-    for names in (("gate", "up"), ("down",)):
+    for names in FEED_LINEARS:
         linears = [getattr(layer.block, name) for name in names]
         group = in_a_walk(linears, rows, dtype, [layer.drop.get(name) for name in names])
         if group is not None:
@@ -119,7 +121,7 @@ def walk_groups(layer: Layer, rows: int, dtype: DTypeLike) -> dict[str, tuple[tu
 def with_transposed_kernels(layer: Layer, rows: int, dtype: DTypeLike) -> Layer:
     """Return a layer that runs `feed` on so many rows step after step; see `transposed`."""
     found = {}
-    for names in (("gate", "up"), ("down",)):
+    for names in FEED_LINEARS:
         kernels = transposed([getattr(layer.block, name) for name in names], rows, dtype)
         if kernels is not None:
             found[names[0]] = kernels

@@ -162,7 +162,7 @@ def scan_stack(
     assert context.masks is not None
     below, between, above = _parts(config)
     stack = decoder.stack_of(params, config, between)  # once: within a step its slices would be copied at every one
-    x, left_below = _once(params, _embedded(params, tokens, context), context, below, remat)
+    x, left_below = _once(params, _embedded(params, tokens, context), context, below, remat=remat)
     rows, length = segments.shape
     number = jnp.broadcast_to(jnp.arange(length * depth), (rows, length * depth))
 
@@ -214,9 +214,8 @@ def scan_stack(
     first = (kept, kept, state, None if intervene is None else intervene.memo)
     x, *left = chunked_scan(take, first, steps, chunk=CHUNK, recompute=context.recompute)
     left_between = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), tuple(left))
-    x, left_above = _once(params, x, context, above, remat)
-    left = [left for left in (left_below, left_between, left_above) if left is not None]
-    states, squares = kinds.concatenated(left)
+    x, left_above = _once(params, x, context, above, remat=remat)
+    states, squares = kinds.concatenated([*left_below, left_between, *left_above])
     return Solved(decoder.read_out(config, params, x, depth, every=every), states, squares)
 
 
@@ -240,13 +239,15 @@ def _no_keys(backbone: BackboneConfig, layers: slice, shape: tuple[int, int], dt
     return ByKind(*(empty(count, backbone.of_kind(kind)) if count else None for kind, count in counts.items()))
 
 
-def _once(params: Params, x: Hidden, context: Context, layers: slice, remat: str) -> tuple[Hidden, tuple | None]:
-    """Return what leaves layers that no state enters, at all steps, and their states and squares; None of no layer."""
+def _once(
+    params: Params, x: Hidden, context: Context, layers: slice, rule: Callable[..., Any] = _pass, remat: str = "none"
+) -> tuple[Hidden, list[Any]]:
+    """Return what leaves layers that no state enters, at all steps, and in a list what the rule left (none: [])."""
     if layers.start == layers.stop:
-        return x, None
+        return x, []
     residuals: Residuals = (x,)
-    residuals, left = decoder.run_layers(params, _pass, residuals, context, None, remat=remat, layers=layers)
-    return residuals[0], left
+    residuals, left = decoder.run_layers(params, rule, residuals, context, None, remat=remat, layers=layers)
+    return residuals[0], [left]
 
 
 class Settled(NamedTuple):
@@ -297,13 +298,6 @@ def fixed_point_stack(
         o, state_out = pass_once(layer, x, h, s, context)
         return (o,), (state_out, keep(PassOutputs(state_out, k, v, o)))
 
-    def once(x: Hidden, layers: slice) -> tuple[Hidden, list[Any]]:
-        if layers.start == layers.stop:
-            return x, []
-        residuals: Residuals = (x,)
-        residuals, (_, kept) = decoder.run_layers(params, rule, residuals, context, layers=layers)
-        return residuals[0], [kept]
-
     def enter(state_out: AllSteps) -> AllSteps:
         earlier = jnp.pad(state_out[sources - between.start, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
         if before is not None:
@@ -313,12 +307,12 @@ def fixed_point_stack(
         everywhere = jnp.zeros((config.backbone.num_layers, *earlier.shape[1:]), earlier.dtype)
         return intervene(everywhere.at[between].set(earlier))[between]
 
-    x, left_below = once(_embedded(params, tokens, context), below)
+    x, left_below = _once(params, _embedded(params, tokens, context), context, below, rule)
     residuals: Residuals = (x,)
 
     def sweep(entering: AllSteps | None) -> tuple[tuple, AllSteps]:
-        (o,), (state_out, kept) = decoder.run_stack(stack, rule, residuals, context, entering)
-        return (o, kept), enter(state_out)
+        (o,), left = decoder.run_stack(stack, rule, residuals, context, entering)
+        return (o, left), enter(left[0])
 
     carriers = jnp.array(sorted({destination - between.start for _, destination in stream.links or ()}))
 
@@ -332,7 +326,7 @@ def fixed_point_stack(
     outputs, entering = sweep(None)
     # Roundings of the layers between source and destination add up as independent ones do.
     rounding = 4 * float(jnp.finfo(x.dtype).eps) * len(stack.layer_types) ** 0.5
-    (o, kept), count, converged = fixed_point(
+    (o, left), count, converged = fixed_point(
         sweep,
         outputs,
         entering,
@@ -341,8 +335,9 @@ def fixed_point_stack(
         cap=cap,
         rounding=rounding,
     )
-    x, left_above = once(o, above)
-    return Settled(x, kinds.concatenated([*left_below, kept, *left_above]), count, converged)
+    x, left_above = _once(params, o, context, above, rule)
+    _, kept = kinds.concatenated([*left_below, left, *left_above])
+    return Settled(x, kept, count, converged)
 
 
 def _embedded(params: Params, tokens: Tokens, context: Context) -> Hidden:

@@ -47,7 +47,7 @@ def test_bad_forwards_are_named(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["ffn", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("state", ["ffn", "block"])
 def test_errors_fall_with_the_order_of_the_passes(float64, state):
     """states and logits of two_pass and local, order 2; of three passes, order 3; KL twice that."""
     config = toys.in_float64(toys.config({"state": state}))
